@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The tests, lint and types; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh
+python scripts/assets.py --quiet
+ruff check .
+ruff format --check .
+mypy
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadscope "$@"
