@@ -1,0 +1,143 @@
+"""The one configuration of LeMo: what is left out, where and when."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Mode = Literal["eliminate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LemoConfig:
+    """Which tokens take part in a training step.
+
+    Args:
+        mode: what happens to an uninformative block in a layer. "eliminate": it skips the layer's attention
+            and MLP and goes on through the residual stream unchanged (the paper's token elimination).
+        keep_ratio: share of the tokens that a patched layer computes, above 0 and at most 1. 1 computes
+            everything, by the model's own code. Rounded to whole blocks; the report shows what was kept.
+        block_size: consecutive tokens that are kept or left out together.
+        layers: the patched layers: "auto" (see `resolve_layers`), "all", or indices like "10-28" or
+            "3,5,10-28", counted from 0, both ends included; a list of indices works too.
+        sink_blocks: first blocks of each sample that are always kept.
+        recent_blocks: last whole blocks of each sample that are always kept.
+        mlp_score_tokens: tokens of each block, evenly spaced, on which the MLP's informativeness is measured;
+            the block's mean is estimated from them. `block_size` measures all of them, at the price of two
+            thirds of the MLP's forward.
+        warmup_steps: optimizer steps at the start that run dense.
+        loss_segment: labelled tokens that go through the language-model head at a time in training; 0 keeps
+            the model's own loss and its logits.
+    """
+
+    mode: Mode = "eliminate"
+    keep_ratio: float = 0.5
+    block_size: int = 64
+    layers: str | tuple[int, ...] = "auto"
+    sink_blocks: int = 1
+    recent_blocks: int = 1
+    mlp_score_tokens: int = 8
+    warmup_steps: int = 0
+    loss_segment: int = 256
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"`mode` must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
+        if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"`keep_ratio` must be above 0 and at most 1, got {self.keep_ratio!r}.")
+        for name, least in (
+            ("block_size", 1),
+            ("sink_blocks", 0),
+            ("recent_blocks", 0),
+            ("mlp_score_tokens", 1),
+            ("warmup_steps", 0),
+            ("loss_segment", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.layers != "auto" and self.layers != "all":
+            _parse_layers(self.layers)
+
+    def resolve_layers(self, total: int) -> tuple[int, ...]:
+        """Sorted indices of the patched layers of a model with `total` layers.
+
+        "auto" is the second half without the last layer: early layers change every token much, and the last
+        one feeds the head.
+
+        Raises:
+            ValueError: an index is not below `total`.
+        """
+        if self.layers == "all":
+            return tuple(range(total))
+        if self.layers == "auto":
+            return tuple(range(total // 2, total - 1))
+        indices = _parse_layers(self.layers)
+        if indices[-1] >= total:
+            raise ValueError(
+                f"`layers` must name layers 0 to {total - 1} of this model, got {indices[-1]} in {self.layers!r}."
+            )
+        return indices
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LemoConfig:
+        """Make a config from plain values. Raises ValueError for an unknown key, naming the closest known one."""
+        check_keys(values, [field.name for field in dataclasses.fields(cls)], "LemoConfig")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> LemoConfig:
+        """Read a YAML mapping of this class's fields."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_json(self) -> str:
+        """The JSON text of `lemo_config.json`; `from_yaml` reads it too."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping. Raises FileNotFoundError or ValueError."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a YAML file, and there is none.")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of options, got {type(values).__name__}.")
+    return values
+
+
+def check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    """Raise ValueError for the first key of `values` that is not in `known`."""
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=3) or sorted(known)
+            raise ValueError(f"{where} has no option {key!r}; the closest are {', '.join(close)}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _parse_layers(layers: str | tuple[int, ...]) -> tuple[int, ...]:
+    indices: set[int] = set()
+    try:
+        for part in layers.split(",") if isinstance(layers, str) else layers:
+            first, _, last = str(part).strip().partition("-")
+            indices.update(range(int(first), int(last or first) + 1))
+    except (TypeError, ValueError):
+        indices = set()
+    if not indices:
+        raise ValueError(f'`layers` must be "auto", "all" or indices like "3,10-28", got {layers!r}.')
+    return tuple(sorted(indices))

@@ -1,0 +1,150 @@
+"""Block informativeness: how much a block of tokens matters to a layer's attention and to its MLP.
+
+Attention (LeMo, section 3). With S = scaling * Q K^T before softmax, Q and K as the attention uses them
+(normed, rotated, grouped heads shared), and only pairs that the attention mask allows,
+
+    I(m, n) = max over queries i of block m, keys j of block n of (1 / H) * sum over heads of max(S_ij, 0)
+    score(n) = sum over m of I(m, n)
+
+MLP. With z the intermediate activation (the input of the last projection; act(gate) * up in gated MLPs),
+
+    score(n) = mean over tokens of block n of mean over the width of |z|
+
+Q, K and z are taken from the model's own modules, which run without gradient and without dropout up to the
+point where they exist. No S x S map is ever held: queries are taken a few blocks at a time.
+
+Shapes: B batch, S tokens, H query heads, G key heads, d head width, N whole blocks, D hidden width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+QUERY_ROWS = 256  # queries scored at a time, rounded to whole blocks
+_CAPTURE = "lemo_capture"
+
+
+class _Captured(Exception):  # noqa: N818 - carries a result out of a module, not an error
+    """Leaves a module's forward as soon as the wanted tensors exist."""
+
+
+def _capture_attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
+    raise _Captured(query, key, kwargs["scaling"])
+
+
+AttentionInterface.register(_CAPTURE, _capture_attention)
+
+
+@contextlib.contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@torch.no_grad()
+def queries_and_keys(attention: Any, x_BSD: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, float]:
+    """Q [B, H, S, d], K [B, G, S, d] and the scaling with which `attention` meets its attention function.
+
+    Args:
+        attention: a `self_attn` module that dispatches through transformers' `AttentionInterface`.
+        x_BSD: its input.
+        kwargs: its other arguments (position embeddings, mask).
+    """
+    config = attention.config
+    attention.config = copy.copy(config)
+    attention.config._attn_implementation = _CAPTURE
+    try:
+        with _without_dropout(attention):
+            attention(hidden_states=x_BSD, **kwargs)
+    except _Captured as captured:
+        return captured.args  # type: ignore[return-value]
+    finally:
+        attention.config = config
+    raise AssertionError(f"{type(attention).__name__} does not dispatch through AttentionInterface.")
+
+
+@torch.no_grad()
+def mlp_intermediate(mlp: Any, down_proj: str, x_BSD: Tensor) -> Tensor:
+    """The input of the MLP's last projection for `x_BSD`: [B, S, intermediate width]."""
+
+    def capture(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _Captured(args[0])
+
+    hook = getattr(mlp, down_proj).register_forward_pre_hook(capture, prepend=True)
+    try:
+        with _without_dropout(mlp):
+            mlp(x_BSD)
+    except _Captured as captured:
+        return captured.args[0]
+    finally:
+        hook.remove()
+    raise AssertionError(f"{type(mlp).__name__} does not call its {down_proj}.")
+
+
+def allowed_pairs(mask_B1SS: Tensor) -> Tensor:
+    """Bool [B, 1, S, S], True where a query may look at a key, of a bool or an additive attention mask."""
+    return mask_B1SS if mask_B1SS.dtype == torch.bool else mask_B1SS == 0
+
+
+@torch.no_grad()
+def attention_scores(
+    q_BHSd: Tensor, k_BGSd: Tensor, scaling: float, mask_B1SS: Tensor | None, block_size: int
+) -> Tensor:
+    """score(n) of the module's docstring for each whole block: [B, N] float32.
+
+    Args:
+        mask_B1SS: the layer's attention mask, bool or additive; None is plain causal.
+    """
+    batch, heads, seq_len, width = q_BHSd.shape
+    groups = k_BGSd.shape[1]
+    blocks = seq_len // block_size
+    rows = block_size * max(1, QUERY_ROWS // block_size)
+    scores_BN = torch.zeros(batch, -(-seq_len // block_size), device=q_BHSd.device)
+    for start in range(0, seq_len, rows):
+        stop = min(start + rows, seq_len)
+        q = q_BHSd[:, :, start:stop].reshape(batch, groups, -1, width)
+        map_Brs = (q @ k_BGSd[:, :, :stop].transpose(2, 3)).relu_().view(batch, heads, stop - start, stop)
+        map_Brs = map_Brs.sum(1, dtype=torch.float32).mul_(scaling / heads)
+        if mask_B1SS is None:
+            map_Brs.tril_(start)
+        else:
+            map_Brs *= allowed_pairs(mask_B1SS[:, 0, start:stop, :stop])
+        pad = -stop % block_size  # only the last query rows and keys can be a part of a block
+        map_Brs = nn.functional.pad(map_Brs, (0, pad, 0, pad))
+        pooled = map_Brs.unflatten(1, (-1, block_size)).unflatten(3, (-1, block_size)).amax((2, 4))
+        scores_BN[:, : pooled.shape[2]] += pooled.sum(1)
+    return scores_BN[:, :blocks]
+
+
+def score_positions(blocks: int, block_size: int, count: int, device: torch.device) -> Tensor:
+    """Positions [N * c] of the c = min(count, block_size) evenly spaced tokens of each of the whole blocks."""
+    count = min(count, block_size)
+    offsets = torch.arange(count, device=device) * block_size // count
+    return (torch.arange(blocks, device=device)[:, None] * block_size + offsets).flatten()
+
+
+@torch.no_grad()
+def mlp_scores(intermediate_BPI: Tensor, valid_BP: Tensor | None, blocks: int) -> Tensor:
+    """Mean magnitude per block, [B, N] float32, from P = N * c sampled tokens; padding does not count.
+
+    Args:
+        intermediate_BPI: intermediate activations of the sampled tokens, block after block.
+        valid_BP: False at padding; None when there is none.
+    """
+    token_BP = intermediate_BPI.abs().mean(-1, dtype=torch.float32)
+    if valid_BP is None:
+        return token_BP.unflatten(1, (blocks, -1)).mean(-1)
+    counts = valid_BP.unflatten(1, (blocks, -1)).sum(-1)
+    return (token_BP * valid_BP).unflatten(1, (blocks, -1)).sum(-1) / counts.clamp(min=1)

@@ -1,0 +1,243 @@
+"""Put LeMo onto a model's layers and head, and take it off again.
+
+A patched decoder layer becomes an instance of a subclass of its own class (same name, same module), as FSDP2
+does it: whichever of `forward` and `__call__` the installed transformers wraps for gradient checkpointing,
+the patch runs inside the checkpoint. The causal LM gets an instance `forward` that adds the segment-wise loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import CausalLM, find_causal_lm
+from .config import LemoConfig
+from .elimination import BlockPlan, EliminatingLayer
+from .loss import segmented_cross_entropy, shift
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LemoReport:
+    """What was patched, and what the last training batch kept.
+
+    Args:
+        config: the configuration in force.
+        model_type: transformers' name of the architecture.
+        total_layers: decoder layers of the model.
+        patched_layers: indices of those that leave tokens out.
+        active: False runs dense although patched (warm-up).
+        seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
+        kept_tokens: how many of them each patched layer computed.
+    """
+
+    config: LemoConfig
+    model_type: str
+    total_layers: int
+    patched_layers: tuple[int, ...]
+    active: bool = True
+    seq_len: int = 0
+    kept_tokens: int = 0
+    undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the tokens that a patched layer computed in the last training batch."""
+        return self.kept_tokens / self.seq_len if self.seq_len else 1.0
+
+    def __str__(self) -> str:
+        return f"LeMo patched {len(self.patched_layers)} of {self.total_layers} layers"
+
+    def plan(self, seq_len: int) -> BlockPlan | None:
+        """What a patched layer keeps of a training batch; None is everything."""
+        plan = BlockPlan.of(seq_len, self.config)
+        dense = plan.keeps_all or not self.active
+        self.seq_len, self.kept_tokens = seq_len, seq_len if dense else plan.kept_tokens
+        return None if dense else plan
+
+
+def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
+    """Make the training steps of `model` leave uninformative tokens out.
+
+    Evaluation and generation (`model.eval()`) stay dense. In training with labels, and with
+    `config.loss_segment` above 0, the output's `logits` are None.
+
+    Args:
+        model: a causal LM of a supported architecture, plain or wrapped by PEFT.
+        config: which tokens are kept, where and when.
+
+    Raises:
+        ValueError: the model is patched already, or it cannot be (architecture, attention implementation,
+            a head that the segment-wise loss cannot read).
+    """
+    parts = find_causal_lm(model)
+    if hasattr(parts.model, "_lemo"):
+        raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
+    if config.loss_segment:
+        _check_head(parts)
+    report = LemoReport(
+        config, parts.model.config.model_type, len(parts.layers), config.resolve_layers(len(parts.layers))
+    )
+    eliminate = EliminatingLayer(parts.architecture, config)
+    for index in report.patched_layers:
+        _patch_layer(parts.layers[index], eliminate, report)
+    _patch_causal_lm(parts, report)
+    logger.info("%s", report)
+    return report
+
+
+def remove_lemo(model: nn.Module) -> None:
+    """Give every patched part of `model` its own class and `forward` back. Does nothing where none is patched."""
+    report = getattr(find_causal_lm(model).model, "_lemo", None)
+    while report is not None and report.undo:
+        report.undo.pop()()
+
+
+@functools.cache
+def _eliminating_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        plan = self._lemo_report.plan(hidden_states.shape[1]) if self.training else None
+        if plan is not None:
+            output: Tensor = self._lemo_eliminate(
+                self, hidden_states, attention_mask, position_ids, position_embeddings, plan, **kwargs
+            )
+            return output
+        return layer_class.forward(
+            self,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+    namespace = {
+        "forward": forward,
+        "__module__": layer_class.__module__,
+        "__qualname__": layer_class.__qualname__,
+    }
+    return type(layer_class.__name__, (layer_class,), namespace)
+
+
+def _patch_layer(layer: Any, eliminate: EliminatingLayer, report: LemoReport) -> None:
+    original = layer.__class__
+    layer._lemo_eliminate, layer._lemo_report = eliminate, report
+    layer.__class__ = _eliminating_class(original)
+
+    def undo() -> None:
+        layer.__class__ = original
+        del layer._lemo_eliminate, layer._lemo_report
+
+    report.undo.append(undo)
+
+
+def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
+    model = parts.model
+    own_forward = model.__dict__.get("forward")  # accelerate's mixed precision puts one there
+    forward = model.forward
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def lemo_forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs)
+        if not model.training or not hasattr(model, "_lemo"):
+            return forward(*args, **kwargs)
+        if arguments.arguments.get("past_key_values") is not None:
+            raise ValueError("LeMo trains on whole sequences: `past_key_values` must be None, got a cache.")
+        arguments.arguments["use_cache"] = False
+        if arguments.arguments.get("labels") is None or not report.config.loss_segment:
+            return forward(*arguments.args, **arguments.kwargs)
+        return _forward_with_segmented_loss(parts, forward, arguments, report.config.loss_segment)
+
+    model.forward = lemo_forward
+    model._lemo = report
+
+    def undo() -> None:
+        # Where somebody wrapped lemo_forward since, it stays inside and hands every call on.
+        if model.__dict__.get("forward") is lemo_forward:
+            del model.forward
+            if own_forward is not None:
+                model.forward = own_forward
+        del model._lemo
+
+    report.undo.append(undo)
+
+
+def _forward_with_segmented_loss(
+    parts: CausalLM, forward: Callable[..., Any], arguments: inspect.BoundArguments, segment: int
+) -> Any:
+    """The model's own forward without labels and logits, then the loss on the decoder's last hidden state."""
+    extra = arguments.arguments.get("kwargs", {})
+    labels = arguments.arguments.pop("labels")
+    num_items, shift_labels = extra.pop("num_items_in_batch", None), extra.pop("shift_labels", None)
+    return_tuple = extra.pop("return_dict", True) is False
+    arguments.arguments["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
+    seen: dict[str, Any] = {}
+
+    def keep_hidden_state(module: nn.Module, args: Any, output: Any) -> None:
+        device_type = output.last_hidden_state.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        seen["hidden"] = output.last_hidden_state
+        seen["dtype"] = torch.get_autocast_dtype(device_type) if autocast else seen["hidden"].dtype
+
+    hook = parts.decoder.register_forward_hook(keep_hidden_state)
+    try:
+        output = forward(*arguments.args, **arguments.kwargs)
+    finally:
+        hook.remove()
+
+    hidden_BSD, dtype = seen["hidden"], seen["dtype"]
+    if labels.shape != hidden_BSD.shape[:2]:
+        raise ValueError(
+            f"`labels` must have the shape of the input, {tuple(hidden_BSD.shape[:2])}, "
+            f"got {tuple(labels.shape)}."
+        )
+    shift_labels = shift(labels) if shift_labels is None else shift_labels
+    head: Any = parts.head
+    config = parts.model.config.get_text_config()
+    output.loss = segmented_cross_entropy(
+        hidden_BSD.flatten(0, 1).to(dtype),
+        head.weight.to(dtype),
+        shift_labels.flatten().to(hidden_BSD.device),
+        bias_V=None if head.bias is None else head.bias.to(dtype),
+        segment=segment,
+        num_items=num_items,
+        scale=1 / getattr(config, "logits_scaling", 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    output.logits = None
+    return output.to_tuple() if return_tuple else output
+
+
+def _check_head(parts: CausalLM) -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if not isinstance(parts.head, nn.Linear) or not parts.head.weight.is_floating_point():
+        raise ValueError(
+            f"The segment-wise loss needs a plain nn.Linear as output head, got {type(parts.head).__name__} "
+            "(LoRA or modules_to_save on lm_head?); leave the head out or set loss_segment=0."
+        )
+    if parts.model.loss_function is not ForCausalLMLoss:
+        raise ValueError(
+            f"The segment-wise loss stands in for transformers' ForCausalLMLoss, and {type(parts.model).__name__} "
+            "uses another loss; set loss_segment=0."
+        )
