@@ -1,0 +1,162 @@
+"""Where each architecture keeps its MLP neurons: in the module tree and in the checkpoint.
+
+A neuron is one row of the selector (`gate_proj`, or `fc1` where there is no gate), one row of `up_proj` where
+there is one, and one column of `down_proj` / `fc2`. Permuting all of them together leaves the MLP's function
+unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers.activations import ReLUSquaredActivation
+
+Role = Literal["selector", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of an MLP.
+
+    Attributes:
+        linear: name of the module that holds its weight.
+        neuron_axis: axis of the weight along which neurons lie.
+        half: which half of that axis is meant, where one weight holds two projections.
+    """
+
+    linear: str
+    neuron_axis: int
+    half: Literal[0, 1] | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """This projection's part of a weight or, for a vector, of a bias."""
+        axis = self.neuron_axis if weight.dim() > 1 else 0
+        return weight if self.half is None else weight.chunk(2, axis)[self.half]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to find and run the MLPs of a family of models.
+
+    Attributes:
+        layers: name of the list of layers.
+        mlp: name of the MLP in a layer; "" where its linears lie in the layer itself.
+        selector, up, down: the projections; `up` is None for a plain two-layer MLP.
+        activation: name of the activation module beside the linears.
+    """
+
+    layers: str
+    mlp: str
+    selector: Projection
+    up: Projection | None
+    down: Projection
+    activation: str
+
+    @property
+    def projections(self) -> dict[Role, Projection]:
+        found: dict[Role, Projection] = {"selector": self.selector, "down": self.down}
+        return found if self.up is None else {**found, "up": self.up}
+
+    @property
+    def bundle(self) -> tuple[Role, ...]:
+        """The projections in the order of a bundle's rows; all but the last select."""
+        return ("selector", "down") if self.up is None else ("selector", "up", "down")
+
+    def tensor_pattern(self) -> re.Pattern[str]:
+        """Matches the names of MLP tensors; groups: layer, linear, "weight" or "bias"."""
+        linears = "|".join(sorted({projection.linear for projection in self.projections.values()}))
+        inner = rf"{self.mlp}\." if self.mlp else ""
+        return re.compile(rf"(?:^|.*\.){self.layers}\.(\d+)\.{inner}({linears})\.(weight|bias)$")
+
+    def find(self, model: nn.Module) -> list[MLPSite]:
+        """The MLPs of `model`, layer by layer."""
+        container = rf"(?:^|.*\.){self.layers}\.(\d+)" + (rf"\.{self.mlp}" if self.mlp else "")
+        sites = []
+        for name, module in model.named_modules():
+            if re.fullmatch(container, name) and hasattr(module, self.down.linear):
+                sites.append(MLPSite(name, module, self))
+        return sites
+
+
+@dataclass(frozen=True)
+class MLPSite:
+    """One MLP of a model: the module that holds its linears, and its dotted name."""
+
+    name: str
+    container: nn.Module
+    architecture: Architecture
+
+    def linear(self, role: Role) -> nn.Module:
+        return getattr(self.container, self.architecture.projections[role].linear)
+
+    @property
+    def activation(self) -> nn.Module:
+        return getattr(self.container, self.architecture.activation)
+
+    @property
+    def has_exact_zeros(self) -> bool:
+        """Whether the activation makes inactive neurons exactly zero, so that leaving them out is exact."""
+        return isinstance(self.activation, (nn.ReLU, ReLUSquaredActivation))
+
+    def replace(self, model: nn.Module, streaming: nn.Module) -> None:
+        """Put `streaming`, a map from hidden states to hidden states, in the MLP's place."""
+        if self.architecture.mlp:
+            parent, _, name = self.name.rpartition(".")
+            setattr(model.get_submodule(parent), name, streaming)
+        else:
+            setattr(self.container, self.architecture.selector.linear, streaming)
+            setattr(self.container, self.architecture.activation, nn.Identity())
+            setattr(self.container, self.architecture.down.linear, nn.Identity())
+
+
+_GATED = Architecture(
+    layers="layers",
+    mlp="mlp",
+    selector=Projection("gate_proj", 0),
+    up=Projection("up_proj", 0),
+    down=Projection("down_proj", 1),
+    activation="act_fn",
+)
+_OPT = Architecture(
+    layers="layers",
+    mlp="",
+    selector=Projection("fc1", 0),
+    up=None,
+    down=Projection("fc2", 1),
+    activation="activation_fn",
+)
+_GPT_NEOX = Architecture(
+    layers="layers",
+    mlp="mlp",
+    selector=Projection("dense_h_to_4h", 0),
+    up=None,
+    down=Projection("dense_4h_to_h", 1),
+    activation="act",
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _GATED,
+    "mistral": _GATED,
+    "qwen2": _GATED,
+    "qwen3": _GATED,
+    "opt": _OPT,
+    "gpt_neox": _GPT_NEOX,
+}
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The entry for a config's `model_type`.
+
+    Raises:
+        ValueError: the type is not in the table.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"Ripple should know where a model keeps its MLP neurons: it looked for the model type "
+            f"{model_type!r} and knows {', '.join(sorted(ARCHITECTURES))}; "
+            "add an entry to ripple_loader.architectures.ARCHITECTURES."
+        )
+    return ARCHITECTURES[model_type]

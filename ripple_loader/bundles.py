@@ -1,0 +1,202 @@
+"""Write, open and check a sidecar; make bundles and sketches of a layer's weights.
+
+Dimension key: R rows of a bundle, S = R - 1 rows that select, N neurons, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ripple_loader.config import check_keys
+from ripple_loader.sidecar import (
+    BLOCK,
+    CHECKSUM_CHUNK,
+    SIDECAR,
+    VERSION,
+    Array,
+    SidecarHeader,
+    Vectors,
+    align,
+)
+
+HEADER_LIMIT = 100 << 20  # safetensors' own
+
+
+def pack_bundles(rows_RNH: list[Tensor], stride: int) -> Array:
+    """Interleave the rows of each neuron: uint8, shape (N, stride), zero-padded."""
+    bundles_NRH = torch.stack(rows_RNH, dim=1).contiguous()
+    data = bundles_NRH.view(torch.uint8).numpy().reshape(len(bundles_NRH), -1)
+    return np.pad(data, ((0, 0), (0, stride - data.shape[1])))
+
+
+def sketch_rows(weight_NH: Tensor) -> tuple[Array, Array, Array]:
+    """Round each row to int8 with one scale.
+
+    Returns:
+        The rounded rows (int8, NH), the value of a step (float32, N), and the norm of the rounding error
+        (float32, N), by which |w.x - sketch.x| <= error |x| (Cauchy-Schwarz).
+    """
+    weight_NH = weight_NH.float()
+    scale_N = weight_NH.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    rounded_NH = (weight_NH / scale_N[:, None]).round()
+    error_N = (weight_NH - rounded_NH * scale_N[:, None]).norm(dim=1)
+    return rounded_NH.to(torch.int8).numpy(), scale_N.numpy(), error_N.numpy()
+
+
+class SidecarWriter:
+    """Writes a sidecar front to back, a layer at a time.
+
+    Args:
+        path: the file to make.
+        header: all that its sizes follow from.
+    """
+
+    def __init__(self, path: Path, header: SidecarHeader) -> None:
+        self.header, self.layout = header, header.layout()
+        self._file = path.open("wb")
+        self._file.write(self.layout.container)
+        self._chunk, self._crc, self._left = [zlib.crc32(self.layout.container)], 0, CHECKSUM_CHUNK
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._left < CHECKSUM_CHUNK:
+                    self._chunk.append(self._crc)
+                self._file.write(np.array(self._chunk, "<u4").tobytes())
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                assert self._file.tell() == self.layout.file_bytes
+        finally:
+            self._file.close()
+
+    def write_layer(self, rows_RNH: list[Tensor], biases: dict[int, Tensor], permutation_N: Array) -> None:
+        """Append one layer.
+
+        Args:
+            rows_RNH: its bundle rows, each (N, H), already in placement order.
+            biases: bias of each row that has one, in placement order; the last row's is the output's.
+            permutation_N: the model's own index of the neuron at each place.
+        """
+        N, H, S = self.header.neurons, self.header.hidden, self.header.rows - 1
+        self._write(pack_bundles(rows_RNH, self.header.stride))
+        sketches, scales, errors = zip(*map(sketch_rows, rows_RNH[:S]), strict=True)
+        self._write(np.stack(sketches))
+        bias_SN = [biases[row].float().numpy() if row in biases else np.zeros(N) for row in range(S)]
+        down_bias_H = biases[S].float().numpy() if S in biases else np.zeros(H)
+        vectors = Vectors(np.stack(bias_SN), down_bias_H, np.stack(scales), np.stack(errors))
+        self._write(np.frombuffer(vectors.pack(), np.uint8))
+        self._write(permutation_N.astype("<i4"))
+
+    def _write(self, array: Array) -> None:
+        """Append one section, padded to a block."""
+        data = np.ascontiguousarray(array).data.cast("B")
+        for part in (data, memoryview(bytes(align(len(data)) - len(data)))):
+            self._file.write(part)
+            while len(part):
+                taken, part = part[: self._left], part[self._left :]
+                self._crc = zlib.crc32(taken, self._crc)
+                self._left -= len(taken)
+                if not self._left:
+                    self._chunk.append(self._crc)
+                    self._crc, self._left = 0, CHECKSUM_CHUNK
+
+
+class Sidecar:
+    """A sidecar opened for looking things up; the weights are read by `reader.Reader`.
+
+    Raises:
+        FileNotFoundError: the directory has no sidecar.
+        ValueError: the file is damaged, cut short, or of another version.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory) / SIDECAR
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{directory} should hold {SIDECAR}, but does not: make a streaming copy of the model with "
+                f"`ripple reorder {directory} --calibration TEXT --out NEW_DIRECTORY` and load that."
+            )
+        self.header = self._read_header()
+        self.layout = self.header.layout()
+        with self.path.open("rb") as file:
+            container = file.read(len(self.layout.container))
+        if container != self.layout.container:
+            raise self._damaged(0, "its table of sections does not follow from its description")
+        if (size := self.path.stat().st_size) != self.layout.file_bytes:
+            raise self._damaged(size, f"it should have {self.layout.file_bytes} bytes")
+
+    def _damaged(self, offset: int, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged at byte {offset}: {reason}; reorder the model again.")
+
+    def _read_header(self) -> SidecarHeader:
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(HEADER_LIMIT, self.path.stat().st_size - 8):
+                raise self._damaged(0, f"it claims a header of {length} bytes")
+            text = file.read(length)
+        try:
+            fields: dict[str, Any] = json.loads(json.loads(text)["__metadata__"]["ripple"])
+            version = fields["version"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self._damaged(8, "its header cannot be read") from None
+        if version != VERSION:
+            raise ValueError(
+                f"{self.path} has format version {version!r}, this package reads version {VERSION}: "
+                "reorder the model again or install the matching package."
+            )
+        try:
+            check_keys(fields, SidecarHeader.__dataclass_fields__, "a sidecar header")
+            header = SidecarHeader(**fields)
+            if header.layers > length:
+                raise ValueError(f"{header.layers} layers do not fit in it")
+            return header
+        except (ValueError, TypeError) as error:
+            raise self._damaged(8, f"its header is not valid: {error}") from None
+
+    def section(self, layer: int, kind: str) -> tuple[int, int]:
+        """Byte offset and unpadded size of a layer's section."""
+        return self.layout.offsets[f"layers.{layer}.{kind}"], self.header.section_bytes()[kind]
+
+    def permutation(self, layer: int) -> Array:
+        """int32, shape (N,): the model's own index of the neuron at each place."""
+        offset, _ = self.section(layer, "permutation")
+        return np.fromfile(self.path, "<i4", self.header.neurons, offset=offset)
+
+    def bundle_rows(self, layer: int, place: int) -> Tensor:
+        """One neuron's bundle, shape (R, H)."""
+        header = self.header
+        offset = self.section(layer, "bundles")[0] + place * header.stride
+        data = np.fromfile(self.path, np.uint8, header.bundle_bytes, offset=offset)
+        return torch.from_numpy(data).view(header.torch_dtype).view(header.rows, header.hidden)
+
+    def chunks(self) -> Iterator[tuple[int, bytes]]:
+        """The checksummed parts in order: byte offset and bytes."""
+        with self.path.open("rb") as file:
+            yield 0, file.read(len(self.layout.container))
+            while (offset := file.tell()) < self.layout.checksums_at:
+                yield offset, file.read(min(CHECKSUM_CHUNK, self.layout.checksums_at - offset))
+
+    def verify(self) -> None:
+        """Check every checksum; ValueError names the first damaged MiB."""
+        expected = np.fromfile(self.path, "<u4", offset=self.layout.checksums_at)
+        for crc, (offset, data) in zip(expected, self.chunks(), strict=True):
+            if zlib.crc32(data) != crc:
+                raise self._damaged(offset, f"the next {len(data)} bytes do not match their checksum")
+
+
+assert CHECKSUM_CHUNK % BLOCK == 0

@@ -1,0 +1,180 @@
+"""The two configurations: `ReorderConfig` for the offline stage, `RippleConfig` for the loader."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+Placement = Literal["identity", "random", "frequency", "linked"]
+CachePolicy = Literal["s3fifo", "lru"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: int | str, name: str, *, total: int | None = None) -> int:
+    """Bytes meant by `size`: a number of bytes, "512MiB", "2GB" or, where `total` is given, "25%" of it.
+
+    Raises:
+        ValueError: `size` is none of these, or not positive.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMG]?i?B)?\s*", str(size), re.IGNORECASE):
+        number, unit = float(match[1]), (match[2] or "").upper()
+        if unit == "%" and total is not None and 0 < number <= 100:
+            return int(total * number / 100)
+        if unit in _UNITS and number * _UNITS[unit] >= 1:
+            return int(number * _UNITS[unit])
+    ways = 'a positive number of bytes or a size such as "512MiB"'
+    ways += ' or a share such as "25%" (at most 100%)' if total is not None else ""
+    raise ValueError(f"`{name}` should be {ways}, got {size!r}.")
+
+
+def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` should be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_share(value: float, name: str) -> None:
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` should be above 0 and at most 1, got {value!r}.")
+
+
+def _check_count(value: int, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` should be a positive whole number, got {value!r}.")
+
+
+def check_keys(given: Iterable[str], valid: Iterable[str], what: str) -> None:
+    """Raise a ValueError that names the first unknown key and the valid keys closest to it."""
+    valid = sorted(valid)
+    for key in given:
+        if key not in valid:
+            close = difflib.get_close_matches(str(key), valid, n=3) or valid
+            raise ValueError(f"{what} has no key {key!r}; did you mean {', '.join(close)}?")
+
+
+def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The sections of a YAML recipe: "reorder" and "load", each optional.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, not a mapping, or has an unknown section.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} should be a YAML recipe, but there is no such file.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} should be YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(recipe, dict) or not all(isinstance(part, dict) for part in recipe.values()):
+        raise ValueError(f"{path} should map the sections `reorder` and `load` to their options.")
+    check_keys(recipe, ("load", "reorder"), str(path))
+    return recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReorderConfig:
+    """How `reorder` traces a model and places its neurons.
+
+    Attributes:
+        placement: order of the neurons on disk. "linked" is Ripple's greedy linking of co-activated neurons;
+            "frequency" sorts by how often each is active; "identity" keeps the model's order; "random".
+        tokens: calibration tokens to trace; an eighth of them is held back to estimate reads per token.
+        sequence_length: tokens of one calibration sequence.
+        active_share: share of a layer's neurons that counts as active per token where the activation has no
+            exact zeros (SiLU, GELU); use the `keep` you will run with. ReLU models ignore it.
+        partners: co-activation partners kept for each neuron when linking.
+        seed: seed of the random placement.
+    """
+
+    placement: Placement = "linked"
+    tokens: int = 8192
+    sequence_length: int = 512
+    active_share: float = 0.5
+    partners: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice(self.placement, "placement", get_args(Placement))
+        _check_share(self.active_share, "active_share")
+        for name in ("tokens", "sequence_length", "partners"):
+            _check_count(getattr(self, name), name)
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Self:
+        """Build from a plain mapping; ValueError for an unknown key."""
+        check_keys(options, (field.name for field in fields(cls)), cls.__name__)
+        return cls(**options)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Build from the `reorder` section of a recipe, leaving out the paths that the CLI takes from it."""
+        options = read_recipe(path).get("reorder", {})
+        paths = ("model", "calibration", "out")
+        return cls.from_options({key: value for key, value in options.items() if key not in paths})
+
+
+@dataclass(kw_only=True)
+class RippleConfig(QuantizationConfigMixin):
+    """How a reordered checkpoint is loaded: `from_pretrained(dir, quantization_config=RippleConfig(...))`.
+
+    Treat an instance as frozen; transformers' base class rules out `frozen=True`.
+
+    Attributes:
+        dram_budget: most memory that Ripple holds for the streamed MLPs: buffers, resident gate rows, and the
+            neuron cache. Bytes, a size ("2GiB") or a share of the streamed weights ("25%"). What the rest of
+            the model holds (embeddings, attention, KV cache) is not part of it.
+        keep: share of each layer's neurons computed per token, those with the largest estimated contribution.
+            1.0 is exact: a ReLU model then reads only its active neurons, others read all of them.
+        merge_gap: unneeded bytes worth reading to join two reads; about the drive's bandwidth / IOPS.
+        buffer: size of one read buffer; there are two.
+        io_threads: reads in flight.
+        cache: eviction policy of the neuron cache; "s3fifo" admits long runs rarely, "lru" admits everything.
+        verify: check every checksum of the sidecar before loading (reads it once).
+    """
+
+    quant_method: str = "ripple"  # the key of transformers' registry
+    dram_budget: int | str = "50%"
+    keep: float = 1.0
+    merge_gap: int | str = "16KiB"
+    buffer: int | str = "4MiB"
+    io_threads: int = 8
+    cache: CachePolicy = "s3fifo"
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quant_method != "ripple":
+            raise ValueError(f'`quant_method` should be "ripple", got {self.quant_method!r}.')
+        parse_size(self.dram_budget, "dram_budget", total=1)
+        parse_size(self.buffer, "buffer")
+        if self.merge_gap != 0:
+            parse_size(self.merge_gap, "merge_gap")
+        _check_share(self.keep, "keep")
+        _check_count(self.io_threads, "io_threads")
+        _check_choice(self.cache, "cache", get_args(CachePolicy))
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Self:
+        """Build from a plain mapping; ValueError for an unknown key."""
+        check_keys(options, (field.name for field in fields(cls)), cls.__name__)
+        return cls(**options)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """transformers' constructor from the dict form and from config.json."""
+        config = cls.from_options({**config_dict, **kwargs})
+        return (config, {}) if return_unused_kwargs else config
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Build from the `load` section of a recipe."""
+        return cls.from_options(read_recipe(path).get("load", {}))

@@ -1,0 +1,176 @@
+"""The sidecar's format: what `neurons.ripple` holds and where.
+
+It is a safetensors container (a format whose reader is fuzzed elsewhere and which any safetensors tool can
+list) under a name that no loader takes for weights. Its sections are byte tensors that start and end on a
+4096-byte boundary, as O_DIRECT wants:
+
+    layers.I.bundles      one bundle a neuron, in placement order: [gate | up | down^T], or [fc1 | fc2^T]
+    layers.I.sketch       int8 copy of the rows that select: gate and up, or fc1
+    layers.I.vectors      float32 biases and sketch scales, see `Vectors`
+    layers.I.permutation  int32: the model's own index of the neuron at each place
+    checksums             uint32: CRC-32 of the container's header, then of each MiB of the sections before
+
+Dimension key: R rows of a bundle (3 with a gate, 2 without), S = R - 1 rows that select, N neurons, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+SIDECAR = "neurons.ripple"
+VERSION = 1
+BLOCK = 4096
+CHECKSUM_CHUNK = 1 << 20
+MAX_PADDING = 4 / 3
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Array = npt.NDArray[Any]
+
+
+def align(size: int) -> int:
+    """`size` rounded up to a whole number of blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
+@dataclass(frozen=True, kw_only=True)
+class SidecarHeader:
+    """What a sidecar says about itself.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        layers, neurons, hidden: MLPs in the model, neurons in each (N), hidden size (H).
+        rows: rows of a bundle (R): 3 with a gate, 2 without.
+        dtype: of the stored weights: "F32", "F16" or "BF16".
+        exact_zeros: whether the activation zeroes inactive neurons, which makes sparse reads exact.
+        checkpoint: fingerprint of the weight files beside the sidecar.
+        base: SHA-256 of each weight file of the model that was reordered.
+        profile: how the order was found: placement, calibration tokens, activity, expected reads.
+        version: of this format.
+    """
+
+    model_type: str
+    layers: int
+    neurons: int
+    hidden: int
+    rows: int
+    dtype: str
+    exact_zeros: bool
+    checkpoint: str
+    base: dict[str, str]
+    profile: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "neurons", "hidden"):
+            if type(getattr(self, name)) is not int or not 0 < getattr(self, name) < 1 << 31:
+                raise ValueError(f"`{name}` should be a positive int32, got {getattr(self, name)!r}")
+        if self.rows not in (2, 3):
+            raise ValueError(f"`rows` should be 2 or 3, got {self.rows!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` should be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def bundle_bytes(self) -> int:
+        return self.rows * self.hidden * self.torch_dtype.itemsize
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one bundle to the next: padded to the block, unless that would add more than a third."""
+        padded = align(self.bundle_bytes)
+        return padded if padded <= MAX_PADDING * self.bundle_bytes else self.bundle_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the MLP weights that are streamed instead of loaded."""
+        return self.layers * self.neurons * self.bundle_bytes
+
+    def section_bytes(self) -> dict[str, int]:
+        """Unpadded size of each section of one layer, in file order."""
+        return {
+            "bundles": self.neurons * self.stride,
+            "sketch": (self.rows - 1) * self.neurons * self.hidden,
+            "vectors": 4 * Vectors.size(self.rows, self.neurons, self.hidden),
+            "permutation": 4 * self.neurons,
+        }
+
+    def layout(self) -> Layout:
+        """Where everything lies in the file."""
+        entries: dict[str, Any] = {"__metadata__": {"ripple": json.dumps(asdict(self))}}
+        starts, end = {}, 0
+        for layer in range(self.layers):
+            for kind, size in self.section_bytes().items():
+                name, start, end = f"layers.{layer}.{kind}", end, end + align(size)
+                entries[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+                starts[name] = start
+        checksums = 1 + -(-end // CHECKSUM_CHUNK)
+        spot = [end, end + 4 * checksums]
+        entries["checksums"] = {"dtype": "U32", "shape": [checksums], "data_offsets": spot}
+        text = json.dumps(entries).encode()
+        text = text.ljust(align(len(text) + 8) - 8)
+        container = struct.pack("<Q", len(text)) + text
+        offsets = {name: len(container) + start for name, start in starts.items()}
+        return Layout(container, offsets, len(container) + end, checksums)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places in a sidecar file.
+
+    Attributes:
+        container: the safetensors header that the file starts with.
+        offsets: byte offset of each section.
+        checksums_at, checksums: byte offset and number of the checksums, which end the file.
+    """
+
+    container: bytes
+    offsets: dict[str, int]
+    checksums_at: int
+    checksums: int
+
+    @property
+    def file_bytes(self) -> int:
+        return self.checksums_at + 4 * self.checksums
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The small numbers of a layer, float32; absent biases are zeros.
+
+    Attributes:
+        bias: biases of the rows that select, shape (S, N).
+        down_bias: bias of the output, shape (H,).
+        scale: float value of one step of the int8 sketch, shape (S, N).
+        error: Euclidean norm of what the sketch rounds away of each row, shape (S, N).
+    """
+
+    bias: Array
+    down_bias: Array
+    scale: Array
+    error: Array
+
+    @staticmethod
+    def size(rows: int, neurons: int, hidden: int) -> int:
+        return 3 * (rows - 1) * neurons + hidden
+
+    def pack(self) -> bytes:
+        parts = [np.asarray(getattr(self, part.name), np.float32).ravel() for part in fields(self)]
+        return np.concatenate(parts).tobytes()
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview, rows: int, neurons: int, hidden: int) -> Self:
+        SN = (rows - 1) * neurons
+        numbers = np.frombuffer(data, np.float32, cls.size(rows, neurons, hidden))
+        bias, down, scale, error = np.split(numbers, [SN, SN + hidden, 2 * SN + hidden])
+        shape = (rows - 1, neurons)
+        return cls(bias.reshape(shape), down, scale.reshape(shape), error.reshape(shape))
