@@ -1,0 +1,126 @@
+"""The torch.compile backend "ollie": Inductor with derived operators spliced into its joint graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from ollie_compile import plan as plans
+from ollie_compile.config import OllieConfig
+from ollie_compile.operators import Convolution, recognize
+from ollie_compile.report import Report
+
+_SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.rglob("*.py")))
+
+
+class DerivationPass(CustomGraphPass):
+    """Replaces the convolutions of an aten graph by their best derived programs.
+
+    As Inductor's `joint_custom_pre_pass` it runs before the partitioner in training, whose backward it
+    leaves untouched, and before constant folding in inference. `before` are the user's own passes.
+    """
+
+    def __init__(self, config: OllieConfig, report: Report, before: Sequence[CustomGraphPass]) -> None:
+        self.config, self.report, self.before = config, report, before
+
+    def uuid(self) -> Any:
+        theirs = [custom.uuid() for custom in self.before]
+        decisive = (asdict(self.config), torch.get_num_threads(), theirs)
+        return None if None in theirs else get_hash_for_files(_SOURCES, repr(decisive))
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for custom in self.before:
+            custom(graph)
+        found = [
+            (node, recognize(node))
+            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
+        ]
+        distinct = dict.fromkeys(operator for _, operator in found if isinstance(operator, Convolution))
+        stop = time.perf_counter() + self.config.budget_s
+        for done, operator in enumerate(distinct):
+            # What an operator leaves of its share goes to those after it.
+            share = (stop - time.perf_counter()) / (len(distinct) - done)
+            plans.plan(operator, self.config, share)
+        for node, operator in found:
+            if isinstance(operator, str):
+                self.report.left(node.name, operator)
+                continue
+            made = plans.plan(operator, self.config, 0.0)
+            self.report.planned(node.name, made)
+            if made.winner is not None:
+                _splice(graph, node, operator, made.winner.program)
+
+
+def _splice(graph: fx.Graph, node: fx.Node, operator: Convolution, program: Any) -> None:
+    """Put the aten calls of `program` in the place of a convolution."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    finished = operator.finished(program)
+
+    def with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result = finished(x, weight)
+        return result if bias is None else result + bias.view(-1, *[1] * len(operator.stride))
+
+    operands = node.args[:3]
+    values = [None if operand is None else operand.meta["val"] for operand in operands]
+    with node.meta["val"].fake_mode:
+        traced = make_fx(with_bias, decomposition_table=select_decomp_table())(*values)
+    places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+    with graph.inserting_before(node):
+        result = graph.graph_copy(traced.graph, places)
+    node.replace_all_uses_with(result, propagate_meta=False)
+    graph.erase_node(node)
+
+
+def ollie(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """The backend that `torch.compile(model, backend="ollie")` finds through its entry point.
+
+    Args:
+        mode: a mode of Inductor, as in torch.compile.
+        options: fields of `OllieConfig`; "inductor" may hold a dict of Inductor's own options.
+
+    Raises:
+        ValueError: an unknown option, or a value out of its range.
+    """
+    return compile_with(gm, example_inputs, Report(), mode=mode, options=options)
+
+
+def compile_with(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    report: Report,
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Compile a graph as `ollie` does and write what was decided into `report`."""
+    from torch._inductor import config as inductor_config
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    given = dict(options or {})
+    patches = dict(list_mode_options(mode)) if mode else {}
+    patches |= given.pop("inductor", {})
+    config = OllieConfig.from_dict(given)
+    before = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
+    before = before if isinstance(before, (list, tuple)) else (before,)
+    patches["joint_custom_pre_pass"] = DerivationPass(config, report, before)
+    if config.freeze:
+        patches["freezing"] = True
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+ollie.reset = plans.reset  # type: ignore[attr-defined]

@@ -1,0 +1,73 @@
+"""Options of the backend: `torch.compile(model, backend="ollie", options={...})`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OllieConfig:
+    """How far to derive, what to measure and what to check.
+
+    Args:
+        max_depth: explorative derivation steps; repairs of guided derivations do not count.
+        budget_s: seconds of search and measurement for one compiled graph; 0 derives nothing.
+        tune: "measure" compiles the best candidates and times them against the original on this device;
+            "model" trusts the cost bound, which is quick and can lose.
+        verify: check every candidate that could be used, over the integers, over a prime field and in
+            float64; one that fails is dropped and named in the report.
+        candidates: how many programs of one operator are compiled and timed.
+        margin: share by which a candidate must beat the original to replace it.
+        freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
+            weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the
+            parameters are not seen.
+    """
+
+    max_depth: int = 1
+    budget_s: float = 60.0
+    tune: str = "measure"
+    verify: bool = True
+    candidates: int = 5
+    margin: float = 0.05
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        for name, valid, must in (
+            ("max_depth", self.max_depth >= 0, "0 or more"),
+            ("budget_s", self.budget_s >= 0, "0 or more seconds"),
+            ("tune", self.tune in ("measure", "model"), '"measure" or "model"'),
+            ("candidates", self.candidates >= 1, "1 or more"),
+            ("margin", 0 <= self.margin < 1, "in [0, 1)"),
+        ):
+            if not valid:
+                raise ValueError(f"`{name}` must be {must}, got {getattr(self, name)!r}.")
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
+        """A config from named options.
+
+        Raises:
+            ValueError: an option that does not exist, or a value out of its range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, 1)
+                hint = f"did you mean `{near[0]}`?" if near else f"known options are {', '.join(names)}."
+                raise ValueError(f"The ollie backend has no option `{key}`: {hint}")
+        return cls(**options)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """A config from a YAML mapping of option names to values."""
+        import yaml
+
+        options = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+        if not isinstance(options, dict):
+            raise ValueError(f"{path} must hold a mapping of options, got {type(options).__name__}.")
+        return cls.from_dict(options)

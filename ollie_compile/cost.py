@@ -1,0 +1,77 @@
+"""Cost of a program: measured products plus an analytic bound for the rest (OLLIE, section 5.3).
+
+The bound ranks candidates and prunes those that cannot win; what survives is compiled and measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from ollie_compile.expr import Scope
+from ollie_compile.lower import Product, Program
+
+
+def median_seconds(call: Callable[[], object], *, budget_s: float = 0.02) -> float:
+    """Median time of a call after one warm-up, repeated for about `budget_s`."""
+    call()
+    times: list[float] = []
+    stop = time.perf_counter() + budget_s
+    while not times or (time.perf_counter() < stop and len(times) < 100):
+        start = time.perf_counter()
+        call()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@functools.lru_cache(maxsize=4096)
+def product_seconds(
+    apart: int, left: int, contracted: int, right: int, shared: bool, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Measured time of a [apart, left, contracted] @ [apart, contracted, right] product."""
+    first = torch.zeros(1 if shared else apart, left, contracted, dtype=dtype, device=device)
+    second = torch.zeros(apart, contracted, right, dtype=dtype, device=device)
+    if apart == 1:
+        return median_seconds(lambda: torch.mm(first[0], second[0]))
+    return median_seconds(lambda: torch.bmm(first.expand(apart, -1, -1), second))
+
+
+@functools.lru_cache(maxsize=16)
+def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Measured traffic of an elementwise kernel whose tensors fit a cache."""
+    x = torch.zeros(1 << 16, dtype=dtype, device=device)
+    out = torch.empty_like(x)
+    return 3 * x.nbytes / median_seconds(lambda: torch.add(x, x, out=out))
+
+
+def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device) -> float:
+    """Time of the program's products, and of moving each eOperator's reads and result once."""
+    total = 0.0
+    for scope in set(program.scope.scopes()):
+        product = Product.of(scope, program.layout)
+        if product is not None:
+            total += product_seconds(*product.shape(scope), product.shared, dtype, device)
+        elif not _is_free(scope):
+            total += _moved(scope) * dtype.itemsize / bytes_per_second(dtype, device)
+    return total
+
+
+def _moved(scope: Scope) -> int:
+    """Elements that an eOperator loads and stores."""
+    taps = math.prod(loop.extent for loop in scope.summation)
+    return math.prod(scope.shape) * (taps * len(scope.factors) + 1)
+
+
+def _is_free(scope: Scope) -> bool:
+    """Whether a rearrangement can be done ahead of time, since it holds only a weight."""
+    return scope.is_view and set(scope.inputs()) == {"K"}

@@ -1,0 +1,71 @@
+"""Exact evaluation of a scope at chosen points, over the integers or a prime field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ollie_compile.expr.index import Affine, Quotient
+from ollie_compile.expr.scope import Input, Scope, Tensor
+
+Columns = dict[str, np.ndarray]
+
+
+def evaluate(
+    tensor: Tensor, values: Mapping[str, np.ndarray], points: np.ndarray, modulus: int | None = None
+) -> np.ndarray:
+    """Values of `tensor` at `points`.
+
+    Args:
+        tensor: the expression; reads outside a box give 0.
+        values: an int64 array for each input, of the input's shape.
+        points: int64 [points, dimensions], indices that may lie outside the box.
+        modulus: reduce after every product and sum by this prime below 2**31; None computes in int64.
+
+    Returns:
+        int64 [points].
+    """
+    box = np.array(tensor.box, dtype=np.int64).reshape(-1, 2)
+    inside = ((points >= box[:, 0]) & (points < box[:, 1])).all(axis=1)
+    result = np.zeros(len(points), dtype=np.int64)
+    if inside.any():
+        at = points[inside]
+        if isinstance(tensor, Input):
+            result[inside] = values[tensor.name][tuple(at.T)]
+        else:
+            result[inside] = _scope_values(tensor, values, at, modulus)
+    return result
+
+
+def _scope_values(
+    scope: Scope, values: Mapping[str, np.ndarray], points: np.ndarray, modulus: int | None
+) -> np.ndarray:
+    steps = [np.arange(loop.low, loop.high, dtype=np.int64) for loop in scope.summation]
+    grid = [axis.ravel() for axis in np.meshgrid(*steps, indexing="ij")] if steps else []
+    taps = len(grid[0]) if grid else 1
+    columns = {loop.name: np.repeat(points[:, place], taps) for place, loop in enumerate(scope.traversal)} | {
+        loop.name: np.tile(axis, len(points)) for loop, axis in zip(scope.summation, grid, strict=True)
+    }
+    product = np.ones(len(points) * taps, dtype=np.int64)
+    for read in scope.factors:
+        at = np.stack([_index_values(index, columns, len(product)) for index in read.index], axis=1)
+        # Inner scopes are shared by many taps: evaluate each distinct point once.
+        distinct, back = np.unique(at, axis=0, return_inverse=True)
+        product *= evaluate(read.tensor, values, distinct, modulus)[back.ravel()]
+        if modulus is not None:
+            product %= modulus
+    total = product.reshape(len(points), taps).sum(axis=1)
+    return total if modulus is None else total % modulus
+
+
+def _index_values(index: Affine, columns: Columns, count: int) -> np.ndarray:
+    total = np.full(count, index.const, dtype=np.int64)
+    for atom, coefficient in index.terms:
+        if isinstance(atom, str):
+            part = columns[atom]
+        else:
+            inner = _index_values(atom.of, columns, count)
+            part = inner // atom.by if isinstance(atom, Quotient) else inner % atom.by
+        total += coefficient * part
+    return total

@@ -1,0 +1,195 @@
+"""Scopes: L[traversal] Sum[summation] product of reads (OLLIE, section 3).
+
+A tensor is a total function of integer indices that is 0 outside its box. This one convention gives
+padding its meaning and makes every change of a scope's range a question about zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ollie_compile.expr.index import Affine, Quotient, Remainder
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """An iterator with its half-open range [low, high)."""
+
+    name: str
+    low: int
+    high: int
+
+    @property
+    def extent(self) -> int:
+        return self.high - self.low
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.low}..{self.high}"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A tensor given from outside; its box starts at 0 in every dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def box(self) -> tuple[tuple[int, int], ...]:
+        return tuple((0, size) for size in self.shape)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A tensor read at an index, one expression for each dimension."""
+
+    tensor: Tensor
+    index: tuple[Affine, ...]
+
+    def __str__(self) -> str:
+        name = f"{{{self.tensor}}}" if isinstance(self.tensor, Scope) else str(self.tensor)
+        return f"{name}[{', '.join(map(str, self.index))}]"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """L[traversal] Sum[summation] factors[0] * factors[1] * ...
+
+    Its box is the ranges of the traversal iterators. Iterators are local: an inner scope sees none of
+    the outer ones, it is a tensor that is read.
+    """
+
+    traversal: tuple[Loop, ...]
+    summation: tuple[Loop, ...]
+    factors: tuple[Read, ...]
+
+    @property
+    def box(self) -> tuple[tuple[int, int], ...]:
+        return tuple((loop.low, loop.high) for loop in self.traversal)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(loop.extent for loop in self.traversal)
+
+    @cached_property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        return ranges_of(self.traversal + self.summation)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether this only rearranges one tensor."""
+        return not self.summation and len(self.factors) == 1
+
+    @property
+    def is_contraction(self) -> bool:
+        """Whether products are summed: what a library operator should do."""
+        return bool(self.summation) and len(self.factors) > 1
+
+    def used(self) -> set[str]:
+        """Names of the iterators that occur in some read."""
+        return {name for read in self.factors for index in read.index for name in index.iterators()}
+
+    def divisions(self) -> list[Quotient | Remainder]:
+        found = [d for read in self.factors for index in read.index for d in index.divisions()]
+        return list(dict.fromkeys(found))
+
+    def fresh(self, prefix: str) -> str:
+        """A name with this prefix that no iterator of the scope has."""
+        return next(name for i in range(1, 1000) if (name := f"{prefix}{i}") not in self.ranges)
+
+    def map_index(self, function: Callable[[Affine], Affine]) -> tuple[Read, ...]:
+        """The factors with `function` applied to every index expression."""
+        return tuple(Read(read.tensor, tuple(map(function, read.index))) for read in self.factors)
+
+    def replace(self, **changes: tuple[Loop, ...] | tuple[Read, ...]) -> Scope:
+        return dataclasses.replace(self, **changes)
+
+    def with_factor(self, position: int, read: Read) -> Scope:
+        return self.replace(factors=(*self.factors[:position], read, *self.factors[position + 1 :]))
+
+    def scopes(self) -> Iterator[Scope]:
+        """This scope and all below it, the innermost first."""
+        for read in self.factors:
+            if isinstance(read.tensor, Scope):
+                yield from read.tensor.scopes()
+        yield self
+
+    def inputs(self) -> dict[str, Input]:
+        """The tensors from outside that this scope depends on, by name."""
+        found: dict[str, Input] = {}
+        for scope in self.scopes():
+            for read in scope.factors:
+                if isinstance(read.tensor, Input):
+                    found[read.tensor.name] = read.tensor
+        return found
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.traversal, self.summation, self.factors))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        loops = f"L[{', '.join(map(str, self.traversal))}] "
+        if self.summation:
+            loops += f"Sum[{', '.join(map(str, self.summation))}] "
+        return loops + " * ".join(map(str, self.factors))
+
+
+Tensor = Input | Scope
+
+
+def ranges_of(loops: tuple[Loop, ...]) -> dict[str, tuple[int, int]]:
+    return {loop.name: (loop.low, loop.high) for loop in loops}
+
+
+def canonical(scope: Scope) -> str:
+    """The fingerprint of a scope: equal for scopes that differ in iterators' names and in the order of
+    summations, factors and inner traversals only. It is a full description, so it never collides."""
+    return _canonical(scope, list(range(len(scope.traversal))))
+
+
+def _canonical(scope: Scope, order: list[int]) -> str:
+    """`order`: the traversal loops in the order in which they are named and listed."""
+    names = {scope.traversal[at].name: f"i{place}" for place, at in enumerate(order)}
+    sums = sorted(scope.summation, key=lambda loop: (_role(scope, loop.name, names), loop.low, loop.high))
+    names |= {loop.name: f"k{place}" for place, loop in enumerate(sums)}
+    renamed = {old: Affine.of(new) for old, new in names.items()}
+    ranges = {names[name]: bounds for name, bounds in scope.ranges.items()}
+    factors = []
+    for read in scope.factors:
+        index = [str(i.substitute(renamed, ranges)) for i in read.index]
+        if isinstance(read.tensor, Scope):
+            inner = sorted(range(len(index)), key=lambda at: index[at])
+            factors.append(f"{{{_canonical(read.tensor, inner)}}}{[index[at] for at in inner]}")
+        else:
+            factors.append(f"{read.tensor.name}{index}")
+    loops = [f"{scope.traversal[at].low}..{scope.traversal[at].high}" for at in order]
+    bounds = [f"{loop.low}..{loop.high}" for loop in sums]
+    return f"{loops}{bounds}{sorted(factors)}"
+
+
+def _role(scope: Scope, name: str, names: Mapping[str, str]) -> str:
+    """Where an iterator occurs, written without the names of the summation iterators."""
+    marks = {loop.name: Affine.of("?") for loop in scope.summation}
+    marks |= {old: Affine.of(new) for old, new in names.items()}
+    marks[name] = Affine.of("*")
+    ranges = {**{new: scope.ranges[old] for old, new in names.items()}, "*": scope.ranges[name]}
+    ranges["?"] = (
+        min(loop.low for loop in scope.summation),
+        max(loop.high for loop in scope.summation),
+    )
+    occurrences = []
+    for read in scope.factors:
+        for place, index in enumerate(read.index):
+            if name in index.iterators():
+                where = f"{read.tensor.name}.{place}" if isinstance(read.tensor, Input) else "{}"
+                occurrences.append(f"{where}:{index.substitute(marks, ranges)}")
+    return "|".join(sorted(occurrences))

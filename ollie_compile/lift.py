@@ -1,0 +1,96 @@
+"""Lifting: aten operators as expressions over their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ollie_compile.expr import Affine, Input, Loop, Read, Scope, quotient, remainder
+
+
+def convolution(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Scope:
+    """O[n, f, h..] = Sum[c, r..] A[n, f // F * C + c, h * stride + r * dilation - padding ..] K[f, c, r..].
+
+    Args:
+        input_shape: [batch, channels, *spatial], one to three spatial dimensions.
+        weight_shape: [out channels, channels / groups, *taps].
+
+    Returns:
+        the expression over inputs "A" and "K"; C and F are the channels and outputs of one group.
+    """
+    a, k = Input("A", tuple(input_shape)), Input("K", tuple(weight_shape))
+    n, c = Loop("n", 0, a.shape[0]), Loop("c", 0, k.shape[1])
+    f = Loop("f", 0, k.shape[0])
+    spatial, taps, positions = [], [], []
+    for place, (size, tap, s, p, d) in enumerate(
+        zip(a.shape[2:], k.shape[2:], stride, padding, dilation, strict=True), start=1
+    ):
+        out = Loop(f"h{place}", 0, (size + 2 * p - d * (tap - 1) - 1) // s + 1)
+        window = Loop(f"r{place}", 0, tap)
+        spatial.append(out)
+        taps.append(window)
+        positions.append(_var(out) * s + _var(window) * d - p)
+    ranges = {f.name: (f.low, f.high)}
+    channel = quotient(_var(f), f.extent // groups, ranges) * c.extent + _var(c)
+    return Scope(
+        (n, f, *spatial),
+        (c, *taps),
+        (
+            Read(a, (_var(n), channel, *positions)),
+            Read(k, (_var(f), _var(c), *map(_var, taps))),
+        ),
+    )
+
+
+def transposed_convolution(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+) -> Scope:
+    """The sub-pixel form: with y' = y + padding and the taps of one phase r,
+    O[n, f, y..] = Sum[c, r..] A[n, c, y' // stride - r ..] K[c, f, stride * r + y' % stride ..].
+
+    Args:
+        input_shape: [batch, channels, *spatial], one to three spatial dimensions.
+        weight_shape: [channels, out channels, *taps]; one group, no dilation.
+
+    Returns:
+        the expression over inputs "A" and "K"; phases without a tap read outside K, which gives 0.
+    """
+    a, k = Input("A", tuple(input_shape)), Input("K", tuple(weight_shape))
+    n, f = Loop("n", 0, a.shape[0]), Loop("f", 0, k.shape[1])
+    c = Loop("c", 0, k.shape[0])
+    spatial, taps, positions, weights = [], [], [], []
+    for place, (size, tap, s, p, extra) in enumerate(
+        zip(a.shape[2:], k.shape[2:], stride, padding, output_padding, strict=True), start=1
+    ):
+        out = Loop(f"h{place}", 0, (size - 1) * s - 2 * p + tap + extra)
+        window = Loop(f"r{place}", 0, -(-tap // s))
+        spatial.append(out)
+        taps.append(window)
+        shifted = _var(out) + p
+        ranges = {out.name: (out.low, out.high)}
+        positions.append(quotient(shifted, s, ranges) - _var(window))
+        weights.append(_var(window) * s + remainder(shifted, s, ranges))
+    return Scope(
+        (n, f, *spatial),
+        (c, *taps),
+        (
+            Read(a, (_var(n), _var(c), *positions)),
+            Read(k, (_var(c), _var(f), *weights)),
+        ),
+    )
+
+
+def _var(loop: Loop) -> Affine:
+    return Affine.of(loop.name)

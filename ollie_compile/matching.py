@@ -1,0 +1,97 @@
+"""Operator matching with iterator mapping tables (OLLIE, section 4.3).
+
+Each iterator of a contraction has a role by the tensors it occurs in. A scope is a (batched) matrix
+product when every dimension that its factors read is one iterator; otherwise the first mismatch says
+which derivation repairs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ollie_compile.expr import Affine, Read, Scope
+from ollie_compile.rules.layout import rearrange
+from ollie_compile.rules.substitution import split_variable, substitute
+from ollie_compile.rules.summation import split_summation
+
+
+@dataclass(frozen=True, slots=True)
+class Matmul:
+    """O[batch, rows, columns] = Sum[contracted] A[batch, rows, contracted] * B[batch, contracted, columns].
+
+    Each field names iterators: `rows` in the order of the first factor's dimensions, `columns` in the
+    order of the scope's traversal.
+    """
+
+    batch: tuple[str, ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    contracted: tuple[str, ...]
+
+
+def match_matmul(scope: Scope) -> Matmul | None:
+    """The matrix product that `scope` is, or None."""
+    if not scope.is_contraction or len(scope.factors) != 2:
+        return None
+    tables = [_iterators(read) for read in scope.factors]
+    if any(table is None for table in tables):
+        return None
+    first, second = (set(table or ()) for table in tables)
+    traversal = [loop.name for loop in scope.traversal]
+    contracted = tuple(loop.name for loop in scope.summation)
+    if not set(contracted) <= first & second or not set(traversal) <= first | second:
+        return None
+    return Matmul(
+        batch=tuple(name for name in traversal if name in first & second),
+        rows=tuple(name for name in tables[0] or () if name not in second),
+        columns=tuple(name for name in traversal if name not in first),
+        contracted=contracted,
+    )
+
+
+def _iterators(read: Read) -> list[str] | None:
+    """The iterator of each dimension that has one, or None where one is compound or occurs twice."""
+    names = [index.iterator for index in read.index if index.terms]
+    if None in names or len(set(names)) < len(names):
+        return None
+    return [name for name in names if name is not None]
+
+
+def repair(scope: Scope) -> tuple[str, Scope] | None:
+    """The derivation that removes the first mismatch between a contraction and a matrix product.
+
+    Returns the rule's name and the derived scope, or None where nothing is known to help: the mismatch
+    is then left to exploration.
+    """
+    traversal = {loop.name for loop in scope.traversal}
+    summation = {loop.name for loop in scope.summation}
+    for division in scope.divisions():
+        name = division.of.iterator
+        if name in traversal and division.of.coefficient(name) == 1:
+            return "variable splitting", split_variable(scope, name, division.by, division.of.const)
+    compound = [index for read in scope.factors for index in read.index if index.compound]
+    outer = {name for index in compound for name in index.iterators()} & summation
+    if outer and outer != summation:
+        return "summation splitting", split_summation(scope, outer)
+    if outer:
+        return _repair_layout(scope)
+    for expression in compound:
+        for name in _replaceable(scope, expression):
+            derived = substitute(scope, expression, name)
+            if derived is not None:
+                return "variable substitution", derived
+    return _repair_layout(scope)
+
+
+def _replaceable(scope: Scope, expression: Affine) -> list[str]:
+    """Iterators of `expression`, those first that occur in few other places: replacing them leaves less."""
+    indices = [index for read in scope.factors for index in read.index]
+    occurrences = {name: sum(name in i.iterators() for i in indices) for name in expression.iterators()}
+    return sorted(occurrences, key=lambda name: (occurrences[name], name))
+
+
+def _repair_layout(scope: Scope) -> tuple[str, Scope] | None:
+    for position, read in enumerate(scope.factors):
+        if not isinstance(read.tensor, Scope) and any(index.compound for index in read.index):
+            return "layout transformation", rearrange(scope, position)
+    return None

@@ -1,0 +1,126 @@
+"""Operators of an aten graph that can be lifted, and how their results must look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ollie_compile import lift
+from ollie_compile.expr import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A convolution without its bias, in one to three spatial dimensions, possibly transposed.
+
+    Two equal instances have the same best program on one machine, so this is the key of a plan.
+    """
+
+    input_shape: tuple[int, ...]
+    input_stride: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    weight_stride: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    output_stride: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        kind = "conv_transpose" if self.transposed else "conv"
+        shape = "x".join(map(str, self.input_shape))
+        taps = "x".join(map(str, self.weight_shape[2:]))
+        channels = self.weight_shape[1 if self.transposed else 0]
+        text = f"{kind}{len(self.stride)}d {shape} -> {channels} channels, {taps}, stride {self.stride[0]}"
+        text += f", padding {self.padding[0]}"
+        text += f", dilation {self.dilation[0]}" if max(self.dilation) > 1 else ""
+        return text + (f", {self.groups} groups" if self.groups > 1 else "")
+
+    def expression(self) -> Scope:
+        """The convolution over inputs "A" (activations) and "K" (weights)."""
+        sizes = {"stride": self.stride, "padding": self.padding}
+        if self.transposed:
+            return lift.transposed_convolution(
+                self.input_shape, self.weight_shape, output_padding=self.output_padding, **sizes
+            )
+        return lift.convolution(
+            self.input_shape, self.weight_shape, dilation=self.dilation, groups=self.groups, **sizes
+        )
+
+    def reference(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What torch computes: [batch, out channels, *spatial]."""
+        return torch.ops.aten.convolution.default(
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+
+    def finished(self, program: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """`program` as a function of (x, weight) whose result has the reference's strides."""
+        channels_last = self.output_stride[1] == 1 and self.output_shape[1] > 1
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(self.output_shape))
+        layout = layout if channels_last and layout is not None else torch.contiguous_format
+
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            return program({"A": x, "K": weight}).contiguous(memory_format=layout)
+
+        return run
+
+    def example_inputs(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Seeded random (x, weight) with the operator's shapes and strides."""
+        generator = torch.Generator().manual_seed(0)
+        pairs = ((self.input_shape, self.input_stride), (self.weight_shape, self.weight_stride))
+        tensors = []
+        for shape, stride in pairs:
+            value = torch.empty_strided(shape, stride, dtype=dtype or self.dtype)
+            tensors.append(value.copy_(torch.randn(shape, generator=generator)).to(self.device))
+        return tensors[0], tensors[1]
+
+
+def recognize(node: fx.Node) -> Convolution | str:
+    """The operator that a graph node computes, or the reason why it is left as it is."""
+    x, weight, _, stride, padding, dilation, transposed, output_padding, groups = node.args
+    values = [operand.meta["val"] for operand in (x, weight)] + [node.meta["val"]]
+    numbers = (
+        *(n for value in values for n in (*value.shape, *value.stride())),
+        *stride,
+        *padding,
+        *dilation,
+        *output_padding,
+        groups,
+    )
+    if not all(type(number) is int for number in numbers):
+        return "dynamic shapes"
+    if any(0 in value.shape for value in values):
+        return "a dimension of size 0"
+    if values[0].dtype not in (torch.float32, torch.float64) or values[0].dtype != values[1].dtype:
+        return f"dtypes {values[0].dtype} and {values[1].dtype}"
+    if transposed and (groups > 1 or max(dilation) > 1):
+        return "transposed with groups or dilation"
+    if values[0].dim() not in (3, 4, 5):
+        return f"{values[0].dim()} dimensions"
+    return Convolution(
+        *(tuple(part) for value in values for part in (value.shape, value.stride())),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        transposed,
+        tuple(output_padding),
+        groups,
+        values[0].dtype,
+        values[0].device,
+    )

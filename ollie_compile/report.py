@@ -1,0 +1,112 @@
+"""What the backend did with each operator, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ollie_compile.plan import Candidate, Plan
+
+
+@dataclass(slots=True)
+class Report:
+    """Decisions in the order of the graph.
+
+    Attributes:
+        plans: (node name, plan) of every operator that was lifted.
+        untouched: (node name, reason) of every convolution that was not.
+    """
+
+    plans: list[tuple[str, Plan]] = field(default_factory=list)
+    untouched: list[tuple[str, str]] = field(default_factory=list)
+
+    def planned(self, node: str, plan: Plan) -> None:
+        self.plans.append((node, plan))
+
+    def left(self, node: str, reason: str) -> None:
+        self.untouched.append((node, reason))
+
+    @property
+    def rewritten(self) -> int:
+        """How many operators were replaced."""
+        return sum(plan.winner is not None for _, plan in self.plans)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: operators with expressions, steps, candidates, times in seconds."""
+        return {
+            "rewritten": self.rewritten,
+            "operators": [{"node": node, **_plan_dict(plan)} for node, plan in self.plans],
+            "untouched": [{"node": node, "reason": reason} for node, reason in self.untouched],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        total = len(self.plans) + len(self.untouched)
+        lines = [f"ollie: {self.rewritten} of {total} convolutions rewritten"]
+        for node, plan in self.plans:
+            lines += ["", f"{node}: {plan.operator}", *_plan_lines(plan)]
+        lines += [f"\n{node}: left as it is: {reason}" for node, reason in self.untouched]
+        return "\n".join(lines)
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    lines = [f"  {plan.operator.expression()}"]
+    stats = plan.stats
+    cut = "" if stats.complete else ", cut by the budget"
+    lines.append(
+        f"  search: {stats.states} states, {stats.duplicates} met again, {stats.candidates} lowerable, "
+        f"{stats.seconds:.2f} s{cut}; in all {plan.seconds:.1f} s"
+    )
+    if plan.original_s is not None:
+        lines.append(f"  original: {_ms(plan.original_s)}")
+    chosen = (
+        "original kept" if plan.winner is None else f"rewritten, products as {plan.winner.program.layout}"
+    )
+    lines.append(f"  {chosen}: {plan.reason}")
+    if plan.winner is not None:
+        lines += [f"    {line}" for step in plan.winner.derivation.steps for line in str(step).split("\n")]
+    shown = [c for c in plan.candidates if c.measured_s is not None or (c.rejected or "").startswith("wrong")]
+    lines += [f"  candidate {_candidate_line(candidate)}" for candidate in shown]
+    if len(shown) < len(plan.candidates):
+        lines.append(f"  {len(plan.candidates) - len(shown)} more candidates were pruned by their bound")
+    return lines
+
+
+def _candidate_line(candidate: Candidate) -> str:
+    measured = "" if candidate.measured_s is None else f", measured {_ms(candidate.measured_s)}"
+    steps = " > ".join(step.rules[0] for step in candidate.derivation.steps) or "as lifted"
+    verdict = candidate.rejected or "chosen"
+    return f"[{candidate.program.layout}] {steps}: bound {_ms(candidate.bound_s)}{measured}: {verdict}"
+
+
+def _plan_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "operator": str(plan.operator),
+        "expression": str(plan.operator.expression()),
+        "original_s": plan.original_s,
+        "reason": plan.reason,
+        "seconds": plan.seconds,
+        "search": asdict(plan.stats),
+        "winner": None if plan.winner is None else _candidate_dict(plan.winner),
+        "candidates": [_candidate_dict(candidate) for candidate in plan.candidates],
+    }
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "layout": candidate.program.layout,
+        "expression": str(candidate.program.scope),
+        "steps": [
+            {"rules": list(step.rules), "expression": str(step.scope)} for step in candidate.derivation.steps
+        ],
+        "bound_s": candidate.bound_s,
+        "measured_s": candidate.measured_s,
+        "rejected": candidate.rejected,
+    }
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms"

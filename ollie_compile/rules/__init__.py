@@ -1,0 +1,55 @@
+"""Derivation rules: each turns a scope into scopes of equal value (OLLIE, section 4).
+
+A rule is a function from a scope to what it derives. Exploration applies the rules of `EXPLORATIVE` at
+every scope of an expression; `simplify` applies the others, which only ever remove work, to a fixpoint.
+"""
+
+from collections.abc import Callable, Iterator
+
+from ollie_compile.expr import Read, Scope
+from ollie_compile.rules.boundary import boundary_tightening
+from ollie_compile.rules.layout import layout_transformation
+from ollie_compile.rules.merging import idle_iterator, traversal_merging, unit_iterator
+from ollie_compile.rules.substitution import variable_splitting, variable_substitution
+from ollie_compile.rules.summation import summation_splitting
+
+__all__ = ["EXPLORATIVE", "SIMPLIFYING", "Rule", "rewrites", "simplify"]
+
+Rule = Callable[[Scope], Iterator[Scope]]
+
+EXPLORATIVE: dict[str, Rule] = {
+    "summation splitting": summation_splitting,
+    "variable substitution": variable_substitution,
+    "variable splitting": variable_splitting,
+    "layout transformation": layout_transformation,
+}
+SIMPLIFYING: dict[str, Rule] = {
+    "traversal merging": traversal_merging,
+    "unit iterator": unit_iterator,
+    "idle iterator": idle_iterator,
+    "boundary tightening": boundary_tightening,
+}
+
+
+def rewrites(scope: Scope, rule: Rule, where: Callable[[Scope], bool]) -> Iterator[Scope]:
+    """The expression with `rule` applied at one of its scopes that `where` admits, each way in turn."""
+    if where(scope):
+        yield from rule(scope)
+    for position, read in enumerate(scope.factors):
+        if isinstance(read.tensor, Scope):
+            for derived in rewrites(read.tensor, rule, where):
+                yield scope.with_factor(position, Read(derived, read.index))
+
+
+def simplify(scope: Scope) -> tuple[Scope, list[str]]:
+    """Apply the simplifying rules until none applies; returns the scope and the rules that did."""
+    applied: list[str] = []
+    while True:
+        for name, rule in SIMPLIFYING.items():
+            derived = next(rewrites(scope, rule, lambda _: True), None)
+            if derived is not None:
+                scope = derived
+                applied.append(name)
+                break
+        else:
+            return scope, applied

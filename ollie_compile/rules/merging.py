@@ -1,0 +1,53 @@
+"""Traversal merging and the removal of iterators that do nothing (OLLIE, table 2)."""
+
+from collections.abc import Iterator
+
+from ollie_compile.expr import Affine, Input, Ranges, Read, Scope
+
+
+def traversal_merging(scope: Scope) -> Iterator[Scope]:
+    """A read of a rearranged intermediate becomes a read of the intermediate itself.
+
+    Rearranged inputs stay: they are what a layout transformation made.
+    """
+    for position, read in enumerate(scope.factors):
+        view = read.tensor
+        if isinstance(view, Input) or not view.is_view or isinstance(view.factors[0].tensor, Input):
+            continue
+        if _zero_outside(view, read, scope.ranges):
+            at = dict(zip((loop.name for loop in view.traversal), read.index, strict=True))
+            inner = view.factors[0]
+            index = tuple(i.substitute(at, scope.ranges) for i in inner.index)
+            yield scope.with_factor(position, Read(inner.tensor, index))
+
+
+def _zero_outside(view: Scope, read: Read, ranges: Ranges) -> bool:
+    """Whether `read`, where it leaves the view's box, would leave the box of the tensor below as well."""
+    inner = view.factors[0]
+    below = dict(zip(inner.index, inner.tensor.box, strict=True))
+    for loop, index in zip(view.traversal, read.index, strict=True):
+        first, last = index.bounds(ranges)
+        if loop.low <= first and last < loop.high:
+            continue
+        low, high = below.get(Affine.of(loop.name), (first, last + 1))
+        if low < loop.low or high > loop.high:
+            return False
+    return True
+
+
+def idle_iterator(scope: Scope) -> Iterator[Scope]:
+    """A traversal iterator that no read uses leaves the computation: its values are all the same."""
+    used = scope.used()
+    busy = tuple(loop for loop in scope.traversal if loop.name in used)
+    if not scope.is_view and len(busy) < len(scope.traversal):
+        inner = scope.replace(traversal=busy)
+        yield Scope(scope.traversal, (), (Read(inner, tuple(Affine.of(loop.name) for loop in busy)),))
+
+
+def unit_iterator(scope: Scope) -> Iterator[Scope]:
+    """An iterator with a single value is that value; a sum over it has a single term."""
+    unit = {loop.name: Affine.of(loop.low) for loop in scope.traversal + scope.summation if loop.extent == 1}
+    if unit.keys() & (scope.used() | {loop.name for loop in scope.summation}):
+        summation = tuple(loop for loop in scope.summation if loop.name not in unit)
+        factors = scope.map_index(lambda index: index.substitute(unit, scope.ranges))
+        yield scope.replace(summation=summation, factors=factors)

@@ -1,0 +1,88 @@
+"""Variable substitution: a traversal iterator is replaced by an index expression (OLLIE, table 2).
+
+Both rules write S = L[x] S'[phi(x)]: S' is traversed by the new iterators, and phi says where the old
+ones are found in it. S' may hold values that nobody reads (boundary relaxing is implied); phi never
+leaves its box. Traversal merging then moves phi into the surrounding scope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ollie_compile.expr import Affine, Loop, Read, Scope, quotient, remainder
+
+
+def substitute(scope: Scope, expression: Affine, name: str) -> Scope | None:
+    """Traverse by t = expression instead of by the iterator `name`, or None where that has no inverse.
+
+    `expression` must be a * name + terms of other traversal iterators. Every other occurrence of `name`
+    must have a coefficient that a divides, so that all reads stay integral in t.
+    """
+    traversal = {loop.name for loop in scope.traversal}
+    factor = expression.coefficient(name)
+    if not factor or any(atom not in traversal for atom, _ in expression.terms):
+        return None
+    for read in scope.factors:
+        for index in read.index:
+            if index.coefficient(name) % factor or any(
+                name in division.of.iterators() for division in index.divisions()
+            ):
+                return None
+    low, high = expression.bounds(scope.ranges)
+    new = Loop(scope.fresh("t"), low, high + 1)
+
+    def replaced(index: Affine) -> Affine:
+        return index + (Affine.of(new.name) - expression) * (index.coefficient(name) // factor)
+
+    return _with_traversal(scope, {name: ([new], [expression])}, scope.map_index(replaced))
+
+
+def variable_substitution(scope: Scope) -> Iterator[Scope]:
+    """Every compound index expression, in place of every iterator in it that it can replace."""
+    expressions = {index for read in scope.factors for index in read.index if len(index.terms) > 1}
+    for expression in sorted(expressions, key=str):
+        for name in sorted(set(expression.iterators())):
+            derived = substitute(scope, expression, name)
+            if derived is not None:
+                yield derived
+
+
+def split_variable(scope: Scope, name: str, by: int, offset: int) -> Scope:
+    """Traverse by q = (name + offset) // by and r = (name + offset) % by instead of by `name`."""
+    loop = next(loop for loop in scope.traversal if loop.name == name)
+    low, high = (loop.low + offset) // by, (loop.high - 1 + offset) // by
+    q, r = Loop(scope.fresh("q"), low, high + 1), Loop(scope.fresh("x"), 0, by)
+    shifted = Affine.of(name) + offset
+    found = [quotient(shifted, by, scope.ranges), remainder(shifted, by, scope.ranges)]
+    value = Affine.of(q.name) * by + Affine.of(r.name) - offset
+    ranges = {**scope.ranges, q.name: (q.low, q.high), r.name: (r.low, r.high)}
+    factors = scope.map_index(lambda index: index.substitute({name: value}, ranges))
+    return _with_traversal(scope, {name: ([q, r], found)}, factors)
+
+
+def variable_splitting(scope: Scope) -> Iterator[Scope]:
+    """Every traversal iterator that some read divides, split by that divisor; views stay as they are."""
+    if scope.is_view:
+        return
+    traversal = {loop.name for loop in scope.traversal}
+    seen = set()
+    for division in scope.divisions():
+        name, offset = division.of.iterator, division.of.const
+        if name in traversal and division.of.coefficient(name) == 1:
+            seen.add((name, division.by, offset))
+    for name, by, offset in sorted(seen):
+        yield split_variable(scope, name, by, offset)
+
+
+def _with_traversal(
+    scope: Scope, changes: Mapping[str, tuple[list[Loop], list[Affine]]], factors: tuple[Read, ...]
+) -> Scope:
+    """L[traversal] S'[phi]: S' has the loops of `changes` in place of the named ones, phi their values."""
+    loops: list[Loop] = []
+    index: list[Affine] = []
+    for loop in scope.traversal:
+        new, found = changes.get(loop.name, ([loop], [Affine.of(loop.name)]))
+        loops += new
+        index += found
+    inner = Scope(tuple(loops), scope.summation, factors)
+    return Scope(scope.traversal, (), (Read(inner, tuple(index)),))
