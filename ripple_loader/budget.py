@@ -1,0 +1,84 @@
+"""How a DRAM budget is spent: buffers first, then sketches, then the neuron cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ripple_loader.cache import INDEX_BYTES
+from ripple_loader.config import RippleConfig, parse_size
+from ripple_loader.sidecar import BLOCK, SidecarHeader, Vectors, align
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What Ripple holds.
+
+    Attributes:
+        budget: bytes it may hold.
+        buffer: bytes of each of the two read buffers.
+        scratch: bytes of the working copy of a buffer's neurons, which starts in the stored dtype.
+        rows: neurons that fit into it.
+        sketch_layers: layers whose sketch is resident; the others read theirs in every forward call.
+        cache_slots: cached neurons of each layer.
+        resident: bytes by kind.
+    """
+
+    budget: int
+    buffer: int
+    scratch: int
+    rows: int
+    sketch_layers: int
+    cache_slots: int
+    resident: dict[str, int]
+
+
+def needs_sketch(header: SidecarHeader, config: RippleConfig) -> bool:
+    """Whether neurons are selected at all; otherwise every one is read."""
+    return header.exact_zeros or config.keep < 1
+
+
+def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) -> Allocation:
+    """Divide the budget.
+
+    Args:
+        header: of the sidecar to stream.
+        config: the budget and what it is for.
+        dtype: the model's, in which neurons are cached and computed.
+
+    Raises:
+        ValueError: the budget does not hold the buffers.
+    """
+    budget = parse_size(config.dram_budget, "dram_budget", total=header.weight_bytes)
+    smallest = align(header.stride) + 2 * BLOCK
+    largest = header.section_bytes()["bundles"] + 2 * BLOCK
+    buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest)))
+    rows = min(header.neurons, max(1, buffer // header.stride))
+    numbers = header.rows * header.hidden
+    converted = numbers * dtype.itemsize if dtype != header.torch_dtype else 0
+    scratch = align(rows * (header.bundle_bytes + converted))
+    sketching = needs_sketch(header, config)
+    resident = {
+        "buffers": 2 * buffer + scratch,
+        "vectors": header.layers * 4 * Vectors.size(header.rows, header.neurons, header.hidden),
+        "sketch": 0,
+        "index": 0,
+        "cache": 0,
+    }
+    left = budget - sum(resident.values())
+    if left < 0:
+        raise ValueError(
+            f"`dram_budget` should be at least {sum(resident.values())} bytes for this model and a `buffer` "
+            f"of {buffer} bytes, got {budget}: raise it, or lower `buffer` (at least {smallest} bytes)."
+        )
+    sketch_bytes = header.section_bytes()["sketch"]
+    sketch_layers = min(header.layers, left // sketch_bytes) if sketching else 0
+    resident["sketch"] = sketch_layers * sketch_bytes
+    left -= resident["sketch"]
+    index = header.layers * header.neurons * INDEX_BYTES
+    slot = header.layers * numbers * dtype.itemsize
+    cache_slots = max(0, min(header.neurons, (left - index) // slot))
+    if cache_slots:
+        resident["index"], resident["cache"] = index, cache_slots * slot
+    return Allocation(budget, buffer, scratch, rows, sketch_layers, cache_slots, resident)

@@ -1,0 +1,173 @@
+"""The neuron cache of one layer: which neurons are in memory, and which make room for new ones.
+
+Every operation is a few numpy calls on arrays over the layer's neurons, never a loop over neurons. Each layer
+has its own cache: a pass visits the layers in turn, which a shared LRU would turn into a scan.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ripple_loader.access import Places, run_lengths
+from ripple_loader.config import CachePolicy
+
+INDEX_BYTES = 32
+"""Bookkeeping bytes a neuron, cached or not; an upper bound for both policies."""
+
+Slots = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Neurons to copy into the cache: positions in the offered array, and the slot for each."""
+
+    index: Slots
+    slots: Slots
+
+
+class NeuronCache(ABC):
+    """Maps neurons to slots.
+
+    Args:
+        neurons: N.
+        capacity: slots, at most N.
+    """
+
+    def __init__(self, neurons: int, capacity: int) -> None:
+        self.capacity, self.evictions = capacity, 0
+        self._slot = np.full(neurons, -1, np.int32)
+        self._stamp = np.zeros(neurons, np.int64)
+        self._free = np.arange(capacity, dtype=np.int32)
+        self._now = 0
+
+    def lookup(self, places: Places) -> Slots:
+        """The slot of each place, -1 where it is not cached; counts as a use."""
+        slots = self._slot[places]
+        self._touch(places[slots >= 0])
+        return slots.astype(np.int64)
+
+    def offer(self, places: Places) -> Admission:
+        """Admit some of the neurons that were just read (ascending, none of them cached)."""
+        self._now += 1
+        index = self._choose(places)[: self.capacity]
+        chosen = places[index]
+        if (short := len(chosen) - len(self._free)) > 0:
+            self._drop(self._victims(short))
+        slots, self._free = self._free[: len(chosen)], self._free[len(chosen) :]
+        self._slot[chosen] = slots
+        self._stamp[chosen] = self._now
+        self._insert(chosen)
+        return Admission(index, slots.astype(np.int64))
+
+    def _drop(self, victims: Places) -> None:
+        self._free = np.concatenate([self._free, self._slot[victims]])
+        self._slot[victims] = -1
+        self.evictions += len(victims)
+
+    def _oldest(self, members: Places, count: int) -> Places:
+        """The `count` members that were stamped first."""
+        if count >= len(members):
+            return members
+        return members[np.argpartition(self._stamp[members], count)[:count]]
+
+    def _choose(self, places: Places) -> Slots:
+        """Positions in `places` of the neurons to admit."""
+        return np.arange(len(places))
+
+    @abstractmethod
+    def _touch(self, places: Places) -> None: ...
+
+    @abstractmethod
+    def _insert(self, places: Places) -> None: ...
+
+    @abstractmethod
+    def _victims(self, count: int) -> Places:
+        """`count` cached neurons to drop."""
+
+
+class LruCache(NeuronCache):
+    """Admits every neuron and drops the least recently used."""
+
+    def _touch(self, places: Places) -> None:
+        self._stamp[places] = self._now + 1
+
+    def _insert(self, places: Places) -> None:
+        pass
+
+    def _victims(self, count: int) -> Places:
+        return self._oldest(np.flatnonzero(self._slot >= 0), count)
+
+
+class S3FifoCache(NeuronCache):
+    """S3-FIFO (Yang et al., SOSP 2023) with Ripple's linking-aligned admission.
+
+    New neurons enter a small queue, a tenth of the slots; those used again move to the main queue, the others
+    leave and are remembered for a while, so that they enter the main queue when they come back. Once the
+    cache is full, a neuron that was read in a long run is admitted only with a low probability: such a run is
+    cheap to read, and a cached neuron in its middle would not make it shorter.
+    """
+
+    SMALL_SHARE = 0.1
+    LONG_RUN = 16
+    LONG_RUN_ADMISSION = 0.1
+
+    _ABSENT, _SMALL, _MAIN = range(3)
+
+    def __init__(self, neurons: int, capacity: int) -> None:
+        super().__init__(neurons, capacity)
+        self._queue = np.zeros(neurons, np.uint8)
+        self._uses = np.zeros(neurons, np.uint8)
+        self._left_at = np.full(neurons, -1, np.int64)
+        self._left = 0
+        self._random = np.random.default_rng(0)
+
+    def _choose(self, places: Places) -> Slots:
+        free = len(self._free)
+        if len(places) <= free:
+            return np.arange(len(places))
+        long = run_lengths(places) >= self.LONG_RUN
+        lucky = self._random.random(len(places)) < self.LONG_RUN_ADMISSION
+        wanted = ~long | lucky
+        wanted[:free] = True
+        return np.flatnonzero(wanted)
+
+    def _touch(self, places: Places) -> None:
+        self._uses[places] = np.minimum(self._uses[places] + 1, 3)
+
+    def _insert(self, places: Places) -> None:
+        known = (self._left_at[places] >= 0) & (self._left - self._left_at[places] < self.capacity)
+        self._queue[places] = np.where(known, self._MAIN, self._SMALL)
+        self._uses[places] = 0
+
+    def _victims(self, count: int) -> Places:
+        found: list[Places] = []
+        while count > 0:
+            small = np.flatnonzero(self._queue == self._SMALL)
+            excess = len(small) - int(self.SMALL_SHARE * self.capacity)
+            main = np.flatnonzero(self._queue == self._MAIN)
+            if excess > 0 or not len(main):
+                oldest = self._oldest(small, min(count, max(excess, 1)))
+                staying = oldest[self._uses[oldest] > 0]
+                leaving = oldest[self._uses[oldest] == 0]
+                self._queue[staying] = self._MAIN
+                self._left_at[leaving] = self._left
+                self._left += len(leaving)
+            else:
+                oldest = self._oldest(main, count)
+                staying = oldest[self._uses[oldest] > 0]
+                leaving = oldest[self._uses[oldest] == 0]
+                self._uses[staying] -= 1
+            self._stamp[staying] = self._now
+            self._queue[leaving] = self._ABSENT
+            found.append(leaving)
+            count -= len(leaving)
+        return np.concatenate(found)
+
+
+def make_cache(policy: CachePolicy, neurons: int, capacity: int) -> NeuronCache:
+    """A layer's cache of the named policy."""
+    return LruCache(neurons, capacity) if policy == "lru" else S3FifoCache(neurons, capacity)

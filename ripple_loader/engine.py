@@ -1,0 +1,203 @@
+"""The online stage: select, look up, read, and hand out neurons layer by layer within the DRAM budget.
+
+Dimension key: T tokens, N neurons, U of them wanted, R rows of a bundle, S = R - 1 that select, H hidden.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ripple_loader.access import Places, ReadPlan, waves
+from ripple_loader.budget import allocate, needs_sketch
+from ripple_loader.bundles import Sidecar
+from ripple_loader.cache import make_cache
+from ripple_loader.config import RippleConfig, parse_size
+from ripple_loader.reader import AlignedBuffer, Prefetch, Reader
+from ripple_loader.report import RippleReport
+from ripple_loader.selection import Selection, select_active, select_all, select_largest
+from ripple_loader.sidecar import Vectors
+
+_ROWS_COPIED_AT_ONCE = 32
+
+
+class Engine:
+    """Everything that the streaming MLPs of one model share. Hold `lock` while using it.
+
+    Args:
+        sidecar: the neurons to stream.
+        config: the budget and how to spend it.
+        dtype: the model's.
+
+    Raises:
+        ValueError: the budget is too small, or the sidecar is damaged.
+    """
+
+    def __init__(self, sidecar: Sidecar, config: RippleConfig, dtype: torch.dtype) -> None:
+        header = sidecar.header
+        self.sidecar, self.config, self.header, self.dtype = sidecar, config, header, dtype
+        self.lock = threading.Lock()
+        if config.verify:
+            sidecar.verify()
+        self.allocation = allocate(header, config, dtype)
+        self.report = RippleReport(
+            directory=str(sidecar.path.parent),
+            layers=header.layers,
+            neurons=header.neurons,
+            budget=self.allocation.budget,
+            resident=self.allocation.resident,
+        )
+        self._merge_gap = 0 if config.merge_gap == 0 else parse_size(config.merge_gap, "merge_gap")
+        self._reader = Reader(sidecar.path, config.io_threads, self.report)
+        self._buffers = (AlignedBuffer(self.allocation.buffer), AlignedBuffer(self.allocation.buffer))
+        layers, slots = header.layers, self.allocation.cache_slots
+        with torch.device("cpu"):  # transformers builds the skeleton, and so this, under the meta device
+            self._scratch = torch.empty(self.allocation.scratch, dtype=torch.uint8)
+            self._vectors = [self._read_vectors(layer) for layer in range(layers)]
+            self._sketches = [self._read_sketch(layer) for layer in range(self.allocation.sketch_layers)]
+            self._caches = [
+                make_cache(config.cache, header.neurons, slots) for _ in range(layers if slots else 0)
+            ]
+            self._cached = [
+                torch.empty(slots, header.rows * header.hidden, dtype=dtype) for _ in self._caches
+            ]
+
+    def _read_vectors(self, layer: int) -> Vectors:
+        offset, size = self.sidecar.section(layer, "vectors")
+        data = np.fromfile(self.sidecar.path, np.uint8, size, offset=offset)
+        return Vectors.unpack(data.data, self.header.rows, self.header.neurons, self.header.hidden)
+
+    def _read_sketch(self, layer: int) -> Tensor:
+        """All sketched rows of a layer: int8, shape (S * N, H)."""
+        sketch = torch.empty(
+            (self.header.rows - 1) * self.header.neurons, self.header.hidden, dtype=torch.int8
+        )
+        done = 0
+        with self._sketch_reads(layer) as reads:
+            for plan, buffer in reads:
+                count = len(plan.places)
+                sketch[done : done + count] = self._sketch_rows(plan, buffer)
+                done += count
+        return sketch
+
+    def bias(self, layer: int, row: int) -> Tensor:
+        """A projection's bias, float32: of a row that selects (N,), or of the last row, the output (H,)."""
+        vectors = self._vectors[layer]
+        return torch.from_numpy(vectors.down_bias if row == self.header.rows - 1 else vectors.bias[row])
+
+    def select(self, layer: int, x_TH: Tensor, activation: nn.Module) -> Selection:
+        """Which neurons of a layer some tokens need, as `RippleConfig.keep` has it."""
+        if not needs_sketch(self.header, self.config):
+            return select_all(self.header.neurons)
+        x_TH = x_TH.float().cpu()
+        estimates = self._estimate(layer, x_TH)
+        if self.config.keep < 1:
+            return select_largest(estimates, activation, self.config.keep)
+        vectors = self._vectors[layer]
+        error_N, scale_N = torch.from_numpy(vectors.error[0]), torch.from_numpy(vectors.scale[0])
+        return select_active(estimates[0], error_N, scale_N, x_TH)
+
+    def _estimate(self, layer: int, x_TH: Tensor) -> list[Tensor]:
+        """What the sketch makes of each selecting projection: S tensors, float32, shape (T, N)."""
+        S, N = self.header.rows - 1, self.header.neurons
+        floats = self._scratch.view(torch.float32)
+        floats = floats[: len(floats) // self.header.hidden * self.header.hidden].view(-1, self.header.hidden)
+        estimate = torch.empty(len(x_TH), S * N)
+        start = 0
+        for rows in self._sketch_batches(layer):
+            for part in rows.split(len(floats)):
+                weight = floats[: len(part)].copy_(part)
+                torch.mm(x_TH, weight.T, out=estimate[:, start : start + len(part)])
+                start += len(part)
+        vectors = self._vectors[layer]
+        scaled = (
+            estimate.view(-1, S, N).mul_(torch.from_numpy(vectors.scale)).add_(torch.from_numpy(vectors.bias))
+        )
+        return list(scaled.unbind(1))
+
+    def _sketch_batches(self, layer: int) -> Iterator[Tensor]:
+        """The sketched rows of a layer in order: int8, shape (some, H)."""
+        if layer < len(self._sketches):
+            yield self._sketches[layer]
+            return
+        with self._sketch_reads(layer) as reads:
+            for plan, buffer in reads:
+                yield self._sketch_rows(plan, buffer)
+
+    def _sketch_reads(self, layer: int) -> Prefetch:
+        rows = np.arange((self.header.rows - 1) * self.header.neurons)
+        return self._reads(rows, layer, "sketch", self.header.hidden, self.header.hidden)
+
+    def _sketch_rows(self, plan: ReadPlan, buffer: AlignedBuffer) -> Tensor:
+        shape = (len(plan.places), self.header.hidden)
+        return buffer.bytes.view(torch.int8).as_strided(shape, (self.header.hidden, 1), int(plan.spots[0]))
+
+    def _reads(self, places: Places, layer: int, kind: str, stride: int, width: int) -> Prefetch:
+        base, _ = self.sidecar.section(layer, kind)
+        capacity, gap = self.allocation.buffer, self._merge_gap
+        plans = waves(places, capacity, base=base, stride=stride, width=width, merge_gap=gap)
+        return Prefetch(self._reader, list(plans), self._buffers)
+
+    def fetch(self, layer: int, places: Places) -> Iterator[tuple[Places, Tensor]]:
+        """Hand out a layer's neurons, from the cache or the file, in batches that fit the buffers.
+
+        Args:
+            layer: which.
+            places: the neurons wanted, ascending, shape (U,).
+
+        Yields:
+            Positions in `places`, and their bundles in the model's dtype, shape (positions, R * H); the
+            bundles are valid until the next batch.
+        """
+        slots = self._caches[layer].lookup(places) if self._caches else np.full(len(places), -1)
+        found, missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        self.report.active += len(places)
+        self.report.hits += len(found)
+        self.report.misses += len(missing)
+        header, done = self.header, 0
+        with self._reads(places[missing], layer, "bundles", header.stride, header.bundle_bytes) as reads:
+            for start in range(0, len(found), self.allocation.rows):
+                batch = found[start : start + self.allocation.rows]
+                yield batch, self._gather(self._cached[layer], torch.from_numpy(slots[batch]), 0)
+            for plan, buffer in reads:
+                rows = self._bundles(plan, buffer)
+                yield missing[done : done + len(rows)], rows
+                done += len(rows)
+                if self._caches:
+                    self._admit(layer, plan.places, rows)
+
+    def _gather(self, rows: Tensor, index: Tensor, skip: int) -> Tensor:
+        """Copy the indexed rows into the scratch memory, `skip` bytes from its start."""
+        size = len(index) * rows.shape[1] * rows.dtype.itemsize
+        out = self._scratch[skip : skip + size].view(rows.dtype).view(len(index), -1)
+        return torch.index_select(rows, 0, index, out=out)
+
+    def _bundles(self, plan: ReadPlan, buffer: AlignedBuffer) -> Tensor:
+        """The bundles that a plan has read, in the model's dtype, shape (U, R * H)."""
+        stored, width = self.header.torch_dtype, self.header.rows * self.header.hidden
+        numbers, itemsize = buffer.bytes.view(stored), stored.itemsize
+        if (np.diff(plan.spots) == self.header.stride).all():
+            start = int(plan.spots[0]) // itemsize
+            rows = numbers.as_strided((len(plan.spots), width), (self.header.stride // itemsize, 1), start)
+        else:  # rows that start at every number, overlapping
+            everywhere = numbers.as_strided((len(numbers) - width + 1, width), (1, 1))
+            rows = self._gather(everywhere, torch.from_numpy(plan.spots // itemsize), 0)
+        if stored == self.dtype:
+            return rows
+        skip = self.allocation.rows * self.header.bundle_bytes
+        size = rows.numel() * self.dtype.itemsize
+        return self._scratch[skip : skip + size].view(self.dtype).view(rows.shape).copy_(rows)
+
+    def _admit(self, layer: int, places: Places, rows: Tensor) -> None:
+        cache = self._caches[layer]
+        before = cache.evictions
+        admission = cache.offer(places)
+        self.report.evictions += cache.evictions - before
+        slots, index = torch.from_numpy(admission.slots), torch.from_numpy(admission.index)
+        for start in range(0, len(slots), _ROWS_COPIED_AT_ONCE):
+            part = slice(start, start + _ROWS_COPIED_AT_ONCE)
+            self._cached[layer].index_copy_(0, slots[part], rows[index[part]])

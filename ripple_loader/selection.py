@@ -1,0 +1,63 @@
+"""Which neurons a token needs, decided from the int8 sketch before anything is read.
+
+Dimension key: T tokens, N neurons, H hidden, S sketched rows a neuron (gate and up, or fc1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ripple_loader.access import Places
+
+_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The neurons to compute for some tokens.
+
+    Attributes:
+        places: neurons that at least one token needs, ascending, shape (U,).
+        mask: which token needs which, bool of shape (T, U); None where each may have all of them.
+    """
+
+    places: Places
+    mask: Tensor | None
+
+
+def select_all(neurons: int) -> Selection:
+    """Every neuron for every token."""
+    return Selection(np.arange(neurons), None)
+
+
+def select_active(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, x_TH: Tensor) -> Selection:
+    """All neurons that a ReLU may leave above zero.
+
+    |w.x - sketch.x| <= |w - sketch| |x| bounds what rounding can hide, so that no active neuron is missed.
+
+    Args:
+        estimate_TN: the sketch's pre-activations, float32.
+        error_N: norm of each row's rounding error.
+        scale_N: value of a sketch step; 127 of them bound every weight, and so floating-point rounding.
+        x_TH: the inputs.
+    """
+    norm_T = x_TH.float().norm(dim=1)
+    slack_N = error_N + _ROUNDING * 127 * scale_N * x_TH.shape[1] ** 0.5
+    possible_TN = estimate_TN + norm_T[:, None] * slack_N > 0
+    return Selection(possible_TN.any(0).nonzero().flatten().cpu().numpy(), None)
+
+
+def select_largest(estimates_STN: list[Tensor], activation: nn.Module, keep: float) -> Selection:
+    """Each token's `keep` share of the neurons of the largest |act(gate) up|, or |act(fc1)|, by estimate."""
+    score_TN = activation(estimates_STN[0])
+    for estimate_TN in estimates_STN[1:]:
+        score_TN = score_TN * estimate_TN
+    count = max(1, round(keep * score_TN.shape[1]))
+    mask_TN = torch.zeros_like(score_TN, dtype=torch.bool)
+    mask_TN.scatter_(1, score_TN.abs().topk(count, dim=1).indices, True)
+    places = mask_TN.any(0).nonzero().flatten()
+    return Selection(places.cpu().numpy(), mask_TN[:, places] if len(mask_TN) > 1 else None)
