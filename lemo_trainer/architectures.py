@@ -121,7 +121,7 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
         ValueError: the architecture or the attention implementation is not supported, or a part is missing.
     """
     model = unwrap(model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in ARCHITECTURES:
         raise ValueError(
@@ -137,7 +137,7 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
     architecture = ARCHITECTURES[model_type]
     if missing := architecture.missing_from(decoder.layers[0]):
         raise ValueError(
-            f"LeMo looked for {', '.join(missing)} in {type(decoder.layers[0]).__name__} and did not find it; "
+            f"LeMo looked for {', '.join(missing)} in {type(decoder.layers[0]).__name__} and found none; "
             f"this version of transformers wires {model_type} differently."
         )
     implementation = config._attn_implementation

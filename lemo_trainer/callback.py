@@ -16,9 +16,9 @@ CONFIG_NAME = "lemo_config.json"
 class LemoCallback(TrainerCallback):
     """Patches the model when training begins and restores it when training ends.
 
-    Writes `lemo_config.json` into every checkpoint and into the output folder, and the kept share and the number
-    of patched layers into the logs. `Trainer`'s reporting callbacks (TensorBoard, W&B) run before this one and
-    do not see these two.
+    Writes `lemo_config.json` into every checkpoint and into the output folder, and the kept share and the
+    number of patched layers into the logs. `Trainer`'s reporting callbacks (TensorBoard, W&B) run before this
+    one and do not see these two.
 
     Args:
         config: which tokens are kept, where and when.

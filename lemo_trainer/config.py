@@ -82,13 +82,13 @@ class LemoConfig:
         indices = _parse_layers(self.layers)
         if indices[-1] >= total:
             raise ValueError(
-                f"`layers` must name layers 0 to {total - 1} of this model, got {indices[-1]} in {self.layers!r}."
+                f"`layers` must name layers from 0 to {total - 1} in this model, got {self.layers!r}."
             )
         return indices
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LemoConfig:
-        """Make a config from plain values. Raises ValueError for an unknown key, naming the closest known one."""
+        """Make a config from plain values. Raises ValueError for an unknown key, naming the closest ones."""
         check_keys(values, [field.name for field in dataclasses.fields(cls)], "LemoConfig")
         return cls(**values)
 

@@ -1,8 +1,8 @@
 """Token elimination: a layer computes the chosen blocks of each sample, the others pass by on the residual.
 
-The chosen rows are read from the residual stream, go through norm, attention or MLP as a shorter sequence with
-their own positions, and the result is added back at the same rows (LeMo's permutation-free form): neither a
-full-width norm nor a zero-padded output is made, and the backward pass needs the row numbers only.
+The chosen rows are read from the residual stream, go through norm, attention or MLP as a shorter sequence
+with their own positions, and the result is added back at the same rows (LeMo's permutation-free form):
+neither a full-length norm nor a zero-padded output is made, and the backward pass needs the row numbers only.
 
 Shapes: B batch, S tokens, K kept tokens of a sample, D hidden width, N whole blocks.
 """
@@ -30,7 +30,7 @@ from .informativeness import (
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How many blocks of a sequence are kept: the same number for each sample, so that a batch stays a tensor.
+    """How many blocks of a sequence are kept; one number for all samples, so that a batch stays a tensor.
 
     Args:
         blocks: whole blocks of the sequence.

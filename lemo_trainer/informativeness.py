@@ -69,7 +69,7 @@ def queries_and_keys(attention: Any, x_BSD: Tensor, **kwargs: Any) -> tuple[Tens
         with _without_dropout(attention):
             attention(hidden_states=x_BSD, **kwargs)
     except _Captured as captured:
-        return captured.args  # type: ignore[return-value]
+        return captured.args
     finally:
         attention.config = config
     raise AssertionError(f"{type(attention).__name__} does not dispatch through AttentionInterface.")
@@ -129,7 +129,7 @@ def attention_scores(
 
 
 def score_positions(blocks: int, block_size: int, count: int, device: torch.device) -> Tensor:
-    """Positions [N * c] of the c = min(count, block_size) evenly spaced tokens of each of the whole blocks."""
+    """Positions [N * c] of c = min(count, block_size) evenly spaced tokens in each of the whole blocks."""
     count = min(count, block_size)
     offsets = torch.arange(count, device=device) * block_size // count
     return (torch.arange(blocks, device=device)[:, None] * block_size + offsets).flatten()

@@ -21,7 +21,7 @@ IGNORE_INDEX = -100
 class _SegmentedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropies of all rows with a label, divided by `denominator`.
 
-    The gradients are made in the forward pass, while a segment's logits exist, and only scaled in the backward.
+    The gradients are made in the forward pass, while a segment's logits exist; the backward scales them.
     """
 
     @staticmethod
@@ -39,9 +39,7 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden_NC = torch.zeros_like(hidden_NC) if want_hidden else None
         grad_weight_VC = torch.zeros_like(weight_VC, dtype=torch.float32) if want_weight else None
-        grad_bias_V = (
-            torch.zeros_like(bias_V, dtype=torch.float32) if want_bias and bias_V is not None else None
-        )
+        grad_bias_V = weight_VC.new_zeros(len(weight_VC), dtype=torch.float32) if want_bias else None
         total = hidden_NC.new_zeros((), dtype=torch.float32)
 
         for rows in (labels_N != IGNORE_INDEX).nonzero().squeeze(1).split(segment):
@@ -101,7 +99,7 @@ def segmented_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Cross entropy of `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, `segment` rows at a time.
+    """Cross entropy of `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, segment by segment.
 
     Args:
         hidden_NC: [N, C], any floating dtype; the logits of a segment are taken to float32.

@@ -1,8 +1,8 @@
 """Put LeMo onto a model's layers and head, and take it off again.
 
 A patched decoder layer becomes an instance of a subclass of its own class (same name, same module), as FSDP2
-does it: whichever of `forward` and `__call__` the installed transformers wraps for gradient checkpointing,
-the patch runs inside the checkpoint. The causal LM gets an instance `forward` that adds the segment-wise loss.
+does it: whichever of `forward` and `__call__` the installed transformers wraps for gradient checkpointing, the
+patch runs inside the checkpoint. The causal LM gets an instance `forward` with the segment-wise loss.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
 
 
 def remove_lemo(model: nn.Module) -> None:
-    """Give every patched part of `model` its own class and `forward` back. Does nothing where none is patched."""
+    """Give every patched part of `model` its own class and `forward` back; an unpatched model stays as it is."""
     report = getattr(find_causal_lm(model).model, "_lemo", None)
     while report is not None and report.undo:
         report.undo.pop()()
@@ -238,6 +238,6 @@ def _check_head(parts: CausalLM) -> None:
         )
     if parts.model.loss_function is not ForCausalLMLoss:
         raise ValueError(
-            f"The segment-wise loss stands in for transformers' ForCausalLMLoss, and {type(parts.model).__name__} "
-            "uses another loss; set loss_segment=0."
+            f"The segment-wise loss stands in for transformers' ForCausalLMLoss, which "
+            f"{type(parts.model).__name__} does not use; set loss_segment=0."
         )

@@ -1,0 +1,90 @@
+"""What a training step costs: activation bytes saved for the backward, floating-point operations, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+class SavedBytes:
+    """Storages that autograd holds for the backward pass; see `saved_activations`."""
+
+    def __init__(self, excluded: set[int]) -> None:
+        self._excluded = excluded
+        self._packed: weakref.WeakSet[_Packed] = weakref.WeakSet()
+
+    def pack(self, tensor: Tensor) -> _Packed:
+        packed = _Packed(tensor)
+        self._packed.add(packed)
+        return packed
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the distinct storages that are saved now, without parameters and buffers."""
+        storages = (packed.tensor.untyped_storage() for packed in self._packed)
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(size for pointer, size in sizes.items() if pointer not in self._excluded)
+
+
+class _Packed:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextlib.contextmanager
+def saved_activations(model: nn.Module) -> Iterator[SavedBytes]:
+    """Follow what the forward passes inside the block save for their backward passes.
+
+    Read `.bytes` after a forward pass and before its backward. Under gradient checkpointing that is what
+    waits between the layers; what a layer's recomputation saves for a moment is not in it.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = SavedBytes({tensor.untyped_storage().data_ptr() for tensor in tensors})
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda packed: packed.tensor):
+        yield saved
+
+
+def _pairs(query: Any, key: Any, causal: bool) -> float:
+    """Share of the query-key pairs that a causal kernel computes."""
+    return (1 + 1 / query[2]) / 2 if causal and query[2] == key[2] else 1.0
+
+
+def _cpu_flash(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
+    return int(sdpa_flop_count(query, key, value) * _pairs(query, key, causal))
+
+
+def _cpu_flash_backward(
+    grad: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, dropout: float, causal: bool, **_: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value) * _pairs(query, key, causal))
+
+
+# torch counts the CUDA kernels of scaled_dot_product_attention only.
+_CPU_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward,
+}
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products of `step()`, recomputation and scoring included.
+
+    On the CPU, attention under a causal kernel counts the pairs below the diagonal only.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_FORMULAS) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process ever had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,176 @@
+"""Recipes: a YAML file that names a model, a text, LoRA, LeMo and the training arguments, and its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import LemoConfig, check_keys, read_yaml
+from .patch import LemoReport, apply_lemo, remove_lemo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One fine-tuning run.
+
+    Args:
+        model: folder of a causal LM, or an id of the Hugging Face hub.
+        train_file: text to train on: .jsonl with a "text" in each line, or plain text.
+        output_dir: where the adapter (or the model) is written.
+        eval_file: held-out text; its dense loss is measured before and after.
+        seq_len: tokens of a training sample; documents are joined and cut.
+        checkpointing: gradient checkpointing.
+        lora: fields of `peft.LoraConfig`; None trains all weights.
+        lemo: fields of `LemoConfig`; None trains dense.
+        training: fields of `transformers.TrainingArguments`.
+    """
+
+    model: str
+    train_file: str
+    output_dir: str
+    eval_file: str | None = None
+    seq_len: int = 2048
+    checkpointing: bool = False
+    lora: Mapping[str, Any] | None = None
+    lemo: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seq_len, int) or self.seq_len < 2:
+            raise ValueError(f"`seq_len` must be a whole number of at least 2, got {self.seq_len!r}.")
+        for name in ("lora", "lemo", "training"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(f"`{name}` must be a mapping of options, got {value!r}.")
+        self.lemo_config()
+
+    def lemo_config(self) -> LemoConfig | None:
+        """The checked `lemo` section."""
+        return None if self.lemo is None else LemoConfig.from_dict(self.lemo)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Recipe:
+        """Read a recipe; overrides that are not None replace its values, a mapping entry by entry."""
+        values = read_yaml(path)
+        for name, value in overrides.items():
+            if isinstance(value, Mapping):
+                given = {key: entry for key, entry in value.items() if entry is not None}
+                if given:
+                    values[name] = {**(values.get(name) or {}), **given}
+            elif value is not None:
+                values[name] = value
+        fields = dataclasses.fields(cls)
+        check_keys(values, [known.name for known in fields], str(path))
+        for known in fields[:3]:
+            if known.name not in values:
+                raise ValueError(f"{path} must name `{known.name}`.")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Mean loss of the training steps, and the dense held-out losses where the recipe has an `eval_file`."""
+
+    train_loss: float
+    report: LemoReport | None
+    held_out_before: float | None
+    held_out_after: float | None
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The documents of a .jsonl file ("text" of each line), or a plain text file as one document."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The text {path} must exist, and there is none (`python scripts/assets.py`?)."
+        )
+    content = path.read_text("utf-8")
+    if path.suffix != ".jsonl":
+        return [content]
+    try:
+        return [json.loads(line)["text"] for line in content.splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'Each line of {path} must be a JSON object with a "text".') from error
+
+
+def pack(texts: list[str], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
+    """Join the documents, each ended by EOS, and cut them into samples of `seq_len` tokens; the rest is dropped."""
+    tokens: list[int] = []
+    for encoded in tokenizer(texts)["input_ids"]:
+        tokens += [*encoded, tokenizer.eos_token_id]
+    starts = range(0, len(tokens) - seq_len + 1, seq_len)
+    if not starts:
+        raise ValueError(f"The text must hold at least `seq_len` {seq_len} tokens, got {len(tokens)}.")
+    return [dict.fromkeys(("input_ids", "labels"), tokens[i : i + seq_len]) for i in starts]
+
+
+def check_model(name: str) -> None:
+    """Raise FileNotFoundError where `name` can only be a folder and there is none."""
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"The model folder {name} must exist, and there is none (`python scripts/assets.py`?)."
+        )
+
+
+def run(recipe: Recipe) -> RunResult:
+    """Fine-tune as `recipe` says and save the result.
+
+    Everything that the user can get wrong is checked before anything is written.
+
+    Raises:
+        ValueError, FileNotFoundError: a value, a file or the model cannot be used.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    from .callback import LemoCallback
+
+    check_model(recipe.model)
+    names = [known.name for known in dataclasses.fields(TrainingArguments)]
+    check_keys(recipe.training, [name for name in names if name != "output_dir"], "`training`")
+    checkpointing = "activation_checkpointing"
+    if checkpointing not in names:  # transformers before 5.23
+        checkpointing = "gradient_checkpointing"
+    args = TrainingArguments(
+        recipe.output_dir, **{checkpointing: recipe.checkpointing, "report_to": "none", **recipe.training}
+    )
+    texts = {"train": read_texts(recipe.train_file)}
+    if recipe.eval_file is not None:
+        texts["held_out"] = read_texts(recipe.eval_file)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    data = {split: pack(documents, tokenizer, recipe.seq_len) for split, documents in texts.items()}
+
+    model = AutoModelForCausalLM.from_pretrained(recipe.model)
+    if recipe.lora is not None:
+        model = _with_lora(model, recipe.lora)
+    config, callback = recipe.lemo_config(), None
+    report = None
+    if config is not None:
+        report = apply_lemo(model, config)
+        remove_lemo(model)
+        callback = LemoCallback(config)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data.get("held_out"),
+        processing_class=tokenizer,
+        callbacks=[callback] if callback else [],
+    )
+    before = trainer.evaluate()["eval_loss"] if "held_out" in data else None
+    train_loss = trainer.train().training_loss
+    after = trainer.evaluate()["eval_loss"] if "held_out" in data else None
+    trainer.save_model()
+    return RunResult(train_loss, report, before, after)
+
+
+def _with_lora(model: Any, options: Mapping[str, Any]) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("A `lora` section needs peft; install it with `pip install peft`.") from error
+    check_keys(options, [known.name for known in dataclasses.fields(LoraConfig)], "`lora`")
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
