@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ripple_loader.checkpoint import fingerprint, read_shards
 from ripple_loader.config import check_keys
 from ripple_loader.sidecar import (
-    BLOCK,
     CHECKSUM_CHUNK,
     SIDECAR,
     VERSION,
@@ -198,5 +198,11 @@ class Sidecar:
             if zlib.crc32(data) != crc:
                 raise self._damaged(offset, f"the next {len(data)} bytes do not match their checksum")
 
-
-assert CHECKSUM_CHUNK % BLOCK == 0
+    def check_weights(self, files: list[Path] | None = None) -> None:
+        """Check that the weight files, by default those beside it, are those the sidecar was made with."""
+        files = files or [shard.path for shard in read_shards(self.path.parent)]
+        if fingerprint(files) != self.header.checkpoint:
+            raise ValueError(
+                f"{self.path} should lie beside the weights it was made with, but those of "
+                f"{files[0].parent} differ: reorder that model again."
+            )

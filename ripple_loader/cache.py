@@ -150,7 +150,7 @@ class S3FifoCache(NeuronCache):
             excess = len(small) - int(self.SMALL_SHARE * self.capacity)
             main = np.flatnonzero(self._queue == self._MAIN)
             if excess > 0 or not len(main):
-                oldest = self._oldest(small, min(count, max(excess, 1)))
+                oldest = self._oldest(small, min(count, excess) if len(main) else count)
                 staying = oldest[self._uses[oldest] > 0]
                 leaving = oldest[self._uses[oldest] == 0]
                 self._queue[staying] = self._MAIN

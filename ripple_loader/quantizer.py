@@ -15,7 +15,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from ripple_loader.architectures import MLPSite, architecture_of
 from ripple_loader.bundles import Sidecar
-from ripple_loader.checkpoint import fingerprint
 from ripple_loader.config import RippleConfig
 from ripple_loader.engine import Engine
 from ripple_loader.streaming import stream
@@ -39,11 +38,7 @@ class RippleQuantizer(HfQuantizer):
             )
         files = [Path(file) for file in checkpoint_files]
         sidecar = Sidecar(files[0].parent)
-        if fingerprint(files) != sidecar.header.checkpoint:
-            raise ValueError(
-                f"{sidecar.path} should lie beside the weights it was made with, but those of "
-                f"{files[0].parent} differ: reorder that model again."
-            )
+        sidecar.check_weights(files)
         sites = matching_sites(model, sidecar)
         stream(model, sites, Engine(sidecar, self.quantization_config, model.dtype))
         pattern = sites[0].architecture.tensor_pattern().pattern

@@ -1,0 +1,192 @@
+"""The `ripple` command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Run language models larger than memory by streaming linked MLP neurons from flash.",
+)
+
+Recipe = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe; options given here win.")]
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what the user can mend into one sentence and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:  # the system's, not a sentence of ours
+            message = f"{error.filename}: {error.strerror}"
+        typer.echo(f"ripple: {' '.join(message.split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _section(recipe: Path | None, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    from ripple_loader.config import read_recipe
+
+    given = {key: value for key, value in options.items() if value is not None}
+    return (read_recipe(recipe).get(name, {}) if recipe else {}) | given
+
+
+def _texts(path: str) -> list[str]:
+    """Documents of a .jsonl file (its `text` fields) or of a text file (one document)."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"`calibration` should be a .jsonl or text file, but {path} does not exist.")
+    if file.suffix != ".jsonl":
+        return [file.read_text("utf-8")]
+    texts = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f'{path} should have {{"text": ...}} on each line, not so line {number}.'
+            ) from None
+    return texts
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "ripple reorder SmolLM2-135M-Instruct --calibration train.jsonl --out out/smollm2\n\n"
+    "ripple reorder --config configs/ripple/smollm2.yaml"
+)
+def reorder(
+    model: Annotated[str | None, typer.Argument(help="Model directory with safetensors weights.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to trace: .jsonl with `text`, or a text file.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Directory to make.")] = None,
+    config: Recipe = None,
+    placement: Annotated[str | None, typer.Option(help="linked, frequency, identity or random.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")] = None,
+    active_share: Annotated[
+        float | None, typer.Option(help="Share of neurons that counts as active, where none is exactly zero.")
+    ] = None,
+    partners: Annotated[int | None, typer.Option(help="Co-activation partners kept for each neuron.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random placement.")] = None,
+) -> None:
+    """Write a streaming copy of a model: neurons that are active together lie together."""
+    with _user_errors():
+        from ripple_loader.config import ReorderConfig
+        from ripple_loader.reorder import reorder as run
+
+        options = _section(
+            config,
+            "reorder",
+            {
+                "model": model,
+                "calibration": calibration,
+                "out": out,
+                "placement": placement,
+                "tokens": tokens,
+                "sequence_length": sequence_length,
+                "active_share": active_share,
+                "partners": partners,
+                "seed": seed,
+            },
+        )
+        paths = {name: options.pop(name, None) for name in ("model", "calibration", "out")}
+        for name, path in paths.items():
+            if path is None:
+                raise ValueError(f"`{name}` should be given, on the command line or in the recipe.")
+        settings = ReorderConfig.from_options(options)
+        run(paths["model"], paths["out"], _texts(paths["calibration"]), settings)
+        typer.echo(paths["out"])
+
+
+@app.command(
+    epilog='Examples:\n\nripple generate out/smollm2 "The with statement" --dram-budget 128MiB --keep 0.5\n\n'
+    'ripple generate out/smollm2-ripple "The with statement" --config configs/ripple/smollm2.yaml'
+)
+def generate(
+    directory: Annotated[str, typer.Argument(help="Directory that `ripple reorder` made.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    config: Recipe = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    dram_budget: Annotated[
+        str | None, typer.Option(help='Bytes, "128MiB", or "25%" of the MLP weights.')
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of neurons computed per token; 1 is exact.")
+    ] = None,
+    merge_gap: Annotated[
+        str | None, typer.Option(help="Unneeded bytes worth reading to join two reads.")
+    ] = None,
+    buffer: Annotated[str | None, typer.Option(help="Size of a read buffer.")] = None,
+    io_threads: Annotated[int | None, typer.Option(help="Reads in flight.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Eviction policy: s3fifo or lru.")] = None,
+    verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
+) -> None:
+    """Generate text, greedily, with the MLPs streamed from disk; a line of numbers goes to stderr."""
+    with _user_errors():
+        from ripple_loader.config import RippleConfig
+
+        options = _section(
+            config,
+            "load",
+            {
+                "dram_budget": dram_budget,
+                "keep": keep,
+                "merge_gap": merge_gap,
+                "buffer": buffer,
+                "io_threads": io_threads,
+                "cache": cache,
+                "verify": verify,
+            },
+        )
+        _generate(directory, prompt, RippleConfig.from_options(options), max_new_tokens)
+
+
+def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> None:
+    import time
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ripple_loader.bundles import Sidecar
+
+    Sidecar(directory)  # its errors before transformers' own
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    start = time.perf_counter()
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    seconds = time.perf_counter() - start
+    typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+    new = output.shape[1] - inputs.input_ids.shape[1]
+    typer.echo(f"{new / seconds:.2f} tokens/s; {model.ripple_report.summary()}", err=True)
+
+
+@app.command(epilog="Example:\n\nripple inspect out/smollm2 --verify")
+def inspect(
+    directory: Annotated[str, typer.Argument(help="Reordered directory.")],
+    verify: Annotated[bool, typer.Option(help="Check every checksum and the weights beside it.")] = False,
+) -> None:
+    """Print what a sidecar says about itself, as JSON."""
+    with _user_errors():
+        from ripple_loader.bundles import Sidecar
+
+        sidecar = Sidecar(directory)
+        if verify:
+            sidecar.verify()
+            sidecar.check_weights()
+        typer.echo(json.dumps(asdict(sidecar.header), indent=1))
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,104 @@
+"""Tiny random models of every supported architecture, saved and reordered once a session."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ripple_loader import ReorderConfig, RippleConfig, reorder
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 120,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **GROUPED, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", **GROUPED},
+    "qwen2": {"model_type": "qwen2", **GROUPED, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **GROUPED, "head_dim": 8},
+    "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32},
+    "gpt_neox": {"model_type": "gpt_neox"},
+}
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A random model whose biases are not zero."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**(COMMON | MODELS[name] | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        scale = 1.0 if "embed" in parameter_name else 0.2
+        if parameter.dim() == 2 or parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=scale)
+    return model.to(dtype).eval()
+
+
+def token_ids(length: int = 24, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 120, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+CALIBRATION = [token_ids(64, seed=seed)[0] for seed in range(8)]
+SMALL = ReorderConfig(tokens=256, sequence_length=64)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`saved(name, dtype)`: directory of a random model, made once."""
+    made: dict[Any, Path] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+        key = (name, dtype, *save.items())
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(name) / "model"
+            make_model(name, dtype).save_pretrained(made[key], **save)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reordered(saved: Callable[..., Path]) -> Callable[..., Path]:
+    """`reordered(name, dtype)`: its streaming copy, made once."""
+    made: dict[Any, Path] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+        key = (name, dtype, *save.items())
+        if key not in made:
+            base = saved(name, dtype, **save)
+            made[key] = base.parent / "reordered"
+            reorder(base, made[key], CALIBRATION, SMALL)
+        return made[key]
+
+    return get
+
+
+def load(directory: Path, **options: Any) -> PreTrainedModel:
+    """Load through Ripple; `dtype` goes to transformers, the rest to RippleConfig."""
+    dtype = options.pop("dtype", "auto")
+    config = RippleConfig(**({"dram_budget": "4MiB"} | options))
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=config)
+
+
+def relative_error(got: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((got.float() - reference.float()).abs().max() / reference.float().abs().max()).item()
+
+
+def least_budget(directory: Path, **options: Any) -> int:
+    """The smallest DRAM budget that the loader accepts, as its error names it."""
+    with pytest.raises(ValueError, match="`dram_budget` should be at least") as error:
+        load(directory, dram_budget=1, **options)
+    return int(re.search(r"at least (\d+) bytes", str(error.value))[1])

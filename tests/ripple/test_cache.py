@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ripple_loader.cache import INDEX_BYTES, make_cache
+
+STEPS = st.lists(
+    st.lists(st.integers(0, 39), unique=True, max_size=40).map(lambda p: np.array(sorted(p), np.int64)),
+    max_size=30,
+)
+
+
+@pytest.mark.parametrize("policy", ["s3fifo", "lru"])
+@given(steps=STEPS, capacity=st.integers(1, 40))
+def test_slots_always_hold_the_neuron_they_are_said_to_hold(policy, steps, capacity):
+    cache, contents = make_cache(policy, 40, capacity), np.full(capacity, -1)
+    for places in steps:
+        slots = cache.lookup(places)
+        hit = slots >= 0
+        assert (contents[slots[hit]] == places[hit]).all()
+        missed = places[~hit]
+        admission = cache.offer(missed)
+        assert len(set(admission.slots.tolist())) == len(admission.slots) == len(admission.index)
+        contents[admission.slots] = missed[admission.index]
+        resident = np.flatnonzero(cache.lookup(np.arange(40)) >= 0)
+        assert len(resident) <= capacity
+        assert set(missed[admission.index].tolist()) <= set(resident.tolist())
+
+
+@pytest.mark.parametrize("policy", ["s3fifo", "lru"])
+def test_neurons_used_all_the_time_stay(policy):
+    random, cache, hot = np.random.default_rng(0), make_cache(policy, 1000, 100), np.arange(0, 80, 2)
+    hits = 0
+    for step in range(60):
+        cold = 100 + random.choice(900, 40, replace=False)
+        places = np.unique(np.concatenate([hot, cold]))
+        slots = cache.lookup(places)
+        hits += int((slots[: len(hot)] >= 0).sum()) if step >= 10 else 0
+        cache.offer(places[slots < 0])
+    assert hits > 0.9 * 50 * len(hot)
+
+
+def test_s3fifo_keeps_its_neurons_through_a_scan_of_everything():
+    cache = make_cache("s3fifo", 1000, 100)
+    hits = 0
+    for _ in range(20):
+        slots = cache.lookup(np.arange(1000))
+        hits += int((slots >= 0).sum())
+        cache.offer(np.flatnonzero(slots < 0))
+    assert hits > 0.3 * 20 * 100
+
+
+@pytest.mark.parametrize("policy", ["s3fifo", "lru"])
+def test_the_index_takes_no_more_than_it_is_charged_for(policy):
+    cache = make_cache(policy, 1000, 1000)
+    arrays = [value for value in vars(cache).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) <= 1000 * INDEX_BYTES
