@@ -1,8 +1,8 @@
 """Put LeMo onto a model's layers and head, and take it off again.
 
 A patched decoder layer becomes an instance of a subclass of its own class (same name, same module), as FSDP2
-does it: whichever of `forward` and `__call__` the installed transformers wraps for gradient checkpointing, the
-patch runs inside the checkpoint. The causal LM gets an instance `forward` with the segment-wise loss.
+does it: whichever of `forward` and `__call__` the installed transformers wraps for gradient checkpointing,
+the patch runs inside the checkpoint. The causal LM gets an instance `forward` with the segment-wise loss.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
 
 
 def remove_lemo(model: nn.Module) -> None:
-    """Give every patched part of `model` its own class and `forward` back; an unpatched model stays as it is."""
+    """Give every patched part of `model` its own class and `forward` back; an unpatched model stays so."""
     report = getattr(find_causal_lm(model).model, "_lemo", None)
     while report is not None and report.undo:
         report.undo.pop()()

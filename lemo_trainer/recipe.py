@@ -98,7 +98,7 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def pack(texts: list[str], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
-    """Join the documents, each ended by EOS, and cut them into samples of `seq_len` tokens; the rest is dropped."""
+    """Join the documents, each ended by EOS, and cut them into samples of `seq_len` tokens; drop the rest."""
     tokens: list[int] = []
     for encoded in tokenizer(texts)["input_ids"]:
         tokens += [*encoded, tokenizer.eos_token_id]

@@ -1,0 +1,172 @@
+"""LeMo's main table: fine-tuning SmolLM2 with LoRA, with and without LeMo, at 2,048 tokens.
+
+    python scripts/bench/lemo_main.py [--steps 3] [--seq-len 2048] [--keep-ratio 0.4] [--layers auto]
+
+Each contender runs in a process of its own (peak memory is a process's), one after the other: one step under
+the FLOP counter and the saved-tensor hooks as warm-up, then `--steps` steps of `transformers.Trainer`, then
+the dense held-out loss. All see the same samples in the same order from the same initial adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import common
+from tqdm import tqdm
+
+# isort: split
+import assets  # common.py puts its folder on the path
+
+# contender: (LeMo's options or None, gradient checkpointing)
+SEGMENTED: dict[str, Any] = {"keep_ratio": 1.0}
+CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
+    "LoRA": (None, False),
+    "LoRA + segmented loss": (SEGMENTED, False),
+    "LoRA + checkpointing": (None, True),
+    "LoRA + checkpointing + segmented loss": (SEGMENTED, True),
+    "LeMo": ({}, False),
+    "LeMo + checkpointing": ({}, True),
+}
+UNTOUCHED = "untouched"
+
+
+def run_contender(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """One contender's metrics, measured in this process."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    from lemo_trainer import LemoCallback, LemoConfig, apply_lemo, remove_lemo
+    from lemo_trainer.measure import count_flops, peak_rss_bytes, saved_activations
+    from lemo_trainer.recipe import pack
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
+    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+    train = pack(assets.texts("train"), tokenizer, options.seq_len)[: options.steps]
+    held_out = pack(assets.texts("held_out"), tokenizer, options.seq_len)[: options.held_out]
+
+    lemo, checkpointing = (None, False) if name == UNTOUCHED else CONTENDERS[name]
+    callbacks: list[TrainerCallback] = []
+    config = None
+    if lemo is not None:
+        config = LemoConfig(**{"keep_ratio": options.keep_ratio, "layers": options.layers, **lemo})
+        callbacks.append(LemoCallback(config))
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.start)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            dataloader_pin_memory=False,
+            prediction_loss_only=True,
+            seed=0,
+        )
+        trainer = Trainer(
+            model, arguments, train_dataset=train, eval_dataset=held_out, callbacks=[*callbacks, Clock()]
+        )
+        if name == UNTOUCHED:
+            return {"held_out_loss": trainer.evaluate()["eval_loss"]}
+        if checkpointing:
+            model.base_model.model.activation_checkpointing_enable()
+
+        batch = {key: torch.tensor([train[0][key]]) for key in ("input_ids", "labels")}
+        saved_bytes, first_loss = 0, 0.0
+
+        def step() -> None:
+            nonlocal saved_bytes, first_loss
+            with saved_activations(model) as saved:
+                loss = model(**batch).loss
+                saved_bytes, first_loss = saved.bytes, loss.item()
+            loss.backward()
+            model.zero_grad()
+
+        model.train()
+        if config is not None:
+            apply_lemo(model, config)
+        gflop = count_flops(step) / 1e9
+        remove_lemo(model)
+
+        trainer.train()
+        peak = peak_rss_bytes()
+        return {
+            "first_loss": first_loss,
+            "saved_activations_MB": saved_bytes / 1e6,
+            "peak_RSS_MB": peak / 1e6,
+            "seconds_a_step": statistics.median(seconds),
+            "GFLOP_a_step": gflop,
+            "held_out_loss_after": trainer.evaluate()["eval_loss"],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--held-out", type=int, default=1, help="held-out samples of the loss")
+    parser.add_argument("--keep-ratio", type=float, default=0.4)
+    parser.add_argument("--layers", default="auto")
+    parser.add_argument("--contender", choices=[UNTOUCHED, *CONTENDERS], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        print(json.dumps(run_contender(options.contender, options)))
+        return
+
+    def measure(name: str) -> dict[str, float]:
+        command = [sys.executable, "-Wignore", __file__, *sys.argv[1:], "--contender", name]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        metrics: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+        return metrics
+
+    import torch
+
+    names = [UNTOUCHED, *CONTENDERS]
+    results = {name: measure(name) for name in tqdm(names, desc="lemo_main", unit="contender")}
+    before = results.pop(UNTOUCHED)["held_out_loss"]
+    dense = {name: results[name].pop("first_loss") for name in names[1:]}
+    dense = {name: loss for name, loss in dense.items() if name.startswith("LoRA")}
+    if max(dense.values()) - min(dense.values()) > 1e-4:
+        raise RuntimeError(f"The dense contenders must agree on the first loss, got {dense}.")
+    table = common.Table(
+        "lemo_main",
+        "LeMo: fine-tuning SmolLM2-135M with LoRA",
+        f"float32, {options.seq_len} tokens, batch 1, {torch.get_num_threads()} threads; LoRA r 8 on all "
+        f"linear layers, lr 1e-3, {options.steps} steps; LeMo keeps {options.keep_ratio:.0%} in layers "
+        f"{options.layers}; held-out loss is dense, over {options.held_out * options.seq_len} tokens",
+    )
+    for name, metrics in results.items():
+        after = metrics.pop("held_out_loss_after")
+        table.add(name, **metrics, held_out_loss_before=before, held_out_loss_after=after)
+    table.finish()
+
+
+if __name__ == "__main__":
+    main()
