@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ripple_loader.sidecar import DTYPES
+
 _INDEX = "model.safetensors.index.json"
 _COPY_CHUNK = 16 << 20
 _SAMPLE = 4096
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,9 @@ class TensorSpot:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Load it whole; ValueError for a dtype that Ripple does not stream."""
-        if self.dtype not in _DTYPES:
-            raise ValueError(
-                f"MLP weights should be float32, float16 or bfloat16, got {self.dtype} in {self.path}: "
-                "reorder the checkpoint from before quantization."
-            )
+        """Load it whole, for the dtypes of `sidecar.DTYPES`."""
         data = np.fromfile(self.path, np.uint8, self.stop - self.start, offset=self.start)
-        return torch.from_numpy(data).view(_DTYPES[self.dtype]).view(self.shape)
+        return torch.from_numpy(data).view(DTYPES[self.dtype]).view(self.shape)
 
     def raw_chunks(self) -> Iterator[bytes]:
         """Its bytes, a few MiB at a time."""

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from ripple_loader.architectures import Architecture, Role, architecture_of
 from ripple_loader.checkpoint import Shard, TensorSpot, read_shards
-from ripple_loader.sidecar import SIDECAR
+from ripple_loader.sidecar import DTYPES, SIDECAR
 
 
 @dataclass(frozen=True)
@@ -104,4 +104,10 @@ def open_source(directory: Path) -> SourceModel:
             f"all MLPs of {directory} should have the same shapes and dtypes, got {len(kinds)} different "
             "kinds: Ripple cannot stream this model."
         )
-    return SourceModel(directory, shards, config.model_type, architecture, mlp, spots)
+    source = SourceModel(directory, shards, config.model_type, architecture, mlp, spots)
+    if source.down.dtype not in DTYPES:
+        raise ValueError(
+            f"MLP weights should be float32, float16 or bfloat16, got {source.down.dtype} in {directory}: "
+            "reorder the checkpoint from before quantization."
+        )
+    return source

@@ -13,7 +13,7 @@ GAPS = st.sampled_from([0, 1, 4096, 20_000, 1 << 20])
 
 
 def check(plan, base, stride, width):
-    """Every bundle lies whole in the buffer where the plan says, and ranges are blocks that do not overlap."""
+    """Bundles lie whole in the buffer where the plan says; ranges are whole blocks and do not overlap."""
     assert (plan.offsets % BLOCK == 0).all()
     assert (plan.lengths % BLOCK == 0).all()
     assert (plan.lengths > 0).all()

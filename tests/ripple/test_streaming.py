@@ -160,7 +160,7 @@ def test_a_sidecar_beside_other_weights_is_refused(reordered, tmp_path):
     model.model.norm.weight.data += 1
     model.save_pretrained(tmp_path / "tuned")
     os.replace(tmp_path / "tuned" / "model.safetensors", tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="those of .* differ"):
+    with pytest.raises(ValueError, match=r"those of .* differ"):
         load(tmp_path)
 
 

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ripple_loader.cli import app
+from ripple_loader.sidecar import SIDECAR
+
+
+class Tokenizer:
+    """Letters as token ids, for models that come without a tokenizer."""
+
+    def __call__(self, text, return_tensors=None):
+        ids = [3 + ord(letter) % 100 for letter in text]
+        encoding = type("Encoding", (dict,), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
+        return encoding(input_ids=encoding.input_ids)
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids.tolist()))
+
+
+@pytest.fixture(autouse=True)
+def _tokenizer(monkeypatch):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: Tokenizer())
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "some text to trace " * 5}) for _ in range(4)))
+    return path
+
+
+def test_reorder_inspect_generate(saved, text, tmp_path):
+    out = tmp_path / "out"
+    result = run("reorder", saved("llama"), "--calibration", text, "--out", out, "--tokens", 64)
+    assert result.exit_code == 0, result.output
+    assert "expected reads per token and layer" in result.stderr
+    result = run("inspect", out, "--verify")
+    assert json.loads(result.stdout)["profile"]["tokens"] == 64
+    result = run("generate", out, "hello", "--dram-budget", "1MiB", "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.split()) == len("hello") + 3
+    assert "tokens/s" in result.stderr
+
+
+def test_recipe(saved, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"reorder: {{model: {saved('llama')}, calibration: {text}, out: {tmp_path / 'out'}, tokens: 64}}\n"
+        "load: {dram_budget: 1MiB, keep: 0.5}\n"
+    )
+    assert run("reorder", "--config", recipe, "--placement", "random").exit_code == 0
+    assert json.loads(run("inspect", tmp_path / "out").stdout)["profile"]["placement"] == "random"
+    result = run("generate", tmp_path / "out", "hello", "--config", recipe, "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", ["reorder", "generate", "inspect"])
+def test_help_has_an_example(command):
+    assert f"ripple {command} out" in run(command, "--help").output.replace("SmolLM2-135M-Instruct ", "out")
+
+
+def bad(*arguments):
+    """Run a command that must fail as a user error; returns its one sentence."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    return result.stderr
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(saved, reordered, text, tmp_path):
+    out, model = tmp_path / "out", saved("llama")
+    assert "nowhere should be a model" in bad("reorder", "nowhere", "--calibration", text, "--out", out)
+    assert "nothing.txt does not exist" in bad("reorder", model, "--calibration", "nothing.txt", "--out", out)
+    assert "`out` should be given" in bad("reorder", model, "--calibration", text)
+    assert "'magic'" in bad("reorder", model, "--calibration", text, "--out", out, "--placement", "magic")
+    assert "not exist yet" in bad("reorder", model, "--calibration", text, "--out", tmp_path)
+    assert "ripple reorder" in bad("generate", model, "hello")
+    assert "got 7.0" in bad("generate", reordered("llama"), "hello", "--keep", 7)
+    assert "at least" in bad("generate", reordered("llama"), "hello", "--dram-budget", "5")
+    assert SIDECAR in bad("inspect", tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("load: {kep: 0.5}")
+    assert "did you mean keep" in bad("generate", reordered("llama"), "hello", "--config", recipe)
+    assert "no such file" in bad("generate", reordered("llama"), "hello", "--config", tmp_path / "no.yaml")
+    text.write_text('{"txt": 1}\n')
+    assert "line 1" in bad("reorder", model, "--calibration", text, "--out", out)
+    assert not out.exists()

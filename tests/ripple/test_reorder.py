@@ -1,0 +1,245 @@
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ripple_loader import ReorderConfig, reorder
+from ripple_loader.bundles import Sidecar, SidecarWriter
+
+from .conftest import CALIBRATION, MODELS, SMALL, load, make_model, relative_error, token_ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_copy_is_the_same_model_to_everyone(name, saved, reordered):
+    original = AutoModelForCausalLM.from_pretrained(saved(name))
+    copy, info = AutoModelForCausalLM.from_pretrained(reordered(name), output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = token_ids(batch=2)
+    assert relative_error(copy(ids).logits, original(ids).logits) < 1e-5
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(copy.generate(ids, **options), original.generate(ids, **options))
+
+
+def test_only_mlp_tensors_change_and_headers_stay(saved, reordered):
+    base, copy = saved("llama") / "model.safetensors", reordered("llama") / "model.safetensors"
+    before, after = load_file(base), load_file(copy)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all("mlp" in name for name in changed)
+    assert not any(name.endswith("down_proj.bias") for name in changed)
+    order = torch.from_numpy(Sidecar(reordered("llama")).permutation(1)).long()
+    name = "model.layers.1.mlp.{}.weight"
+    assert torch.equal(after[name.format("up_proj")], before[name.format("up_proj")][order])
+    assert torch.equal(after[name.format("down_proj")], before[name.format("down_proj")][:, order])
+    with safe_open(base, "pt") as one, safe_open(copy, "pt") as other:
+        assert one.metadata() == other.metadata()
+    header = Sidecar(reordered("llama")).header
+    assert header.base == {"model.safetensors": hashlib.sha256(base.read_bytes()).hexdigest()}
+
+
+@torch.no_grad()
+def test_a_sharded_checkpoint(saved, reordered):
+    copy = reordered("qwen2", max_shard_size="20KB")
+    assert (copy / "model.safetensors.index.json").exists()
+    assert len(list(copy.glob("*.safetensors"))) > 2
+    original, ids = AutoModelForCausalLM.from_pretrained(saved("qwen2")), token_ids()
+    for model in (AutoModelForCausalLM.from_pretrained(copy), load(copy)):
+        assert relative_error(model(ids).logits, original(ids).logits) < 1e-5
+
+
+def test_the_profile_tells_how_the_order_was_found(reordered):
+    profile = Sidecar(reordered("opt")).header.profile
+    assert profile["placement"] == "linked"
+    assert profile["tokens"] == SMALL.tokens
+    assert 0 < profile["activity"] < 1
+    assert profile["reads"] < profile["reads_identity"]
+
+
+class Tokenizer:
+    def __call__(self, text):
+        return type("Encoding", (), {"input_ids": [3 + ord(letter) % 100 for letter in text]})
+
+
+@pytest.mark.parametrize(
+    ("calibration", "tokens"),
+    [
+        (["some text", "more of it"], 19),
+        ([{"text": "rows of text"}], 12),
+        ([{"input_ids": [5, 6, 7]}], 3),
+        ([torch.tensor([[5, 6]])], 2),
+        ([torch.ones(300, dtype=torch.int64)], SMALL.tokens),
+    ],
+)
+def test_kinds_of_calibration(calibration, tokens, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: Tokenizer())
+    plan = reorder(saved("llama"), tmp_path / "out", calibration, SMALL)
+    assert plan.profile["tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("calibration", "error", "message"),
+    [
+        ([], ValueError, "at least one token"),
+        ([3.5], TypeError, "got float"),
+        ([{"a": 1}], TypeError, "dict"),
+    ],
+)
+def test_bad_calibration(calibration, error, message, saved, tmp_path):
+    with pytest.raises(error, match=message):
+        reorder(saved("llama"), tmp_path / "out", calibration, SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def run(model, out, **options):
+    return reorder(model, out, CALIBRATION, options.pop("config", SMALL))
+
+
+def test_missing_model_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere should be a model directory"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_unsupported_architecture(tmp_path):
+    config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2, vocab_size=50)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"looked for the model type 'bloom' and knows .*llama"):
+        run(tmp_path / "model", tmp_path / "out")
+
+
+def test_quantized_checkpoint(tmp_path):
+    config = make_model("llama").config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is quantized with gptq"):
+        run(tmp_path, tmp_path / "out")
+
+
+def test_integer_weights(saved, tmp_path):
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = {k: v.to(torch.int8) if "mlp" in k else v for k, v in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="got I8 in"):
+        run(tmp_path / "model", tmp_path / "out")
+
+
+def test_a_reordered_directory_is_not_reordered_again(reordered, tmp_path):
+    with pytest.raises(ValueError, match="reordered already"):
+        run(reordered("llama"), tmp_path / "out")
+
+
+def test_no_safetensors(saved, tmp_path):
+    shutil.copy(saved("llama") / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        run(tmp_path, tmp_path / "out")
+
+
+def test_truncated_shard(saved, tmp_path):
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(ValueError, match=rf"{path} should be a whole safetensors file"):
+        run(tmp_path / "model", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", 7])
+def test_an_index_that_points_outside_the_directory(name, saved, tmp_path):
+    shutil.copy(saved("llama") / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="should name files in its own directory"):
+        run(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": [1]}}'])
+def test_an_index_that_is_none(text, saved, tmp_path):
+    shutil.copy(saved("llama") / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json should"):
+        run(tmp_path, tmp_path / "out")
+
+
+def test_an_index_of_missing_files(saved, tmp_path):
+    shutil.copy(saved("llama") / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"names b\.safetensors"):
+        run(tmp_path, tmp_path / "out")
+
+
+def test_existing_output_is_left_alone(saved, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "keep").write_text("me")
+    with pytest.raises(FileExistsError, match="out should not exist yet"):
+        run(saved("llama"), tmp_path / "out")
+    assert (tmp_path / "out" / "keep").read_text() == "me"
+
+
+def test_no_disk_space(saved, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    with pytest.raises(OSError, match=r"should have .* MiB free"):
+        run(saved("llama"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_when_writing_stops(error, saved, tmp_path, monkeypatch):
+    def stop(self, *_):
+        if self.layout.file_bytes > self._file.tell() > len(self.layout.container) + 10_000:
+            raise error
+        return original(self, *_)
+
+    original = SidecarWriter._write
+    monkeypatch.setattr(SidecarWriter, "_write", stop)
+    with pytest.raises(type(error)):
+        run(saved("llama"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import sys, time, torch
+from pathlib import Path
+from ripple_loader import ReorderConfig, reorder
+from ripple_loader.bundles import SidecarWriter
+def wait(*_):
+    Path(sys.argv[2]).parent.joinpath("ready").touch()
+    time.sleep(60)
+SidecarWriter.write_layer = wait
+reorder(sys.argv[1], sys.argv[2], [torch.arange(3, 90)], ReorderConfig(tokens=64))
+"""
+
+
+def test_kill_9_leaves_no_output_and_the_next_run_succeeds(saved, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(saved("llama")), str(tmp_path / "out")])
+    try:
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(FileExistsError, match="another is writing it"):
+            run(saved("llama"), tmp_path / "out")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out").exists()
+    run(saved("llama"), tmp_path / "out")
+    Sidecar(tmp_path / "out").verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "ready"]
+
+
+@pytest.mark.parametrize("placement", ["identity", "random", "frequency"])
+def test_other_placements(placement, saved, tmp_path):
+    run(saved("opt"), tmp_path / "out", config=ReorderConfig(placement=placement, tokens=64))
+    original, copy = (AutoModelForCausalLM.from_pretrained(d) for d in (saved("opt"), tmp_path / "out"))
+    assert relative_error(copy(token_ids()).logits, original(token_ids()).logits) < 1e-5
