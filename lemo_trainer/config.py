@@ -122,7 +122,7 @@ def check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
     """Raise ValueError for the first key of `values` that is not in `known`."""
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=3) or sorted(known)
+            close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.4) or sorted(known)
             raise ValueError(f"{where} has no option {key!r}; the closest are {', '.join(close)}.")
 
 

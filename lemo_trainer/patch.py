@@ -68,7 +68,8 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     """Make the training steps of `model` leave uninformative tokens out.
 
     Evaluation and generation (`model.eval()`) stay dense. In training with labels, and with
-    `config.loss_segment` above 0, the output's `logits` are None.
+    `config.loss_segment` above 0, the output's `logits` are None; a cache that a training forward returns
+    lacks the layers that left tokens out.
 
     Args:
         model: a causal LM of a supported architecture, plain or wrapped by PEFT.
@@ -163,9 +164,8 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
             return forward(*args, **kwargs)
         if arguments.arguments.get("past_key_values") is not None:
             raise ValueError("LeMo trains on whole sequences: `past_key_values` must be None, got a cache.")
-        arguments.arguments["use_cache"] = False
         if arguments.arguments.get("labels") is None or not report.config.loss_segment:
-            return forward(*arguments.args, **arguments.kwargs)
+            return forward(*args, **kwargs)
         return _forward_with_segmented_loss(parts, forward, arguments, report.config.loss_segment)
 
     model.forward = lemo_forward
@@ -214,7 +214,7 @@ def _forward_with_segmented_loss(
     shift_labels = shift(labels) if shift_labels is None else shift_labels
     head: Any = parts.head
     config = parts.model.config.get_text_config()
-    output.loss = segmented_cross_entropy(
+    loss = segmented_cross_entropy(
         hidden_BSD.flatten(0, 1).to(dtype),
         head.weight.to(dtype),
         shift_labels.flatten().to(hidden_BSD.device),
@@ -224,7 +224,7 @@ def _forward_with_segmented_loss(
         scale=1 / getattr(config, "logits_scaling", 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-    output.logits = None
+    output = type(output)(**{**output, "loss": loss, "logits": None})
     return output.to_tuple() if return_tuple else output
 
 

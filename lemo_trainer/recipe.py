@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def run(recipe: Recipe) -> RunResult:
     args = TrainingArguments(
         recipe.output_dir, **{checkpointing: recipe.checkpointing, "report_to": "none", **recipe.training}
     )
+    lora = None if recipe.lora is None else _lora(recipe.lora)
     texts = {"train": read_texts(recipe.train_file)}
     if recipe.eval_file is not None:
         texts["held_out"] = read_texts(recipe.eval_file)
@@ -144,8 +145,8 @@ def run(recipe: Recipe) -> RunResult:
     data = {split: pack(documents, tokenizer, recipe.seq_len) for split, documents in texts.items()}
 
     model = AutoModelForCausalLM.from_pretrained(recipe.model)
-    if recipe.lora is not None:
-        model = _with_lora(model, recipe.lora)
+    if lora is not None:
+        model = lora(model)
     config, callback = recipe.lemo_config(), None
     report = None
     if config is not None:
@@ -167,10 +168,12 @@ def run(recipe: Recipe) -> RunResult:
     return RunResult(train_loss, report, before, after)
 
 
-def _with_lora(model: Any, options: Mapping[str, Any]) -> Any:
+def _lora(options: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """What puts the LoRA of these options onto a model."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("A `lora` section needs peft; install it with `pip install peft`.") from error
     check_keys(options, [known.name for known in dataclasses.fields(LoraConfig)], "`lora`")
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    config = LoraConfig(task_type="CAUSAL_LM", **options)
+    return lambda model: get_peft_model(model, config)

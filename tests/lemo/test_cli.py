@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lemo_trainer.cli import app
+
+from .tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / ".cache" / "assets" / "SmolLM2-135M-Instruct"
+
+
+# peft 0.21 still reads transformers' old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe for a tiny model with the real tokenizer, as a dict; write it with `save`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = tiny_model()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    return {
+        "model": str(tmp_path / "model"),
+        "train_file": str(tmp_path / "text.txt"),
+        "eval_file": str(tmp_path / "text.txt"),
+        "output_dir": str(tmp_path / "out"),
+        "seq_len": 64,
+        "lemo": {"keep_ratio": 0.5, "block_size": 8},
+        "training": {"max_steps": 1, "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False},
+    }
+
+
+def invoke(recipe, tmp_path, *options):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return CliRunner().invoke(app, ["train", str(path), *options])
+
+
+def test_train_runs_a_recipe_with_overrides(recipe, tmp_path):
+    result = invoke(recipe, tmp_path, "--layers", "0,2", "--checkpointing", "--keep-ratio", "0.4")
+    assert result.exit_code == 0, result.output
+    assert "patched 2 of 3 layers" in result.output
+    assert "held-out loss, dense:" in result.output
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    saved = yaml.safe_load((tmp_path / "out" / "lemo_config.json").read_text())
+    assert (saved["layers"], saved["keep_ratio"], saved["block_size"]) == ("0,2", 0.4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "./no/such/model"}, "./no/such/model must exist"),
+        ({"train_file": "absent.jsonl"}, "absent.jsonl must exist"),
+        ({"seq_len": 100_000}, "at least `seq_len` 100000 tokens"),
+        ({"seq_len": 0}, "`seq_len` must be .*got 0"),
+        ({"sequence_len": 5}, "no option 'sequence_len'; the closest are seq_len"),
+        ({"lemo": {"keep_ratio": 2}}, "`keep_ratio` must be .*got 2"),
+        ({"lemo": {"keep": 0.5}}, "no option 'keep'"),
+        ({"lemo": {"layers": "7"}}, "from 0 to 2 in this model, got '7'"),
+        ({"lemo": 0.5}, "`lemo` must be a mapping"),
+        ({"training": {"max_step": 1}}, "no option 'max_step'; the closest are max_steps"),
+        ({"lora": {"rank": 8}}, "`lora` has no option 'rank'"),
+        ({"lora": {"r": 2, "target_modules": ["lm_head", "q_proj"]}}, "output head"),
+    ],
+)
+def test_a_recipe_that_cannot_run_says_why_and_writes_nothing(recipe, tmp_path, change, message):
+    result = invoke({**recipe, **change}, tmp_path)
+    assert result.exit_code == 2
+    last_line = result.stderr.splitlines()[-1]  # a progress bar may come before
+    assert re.match(f"lemo: .*{message}", last_line), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_without_a_model_or_a_recipe_that_is_not_there(recipe, tmp_path):
+    del recipe["model"]
+    assert "must name `model`" in invoke(recipe, tmp_path).stderr
+    result = CliRunner().invoke(app, ["train", "absent.yaml"])
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "lemo: absent.yaml must be a YAML file, and there is none.\n",
+    )
+
+
+def test_inspect_shows_what_would_be_patched():
+    result = CliRunner().invoke(app, ["inspect", str(MODEL), "--keep-ratio", "0.4", "--seq-len", "2000"])
+    assert result.exit_code == 0, result.output
+    for fact in ("patched 14 of 30 layers", "15-28", "12 of 31 x 64 tokens, + 16", "784 of 2000 (39%)"):
+        assert fact in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./nowhere"], "./nowhere must exist"),
+        ([str(MODEL), "--block-size", "0"], "`block_size` must be a whole number of at least 1, got 0"),
+        ([str(MODEL), "--layers", "30"], "from 0 to 29 in this model, got '30'"),
+    ],
+)
+def test_inspect_names_what_is_wrong(arguments, message):
+    result = CliRunner().invoke(app, ["inspect", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_an_unsupported_architecture_is_named(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "'gpt2'" in result.stderr
+
+
+def test_help_has_examples():
+    for command in ("train", "inspect"):
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0
+        assert f"lemo {command} " in result.output
+
+
+def test_the_published_recipe_is_valid(monkeypatch):
+    from lemo_trainer.recipe import Recipe
+
+    monkeypatch.chdir(ROOT)
+    recipe = Recipe.from_yaml("configs/lemo/smollm2_lora.yaml")
+    assert Path(recipe.model).is_dir()
+    assert Path(recipe.train_file).is_file()
+
+
+def test_importing_the_package_costs_little_beyond_transformers():
+    code = (
+        "import time, torch; from transformers import AttentionInterface, TrainerCallback; start = time.time();"
+        "import lemo_trainer; print(time.time() - start)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(process.stdout) < 0.3

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lemo_trainer import LemoConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mode", "drop"),
+        ("keep_ratio", 0),
+        ("keep_ratio", 2),
+        ("keep_ratio", "half"),
+        ("keep_ratio", True),
+        ("block_size", 0),
+        ("block_size", 1.5),
+        ("sink_blocks", -1),
+        ("recent_blocks", -1),
+        ("mlp_score_tokens", 0),
+        ("warmup_steps", -1),
+        ("loss_segment", -1),
+        ("layers", "most"),
+        ("layers", "5-3"),
+        ("layers", ()),
+        ("layers", None),
+    ],
+)
+def test_a_value_out_of_range_is_named(name, value):
+    with pytest.raises(
+        ValueError, match=f"`{name}` must .*got {value!r}".replace("(", r"\(").replace(")", r"\)")
+    ):
+        LemoConfig(**{name: value})
+
+
+def test_an_unknown_key_names_the_closest():
+    with pytest.raises(ValueError, match="'keep_ration'.*keep_ratio"):
+        LemoConfig.from_dict({"keep_ration": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("layers", "total", "wanted"),
+    [
+        ("auto", 30, tuple(range(15, 29))),
+        ("auto", 3, (1,)),
+        ("all", 3, (0, 1, 2)),
+        ("1,3-5", 8, (1, 3, 4, 5)),
+        ("2", 3, (2,)),
+        ([4, 0], 5, (0, 4)),
+    ],
+)
+def test_layers_resolve_to_indices(layers, total, wanted):
+    assert LemoConfig(layers=layers).resolve_layers(total) == wanted
+
+
+def test_a_layer_that_the_model_has_not_is_named():
+    with pytest.raises(ValueError, match="from 0 to 3 .*'2-4'"):
+        LemoConfig(layers="2-4").resolve_layers(4)
+
+
+def test_the_saved_json_reads_back_as_the_same_config(tmp_path):
+    config = LemoConfig(keep_ratio=0.25, layers=(1, 2), block_size=32)
+    path = tmp_path / "lemo_config.json"
+    path.write_text(config.to_json())
+    assert LemoConfig.from_yaml(path) == config
+
+
+def test_yaml_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
+    path = tmp_path / "lemo.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="mapping"):
+        LemoConfig.from_yaml(path)
+    path.write_text("keep_ratio: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        LemoConfig.from_yaml(path)
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        LemoConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_the_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LemoConfig().keep_ratio = 0.1

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from lemo_trainer import informativeness
+from lemo_trainer.informativeness import (
+    attention_scores,
+    mlp_intermediate,
+    mlp_scores,
+    queries_and_keys,
+    score_positions,
+)
+
+from .tiny import tiny_model
+
+B, H, G, D = 2, 4, 2, 8
+
+
+def naive_scores(q, k, scaling, allowed, block):
+    """The equation of the docstring, with the whole map and one loop per block pair."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    pair_map = (q @ k.transpose(2, 3) * scaling).clamp(min=0).mean(1)
+    pair_map = torch.where(allowed, pair_map, 0.0)
+    blocks = q.shape[2] // block
+    scores = torch.zeros(len(q), blocks)
+    for n in range(blocks):
+        columns = pair_map[:, :, n * block : (n + 1) * block]
+        for m in range(0, q.shape[2], block):
+            scores[:, n] += columns[:, m : m + block].amax((1, 2))
+    return scores
+
+
+@pytest.mark.parametrize("seq_len", [8, 40, 45, 61])
+@pytest.mark.parametrize("mask_kind", ["causal", "bool", "additive"])
+@pytest.mark.parametrize("rows", [1, 16, 256])
+def test_attention_scores_equal_the_full_map(monkeypatch, seq_len, mask_kind, rows):
+    monkeypatch.setattr(informativeness, "QUERY_ROWS", rows)
+    torch.manual_seed(0)
+    q, k = torch.randn(B, H, seq_len, D), torch.randn(B, G, seq_len, D)
+    allowed = torch.ones(seq_len, seq_len).tril().bool().repeat(B, 1, 1)
+    mask = None
+    if mask_kind != "causal":
+        allowed[0, :, :3] = False
+        allowed[1, seq_len // 2 :, : seq_len // 2] = False  # two documents
+        mask = allowed[:, None]
+        if mask_kind == "additive":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    got = attention_scores(q, k, 0.3, mask, 8)
+    torch.testing.assert_close(got, naive_scores(q, k, 0.3, allowed, 8))
+
+
+def test_queries_and_keys_are_rotated_and_grouped():
+    model = tiny_model("llama")
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(B, 20, 32)
+    cos, sin = model.model.rotary_emb(x, position_ids=torch.arange(20)[None])
+    config = attention.config
+    q, k, scaling = queries_and_keys(attention, x, position_embeddings=(cos, sin), attention_mask=None)
+    wanted_q = attention.q_proj(x).view(B, 20, H, D).transpose(1, 2)
+    wanted_k = attention.k_proj(x).view(B, 20, G, D).transpose(1, 2)
+    wanted_q, wanted_k = apply_rotary_pos_emb(wanted_q, wanted_k, cos, sin)
+    torch.testing.assert_close((q, k), (wanted_q, wanted_k))
+    assert scaling == D**-0.5
+    assert not q.requires_grad
+    assert attention.config is config
+    assert config._attn_implementation == "sdpa"
+
+
+def test_dropout_does_not_reach_the_scores_and_comes_back():
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    layer.mlp.gate_proj = nn.Sequential(nn.Dropout(0.5), layer.mlp.gate_proj)
+    frozen = layer.mlp.up_proj.eval()
+    x = torch.randn(B, 20, 32)
+    torch.testing.assert_close(
+        mlp_intermediate(layer.mlp, "down_proj", x), mlp_intermediate(layer.mlp, "down_proj", x)
+    )
+    assert layer.mlp.gate_proj[0].training
+    assert not frozen.training
+    assert not layer.mlp.down_proj._forward_pre_hooks
+
+
+def test_mlp_intermediate_is_the_input_of_the_last_projection():
+    mlp = tiny_model("llama").model.layers[0].mlp
+    x = torch.randn(B, 20, 32)
+    wanted = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    torch.testing.assert_close(mlp_intermediate(mlp, "down_proj", x), wanted.detach())
+
+
+def test_mlp_scores_are_block_means_without_padding():
+    torch.manual_seed(0)
+    intermediate = torch.randn(B, 24, 5)
+    valid = torch.ones(B, 24, dtype=torch.bool)
+    valid[0, :11] = False
+    got = mlp_scores(intermediate, valid, 3)
+    for b in range(B):
+        for n in range(3):
+            rows = [i for i in range(8 * n, 8 * n + 8) if valid[b, i]]
+            wanted = intermediate[b, rows].abs().mean() if rows else torch.tensor(0.0)
+            torch.testing.assert_close(got[b, n], wanted)
+    torch.testing.assert_close(mlp_scores(intermediate, None, 3)[1], got[1])
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(1, [0, 6, 12]), (2, [0, 3, 6, 9, 12, 15]), (9, list(range(18)))]
+)
+def test_score_positions_spread_over_each_block(count, wanted):
+    assert score_positions(3, 6, count, torch.device("cpu")).tolist() == wanted

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lemo_trainer.measure import count_flops, peak_rss_bytes, saved_activations
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters():
+    layer = nn.Linear(8, 4, bias=False)
+    x = torch.randn(3, 8, requires_grad=True)
+    with saved_activations(layer) as saved:
+        y = layer(x)  # saves x and the weight
+        z = x.view(8, 3).exp() * x.view(8, 3)  # saves the exponential, and x again
+        assert saved.bytes == 2 * 3 * 8 * 4
+    (y.sum() + z.sum()).backward()
+    assert saved.bytes == 0
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_on_the_cpu_is_counted_forward_and_backward(causal):
+    heads, seq_len, width = 2, 64, 16
+    q, k, v = (torch.randn(1, heads, seq_len, width, requires_grad=True) for _ in range(3))
+
+    def forward():
+        functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def step():
+        functional.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward()
+
+    pairs = seq_len * (seq_len + 1) // 2 if causal else seq_len**2
+    product = 2 * heads * pairs * width
+    assert count_flops(forward) == 2 * product
+    assert count_flops(step) == 7 * product  # the backward recomputes the map: five products
+
+
+def test_recomputation_is_counted():
+    layer = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    x = torch.randn(3, 8, requires_grad=True)
+    plain = count_flops(lambda: layer(x).sum().backward())
+    forward = count_flops(lambda: layer(x))
+    again = count_flops(
+        lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    )
+    assert plain + forward // 2 <= again <= plain + forward
+
+
+def test_peak_memory_is_that_of_a_process_with_torch_in_it():
+    assert 50e6 < peak_rss_bytes() < 1e12
