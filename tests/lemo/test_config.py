@@ -36,7 +36,7 @@ def test_a_value_out_of_range_is_named(name, value):
 
 
 def test_an_unknown_key_names_the_closest():
-    with pytest.raises(ValueError, match="'keep_ration'.*keep_ratio"):
+    with pytest.raises(ValueError, match=r"'keep_ration'.*keep_ratio"):
         LemoConfig.from_dict({"keep_ration": 0.5})
 
 
@@ -56,7 +56,7 @@ def test_layers_resolve_to_indices(layers, total, wanted):
 
 
 def test_a_layer_that_the_model_has_not_is_named():
-    with pytest.raises(ValueError, match="from 0 to 3 .*'2-4'"):
+    with pytest.raises(ValueError, match=r"from 0 to 3 .*'2-4'"):
         LemoConfig(layers="2-4").resolve_layers(4)
 
 
