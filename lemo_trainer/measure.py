@@ -74,14 +74,13 @@ _CPU_FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
-def count_flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products of `step()`, recomputation and scoring included.
+def flop_counter() -> FlopCounterMode:
+    """Counts the matrix products inside `with flop_counter() as counter`, recomputation and scoring included.
 
-    On the CPU, attention under a causal kernel counts the pairs below the diagonal only.
+    Read `counter.get_total_flops()`. On the CPU, attention under a causal kernel counts the pairs up to the
+    diagonal only.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_FORMULAS) as counter:
-        step()
-    return counter.get_total_flops()
+    return FlopCounterMode(display=False, custom_mapping=_CPU_FORMULAS)
 
 
 def peak_rss_bytes() -> int:

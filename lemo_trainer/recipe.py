@@ -108,6 +108,14 @@ def pack(texts: list[str], tokenizer: Any, seq_len: int) -> list[dict[str, list[
     return [dict.fromkeys(("input_ids", "labels"), tokens[i : i + seq_len]) for i in starts]
 
 
+def checkpointing_argument() -> str:
+    """The name of `TrainingArguments`' gradient checkpointing, which transformers 5.23 renamed."""
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing"
+    return new if hasattr(TrainingArguments, new) else "gradient_checkpointing"
+
+
 def check_model(name: str) -> None:
     """Raise FileNotFoundError where `name` can only be a folder and there is none."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
@@ -131,12 +139,8 @@ def run(recipe: Recipe) -> RunResult:
     check_model(recipe.model)
     names = [known.name for known in dataclasses.fields(TrainingArguments)]
     check_keys(recipe.training, [name for name in names if name != "output_dir"], "`training`")
-    checkpointing = "activation_checkpointing"
-    if checkpointing not in names:  # transformers before 5.23
-        checkpointing = "gradient_checkpointing"
-    args = TrainingArguments(
-        recipe.output_dir, **{checkpointing: recipe.checkpointing, "report_to": "none", **recipe.training}
-    )
+    options = {checkpointing_argument(): recipe.checkpointing, "report_to": "none", **recipe.training}
+    args = TrainingArguments(recipe.output_dir, **options)
     lora = None if recipe.lora is None else _lora(recipe.lora)
     texts = {"train": read_texts(recipe.train_file)}
     if recipe.eval_file is not None:

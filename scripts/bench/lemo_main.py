@@ -2,14 +2,15 @@
 
     python scripts/bench/lemo_main.py [--steps 3] [--seq-len 2048] [--keep-ratio 0.4] [--layers auto]
 
-Each contender runs in a process of its own (peak memory is a process's), one after the other: one step under
-the FLOP counter and the saved-tensor hooks as warm-up, then `--steps` steps of `transformers.Trainer`, then
+Each contender runs in a process of its own (peak memory is a process's), one after the other: `--steps` steps
+of `transformers.Trainer`, the first under the FLOP counter and the saved-tensor hooks, the others timed, then
 the dense held-out loss. All see the same samples in the same order from the same initial adapter.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -19,7 +20,22 @@ import time
 from typing import Any
 
 import common
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+from lemo_trainer import LemoCallback, LemoConfig
+from lemo_trainer.measure import flop_counter, peak_rss_bytes, saved_activations
+from lemo_trainer.recipe import checkpointing_argument, pack
 
 # isort: split
 import assets  # common.py puts its folder on the path
@@ -37,17 +53,36 @@ CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
 UNTOUCHED = "untouched"
 
 
+class StepMeter(TrainerCallback):
+    """Costs of a Trainer's steps: bytes and operations in the first, a warm-up, and seconds in the others."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.seconds: list[float] = []
+        self.saved_bytes, self.flops, self.first_loss = 0, 0, 0.0
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.first_step = contextlib.ExitStack()
+            saved = self.first_step.enter_context(saved_activations(self.model))
+            self.counter = self.first_step.enter_context(flop_counter())
+
+            def after_forward(module: Any, inputs: Any, output: Any) -> None:
+                self.saved_bytes, self.first_loss = saved.bytes, output.loss.item()
+
+            self.first_step.callback(self.model.register_forward_hook(after_forward).remove)
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.flops = self.counter.get_total_flops()
+            self.first_step.close()
+        else:
+            self.seconds.append(time.perf_counter() - self.start)
+
+
 def run_contender(name: str, options: argparse.Namespace) -> dict[str, float]:
     """One contender's metrics, measured in this process."""
-    import torch
-    import transformers
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-
-    from lemo_trainer import LemoCallback, LemoConfig, apply_lemo, remove_lemo
-    from lemo_trainer.measure import count_flops, peak_rss_bytes, saved_activations
-    from lemo_trainer.recipe import pack
-
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
@@ -59,18 +94,10 @@ def run_contender(name: str, options: argparse.Namespace) -> dict[str, float]:
 
     lemo, checkpointing = (None, False) if name == UNTOUCHED else CONTENDERS[name]
     callbacks: list[TrainerCallback] = []
-    config = None
     if lemo is not None:
         config = LemoConfig(**{"keep_ratio": options.keep_ratio, "layers": options.layers, **lemo})
         callbacks.append(LemoCallback(config))
-    seconds: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            seconds.append(time.perf_counter() - self.start)
+    meter = StepMeter(model)
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -87,40 +114,21 @@ def run_contender(name: str, options: argparse.Namespace) -> dict[str, float]:
             dataloader_pin_memory=False,
             prediction_loss_only=True,
             seed=0,
+            **{checkpointing_argument(): checkpointing},
         )
         trainer = Trainer(
-            model, arguments, train_dataset=train, eval_dataset=held_out, callbacks=[*callbacks, Clock()]
+            model, arguments, train_dataset=train, eval_dataset=held_out, callbacks=[*callbacks, meter]
         )
         if name == UNTOUCHED:
             return {"held_out_loss": trainer.evaluate()["eval_loss"]}
-        if checkpointing:
-            model.base_model.model.activation_checkpointing_enable()
-
-        batch = {key: torch.tensor([train[0][key]]) for key in ("input_ids", "labels")}
-        saved_bytes, first_loss = 0, 0.0
-
-        def step() -> None:
-            nonlocal saved_bytes, first_loss
-            with saved_activations(model) as saved:
-                loss = model(**batch).loss
-                saved_bytes, first_loss = saved.bytes, loss.item()
-            loss.backward()
-            model.zero_grad()
-
-        model.train()
-        if config is not None:
-            apply_lemo(model, config)
-        gflop = count_flops(step) / 1e9
-        remove_lemo(model)
-
         trainer.train()
         peak = peak_rss_bytes()
         return {
-            "first_loss": first_loss,
-            "saved_activations_MB": saved_bytes / 1e6,
+            "first_loss": meter.first_loss,
+            "saved_activations_MB": meter.saved_bytes / 1e6,
             "peak_RSS_MB": peak / 1e6,
-            "seconds_a_step": statistics.median(seconds),
-            "GFLOP_a_step": gflop,
+            "seconds_a_step": statistics.median(meter.seconds),
+            "GFLOP_a_step": meter.flops / 1e9,
             "held_out_loss_after": trainer.evaluate()["eval_loss"],
         }
 
@@ -145,8 +153,6 @@ def main() -> None:
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         metrics: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
         return metrics
-
-    import torch
 
     names = [UNTOUCHED, *CONTENDERS]
     results = {name: measure(name) for name in tqdm(names, desc="lemo_main", unit="contender")}
