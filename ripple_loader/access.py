@@ -75,10 +75,3 @@ def waves(
         count = max(1, int(np.searchsorted(ends, capacity, side="right")))
         yield plan_reads(places[:count], base=base, stride=stride, width=width, merge_gap=merge_gap)
         places = places[count:]
-
-
-def run_lengths(places: Places) -> Places:
-    """For each place, the length of the run of consecutive places that it is in, shape (U,)."""
-    opens = np.append(True, np.diff(places) != 1)
-    run = np.cumsum(opens) - 1
-    return np.bincount(run)[run]

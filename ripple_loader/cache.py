@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ripple_loader.access import Places, run_lengths
+from ripple_loader.access import Places
 from ripple_loader.config import CachePolicy
 
 INDEX_BYTES = 32
@@ -107,8 +107,8 @@ class S3FifoCache(NeuronCache):
 
     New neurons enter a small queue, a tenth of the slots; those used again move to the main queue, the others
     leave and are remembered for a while, so that they enter the main queue when they come back. Once the
-    cache is full, a neuron that was read in a long run is admitted only with a low probability: such a run is
-    cheap to read, and a cached neuron in its middle would not make it shorter.
+    cache is full, a long run is admitted as a whole with a low probability, and never if the small queue does
+    not hold it: such a run is cheap to read, and a cached neuron in its middle would not make it shorter.
     """
 
     SMALL_SHARE = 0.1
@@ -129,9 +129,11 @@ class S3FifoCache(NeuronCache):
         free = len(self._free)
         if len(places) <= free:
             return np.arange(len(places))
-        long = run_lengths(places) >= self.LONG_RUN
-        lucky = self._random.random(len(places)) < self.LONG_RUN_ADMISSION
-        wanted = ~long | lucky
+        run = np.cumsum(np.append(True, np.diff(places) != 1)) - 1
+        lengths = np.bincount(run)
+        lucky = self._random.random(len(lengths)) < self.LONG_RUN_ADMISSION
+        fits = lengths <= max(self.LONG_RUN, self.SMALL_SHARE * self.capacity)
+        wanted = ((lengths < self.LONG_RUN) | (lucky & fits))[run]
         wanted[:free] = True
         return np.flatnonzero(wanted)
 

@@ -147,7 +147,7 @@ class RippleConfig(QuantizationConfigMixin):
     keep: float = 1.0
     merge_gap: int | str = "16KiB"
     buffer: int | str = "4MiB"
-    io_threads: int = 8
+    io_threads: int = 16
     cache: CachePolicy = "s3fifo"
     verify: bool = False
 

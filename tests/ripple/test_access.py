@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ripple_loader.access import plan_reads, run_lengths, waves
+from ripple_loader.access import plan_reads, waves
 from ripple_loader.sidecar import BLOCK
 
 PLACES = st.lists(st.integers(0, 300), min_size=1, max_size=80, unique=True).map(
@@ -48,16 +48,3 @@ def test_waves_fit_the_buffer_and_cover_every_neuron(places, shape, gap, blocks)
 
 def test_no_neurons_need_no_reads():
     assert not list(waves(np.empty(0, np.int64), BLOCK, base=0, stride=1, width=1, merge_gap=0))
-
-
-@given(PLACES)
-def test_run_lengths(places):
-    wanted, present = [], set(places.tolist())
-    for place in places.tolist():
-        first, last = place, place
-        while first - 1 in present:
-            first -= 1
-        while last + 1 in present:
-            last += 1
-        wanted.append(last - first + 1)
-    assert run_lengths(places).tolist() == wanted

@@ -48,7 +48,21 @@ def test_s3fifo_keeps_its_neurons_through_a_scan_of_everything():
         slots = cache.lookup(np.arange(1000))
         hits += int((slots >= 0).sum())
         cache.offer(np.flatnonzero(slots < 0))
-    assert hits > 0.3 * 20 * 100
+    assert hits == 19 * 100
+
+
+def test_s3fifo_admits_single_neurons_and_short_runs_before_long_ones():
+    cache = make_cache("s3fifo", 1000, 200)
+    cache.offer(np.arange(200))
+    single, run = np.arange(300, 340, 2), np.arange(400, 418)
+    admitted = np.zeros(1000, int)
+    for _ in range(100):
+        places = np.concatenate([single, run])
+        places = places[cache.lookup(places) < 0]
+        admitted[places[cache.offer(places).index]] += 1
+        cache.offer(np.random.default_rng(0).permutation(np.arange(500, 1000, 2)))  # others push them out
+    assert admitted[single].min() > 0
+    assert admitted[run].max() == admitted[run].min() < admitted[single].mean() / 3
 
 
 @pytest.mark.parametrize("policy", ["s3fifo", "lru"])

@@ -1,0 +1,181 @@
+"""Ripple's main table: four orders of SmolLM2's neurons, three shares kept, against memory and accelerate.
+
+    python scripts/bench/ripple_main.py [--rounds 3] [--dram-budget 96MiB]
+
+Ripple's rows read with O_DIRECT, so the drive is measured. accelerate reads safetensors through the page
+cache: one row has the file cached, as after any first pass, the other drops it before every token.
+Perplexity selects neurons token by token, as decoding does; it does not depend on the order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, Table  # also makes `assets` importable
+
+from ripple_loader import ReorderConfig, RippleConfig
+from ripple_loader.reorder import plan_orders, trace_source, write_reordered
+from ripple_loader.source import open_source
+
+PLACEMENTS = ("identity", "random", "frequency", "linked")
+KEEPS = (1.0, 0.5, 0.25)
+PROMPT_TOKENS, STEP_TOKENS = 32, 4
+HELD_OUT = (4, 512)  # sequences, tokens
+
+
+class Decoder:
+    """A model that decodes greedily, a few tokens at a time."""
+
+    def __init__(
+        self, model: Any, prompt: torch.Tensor, before_token: Callable[[], None] | None = None
+    ) -> None:
+        self.model, self.before_token = model, before_token
+        self.seconds: list[float] = []
+        output = model(prompt, use_cache=True)
+        self.cache, self.logits, self.tokens = output.past_key_values, output.logits, []
+
+    def step(self, *, timed: bool) -> None:
+        for _ in range(STEP_TOKENS):
+            token = self.logits[:, -1:].argmax(-1)
+            if self.before_token:
+                self.before_token()
+            start = time.perf_counter()
+            output = self.model(token, past_key_values=self.cache, use_cache=True)
+            if timed:
+                self.seconds.append(time.perf_counter() - start)
+            self.cache, self.logits = output.past_key_values, output.logits
+            self.tokens.append(int(token))
+
+
+def perplexity(model: Any, ids: torch.Tensor) -> float:
+    losses = [model(row[None], labels=row[None]).loss.item() for row in ids]
+    return math.exp(statistics.mean(losses))
+
+
+def held_in_memory(model: Any) -> float:
+    """MiB of parameters, each counted once, and of what Ripple holds."""
+    own = {p.data_ptr(): p.nbytes for p in model.parameters() if p.device.type != "meta"}
+    report = getattr(model, "ripple_report", None)
+    return (sum(own.values()) + (report.resident_bytes if report else 0)) / 2**20
+
+
+def accelerate_offload(directory: Path, scratch: Path) -> Any:
+    """The model with its MLPs offloaded to disk by accelerate."""
+    from transformers import AutoModelForCausalLM
+
+    skeleton = AutoModelForCausalLM.from_pretrained(directory)
+    places: dict[str, str] = {}
+    for name, _ in skeleton.named_modules():
+        if name.endswith(".mlp"):
+            places[name] = "disk"
+        elif name.endswith(("self_attn", "layernorm", "embed_tokens", "model.norm", "rotary_emb", "lm_head")):
+            places[name] = "cpu"
+    return AutoModelForCausalLM.from_pretrained(directory, device_map=places, offload_folder=scratch)
+
+
+def drop_from_page_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+@torch.no_grad()
+def main(rounds: int, dram_budget: str) -> None:
+    import assets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = assets.model_dir()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    count, length = HELD_OUT
+    held_out = torch.cat([tokenizer(t, return_tensors="pt").input_ids[0] for t in assets.texts("held_out")])
+    ids = held_out[: count * length].view(count, length)
+    prompt = ids[:1, :PROMPT_TOKENS]
+
+    source, config = open_source(base), ReorderConfig(tokens=2048)
+    found = trace_source(source, assets.texts("train"), config)
+    (ROOT / "out").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
+        copies = {placement: Path(scratch) / placement for placement in PLACEMENTS}
+        runs = {}
+        for placement, copy in copies.items():
+            plan = plan_orders(source, found, dataclasses.replace(config, placement=placement))
+            write_reordered(source, plan, copy)
+            runs[placement] = plan.profile["reads"]
+        del found
+        gc.collect()
+
+        dense = AutoModelForCausalLM.from_pretrained(base)
+        reference = dense(prompt).logits
+        decoders = {"in memory, transformers": Decoder(dense, prompt)}
+        perplexities = {1.0: perplexity(dense, ids)}
+        for keep in KEEPS:
+            for placement in PLACEMENTS:
+                options = RippleConfig(dram_budget=dram_budget, keep=keep)
+                model = AutoModelForCausalLM.from_pretrained(copies[placement], quantization_config=options)
+                if keep == 1.0:
+                    error = (model(prompt).logits - reference).abs().max() / reference.abs().max()
+                    assert error < 1e-5, f"{placement} differs from the dense model by {error:.1e}"
+                elif keep not in perplexities:
+                    perplexities[keep] = perplexity(model, ids)
+                decoders[f"Ripple, {keep:.0%}, {placement}"] = Decoder(model, prompt)
+        # A file of its own: pages that another model has mapped would not leave the cache.
+        weights = Path(shutil.copytree(base, Path(scratch) / "accelerate")) / "model.safetensors"
+        for kind, hook in (("cached", None), ("from disk", lambda: drop_from_page_cache(weights))):
+            model = accelerate_offload(weights.parent, Path(scratch) / "offload")
+            decoders[f"accelerate disk offload, {kind}"] = Decoder(model, prompt, hook)
+
+        for decoder in decoders.values():
+            decoder.step(timed=False)
+            if report := getattr(decoder.model, "ripple_report", None):
+                report.reset()
+        for _ in range(rounds):
+            for decoder in decoders.values():
+                decoder.step(timed=True)
+
+        exact = [d.tokens for name, d in decoders.items() if "Ripple" not in name or "100%" in name]
+        assert all(tokens == exact[0] for tokens in exact), "exact contenders generate different text"
+        table = Table(
+            name="ripple_main",
+            title="Ripple: SmolLM2-135M-Instruct with its MLPs on disk",
+            config=f"float32, {source.layers} MLPs of {source.neurons} neurons, DRAM budget {dram_budget}, "
+            f"batch 1, {rounds} x {STEP_TOKENS} tokens after {PROMPT_TOKENS}, {torch.get_num_threads()} threads, "
+            f"perplexity on {count} x {length} held-out tokens",
+        )
+        for name, decoder in decoders.items():
+            row: dict[str, float | str] = {
+                "runs_of_half_the_neurons": runs.get(name.split(", ")[-1], ""),
+                "resident_MB": held_in_memory(decoder.model),
+                "tokens_per_s": 1 / statistics.median(decoder.seconds),
+                "slowest_tokens_per_s": 1 / max(decoder.seconds),
+            }
+            keep = 1.0
+            if report := getattr(decoder.model, "ripple_report", None):
+                keep = decoder.model.hf_quantizer.quantization_config.keep
+                calls = report.tokens * report.layers
+                row["reads_per_token_layer"] = report.requests / calls
+                row["KiB_per_token_layer"] = report.bytes_read / calls / 2**10
+                row["cache_hits"] = f"{report.hits / report.active:.0%}"
+            table.add(name, **row, perplexity=perplexities[keep])
+        table.finish()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dram-budget", default="96MiB")
+    arguments = parser.parse_args()
+    main(arguments.rounds, arguments.dram_budget)
