@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,8 +15,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from ollie_compile import plan as plans
 from ollie_compile.config import OllieConfig
+from ollie_compile.lower import Program
 from ollie_compile.operators import Convolution, recognize
 from ollie_compile.report import Report
+
+logger = logging.getLogger(__name__)
 
 _SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.rglob("*.py")))
 
@@ -42,23 +46,25 @@ class DerivationPass(CustomGraphPass):
             (node, recognize(node))
             for node in graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
         ]
-        distinct = dict.fromkeys(operator for _, operator in found if isinstance(operator, Convolution))
+        distinct = dict.fromkeys(lifted for _, lifted in found if isinstance(lifted, Convolution))
         stop = time.perf_counter() + self.config.budget_s
+        made = {}
         for done, operator in enumerate(distinct):
             # What an operator leaves of its share goes to those after it.
             share = (stop - time.perf_counter()) / (len(distinct) - done)
-            plans.plan(operator, self.config, share)
-        for node, operator in found:
-            if isinstance(operator, str):
-                self.report.left(node.name, operator)
+            made[operator] = plans.plan(operator, self.config, share)
+        for node, lifted in found:
+            if isinstance(lifted, str):
+                self.report.left(node.name, lifted)
                 continue
-            made = plans.plan(operator, self.config, 0.0)
-            self.report.planned(node.name, made)
-            if made.winner is not None:
-                _splice(graph, node, operator, made.winner.program)
+            self.report.planned(node.name, made[lifted])
+            winner = made[lifted].winner
+            if winner is not None:
+                _splice(graph, node, lifted, winner.program)
+        logger.info("ollie: %s", self.report.summary)
 
 
-def _splice(graph: fx.Graph, node: fx.Node, operator: Convolution, program: Any) -> None:
+def _splice(graph: fx.Graph, node: fx.Node, operator: Convolution, program: Program) -> None:
     """Put the aten calls of `program` in the place of a convolution."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx

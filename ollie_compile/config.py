@@ -32,7 +32,7 @@ class OllieConfig:
     budget_s: float = 60.0
     tune: str = "measure"
     verify: bool = True
-    candidates: int = 5
+    candidates: int = 4
     margin: float = 0.05
     freeze: bool = False
 

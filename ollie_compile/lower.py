@@ -49,7 +49,7 @@ def is_lowerable(scope: Scope) -> bool:
 def programs(scope: Scope) -> list[Program]:
     """The different ways to write a lowerable expression."""
     matches = [(inner, match) for inner in scope.scopes() if (match := match_matmul(inner))]
-    layouts = list(get_args(Layout)) if matches else ["rows"]
+    layouts: list[Layout] = list(get_args(Layout)) if matches else ["rows"]
     if not any(_batched(inner, match) for inner, match in matches):
         layouts = layouts[:2]
     return [Program(scope, layout) for layout in layouts]

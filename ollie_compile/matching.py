@@ -7,12 +7,16 @@ which derivation repairs it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ollie_compile.expr import Affine, Read, Scope
+from ollie_compile.rules import simplify
 from ollie_compile.rules.layout import rearrange
 from ollie_compile.rules.substitution import split_variable, substitute
 from ollie_compile.rules.summation import split_summation
+
+MAX_GROWTH = 1.5  # products that guided substitution may add; above, rearranging the tensor is better
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,10 @@ def repair(scope: Scope) -> tuple[str, Scope] | None:
     outer = {name for index in compound for name in index.iterators()} & summation
     if outer and outer != summation:
         return "summation splitting", split_summation(scope, outer)
-    if outer:
-        return _repair_layout(scope)
-    for expression in compound:
+    for expression in compound if not outer else ():
         for name in _replaceable(scope, expression):
             derived = substitute(scope, expression, name)
-            if derived is not None:
+            if derived is not None and _products(derived) <= MAX_GROWTH * _products(scope):
                 return "variable substitution", derived
     return _repair_layout(scope)
 
@@ -88,6 +90,12 @@ def _replaceable(scope: Scope, expression: Affine) -> list[str]:
     indices = [index for read in scope.factors for index in read.index]
     occurrences = {name: sum(name in i.iterators() for i in indices) for name in expression.iterators()}
     return sorted(occurrences, key=lambda name: (occurrences[name], name))
+
+
+def _products(scope: Scope) -> int:
+    """How many products the contractions of a simplified expression compute."""
+    scopes = [inner for inner in simplify(scope)[0].scopes() if inner.is_contraction]
+    return sum(math.prod(loop.extent for loop in s.traversal + s.summation) for s in scopes)
 
 
 def _repair_layout(scope: Scope) -> tuple[str, Scope] | None:

@@ -13,18 +13,23 @@ from ollie_compile.expr import Scope
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Shape and strides of a tensor, in elements."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Convolution:
     """A convolution without its bias, in one to three spatial dimensions, possibly transposed.
 
     Two equal instances have the same best program on one machine, so this is the key of a plan.
     """
 
-    input_shape: tuple[int, ...]
-    input_stride: tuple[int, ...]
-    weight_shape: tuple[int, ...]
-    weight_stride: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    output_stride: tuple[int, ...]
+    input: Layout
+    weight: Layout
+    output: Layout
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -36,9 +41,9 @@ class Convolution:
 
     def __str__(self) -> str:
         kind = "conv_transpose" if self.transposed else "conv"
-        shape = "x".join(map(str, self.input_shape))
-        taps = "x".join(map(str, self.weight_shape[2:]))
-        channels = self.weight_shape[1 if self.transposed else 0]
+        shape = "x".join(map(str, self.input.shape))
+        taps = "x".join(map(str, self.weight.shape[2:]))
+        channels = self.weight.shape[1 if self.transposed else 0]
         text = f"{kind}{len(self.stride)}d {shape} -> {channels} channels, {taps}, stride {self.stride[0]}"
         text += f", padding {self.padding[0]}"
         text += f", dilation {self.dilation[0]}" if max(self.dilation) > 1 else ""
@@ -49,10 +54,10 @@ class Convolution:
         sizes = {"stride": self.stride, "padding": self.padding}
         if self.transposed:
             return lift.transposed_convolution(
-                self.input_shape, self.weight_shape, output_padding=self.output_padding, **sizes
+                self.input.shape, self.weight.shape, output_padding=self.output_padding, **sizes
             )
         return lift.convolution(
-            self.input_shape, self.weight_shape, dilation=self.dilation, groups=self.groups, **sizes
+            self.input.shape, self.weight.shape, dilation=self.dilation, groups=self.groups, **sizes
         )
 
     def reference(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -71,8 +76,8 @@ class Convolution:
 
     def finished(self, program: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """`program` as a function of (x, weight) whose result has the reference's strides."""
-        channels_last = self.output_stride[1] == 1 and self.output_shape[1] > 1
-        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(self.output_shape))
+        channels_last = self.output.stride[1] == 1 and self.output.shape[1] > 1
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(self.output.shape))
         layout = layout if channels_last and layout is not None else torch.contiguous_format
 
         def run(x: Tensor, weight: Tensor) -> Tensor:
@@ -83,12 +88,12 @@ class Convolution:
     def example_inputs(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Seeded random (x, weight) with the operator's shapes and strides."""
         generator = torch.Generator().manual_seed(0)
-        pairs = ((self.input_shape, self.input_stride), (self.weight_shape, self.weight_stride))
-        tensors = []
-        for shape, stride in pairs:
-            value = torch.empty_strided(shape, stride, dtype=dtype or self.dtype)
-            tensors.append(value.copy_(torch.randn(shape, generator=generator)).to(self.device))
-        return tensors[0], tensors[1]
+
+        def random(layout: Layout) -> Tensor:
+            value = torch.empty_strided(layout.shape, layout.stride, dtype=dtype or self.dtype)
+            return value.copy_(torch.randn(layout.shape, generator=generator)).to(self.device)
+
+        return random(self.input), random(self.weight)
 
 
 def recognize(node: fx.Node) -> Convolution | str:
@@ -113,14 +118,17 @@ def recognize(node: fx.Node) -> Convolution | str:
         return "transposed with groups or dilation"
     if values[0].dim() not in (3, 4, 5):
         return f"{values[0].dim()} dimensions"
+    x_layout, weight_layout, output_layout = (Layout(tuple(v.shape), tuple(v.stride())) for v in values)
     return Convolution(
-        *(tuple(part) for value in values for part in (value.shape, value.stride())),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        transposed,
-        tuple(output_padding),
-        groups,
-        values[0].dtype,
-        values[0].device,
+        input=x_layout,
+        weight=weight_layout,
+        output=output_layout,
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        transposed=transposed,
+        output_padding=tuple(output_padding),
+        groups=groups,
+        dtype=values[0].dtype,
+        device=values[0].device,
     )

@@ -123,7 +123,12 @@ def _measure(made: Plan, config: OllieConfig, stop: float) -> None:
             candidate.rejected = "no time left in the budget"
         if candidate.rejected is None:
             function = operator.finished(candidate.program)
-            calls.append(tune.compiled(function, inputs, constant=constant))
+            try:
+                calls.append(tune.compiled(function, inputs, constant=constant))
+            except Exception as error:  # whatever a code generator raises: the original still stands
+                candidate.rejected = f"did not compile: {error}"
+                logger.warning("ollie: %s: %s did not compile: %s", operator, candidate.program, error)
+                continue
             timed.append(candidate)
     if not timed:
         made.reason = "no candidate is left"

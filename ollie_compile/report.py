@@ -14,15 +14,19 @@ class Report:
     """Decisions in the order of the graph.
 
     Attributes:
-        plans: (node name, plan) of every operator that was lifted.
+        plans: (names of the nodes, their common plan) of the operators that were lifted.
         untouched: (node name, reason) of every convolution that was not.
     """
 
-    plans: list[tuple[str, Plan]] = field(default_factory=list)
+    plans: list[tuple[list[str], Plan]] = field(default_factory=list)
     untouched: list[tuple[str, str]] = field(default_factory=list)
 
     def planned(self, node: str, plan: Plan) -> None:
-        self.plans.append((node, plan))
+        for nodes, known in self.plans:
+            if known is plan:
+                nodes.append(node)
+                return
+        self.plans.append(([node], plan))
 
     def left(self, node: str, reason: str) -> None:
         self.untouched.append((node, reason))
@@ -30,13 +34,18 @@ class Report:
     @property
     def rewritten(self) -> int:
         """How many operators were replaced."""
-        return sum(plan.winner is not None for _, plan in self.plans)
+        return sum(len(nodes) for nodes, plan in self.plans if plan.winner is not None)
+
+    @property
+    def summary(self) -> str:
+        total = sum(len(nodes) for nodes, _ in self.plans) + len(self.untouched)
+        return f"{self.rewritten} of {total} convolutions rewritten"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: operators with expressions, steps, candidates, times in seconds."""
         return {
             "rewritten": self.rewritten,
-            "operators": [{"node": node, **_plan_dict(plan)} for node, plan in self.plans],
+            "operators": [{"nodes": nodes, **_plan_dict(plan)} for nodes, plan in self.plans],
             "untouched": [{"node": node, "reason": reason} for node, reason in self.untouched],
         }
 
@@ -44,10 +53,9 @@ class Report:
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        total = len(self.plans) + len(self.untouched)
-        lines = [f"ollie: {self.rewritten} of {total} convolutions rewritten"]
-        for node, plan in self.plans:
-            lines += ["", f"{node}: {plan.operator}", *_plan_lines(plan)]
+        lines = [f"ollie: {self.summary}"]
+        for nodes, plan in self.plans:
+            lines += ["", f"{', '.join(nodes)}: {plan.operator}", *_plan_lines(plan)]
         lines += [f"\n{node}: left as it is: {reason}" for node, reason in self.untouched]
         return "\n".join(lines)
 

@@ -122,12 +122,20 @@ def _is_open(scope: Scope) -> bool:
 def _guided(state: Derivation) -> Iterator[Derivation]:
     """The states on the way to one in which every contraction is a matrix product."""
     for _ in range(MAX_REPAIRS):
-        open_scopes = (s for s in state.scope.scopes() if s.is_contraction and match_matmul(s) is None)
-        target = next(open_scopes, None)
+        target = next((scope for scope in state.scope.scopes() if _wants_repair(scope)), None)
         step = repair(target) if target is not None else None
         if step is None:
             return
         name, repaired = step
-        derived = next(rewrites(state.scope, lambda _, to=repaired: iter((to,)), lambda s, t=target: s is t))
-        state = state.then(name, derived, depth=state.depth)
+        state = state.then(name, _replaced(state.scope, target, repaired), depth=state.depth)
         yield state
+
+
+def _wants_repair(scope: Scope) -> bool:
+    """Whether a product is neither an operator's nor plainly elementwise."""
+    unsettled = scope.summation or scope.divisions()
+    return len(scope.factors) > 1 and bool(unsettled) and match_matmul(scope) is None
+
+
+def _replaced(scope: Scope, target: Scope | None, repaired: Scope) -> Scope:
+    return next(rewrites(scope, lambda _: iter((repaired,)), lambda inner: inner is target))

@@ -81,7 +81,8 @@ class Window:
         """
         known = {name: Affine(const=value) for name, value in constants.items()}
         extents = {loop.name: (loop.low, loop.high) for loop in loops}
-        value, names = self.value, []
+        value = self.value
+        names: list[str] = []
         for index, (low, _) in zip(self.index, self.box, strict=True):
             value, taken = _take(value, len(names), index.substitute(known, extents), low, extents)
             names += taken

@@ -124,7 +124,7 @@ class Affine:
 
     def __str__(self) -> str:
         text = ""
-        alone = len(self.terms) == 1 and self.terms[0][1] == 1
+        alone = len(self.terms) == 1 and self.terms[0][1] == 1 and not self.const
         for atom, coefficient in self.terms:
             name = str(atom) if alone or isinstance(atom, str) else f"({atom})"
             name = name if abs(coefficient) == 1 else f"{abs(coefficient)}*{name}"

@@ -49,7 +49,9 @@ def _scope_values(
     }
     product = np.ones(len(points) * taps, dtype=np.int64)
     for read in scope.factors:
-        at = np.stack([_index_values(index, columns, len(product)) for index in read.index], axis=1)
+        at = np.empty((len(product), len(read.index)), dtype=np.int64)
+        for place, index in enumerate(read.index):
+            at[:, place] = _index_values(index, columns, len(product))
         # Inner scopes are shared by many taps: evaluate each distinct point once.
         distinct, back = np.unique(at, axis=0, return_inverse=True)
         product *= evaluate(read.tensor, values, distinct, modulus)[back.ravel()]

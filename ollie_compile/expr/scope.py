@@ -6,7 +6,6 @@ padding its meaning and makes every change of a scope's range a question about z
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,11 +106,9 @@ class Scope:
         """The factors with `function` applied to every index expression."""
         return tuple(Read(read.tensor, tuple(map(function, read.index))) for read in self.factors)
 
-    def replace(self, **changes: tuple[Loop, ...] | tuple[Read, ...]) -> Scope:
-        return dataclasses.replace(self, **changes)
-
     def with_factor(self, position: int, read: Read) -> Scope:
-        return self.replace(factors=(*self.factors[:position], read, *self.factors[position + 1 :]))
+        factors = (*self.factors[:position], read, *self.factors[position + 1 :])
+        return Scope(self.traversal, self.summation, factors)
 
     def scopes(self) -> Iterator[Scope]:
         """This scope and all below it, the innermost first."""

@@ -2,15 +2,21 @@
 
 from collections.abc import Iterator
 
-from ollie_compile.expr import Loop, Scope
+from ollie_compile.expr import Affine, Loop, Read, Scope
 
 
 def boundary_tightening(scope: Scope) -> Iterator[Scope]:
-    """Narrow every range to where no factor is read outside its box; outside, the product is 0."""
+    """Narrow every range to where no factor is read outside its box; outside, the product is 0.
+
+    The result reads the narrowed scope over the old box, for the whole expression must keep its shape.
+    """
+    if scope.is_view:
+        return
     traversal = tuple(_tightened(scope, loop) for loop in scope.traversal)
     summation = tuple(_tightened(scope, loop) for loop in scope.summation)
     if (traversal, summation) != (scope.traversal, scope.summation):
-        yield scope.replace(traversal=traversal, summation=summation)
+        inner = Scope(traversal, summation, scope.factors)
+        yield Scope(scope.traversal, (), (Read(inner, tuple(Affine.of(loop.name) for loop in traversal)),))
 
 
 def _tightened(scope: Scope, loop: Loop) -> Loop:

@@ -40,7 +40,7 @@ def idle_iterator(scope: Scope) -> Iterator[Scope]:
     used = scope.used()
     busy = tuple(loop for loop in scope.traversal if loop.name in used)
     if not scope.is_view and len(busy) < len(scope.traversal):
-        inner = scope.replace(traversal=busy)
+        inner = Scope(busy, scope.summation, scope.factors)
         yield Scope(scope.traversal, (), (Read(inner, tuple(Affine.of(loop.name) for loop in busy)),))
 
 
@@ -50,4 +50,4 @@ def unit_iterator(scope: Scope) -> Iterator[Scope]:
     if unit.keys() & (scope.used() | {loop.name for loop in scope.summation}):
         summation = tuple(loop for loop in scope.summation if loop.name not in unit)
         factors = scope.map_index(lambda index: index.substitute(unit, scope.ranges))
-        yield scope.replace(summation=summation, factors=factors)
+        yield Scope(scope.traversal, summation, factors)

@@ -1,0 +1,69 @@
+"""Random convolutions, small enough to be evaluated exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from ollie_compile.operators import Convolution, Layout
+
+
+def operator(x: torch.Tensor, weight: torch.Tensor, **settings: Any) -> Convolution:
+    """The operator of a convolution of these tensors; settings as in torch, per dimension or one int."""
+    dims = x.dim() - 2
+    full = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0} | settings
+    transposed, groups = full.pop("transposed", False), full.pop("groups", 1)
+    sizes = {
+        name: (value,) * dims if isinstance(value, int) else tuple(value) for name, value in full.items()
+    }
+    out = torch.ops.aten.convolution.default(
+        x,
+        weight,
+        None,
+        sizes["stride"],
+        sizes["padding"],
+        sizes["dilation"],
+        transposed,
+        sizes["output_padding"],
+        groups,
+    )
+    layouts = [Layout(tuple(t.shape), tuple(t.stride())) for t in (x, weight, out)]
+    return Convolution(
+        input=layouts[0],
+        weight=layouts[1],
+        output=layouts[2],
+        transposed=transposed,
+        groups=groups,
+        dtype=x.dtype,
+        device=x.device,
+        **sizes,
+    )
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Convolution:
+    """1d and 2d, plain (strided, dilated, grouped) and transposed (strided, output-padded)."""
+    dims = draw(st.integers(1, 2))
+    transposed = draw(st.booleans())
+    per_dim = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
+    size, taps, stride, padding = per_dim(1, 5), per_dim(1, 4), per_dim(1, 3), per_dim(0, 2)
+    batch, channels, outputs = (draw(st.integers(1, 3)) for _ in range(3))
+    groups = 1 if transposed else draw(st.integers(1, 2))
+    dilation = (1,) * dims if transposed else per_dim(1, 2)
+    extra = tuple(draw(st.integers(0, s - 1)) for s in stride) if transposed else (0,) * dims
+    for n, k, s, p, d, e in zip(size, taps, stride, padding, dilation, extra, strict=True):
+        assume((n - 1) * s - 2 * p + k + e > 0 if transposed else n + 2 * p - d * (k - 1) > 0)
+    shape = (channels, outputs) if transposed else (outputs * groups, channels)
+    return operator(
+        torch.zeros(batch, channels * groups, *size),
+        torch.zeros(*shape, *taps),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        output_padding=extra,
+        transposed=transposed,
+        groups=groups,
+    )

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ollie_compile.expr import Affine, Input, Loop, Read, Scope, evaluate
+from ollie_compile.rules import EXPLORATIVE, SIMPLIFYING, rewrites, simplify
+from ollie_compile.rules.boundary import boundary_tightening
+from ollie_compile.rules.substitution import substitute
+from ollie_compile.verify import check_derivation
+from tests.ollie.strategies import convolutions
+
+
+def v(name: str) -> Affine:
+    return Affine.of(name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions(), st.data())
+def test_random_rule_sequences_keep_the_value(operator, data):
+    original = scope = operator.expression()
+    rules = EXPLORATIVE | SIMPLIFYING
+    for _ in range(5):
+        derived = [d for rule in rules.values() for d in rewrites(scope, rule, lambda _: True)]
+        if not derived:
+            break
+        scope = data.draw(st.sampled_from(derived))
+    assert check_derivation(original, scope, points=24) is None
+    assert check_derivation(original, simplify(scope)[0], points=24) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(convolutions())
+def test_interpreter_agrees_with_torch(operator):
+    generator = np.random.default_rng(0)
+    values = {
+        "A": generator.integers(-5, 6, operator.input.shape),
+        "K": generator.integers(-5, 6, operator.weight.shape),
+    }
+    points = np.stack(np.meshgrid(*map(np.arange, operator.output.shape), indexing="ij"), -1)
+    got = evaluate(operator.expression(), values, points.reshape(-1, points.shape[-1]))
+    want = operator.reference(torch.tensor(values["A"]).double(), torch.tensor(values["K"]).double())
+    assert got.reshape(operator.output.shape).tolist() == want.tolist()
+
+
+def test_summation_splitting_of_conv3x3():
+    scope = conv(4, 3)
+    derived = [str(d) for d in EXPLORATIVE["summation splitting"](scope)]
+    assert "L[h:0..4] Sum[r:0..3] {L[r:0..3, h:0..4] Sum[c:0..2] A[c, h + r - 1] * K[c, r]}[r, h]" in derived
+    assert len(derived) == 2
+
+
+def conv(size: int, taps: int) -> Scope:
+    a, k = Input("A", (2, size)), Input("K", (2, taps))
+    return Scope(
+        (Loop("h", 0, size),),
+        (Loop("c", 0, 2), Loop("r", 0, taps)),
+        (Read(a, (v("c"), v("h") + v("r") - 1)), Read(k, (v("c"), v("r")))),
+    )
+
+
+def test_tightening_stops_at_the_box():
+    a = Input("A", (5, 4))
+    scope = Scope((Loop("t", -7, 9),), (Loop("k", -1, 9),), (Read(a, (v("t") * 2 - 1, v("k"))),))
+    (tight,) = boundary_tightening(scope)
+    assert str(tight) == "L[t:-7..9] {L[t:1..3] Sum[k:0..4] A[2*t - 1, k]}[t]"
+    assert simplify(scope) == (tight, ["boundary tightening"])
+
+
+def test_tightening_leaves_an_empty_range_alone():
+    read = Read(Input("A", (5, 2)), (v("t"), v("k")))
+    scope = Scope((Loop("t", 6, 9),), (Loop("k", 0, 2),), (read,))
+    assert list(boundary_tightening(scope)) == []
+
+
+@pytest.mark.parametrize(
+    ("expression", "name"),
+    [(v("h") * 2 + v("r"), "h"), (v("h") + v("k"), "h"), (v("r"), "h")],
+    ids=["not divisible", "summation iterator", "absent"],
+)
+def test_substitution_refuses_what_has_no_integral_inverse(expression, name):
+    a = Input("A", (9, 9))
+    scope = Scope(
+        (Loop("h", 0, 3), Loop("r", 0, 3)),
+        (Loop("k", 0, 2),),
+        (Read(a, (v("h") * 2 + v("r"), v("h") + v("k"))),),
+    )
+    assert substitute(scope, expression, name) is None
+
+
+def test_a_wrong_rule_is_caught():
+    original = conv(6, 3)
+    moved = Scope(original.traversal, original.summation, original.factors[::-1])
+    assert check_derivation(original, moved) is None
+    index = (v("c"), v("h") + v("r"))
+    wrong = Scope(
+        original.traversal,
+        original.summation,
+        (Read(original.factors[0].tensor, index), original.factors[1]),
+    )
+    assert "differs over the integers" in (check_derivation(original, wrong) or "")
