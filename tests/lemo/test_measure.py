@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lemo_trainer.measure import flop_counter, peak_rss_bytes, saved_activations
+from lemo_trainer.measure import FlopCounter, peak_rss_bytes, saved_activations
 
 
 def count_flops(step):
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         step()
-    return counter.get_total_flops()
+    return counter.flops
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameters():
