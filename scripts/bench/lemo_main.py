@@ -173,7 +173,8 @@ def main() -> None:
         "LeMo: fine-tuning SmolLM2-135M with LoRA",
         f"float32, {options.seq_len} tokens, batch 1, {torch.get_num_threads()} threads; LoRA r 8 on all "
         f"linear layers, lr 1e-3, {options.steps} steps; LeMo keeps {options.keep_ratio:.0%} in layers "
-        f"{options.layers}; freed blocks of 1 MiB or more go back to the system at once; held-out loss is dense, over {options.held_out * options.seq_len} tokens",
+        f"{options.layers}; held-out loss is dense, over {options.held_out * options.seq_len} tokens; freed "
+        f"blocks of 1 MiB or more go back to the system at once",
     )
     for name, metrics in results.items():
         after = metrics.pop("held_out_loss_after")
