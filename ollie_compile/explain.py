@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ollie_compile.backend import compile_with
 from ollie_compile.report import Report
 
 
@@ -22,6 +21,8 @@ def explain(model: torch.nn.Module, *inputs: Any, **options: Any) -> Report:
     Returns:
         a report; print it, or take `to_json()`.
     """
+    from ollie_compile.backend import compile_with  # brings Inductor, which takes a second to import
+
     report = Report()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Any:

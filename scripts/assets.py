@@ -153,7 +153,9 @@ def fetch(model: str = SMOLLM2, *, quiet: bool = False) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=SMOLLM2, help="a model id of the Hugging Face hub")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# LeMo, Ripple and OLLIE each do their main job on a real model; prints a table for each, appends to
+# docs/results/*.csv and writes out/report.html. Needs Python >= 3.11, pip and a C++ compiler.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh
+python scripts/assets.py
+for job in lemo ripple ollie; do
+    printf '\n== %s ==\n' "$job"
+    python "scripts/bench/${job}_main.py"
+done
+python scripts/report.py
