@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ripple_loader.sidecar import BLOCK
-
 Places = npt.NDArray[np.int64]
 
 
@@ -39,18 +37,19 @@ class ReadPlan:
         return int(self.lengths.sum())
 
 
-def plan_reads(places: Places, *, base: int, stride: int, width: int, merge_gap: int) -> ReadPlan:
+def plan_reads(places: Places, *, base: int, width: int, block: int, merge_gap: int) -> ReadPlan:
     """Cover neurons by block-aligned ranges; ranges at most `merge_gap` bytes apart become one.
 
     Args:
         places: ascending and distinct, shape (U,), U > 0.
         base: byte offset of the bundles in the file, a whole number of blocks.
-        stride, width: bytes between bundles, and of one.
+        width: bytes of a bundle.
+        block: what offsets and lengths of reads have to be multiples of.
         merge_gap: unneeded bytes worth reading to save a request.
     """
-    starts = base + places * stride
-    first = starts // BLOCK * BLOCK
-    last = -(-(starts + width) // BLOCK) * BLOCK
+    starts = base + places * width
+    first = starts // block * block
+    last = -(-(starts + width) // block) * block
     opens = np.append(True, first[1:] - last[:-1] > merge_gap)
     offsets = first[opens]
     lengths = last[np.append(opens[1:], True)] - offsets
@@ -60,18 +59,18 @@ def plan_reads(places: Places, *, base: int, stride: int, width: int, merge_gap:
 
 
 def waves(
-    places: Places, capacity: int, *, base: int, stride: int, width: int, merge_gap: int
+    places: Places, capacity: int, *, base: int, width: int, block: int, merge_gap: int
 ) -> Iterator[ReadPlan]:
     """Split the reads of `plan_reads` into plans of at most `capacity` bytes each.
 
     `capacity` must hold one bundle at its worst alignment: width + 2 blocks.
     """
     while len(places):
-        plan = plan_reads(places, base=base, stride=stride, width=width, merge_gap=merge_gap)
+        plan = plan_reads(places, base=base, width=width, block=block, merge_gap=merge_gap)
         if plan.size <= capacity:
             yield plan
             return
-        ends = -(-(plan.spots + width) // BLOCK) * BLOCK
+        ends = -(-(plan.spots + width) // block) * block
         count = max(1, int(np.searchsorted(ends, capacity, side="right")))
-        yield plan_reads(places[:count], base=base, stride=stride, width=width, merge_gap=merge_gap)
+        yield plan_reads(places[:count], base=base, width=width, block=block, merge_gap=merge_gap)
         places = places[count:]

@@ -51,10 +51,10 @@ def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) ->
         ValueError: the budget does not hold the buffers.
     """
     budget = parse_size(config.dram_budget, "dram_budget", total=header.weight_bytes)
-    smallest = align(header.stride) + 2 * BLOCK
+    smallest = align(header.bundle_bytes) + 2 * BLOCK
     largest = header.section_bytes()["bundles"] + 2 * BLOCK
     buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest)))
-    rows = min(header.neurons, max(1, buffer // header.stride))
+    rows = min(header.neurons, max(1, buffer // header.bundle_bytes))
     numbers = header.rows * header.hidden
     converted = numbers * dtype.itemsize if dtype != header.torch_dtype else 0
     scratch = align(rows * (header.bundle_bytes + converted))

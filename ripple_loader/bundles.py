@@ -32,11 +32,10 @@ from ripple_loader.sidecar import (
 HEADER_LIMIT = 100 << 20  # safetensors' own
 
 
-def pack_bundles(rows_RNH: list[Tensor], stride: int) -> Array:
-    """Interleave the rows of each neuron: uint8, shape (N, stride), zero-padded."""
-    bundles_NRH = torch.stack(rows_RNH, dim=1).contiguous()
-    data = bundles_NRH.view(torch.uint8).numpy().reshape(len(bundles_NRH), -1)
-    return np.pad(data, ((0, 0), (0, stride - data.shape[1])))
+def pack_bundles(rows_RNH: list[Tensor]) -> Array:
+    """Interleave the rows of each neuron: uint8, shape (N, bytes of a bundle)."""
+    bundles_NRH = torch.stack(rows_RNH, dim=1)
+    return bundles_NRH.view(torch.uint8).numpy().reshape(len(bundles_NRH), -1)
 
 
 def sketch_rows(weight_NH: Tensor) -> tuple[Array, Array, Array]:
@@ -93,7 +92,7 @@ class SidecarWriter:
             permutation_N: the model's own index of the neuron at each place.
         """
         N, H, S = self.header.neurons, self.header.hidden, self.header.rows - 1
-        self._write(pack_bundles(rows_RNH, self.header.stride))
+        self._write(pack_bundles(rows_RNH))
         sketches, scales, errors = zip(*map(sketch_rows, rows_RNH[:S]), strict=True)
         self._write(np.stack(sketches))
         bias_SN = [biases[row].float().numpy() if row in biases else np.zeros(N) for row in range(S)]
@@ -180,7 +179,7 @@ class Sidecar:
     def bundle_rows(self, layer: int, place: int) -> Tensor:
         """One neuron's bundle, shape (R, H)."""
         header = self.header
-        offset = self.section(layer, "bundles")[0] + place * header.stride
+        offset = self.section(layer, "bundles")[0] + place * header.bundle_bytes
         data = np.fromfile(self.path, np.uint8, header.bundle_bytes, offset=offset)
         return torch.from_numpy(data).view(header.torch_dtype).view(header.rows, header.hidden)
 

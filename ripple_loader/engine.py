@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ripple_loader.access import Places, ReadPlan, waves
 from ripple_loader.budget import allocate, needs_sketch
 from ripple_loader.bundles import Sidecar
-from ripple_loader.cache import make_cache
+from ripple_loader.cache import Slots, make_cache
 from ripple_loader.config import RippleConfig, parse_size
 from ripple_loader.reader import AlignedBuffer, Prefetch, Reader
 from ripple_loader.report import RippleReport
@@ -23,6 +24,16 @@ from ripple_loader.selection import Selection, select_active, select_all, select
 from ripple_loader.sidecar import Vectors
 
 _ROWS_COPIED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """A layer's neurons on their way: the cache slot of each or -1, which are missing, and their reads."""
+
+    layer: int
+    slots: Slots
+    missing: Slots
+    reads: Prefetch
 
 
 class Engine:
@@ -54,6 +65,7 @@ class Engine:
         self._merge_gap = 0 if config.merge_gap == 0 else parse_size(config.merge_gap, "merge_gap")
         self._reader = Reader(sidecar.path, config.io_threads, self.report)
         self._buffers = (AlignedBuffer(self.allocation.buffer), AlignedBuffer(self.allocation.buffer))
+        self._ahead: _Fetch | None = None
         layers, slots = header.layers, self.allocation.cache_slots
         with torch.device("cpu"):  # transformers builds the skeleton, and so this, under the meta device
             self._scratch = torch.empty(self.allocation.scratch, dtype=torch.uint8)
@@ -129,21 +141,39 @@ class Engine:
                 yield self._sketch_rows(plan, buffer)
 
     def _sketch_reads(self, layer: int) -> Prefetch:
+        self._drop_ahead()
         rows = np.arange((self.header.rows - 1) * self.header.neurons)
-        return self._reads(rows, layer, "sketch", self.header.hidden, self.header.hidden)
+        return self._reads(rows, layer, "sketch", self.header.hidden)
 
     def _sketch_rows(self, plan: ReadPlan, buffer: AlignedBuffer) -> Tensor:
         shape = (len(plan.places), self.header.hidden)
         return buffer.bytes.view(torch.int8).as_strided(shape, (self.header.hidden, 1), int(plan.spots[0]))
 
-    def _reads(self, places: Places, layer: int, kind: str, stride: int, width: int) -> Prefetch:
+    def _reads(self, places: Places, layer: int, kind: str, width: int, first_buffer: int = 0) -> Prefetch:
         base, _ = self.sidecar.section(layer, kind)
-        capacity, gap = self.allocation.buffer, self._merge_gap
-        plans = waves(places, capacity, base=base, stride=stride, width=width, merge_gap=gap)
-        return Prefetch(self._reader, list(plans), self._buffers)
+        capacity, gap, block = self.allocation.buffer, self._merge_gap, self._reader.block
+        plans = waves(places, capacity, base=base, width=width, block=block, merge_gap=gap)
+        buffers = (self._buffers[first_buffer], self._buffers[1 - first_buffer])
+        return Prefetch(self._reader, list(plans), buffers)
+
+    def _begin(self, layer: int, places: Places, first_buffer: int = 0) -> _Fetch:
+        """Look up a layer's neurons and start reading those that are not cached."""
+        slots = self._caches[layer].lookup(places) if self._caches else np.full(len(places), -1)
+        missing = np.flatnonzero(slots < 0)
+        reads = self._reads(places[missing], layer, "bundles", self.header.bundle_bytes, first_buffer)
+        return _Fetch(layer, slots, missing, reads)
+
+    def _drop_ahead(self) -> None:
+        """Wait for reads that nobody came for, so that their buffer can be used."""
+        if self._ahead is not None:
+            self._ahead.reads.wait()
+            self._ahead = None
 
     def fetch(self, layer: int, places: Places) -> Iterator[tuple[Places, Tensor]]:
         """Hand out a layer's neurons, from the cache or the file, in batches that fit the buffers.
+
+        When all of a layer's neurons are wanted, those of the next layer will be too: its first read starts
+        while this layer's last batch is used.
 
         Args:
             layer: which.
@@ -153,20 +183,29 @@ class Engine:
             Positions in `places`, and their bundles in the model's dtype, shape (positions, R * H); the
             bundles are valid until the next batch.
         """
-        slots = self._caches[layer].lookup(places) if self._caches else np.full(len(places), -1)
-        found, missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        header, everything = self.header, len(places) == self.header.neurons
+        if everything and self._ahead is not None and self._ahead.layer == layer:
+            fetch, self._ahead = self._ahead, None
+        else:
+            self._drop_ahead()
+            fetch = self._begin(layer, places)
+        found, done = np.flatnonzero(fetch.slots >= 0), 0
         self.report.active += len(places)
         self.report.hits += len(found)
-        self.report.misses += len(missing)
-        header, done = self.header, 0
-        with self._reads(places[missing], layer, "bundles", header.stride, header.bundle_bytes) as reads:
+        self.report.misses += len(fetch.missing)
+        with fetch.reads as reads:
             for start in range(0, len(found), self.allocation.rows):
                 batch = found[start : start + self.allocation.rows]
-                yield batch, self._gather(self._cached[layer], torch.from_numpy(slots[batch]), 0)
+                yield batch, self._gather(self._cached[layer], torch.from_numpy(fetch.slots[batch]), 0)
             for plan, buffer in reads:
+                batch = fetch.missing[done : done + len(plan.places)]
+                done += len(batch)
+                if everything and done == len(fetch.missing):
+                    following = (layer + 1) % header.layers
+                    free = 1 - self._buffers.index(buffer)
+                    self._ahead = self._begin(following, places, first_buffer=free)
                 rows = self._bundles(plan, buffer)
-                yield missing[done : done + len(rows)], rows
-                done += len(rows)
+                yield batch, rows
                 if self._caches:
                     self._admit(layer, plan.places, rows)
 
@@ -180,9 +219,9 @@ class Engine:
         """The bundles that a plan has read, in the model's dtype, shape (U, R * H)."""
         stored, width = self.header.torch_dtype, self.header.rows * self.header.hidden
         numbers, itemsize = buffer.bytes.view(stored), stored.itemsize
-        if (np.diff(plan.spots) == self.header.stride).all():
+        if (np.diff(plan.spots) == self.header.bundle_bytes).all():
             start = int(plan.spots[0]) // itemsize
-            rows = numbers.as_strided((len(plan.spots), width), (self.header.stride // itemsize, 1), start)
+            rows = numbers.as_strided((len(plan.spots), width), (width, 1), start)
         else:  # rows that start at every number, overlapping
             everywhere = numbers.as_strided((len(numbers) - width + 1, width), (1, 1))
             rows = self._gather(everywhere, torch.from_numpy(plan.spots // itemsize), 0)

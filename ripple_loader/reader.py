@@ -7,7 +7,7 @@ import mmap
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Self
@@ -18,6 +18,8 @@ from ripple_loader.access import ReadPlan
 from ripple_loader.report import RippleReport
 from ripple_loader.sidecar import BLOCK
 
+SECTOR = 512
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 _LONGEST_READ = 256 << 10  # longer ranges are read by several threads
 
 
@@ -39,11 +41,16 @@ class Reader:
         path: the file.
         threads: requests in flight.
         report: counts requests and bytes.
+
+    Attributes:
+        block: what offsets, lengths and buffer addresses have to be multiples of: 512 where the drive takes
+            it, else 4096.
+        direct: whether reads go past the page cache.
     """
 
     def __init__(self, path: Path, threads: int, report: RippleReport) -> None:
         self.path, self.report, self.threads = path, report, threads
-        self._descriptor, refusal = _open_direct(path)
+        self._descriptor, self.block, refusal = _open_direct(path)
         self.direct = refusal is None
         if refusal is not None:
             report.fallbacks.append(
@@ -72,7 +79,7 @@ class Reader:
             done = 0
             while done < length:
                 # After a short read O_DIRECT has to go on from the start of a block.
-                start = done - done % BLOCK if self.direct else done
+                start = done - done % self.block if self.direct else done
                 space = buffer.memory[target + start : target + length]
                 try:
                     got = os.preadv(self._descriptor, [space], offset + start)
@@ -96,9 +103,7 @@ class Prefetch:
     The first read starts at once. Leaving the context waits for what is still in flight.
     """
 
-    def __init__(
-        self, reader: Reader, plans: list[ReadPlan], buffers: tuple[AlignedBuffer, AlignedBuffer]
-    ) -> None:
+    def __init__(self, reader: Reader, plans: list[ReadPlan], buffers: Sequence[AlignedBuffer]) -> None:
         self._reader, self._plans, self._buffers = reader, plans, buffers
         self._started = 0
         self._reads: list[Future[None]] = []
@@ -115,6 +120,10 @@ class Prefetch:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is in flight."""
         wait(self._reads)
 
     def __iter__(self) -> Iterator[tuple[ReadPlan, AlignedBuffer]]:
@@ -126,22 +135,26 @@ class Prefetch:
             yield plan, self._buffers[number % 2]
 
 
-def _open_direct(path: Path) -> tuple[int, str | None]:
-    """A descriptor, and why it is not O_DIRECT where it is not."""
+def _open_direct(path: Path) -> tuple[int, int, str | None]:
+    """A descriptor, the block that reads have to keep to, and why it is not O_DIRECT where it is not."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        try:
-            os.preadv(descriptor, [AlignedBuffer(BLOCK).memory], 0)
-        except OSError:
-            os.close(descriptor)
-            raise
-        return descriptor, None
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-        return os.open(path, os.O_RDONLY), f"its file system refuses O_DIRECT ({error.strerror})"
     except AttributeError:
-        return os.open(path, os.O_RDONLY), "this system has no O_DIRECT"
+        return os.open(path, os.O_RDONLY), BLOCK, "this system has no O_DIRECT"
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        return os.open(path, os.O_RDONLY), BLOCK, f"its file system refuses O_DIRECT ({error.strerror})"
+    for block in (SECTOR, BLOCK):
+        try:
+            os.preadv(descriptor, [AlignedBuffer(2 * BLOCK).memory[block : 2 * block]], block)
+            return descriptor, block, None
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+            refusal = f"its file system refuses O_DIRECT ({error.strerror})"
+    os.close(descriptor)
+    return os.open(path, os.O_RDONLY), BLOCK, refusal
 
 
 def _release(pool: ThreadPoolExecutor, descriptor: int) -> None:

@@ -1,14 +1,15 @@
 """The sidecar's format: what `neurons.ripple` holds and where.
 
-It is a safetensors container (a format whose reader is fuzzed elsewhere and which any safetensors tool can
-list) under a name that no loader takes for weights. Its sections are byte tensors that start and end on a
-4096-byte boundary, as O_DIRECT wants:
+It is a safetensors container, which any safetensors tool can list, under a name that no loader takes for
+weights. Its sections are byte tensors that start and end on a 4096-byte boundary:
 
     layers.I.bundles      one bundle a neuron, in placement order: [gate | up | down^T], or [fc1 | fc2^T]
     layers.I.sketch       int8 copy of the rows that select: gate and up, or fc1
     layers.I.vectors      float32 biases and sketch scales, see `Vectors`
     layers.I.permutation  int32: the model's own index of the neuron at each place
     checksums             uint32: CRC-32 of the container's header, then of each MiB of the sections before
+
+Bundles follow each other without padding; a read is widened to the blocks of the drive it comes from.
 
 Dimension key: R rows of a bundle (3 with a gate, 2 without), S = R - 1 rows that select, N neurons, H hidden.
 """
@@ -28,7 +29,6 @@ SIDECAR = "neurons.ripple"
 VERSION = 1
 BLOCK = 4096
 CHECKSUM_CHUNK = 1 << 20
-MAX_PADDING = 4 / 3
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Array = npt.NDArray[Any]
@@ -85,12 +85,6 @@ class SidecarHeader:
         return self.rows * self.hidden * self.torch_dtype.itemsize
 
     @property
-    def stride(self) -> int:
-        """Bytes from one bundle to the next: padded to the block, unless that would add more than a third."""
-        padded = align(self.bundle_bytes)
-        return padded if padded <= MAX_PADDING * self.bundle_bytes else self.bundle_bytes
-
-    @property
     def weight_bytes(self) -> int:
         """Bytes of the MLP weights that are streamed instead of loaded."""
         return self.layers * self.neurons * self.bundle_bytes
@@ -98,7 +92,7 @@ class SidecarHeader:
     def section_bytes(self) -> dict[str, int]:
         """Unpadded size of each section of one layer, in file order."""
         return {
-            "bundles": self.neurons * self.stride,
+            "bundles": self.neurons * self.bundle_bytes,
             "sketch": (self.rows - 1) * self.neurons * self.hidden,
             "vectors": 4 * Vectors.size(self.rows, self.neurons, self.hidden),
             "permutation": 4 * self.neurons,

@@ -27,7 +27,7 @@ def report():
 def read(path, places=tuple(range(0, 200, 3)), threads=4):
     """Read some 1000-byte bundles and compare them with the file."""
     reader, buffer = Reader(path, threads, report()), AlignedBuffer(1 << 20)
-    plan = plan_reads(np.array(places), base=4096, stride=1000, width=1000, merge_gap=0)
+    plan = plan_reads(np.array(places), base=4096, width=1000, block=reader.block, merge_gap=0)
     with Prefetch(reader, [plan], (buffer, buffer)) as reads:
         ((plan, buffer),) = list(reads)
     data = path.read_bytes()
@@ -42,7 +42,7 @@ def test_reads_what_the_file_holds_and_counts(file):
     assert reader.direct
     assert reader.report.requests > 0
     assert reader.report.bytes_read >= 67 * 1000
-    assert reader.report.bytes_read % 4096 == 0
+    assert reader.report.bytes_read % 512 == 0
 
 
 def test_the_buffer_is_seen_as_any_dtype():
@@ -65,19 +65,33 @@ def test_short_reads_are_continued_from_a_block_with_o_direct(file, monkeypatch)
     real = os.preadv
 
     def short(descriptor, views, offset):
-        assert offset % 4096 == 0
+        assert offset % 512 == 0
         got = real(descriptor, views, offset)
-        return max(4096, got - 700) if len(views[0]) > 4096 else got
+        return max(512, got - 700) if len(views[0]) > 512 else got
 
     monkeypatch.setattr(os, "preadv", short)
     read(file)
+
+
+def test_a_drive_with_large_sectors_is_read_in_its_blocks(file, monkeypatch):
+    real = os.preadv
+
+    def refuse_sectors(descriptor, views, offset):
+        if offset % 4096 or len(views[0]) % 4096:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, views, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse_sectors)
+    reader = read(file)
+    assert reader.direct
+    assert reader.block == 4096
 
 
 def test_an_error_of_the_drive_names_file_and_offset(file, monkeypatch):
     real = os.preadv
 
     def fail(descriptor, views, offset):
-        if offset >= 4096:
+        if offset > 4096:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(descriptor, views, offset)
 
