@@ -55,7 +55,7 @@ def _number(text: str) -> float | None:
 
 
 def _bars(title: str, values: dict[str, float]) -> str:
-    figure, axes = plt.subplots(figsize=(6.2, 0.6 + 0.28 * len(values)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.0, 0.6 + 0.28 * len(values)), layout="constrained")
     names = list(values)[::-1]
     bars = axes.barh(names, [values[name] for name in names], color="#4477aa", height=0.7)
     axes.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
