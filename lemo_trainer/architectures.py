@@ -58,6 +58,11 @@ class Architecture:
         output = layer.self_attn(hidden_states=self.attention_input(layer, x), **kwargs)[0]
         return self._scaled(layer, _apply(layer, self.after_attention, output))
 
+    def finish_attention(self, layer: Any, heads_BSHd: Tensor) -> Tensor:
+        """What the attention adds for its heads' outputs [B, S, H, d]."""
+        output = layer.self_attn.o_proj(heads_BSHd.flatten(2))
+        return self._scaled(layer, _apply(layer, self.after_attention, output))
+
     def mlp_branch(self, layer: Any, x: Tensor) -> Tensor:
         """What the MLP adds to the residual stream for rows `x` [B, S, D]."""
         return self._scaled(layer, _apply(layer, self.after_mlp, layer.mlp(self.mlp_input(layer, x))))

@@ -17,7 +17,9 @@ app = typer.Typer(
     help="Long-context fine-tuning that leaves redundant tokens out (LeMo).",
 )
 
-Mode = Annotated[str | None, typer.Option(help="what happens to an uninformative block: eliminate")]
+Mode = Annotated[str | None, typer.Option(help="what happens to an uninformative block: eliminate, detach")]
+Selector = Annotated[str | None, typer.Option(help="informativeness, norm, random or recency")]
+SharedBlocks = Annotated[bool | None, typer.Option(help="the first patched layer chooses for all")]
 KeepRatio = Annotated[float | None, typer.Option(help="share of the tokens that a patched layer computes")]
 BlockSize = Annotated[int | None, typer.Option(help="tokens that are kept or left out together")]
 Layers = Annotated[str | None, typer.Option(help='"auto", "all" or indices like "3,10-28"')]
@@ -49,6 +51,8 @@ def train(
     checkpointing: Annotated[bool | None, typer.Option(help="gradient checkpointing")] = None,
     max_steps: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
     mode: Mode = None,
+    selector: Selector = None,
+    shared_blocks: SharedBlocks = None,
     keep_ratio: KeepRatio = None,
     block_size: BlockSize = None,
     layers: Layers = None,
@@ -70,6 +74,8 @@ def train(
 
     lemo = {
         "mode": mode,
+        "selector": selector,
+        "shared_blocks": shared_blocks,
         "keep_ratio": keep_ratio,
         "block_size": block_size,
         "layers": layers,
@@ -103,6 +109,7 @@ def train(
 def inspect(
     model: Annotated[str, typer.Argument(help="model folder or hub id; its weights are not loaded")],
     seq_len: Annotated[int, typer.Option(help="tokens of a sample")] = 2048,
+    mode: Mode = None,
     keep_ratio: KeepRatio = None,
     block_size: BlockSize = None,
     layers: Layers = None,
@@ -119,6 +126,7 @@ def inspect(
         lemo inspect .cache/assets/SmolLM2-135M-Instruct --seq-len 8192 --keep-ratio 0.4 --layers all
     """
     options: dict[str, Any] = {
+        "mode": mode,
         "keep_ratio": keep_ratio,
         "block_size": block_size,
         "layers": layers,
@@ -137,9 +145,9 @@ def _inspect(name: str, seq_len: int, config: LemoConfig) -> None:
     from rich.table import Table
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .elimination import BlockPlan
     from .patch import apply_lemo
     from .recipe import check_model
+    from .selection import BlockPlan
 
     check_model(name)
     with torch.device("meta"):

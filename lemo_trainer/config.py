@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Mode = Literal["eliminate"]
+Mode = Literal["eliminate", "detach"]
+Selector = Literal["informativeness", "norm", "random", "recency"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,11 @@ class LemoConfig:
     Args:
         mode: what happens to an uninformative block in a layer. "eliminate": it skips the layer's attention
             and MLP and goes on through the residual stream unchanged (the paper's token elimination).
+            "detach": the layer computes it, so that the forward pass stays exact, but without gradient and
+            without saving anything; attention meets it as constant keys and values.
+        selector: how blocks are ranked. "informativeness": the paper's scores. "norm": length of the hidden
+            states. "random": a fresh draw. "recency": later blocks first.
+        shared_blocks: the first patched layer chooses for all of them (`mode="detach"` only).
         keep_ratio: share of the tokens that a patched layer computes, above 0 and at most 1. 1 computes
             everything, by the model's own code. Rounded to whole blocks; the report shows what was kept.
         block_size: consecutive tokens that are kept or left out together.
@@ -36,6 +42,8 @@ class LemoConfig:
     """
 
     mode: Mode = "eliminate"
+    selector: Selector = "informativeness"
+    shared_blocks: bool = False
     keep_ratio: float = 0.5
     block_size: int = 64
     layers: str | tuple[int, ...] = "auto"
@@ -48,6 +56,15 @@ class LemoConfig:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"`mode` must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
+        if self.selector not in get_args(Selector):
+            raise ValueError(
+                f"`selector` must be one of {', '.join(get_args(Selector))}, got {self.selector!r}."
+            )
+        if not isinstance(self.shared_blocks, bool) or (self.shared_blocks and self.mode != "detach"):
+            raise ValueError(
+                f'`shared_blocks` must be true or false, and false unless `mode` is "detach", '
+                f"got {self.shared_blocks!r} with {self.mode!r}."
+            )
         if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
             raise ValueError(f"`keep_ratio` must be above 0 and at most 1, got {self.keep_ratio!r}.")
         for name, least in (
@@ -69,8 +86,8 @@ class LemoConfig:
     def resolve_layers(self, total: int) -> tuple[int, ...]:
         """Sorted indices of the patched layers of a model with `total` layers.
 
-        "auto" is the second half without the last layer: early layers change every token much, and the last
-        one feeds the head.
+        "auto" leaves out the last layer, which feeds the head, and of the early layers, which change every
+        token much, the first one under "detach" and the first half under "eliminate".
 
         Raises:
             ValueError: an index is not below `total`.
@@ -78,7 +95,7 @@ class LemoConfig:
         if self.layers == "all":
             return tuple(range(total))
         if self.layers == "auto":
-            return tuple(range(total // 2, total - 1))
+            return tuple(range(1 if self.mode == "detach" else total // 2, total - 1))
         indices = _parse_layers(self.layers)
         if indices[-1] >= total:
             raise ValueError(

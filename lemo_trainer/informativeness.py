@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +36,44 @@ class _Captured(Exception):  # noqa: N818 - carries a result out of a module, no
     """Leaves a module's forward as soon as the wanted tensors exist."""
 
 
-def _capture_attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
-    raise _Captured(query, key, kwargs["scaling"])
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What a model's attention hands to its attention function.
+
+    Query is [B, H, S, d], key and value are [B, G, S, d]; `scaling` is the factor on their products.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    options: dict[str, Any]
+
+
+def _capture_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **options: Any
+) -> None:
+    raise _Captured(AttentionInputs(query, key, value, scaling, options))
 
 
 AttentionInterface.register(_CAPTURE, _capture_attention)
 
 
 @contextlib.contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
+def attention_function(attention: Any, name: str) -> Iterator[None]:
+    """Let a `self_attn` module dispatch to the registered attention function `name`."""
+    config = attention.config
+    attention.config = copy.copy(config)
+    attention.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        attention.config = config
+
+
+@contextlib.contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Run `module` in evaluation mode, and give every part its own mode back."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -54,24 +84,20 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def queries_and_keys(attention: Any, x_BSD: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, float]:
-    """Q [B, H, S, d], K [B, G, S, d] and the scaling with which `attention` meets its attention function.
+def attention_inputs(attention: Any, x_BSD: Tensor, **kwargs: Any) -> AttentionInputs:
+    """What `attention` hands to its attention function, without gradient and dropout.
 
     Args:
         attention: a `self_attn` module that dispatches through transformers' `AttentionInterface`.
         x_BSD: its input.
         kwargs: its other arguments (position embeddings, mask).
     """
-    config = attention.config
-    attention.config = copy.copy(config)
-    attention.config._attn_implementation = _CAPTURE
     try:
-        with _without_dropout(attention):
+        with attention_function(attention, _CAPTURE), without_dropout(attention):
             attention(hidden_states=x_BSD, **kwargs)
     except _Captured as captured:
-        return captured.args
-    finally:
-        attention.config = config
+        inputs: AttentionInputs = captured.args[0]
+        return inputs
     raise AssertionError(f"{type(attention).__name__} does not dispatch through AttentionInterface.")
 
 
@@ -84,7 +110,7 @@ def mlp_intermediate(mlp: Any, down_proj: str, x_BSD: Tensor) -> Tensor:
 
     hook = getattr(mlp, down_proj).register_forward_pre_hook(capture, prepend=True)
     try:
-        with _without_dropout(mlp):
+        with without_dropout(mlp):
             mlp(x_BSD)
     except _Captured as captured:
         return captured.args[0]
@@ -96,6 +122,11 @@ def mlp_intermediate(mlp: Any, down_proj: str, x_BSD: Tensor) -> Tensor:
 def allowed_pairs(mask_B1SS: Tensor) -> Tensor:
     """Bool [B, 1, S, S], True where a query may look at a key, of a bool or an additive attention mask."""
     return mask_B1SS if mask_B1SS.dtype == torch.bool else mask_B1SS == 0
+
+
+def valid_tokens(mask_B1SS: Tensor | None) -> Tensor | None:
+    """Bool [B, S], False at padding, of an attention mask; None when every token counts."""
+    return None if mask_B1SS is None else allowed_pairs(mask_B1SS[:, 0]).diagonal(dim1=1, dim2=2)
 
 
 @torch.no_grad()

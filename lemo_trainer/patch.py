@@ -1,8 +1,8 @@
 """Put LeMo onto a model's layers and head, and take it off again.
 
 A patched decoder layer becomes an instance of a subclass of its own class (same name, same module), as FSDP2
-does it: whichever of `forward` and `__call__` the installed transformers wraps for gradient checkpointing,
-the patch runs inside the checkpoint. The causal LM gets an instance `forward` with the segment-wise loss.
+does it: that holds whichever of `forward` and `__call__` the installed transformers wraps for gradient
+checkpointing. The causal LM gets an instance `forward` with the segment-wise loss.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from .architectures import CausalLM, find_causal_lm
 from .config import LemoConfig
-from .elimination import BlockPlan, EliminatingLayer
+from .detachment import DetachingLayer
+from .elimination import EliminatingLayer
 from .loss import segmented_cross_entropy, shift
+from .selection import BlockPlan
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +89,12 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     report = LemoReport(
         config, parts.model.config.model_type, len(parts.layers), config.resolve_layers(len(parts.layers))
     )
-    eliminate = EliminatingLayer(parts.architecture, config)
-    for index in report.patched_layers:
-        _patch_layer(parts.layers[index], eliminate, report)
+    layers = [parts.layers[index] for index in report.patched_layers]
+    patched: EliminatingLayer | DetachingLayer = EliminatingLayer(parts.architecture, config)
+    if config.mode == "detach":
+        patched = DetachingLayer(parts.architecture, config, layers[0])
+    for layer in layers:
+        _patch_layer(layer, patched, report)
     _patch_causal_lm(parts, report)
     logger.info("%s", report)
     return report
@@ -103,7 +108,13 @@ def remove_lemo(model: nn.Module) -> None:
 
 
 @functools.cache
-def _eliminating_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """The subclass whose training forward leaves tokens out.
+
+    It checkpoints what it recomputes by itself, the chosen rows only, and so hides the layer's
+    `gradient_checkpointing` from transformers, which would recompute the choice too.
+    """
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -114,15 +125,18 @@ def _eliminating_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        checkpoint = None
+        if self.training and vars(self).get("gradient_checkpointing"):
+            checkpoint, past_key_values, use_cache = self._gradient_checkpointing_func, None, False
         plan = self._lemo_report.plan(hidden_states.shape[1]) if self.training else None
         if plan is not None:
-            output: Tensor = self._lemo_eliminate(
-                self, hidden_states, attention_mask, position_ids, position_embeddings, plan, **kwargs
+            output: Tensor = self._lemo_layer(
+                self, hidden_states, attention_mask, position_embeddings, plan, checkpoint, **kwargs
             )
             return output
-        return layer_class.forward(
+        dense = functools.partial(
+            layer_class.forward,
             self,
-            hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -130,23 +144,28 @@ def _eliminating_class(layer_class: type[nn.Module]) -> type[nn.Module]:
             position_embeddings=position_embeddings,
             **kwargs,
         )
+        return checkpoint(dense, hidden_states) if checkpoint else dense(hidden_states)
+
+    def remember(self: nn.Module, value: bool) -> None:
+        vars(self)["gradient_checkpointing"] = value
 
     namespace = {
         "forward": forward,
+        "gradient_checkpointing": property(lambda self: False, remember),
         "__module__": layer_class.__module__,
         "__qualname__": layer_class.__qualname__,
     }
     return type(layer_class.__name__, (layer_class,), namespace)
 
 
-def _patch_layer(layer: Any, eliminate: EliminatingLayer, report: LemoReport) -> None:
+def _patch_layer(layer: Any, patched: EliminatingLayer | DetachingLayer, report: LemoReport) -> None:
     original = layer.__class__
-    layer._lemo_eliminate, layer._lemo_report = eliminate, report
-    layer.__class__ = _eliminating_class(original)
+    layer._lemo_layer, layer._lemo_report = patched, report
+    layer.__class__ = _patched_class(original)
 
     def undo() -> None:
         layer.__class__ = original
-        del layer._lemo_eliminate, layer._lemo_report
+        del layer._lemo_layer, layer._lemo_report
 
     report.undo.append(undo)
 

@@ -48,8 +48,10 @@ CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "LoRA + segmented loss": (SEGMENTED, False),
     "LoRA + checkpointing": (None, True),
     "LoRA + checkpointing + segmented loss": (SEGMENTED, True),
-    "LeMo": ({}, False),
-    "LeMo + checkpointing": ({}, True),
+    "LeMo, eliminate": ({}, False),
+    "LeMo, eliminate + checkpointing": ({}, True),
+    "LeMo, detach": ({"mode": "detach"}, False),
+    "LeMo, detach + checkpointing": ({"mode": "detach"}, True),
 }
 UNTOUCHED = "untouched"
 

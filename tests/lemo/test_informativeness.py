@@ -7,10 +7,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lemo_trainer import informativeness
 from lemo_trainer.informativeness import (
+    attention_inputs,
     attention_scores,
     mlp_intermediate,
     mlp_scores,
-    queries_and_keys,
     score_positions,
 )
 
@@ -58,13 +58,15 @@ def test_queries_and_keys_are_rotated_and_grouped():
     x = torch.randn(B, 20, 32)
     cos, sin = model.model.rotary_emb(x, position_ids=torch.arange(20)[None])
     config = attention.config
-    q, k, scaling = queries_and_keys(attention, x, position_embeddings=(cos, sin), attention_mask=None)
+    inputs = attention_inputs(attention, x, position_embeddings=(cos, sin), attention_mask=None)
     wanted_q = attention.q_proj(x).view(B, 20, H, D).transpose(1, 2)
     wanted_k = attention.k_proj(x).view(B, 20, G, D).transpose(1, 2)
     wanted_q, wanted_k = apply_rotary_pos_emb(wanted_q, wanted_k, cos, sin)
-    torch.testing.assert_close((q, k), (wanted_q, wanted_k))
-    assert scaling == D**-0.5
-    assert not q.requires_grad
+    torch.testing.assert_close((inputs.query, inputs.key), (wanted_q.detach(), wanted_k.detach()))
+    wanted_v = attention.v_proj(x).view(B, 20, G, D).transpose(1, 2).detach()
+    torch.testing.assert_close(inputs.value, wanted_v)
+    assert inputs.scaling == D**-0.5
+    assert not inputs.query.requires_grad
     assert attention.config is config
     assert config._attn_implementation == "sdpa"
 

@@ -1,0 +1,188 @@
+"""Detached tokens (`mode="detach"`): every token is computed, the chosen blocks alone carry gradient.
+
+The forward pass of the layer stays that of the model. Rows that were not chosen run without graph (and
+without dropout) and enter the attention of the chosen ones as constant keys and values; their gradient goes
+through the residual connection only. The chosen rows run once, with graph; under gradient checkpointing they
+alone are recomputed. Attention saves its narrow inputs and is recomputed in the backward pass, because the
+mask and the copies of shared heads that its kernel wants would be wider than what the rows save otherwise.
+
+Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width, H query and G key heads of width d.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .architectures import Architecture
+from .config import LemoConfig
+from .informativeness import (
+    QUERY_ROWS,
+    AttentionInputs,
+    attention_function,
+    attention_inputs,
+    attention_scores,
+    valid_tokens,
+    without_dropout,
+)
+from .rows import (
+    add_rows,
+    flat_rows,
+    other_positions,
+    take_heads,
+    take_positions,
+    take_queries,
+    take_rows,
+)
+from .selection import BlockPlan, cheap_scores, select_tokens
+
+_KEPT = "lemo_kept"
+
+
+def _attend_kept(
+    module: nn.Module,
+    query_BHKd: Tensor,
+    key_BGKd: Tensor,
+    value_BGKd: Tensor,
+    mask: None,
+    *,
+    lemo_attend: Callable[..., Tensor],
+    **options: Any,
+) -> tuple[Tensor, None]:
+    return lemo_attend(query_BHKd, key_BGKd, value_BGKd, **options), None
+
+
+AttentionInterface.register(_KEPT, _attend_kept)
+
+
+def _attend(
+    attention: nn.Module,
+    function: Callable[..., tuple[Tensor, Any]],
+    mask_B1SS: Tensor | None,
+    query_BHKd: Tensor,
+    key_BGSd: Tensor,
+    value_BGSd: Tensor,
+    index_BK: Tensor,
+    **options: Any,
+) -> Tensor:
+    """The attention function of the model for queries at positions `index_BK`: heads [B, K, H, d].
+
+    The ascending queries go in pieces, each with the keys up to its last position: under a causal mask the
+    others would be computed in vain.
+    """
+    heads = []
+    for query, index in zip(query_BHKd.split(QUERY_ROWS, 2), index_BK.split(QUERY_ROWS, 1), strict=True):
+        keys = int(index[:, -1].max()) + 1
+        mask = take_queries(mask_B1SS, index, keys)
+        key, value = key_BGSd[:, :, :keys], value_BGSd[:, :, :keys]
+        heads.append(function(attention, query, key, value, mask, **options)[0])
+    return torch.cat(heads, 1)
+
+
+class DetachingLayer:
+    """One decoder layer in which only chosen tokens carry gradient.
+
+    Args:
+        architecture: how the layer is wired.
+        config: which tokens are chosen.
+        first: the layer that chooses for all when `config.shared_blocks`.
+    """
+
+    def __init__(self, architecture: Architecture, config: LemoConfig, first: nn.Module) -> None:
+        self.architecture = architecture
+        self.config = config
+        self.first = first
+        self.shared_index_BK: Tensor | None = None
+
+    def __call__(
+        self,
+        layer: Any,
+        x_BSD: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        plan: BlockPlan,
+        checkpoint: Callable[..., Tensor] | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The layer's output [B, S, D]; the arguments are those of `EliminatingLayer`."""
+        seq_len = x_BSD.shape[1]
+        attention = layer.self_attn
+        modeling: Any = sys.modules[type(attention).__module__]
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, modeling.eager_attention_forward
+        )
+        attend = functools.partial(_attend, attention, function, attention_mask)
+        with torch.no_grad():
+            inputs = attention_inputs(
+                attention,
+                self.architecture.attention_input(layer, x_BSD),
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            index_BK = self._select(layer, x_BSD, attention_mask, plan, inputs)
+            rest = other_positions(index_BK, seq_len)
+            rest_rows = flat_rows(rest, seq_len)
+            before = take_rows(x_BSD, rest_rows)
+            with without_dropout(layer):
+                query = take_heads(inputs.query, rest)
+                heads = attend(
+                    query, inputs.key, inputs.value, rest, scaling=inputs.scaling, **inputs.options
+                )
+                after = before + self.architecture.finish_attention(layer, heads)
+                after = after + self.architecture.mlp_branch(layer, after)
+            constant = after - before
+
+        positions = tuple(take_positions(part, index_BK) for part in position_embeddings)
+
+        def kept(x_BKD: Tensor, key_BGSd: Tensor, value_BGSd: Tensor) -> Tensor:
+            def lemo_attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+                def core(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+                    where = index_BK[:, None, :, None].expand_as(key)
+                    keys, values = keys.scatter(2, where, key), values.scatter(2, where, value)
+                    return attend(query, keys, values, index_BK, **options)
+
+                arguments = (query, key, value, key_BGSd, value_BGSd)
+                if checkpoint is not None:
+                    return core(*arguments)
+                output: Tensor = torch_checkpoint(core, *arguments, use_reentrant=False)
+                return output
+
+            with attention_function(attention, _KEPT):
+                update = self.architecture.attention_branch(
+                    layer,
+                    x_BKD,
+                    attention_mask=None,
+                    position_embeddings=positions,
+                    lemo_attend=lemo_attend,
+                    **kwargs,
+                )
+            after = x_BKD + update
+            return update + self.architecture.mlp_branch(layer, after)
+
+        rows = flat_rows(index_BK, seq_len)
+        update = (checkpoint or operator.call)(kept, take_rows(x_BSD, rows), inputs.key, inputs.value)
+        return add_rows(add_rows(x_BSD, constant, rest_rows), update, rows)
+
+    def _select(
+        self, layer: Any, x_BSD: Tensor, mask: Tensor | None, plan: BlockPlan, inputs: AttentionInputs
+    ) -> Tensor:
+        if self.config.shared_blocks and layer is not self.first:
+            assert self.shared_index_BK is not None
+            return self.shared_index_BK
+        valid_BS = valid_tokens(mask)
+        if self.config.selector == "informativeness":
+            scores = attention_scores(inputs.query, inputs.key, inputs.scaling, mask, plan.block_size)
+        else:
+            scores = cheap_scores(self.config.selector, x_BSD, valid_BS, plan)
+        self.shared_index_BK = select_tokens(scores, valid_BS, plan, self.config)
+        return self.shared_index_BK

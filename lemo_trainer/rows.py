@@ -1,0 +1,81 @@
+"""Chosen rows of the residual stream: reading, writing, and their part of positions and masks.
+
+Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def flat_rows(index_BK: Tensor, seq_len: int) -> Tensor:
+    """Rows [B * K] of a flattened [B * S, D] residual stream for positions [B, K]."""
+    return (index_BK + torch.arange(len(index_BK), device=index_BK.device)[:, None] * seq_len).flatten()
+
+
+def take_rows(x_BSD: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the stream as [B, K, D]. Saves the row numbers for the backward pass, not the stream."""
+    return x_BSD.flatten(0, 1).index_select(0, rows).unflatten(0, (len(x_BSD), -1))
+
+
+class _AddRows(torch.autograd.Function):
+    """x with `update` added at `rows`; unlike index_add, the backward pass keeps nothing but the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.update_dtype = update_BKD.dtype
+        update = update_BKD.flatten(0, 1).to(x_BSD.dtype)
+        return x_BSD.flatten(0, 1).index_add(0, rows, update).view_as(x_BSD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (rows,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return grad_BSD, None, None
+        return grad_BSD, take_rows(grad_BSD, rows).to(ctx.update_dtype), None
+
+
+def add_rows(x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> Tensor:
+    """The stream [B, S, D] with `update_BKD` added at the flat row numbers `rows` [B * K]."""
+    out: Tensor = _AddRows.apply(x_BSD, update_BKD, rows)
+    return out
+
+
+def take_heads(values_BHSd: Tensor, index_BK: Tensor) -> Tensor:
+    """Queries, keys or values [B, H, S, d] at positions [B, K]: [B, H, K, d]."""
+    heads, width = values_BHSd.shape[1], values_BHSd.shape[3]
+    return values_BHSd.gather(2, index_BK[:, None, :, None].expand(-1, heads, -1, width))
+
+
+def take_positions(values_BS: Tensor, index_BK: Tensor) -> Tensor:
+    """[B or 1, S, ...] at positions [B, K] of each sample: [B, K, ...]."""
+    batch = torch.arange(len(index_BK), device=index_BK.device)[:, None]
+    return values_BS.expand(len(index_BK), *values_BS.shape[1:])[batch, index_BK]
+
+
+def take_queries(mask_B1SS: Tensor | None, index_BK: Tensor, keys: int) -> Tensor:
+    """The rows [B, 1, K, keys] of an attention mask at positions [B, K]; None is plain causal."""
+    if mask_B1SS is None:
+        return torch.arange(keys, device=index_BK.device) <= index_BK[:, None, :, None]
+    return take_positions(mask_B1SS[:, 0, :, :keys], index_BK)[:, None]
+
+
+def take_mask(mask_B1SS: Tensor | None, index_BK: Tensor) -> Tensor | None:
+    """The rows and columns [B, 1, K, K] of an attention mask at positions [B, K]; plain causal stays so."""
+    if mask_B1SS is None:
+        return None
+    rows = take_queries(mask_B1SS, index_BK, mask_B1SS.shape[-1])
+    return rows.gather(3, index_BK[:, None, None, :].expand(-1, -1, rows.shape[2], -1))
+
+
+def other_positions(index_BK: Tensor, seq_len: int) -> Tensor:
+    """Ascending positions [B, S - K] that are not in `index_BK`."""
+    chosen_BS = torch.zeros(len(index_BK), seq_len, dtype=torch.bool, device=index_BK.device)
+    chosen_BS.scatter_(1, index_BK, True)
+    return (~chosen_BS).nonzero()[:, 1].view(len(index_BK), -1)

@@ -1,0 +1,97 @@
+"""Which blocks a layer keeps: how many, and which of them.
+
+Shapes: B batch, S tokens, K kept tokens of a sample, N whole blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import LemoConfig
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How many blocks of a sequence are kept; one number for all samples, so that a batch stays a tensor.
+
+    Args:
+        blocks: whole blocks of the sequence.
+        kept_blocks: how many of them are kept.
+        tail: tokens of the last, partial block; they are always kept.
+        block_size: tokens of a whole block.
+    """
+
+    blocks: int
+    kept_blocks: int
+    tail: int
+    block_size: int
+
+    @classmethod
+    def of(cls, seq_len: int, config: LemoConfig) -> BlockPlan:
+        """The plan nearest to `keep_ratio` that keeps all protected blocks."""
+        blocks, tail = divmod(seq_len, config.block_size)
+        wanted = int((config.keep_ratio * seq_len - tail) / config.block_size + 0.5)
+        kept = max(wanted, config.sink_blocks + config.recent_blocks, 0 if tail else 1)
+        return cls(blocks, min(kept, blocks), tail, config.block_size)
+
+    @property
+    def kept_tokens(self) -> int:
+        return self.kept_blocks * self.block_size + self.tail
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.kept_blocks == self.blocks
+
+
+def select_tokens(scores_BN: Tensor, valid_BS: Tensor | None, plan: BlockPlan, config: LemoConfig) -> Tensor:
+    """Ascending positions [B, K] of the tokens of each sample's highest-scoring blocks.
+
+    The first `sink_blocks` and the last `recent_blocks` whole blocks that hold tokens of the sample are kept
+    before any other, blocks of padding only after all others. Equal scores go to the earlier block.
+
+    Args:
+        scores_BN: informativeness of the whole blocks.
+        valid_BS: False at padding; None when there is none.
+
+    Raises:
+        ValueError: a score is NaN.
+    """
+    if scores_BN.isnan().any():
+        raise ValueError("Block scores must be numbers, got NaN: the hidden states of this batch hold NaN.")
+    whole = plan.blocks * plan.block_size
+    if valid_BS is None:
+        filled_BN = torch.ones_like(scores_BN, dtype=torch.bool)
+    else:
+        filled_BN = valid_BS[:, :whole].unflatten(1, (plan.blocks, -1)).any(-1).expand_as(scores_BN)
+    rank_BN = filled_BN.cumsum(1)
+    protected_BN = (rank_BN <= config.sink_blocks) | (rank_BN > rank_BN[:, -1:] - config.recent_blocks)
+    scores_BN = scores_BN.masked_fill(protected_BN, torch.inf).masked_fill(~filled_BN, -torch.inf)
+    order_BN = scores_BN.sort(dim=1, descending=True, stable=True).indices
+    blocks_BK = order_BN[:, : plan.kept_blocks].sort(dim=1).values
+    offsets = torch.arange(plan.block_size, device=scores_BN.device)
+    kept_BK = (blocks_BK[..., None] * plan.block_size + offsets).flatten(1)
+    tail = torch.arange(whole, whole + plan.tail, device=scores_BN.device)
+    return torch.cat([kept_BK, tail.expand(len(kept_BK), -1)], dim=1)
+
+
+def cheap_scores(selector: str, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:
+    """Scores [B, N] of the selectors that look at the residual stream at most.
+
+    Args:
+        selector: "norm" is the mean length of the block's hidden states, "random" a fresh uniform draw,
+            "recency" the block's place in the sequence.
+        x_BSD: the residual stream in front of the attention or the MLP.
+    """
+    batch, device = len(x_BSD), x_BSD.device
+    if selector == "random":
+        return torch.rand(batch, plan.blocks, device=device)
+    if selector == "recency":
+        return torch.arange(plan.blocks, dtype=torch.float32, device=device).expand(batch, -1)
+    assert selector == "norm"
+    norm_BS = x_BSD[:, : plan.blocks * plan.block_size].norm(dim=-1, dtype=torch.float32)
+    if valid_BS is not None:
+        norm_BS = norm_BS * valid_BS[:, : norm_BS.shape[1]]
+    return norm_BS.unflatten(1, (plan.blocks, -1)).mean(-1)

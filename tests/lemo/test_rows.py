@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import torch
+
+from lemo_trainer.rows import (
+    add_rows,
+    flat_rows,
+    other_positions,
+    take_heads,
+    take_mask,
+    take_queries,
+    take_rows,
+)
+
+
+def test_rows_are_taken_and_added_with_the_gradients_of_indexing():
+    torch.manual_seed(0)
+    index = torch.tensor([[0, 2, 3], [1, 4, 6]])
+    rows = flat_rows(index, 7)
+    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    picked = torch.stack([x[b, index[b]] for b in range(2)])
+    torch.testing.assert_close(take_rows(x, rows), picked)
+    update = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, u: add_rows(x, u * take_rows(x, rows), rows), (x, update))
+    wanted = x.detach().clone()
+    for b in range(2):
+        wanted[b, index[b]] += update[b]
+    torch.testing.assert_close(add_rows(x, update, rows), wanted)
+
+
+def test_masks_keep_the_chosen_rows_and_columns():
+    mask = torch.rand(2, 1, 7, 7)
+    index = torch.tensor([[0, 2, 3], [1, 4, 6]])
+    got = take_mask(mask, index)
+    for b in range(2):
+        torch.testing.assert_close(got[b, 0], mask[b, 0][index[b]][:, index[b]])
+    assert take_mask(None, index) is None
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    torch.testing.assert_close(take_queries(None, index, 7)[1, 0], causal[index[1]])
+
+
+def test_heads_and_the_other_positions():
+    index = torch.tensor([[0, 2, 3], [1, 4, 6]])
+    assert other_positions(index, 7).tolist() == [[1, 4, 5, 6], [0, 2, 3, 5]]
+    values = torch.randn(2, 3, 7, 2)
+    torch.testing.assert_close(take_heads(values, index)[1], values[1][:, index[1]])
