@@ -131,10 +131,13 @@ def main(rounds: int, dram_budget: str) -> None:
                     perplexities[keep] = perplexity(model, ids)
                 decoders[f"Ripple, {keep:.0%}, {placement}"] = Decoder(model, prompt)
         # A file of its own: pages that another model has mapped would not leave the cache.
-        weights = Path(shutil.copytree(base, Path(scratch) / "accelerate")) / "model.safetensors"
-        for kind, hook in (("cached", None), ("from disk", lambda: drop_from_page_cache(weights))):
-            model = accelerate_offload(weights.parent, Path(scratch) / "offload")
-            decoders[f"accelerate disk offload, {kind}"] = Decoder(model, prompt, hook)
+        own = Path(shutil.copytree(base, Path(scratch) / "accelerate"))
+        for kind, directory, hook in (
+            ("page cache", base, None),
+            ("from disk", own, lambda: drop_from_page_cache(own / "model.safetensors")),
+        ):
+            model = accelerate_offload(directory, Path(scratch) / "offload")
+            decoders[f"accelerate, {kind}"] = Decoder(model, prompt, hook)
 
         for decoder in decoders.values():
             decoder.step(timed=False)
@@ -146,27 +149,31 @@ def main(rounds: int, dram_budget: str) -> None:
 
         exact = [d.tokens for name, d in decoders.items() if "Ripple" not in name or "100%" in name]
         assert all(tokens == exact[0] for tokens in exact), "exact contenders generate different text"
-        table = Table(
-            name="ripple_main",
-            title="Ripple: SmolLM2-135M-Instruct with its MLPs on disk",
-            config=f"float32, {source.layers} MLPs of {source.neurons} neurons, DRAM budget {dram_budget}, "
-            f"batch 1, {rounds} x {STEP_TOKENS} tokens after {PROMPT_TOKENS}, {torch.get_num_threads()} threads, "
+        conditions = (
+            f"float32, {source.layers} MLPs of {source.neurons} neurons",
+            f"DRAM budget {dram_budget}",
+            f"batch 1, {rounds} x {STEP_TOKENS} tokens after {PROMPT_TOKENS}",
+            f"{torch.get_num_threads()} threads",
             f"perplexity on {count} x {length} held-out tokens",
+            "runs: of half of the neurons, without cache or merging",
+            "reads and KiB: per token and layer",
         )
+        title = "Ripple: SmolLM2-135M-Instruct with its MLPs on disk"
+        table = Table(name="ripple_main", title=title, config="; ".join(conditions))
         for name, decoder in decoders.items():
             row: dict[str, float | str] = {
-                "runs_of_half_the_neurons": runs.get(name.split(", ")[-1], ""),
+                "runs": runs.get(name.split(", ")[-1], ""),
                 "resident_MB": held_in_memory(decoder.model),
                 "tokens_per_s": 1 / statistics.median(decoder.seconds),
-                "slowest_tokens_per_s": 1 / max(decoder.seconds),
+                "slowest": 1 / max(decoder.seconds),
             }
             keep = 1.0
             if report := getattr(decoder.model, "ripple_report", None):
                 keep = decoder.model.hf_quantizer.quantization_config.keep
                 calls = report.tokens * report.layers
-                row["reads_per_token_layer"] = report.requests / calls
-                row["KiB_per_token_layer"] = report.bytes_read / calls / 2**10
-                row["cache_hits"] = f"{report.hits / report.active:.0%}"
+                row["reads"] = report.requests / calls
+                row["KiB"] = report.bytes_read / calls / 2**10
+                row["hits"] = f"{report.hits / report.active:.0%}"
             table.add(name, **row, perplexity=perplexities[keep])
         table.finish()
 
