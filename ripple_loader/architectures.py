@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
-from transformers.activations import ReLUSquaredActivation
 
 Role = Literal["selector", "up", "down"]
 
@@ -99,6 +98,8 @@ class MLPSite:
     @property
     def has_exact_zeros(self) -> bool:
         """Whether the activation makes inactive neurons exactly zero, so that leaving them out is exact."""
+        from transformers.activations import ReLUSquaredActivation
+
         return isinstance(self.activation, (nn.ReLU, ReLUSquaredActivation))
 
     def replace(self, model: nn.Module, streaming: nn.Module) -> None:

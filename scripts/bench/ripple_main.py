@@ -1,6 +1,6 @@
 """Ripple's main table: four orders of SmolLM2's neurons, three shares kept, against memory and accelerate.
 
-    python scripts/bench/ripple_main.py [--rounds 3] [--dram-budget 96MiB]
+    python scripts/bench/ripple_main.py [--rounds 3] [--dram-budget 96MiB] [--threads 1]
 
 Ripple's rows read with O_DIRECT, so the drive is measured. accelerate reads safetensors through the page
 cache: one row has the file cached, as after any first pass, the other drops it before every token.
@@ -31,8 +31,8 @@ from ripple_loader.source import open_source
 
 PLACEMENTS = ("identity", "random", "frequency", "linked")
 KEEPS = (1.0, 0.5, 0.25)
-PROMPT_TOKENS, STEP_TOKENS = 32, 4
-HELD_OUT = (4, 512)  # sequences, tokens
+PROMPT_TOKENS, STEP_TOKENS = 32, 3
+HELD_OUT = (2, 512)  # sequences, tokens
 
 
 class Decoder:
@@ -103,7 +103,7 @@ def main(rounds: int, dram_budget: str) -> None:
     ids = held_out[: count * length].view(count, length)
     prompt = ids[:1, :PROMPT_TOKENS]
 
-    source, config = open_source(base), ReorderConfig(tokens=2048)
+    source, config = open_source(base), ReorderConfig(tokens=1024)
     found = trace_source(source, assets.texts("train"), config)
     (ROOT / "out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
@@ -184,5 +184,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dram-budget", default="96MiB")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; the reads need a core as well")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     main(arguments.rounds, arguments.dram_budget)
