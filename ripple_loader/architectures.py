@@ -8,7 +8,7 @@ unchanged.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -121,30 +121,48 @@ _GATED = Architecture(
     down=Projection("down_proj", 1),
     activation="act_fn",
 )
-_OPT = Architecture(
+_FUSED = replace(
+    _GATED,
+    selector=Projection("gate_up_proj", 0, half=0),
+    up=Projection("gate_up_proj", 0, half=1),
+    activation="activation_fn",
+)
+_PLAIN = Architecture(
     layers="layers",
-    mlp="",
+    mlp="mlp",
     selector=Projection("fc1", 0),
     up=None,
     down=Projection("fc2", 1),
     activation="activation_fn",
 )
-_GPT_NEOX = Architecture(
-    layers="layers",
-    mlp="mlp",
+_GPT_NEOX = replace(
+    _PLAIN,
     selector=Projection("dense_h_to_4h", 0),
-    up=None,
     down=Projection("dense_4h_to_h", 1),
     activation="act",
 )
+_STARCODER2 = replace(_PLAIN, selector=Projection("c_fc", 0), down=Projection("c_proj", 1), activation="act")
+# GPT-2's Conv1D keeps its weight as (inputs, outputs).
+_GPT2 = replace(_STARCODER2, layers="h", selector=Projection("c_fc", 1), down=Projection("c_proj", 0))
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "falcon": replace(_GPT_NEOX, layers="h"),
+    "gemma": _GATED,
+    "gemma2": _GATED,
+    "gemma3_text": _GATED,
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "granite": _GATED,
     "llama": _GATED,
     "mistral": _GATED,
+    "olmo2": _GATED,
+    "opt": replace(_PLAIN, mlp=""),
+    "phi": _PLAIN,
+    "phi3": _FUSED,
     "qwen2": _GATED,
     "qwen3": _GATED,
-    "opt": _OPT,
-    "gpt_neox": _GPT_NEOX,
+    "stablelm": _GATED,
+    "starcoder2": _STARCODER2,
 }
 
 

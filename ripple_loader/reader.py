@@ -158,5 +158,5 @@ def _open_direct(path: Path) -> tuple[int, int, str | None]:
 
 
 def _release(pool: ThreadPoolExecutor, descriptor: int) -> None:
-    pool.shutdown(wait=True)
+    pool.shutdown(wait=False)  # this may run in one of its threads; a read in progress would hold the Reader
     os.close(descriptor)

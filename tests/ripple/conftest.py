@@ -26,12 +26,23 @@ COMMON = {
 }
 GROUPED = {"num_key_value_heads": 2}
 MODELS: dict[str, dict[str, Any]] = {
+    "falcon": {"model_type": "falcon", "bias": True, "ffn_hidden_size": 96},
+    "gemma": {"model_type": "gemma", **GROUPED, "head_dim": 8},
+    "gemma2": {"model_type": "gemma2", **GROUPED, "head_dim": 8},
+    "gemma3": {"model_type": "gemma3_text", **GROUPED, "head_dim": 8},
+    "gpt2": {"model_type": "gpt2", "n_inner": 96},
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "granite": {"model_type": "granite", **GROUPED},
     "llama": {"model_type": "llama", **GROUPED, "mlp_bias": True},
     "mistral": {"model_type": "mistral", **GROUPED},
+    "olmo2": {"model_type": "olmo2", **GROUPED},
+    "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32},
+    "phi": {"model_type": "phi"},
+    "phi3": {"model_type": "phi3", **GROUPED},
     "qwen2": {"model_type": "qwen2", **GROUPED, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **GROUPED, "head_dim": 8},
-    "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32},
-    "gpt_neox": {"model_type": "gpt_neox"},
+    "stablelm": {"model_type": "stablelm", **GROUPED},
+    "starcoder2": {"model_type": "starcoder2", **GROUPED, "use_bias": True},
 }
 
 
