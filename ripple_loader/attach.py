@@ -35,7 +35,7 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
     for layer, site in enumerate(sites):
         down = site.architecture.down
         weight_NH = site.linear("down").weight.movedim(down.neuron_axis, 0)
-        stored_H = sidecar.bundle_rows(layer, 0)[-1].to(weight_NH)
+        stored_H = sidecar.bundles(layer, 0, 1)[0, -1].to(weight_NH)
         places = (0, int(sidecar.permutation(layer)[0]))  # in the reordered, and in the original model
         if not any(torch.equal(stored_H, weight_NH[place]) for place in places):
             raise ValueError(

@@ -176,12 +176,13 @@ class Sidecar:
         offset, _ = self.section(layer, "permutation")
         return np.fromfile(self.path, "<i4", self.header.neurons, offset=offset)
 
-    def bundle_rows(self, layer: int, place: int) -> Tensor:
-        """One neuron's bundle, shape (R, H)."""
+    def bundles(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """The bundles of a range of places of a layer, shape (places, R, H), in the stored dtype."""
         header = self.header
-        offset = self.section(layer, "bundles")[0] + place * header.bundle_bytes
-        data = np.fromfile(self.path, np.uint8, header.bundle_bytes, offset=offset)
-        return torch.from_numpy(data).view(header.torch_dtype).view(header.rows, header.hidden)
+        count = (header.neurons if stop is None else stop) - start
+        offset = self.section(layer, "bundles")[0] + start * header.bundle_bytes
+        data = np.fromfile(self.path, np.uint8, count * header.bundle_bytes, offset=offset)
+        return torch.from_numpy(data).view(header.torch_dtype).view(count, header.rows, header.hidden)
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
         """The checksummed parts in order: byte offset and bytes."""

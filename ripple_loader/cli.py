@@ -188,5 +188,21 @@ def inspect(
         typer.echo(json.dumps(asdict(sidecar.header), indent=1))
 
 
+@app.command(
+    epilog="Examples:\n\nripple verify out/smollm2\n\n"
+    "ripple verify out/smollm2 --original SmolLM2-135M-Instruct"
+)
+def verify(
+    directory: Annotated[str, typer.Argument(help="Reordered directory.")],
+    original: Annotated[str | None, typer.Option(help="Directory of the model it was made from.")] = None,
+) -> None:
+    """Prove that a reordered directory is whole and, given the original, that nothing was lost."""
+    with _user_errors():
+        from ripple_loader.verify import verify as run
+
+        for check, result in run(directory, original):
+            typer.echo(f"{check}: {result}")
+
+
 def main() -> None:
     app()

@@ -88,6 +88,8 @@ def reorder(
     out = Path(out_dir)
     check_new(out)
     source = open_source(Path(model_dir))
+    if (source.directory / SIDECAR).exists():
+        raise ValueError(f"{model_dir} is reordered already: give the original model's directory.")
     plan = plan_orders(source, trace_source(source, calibration, config), config)
     tqdm.write(
         "expected reads per token and layer: {reads_identity:.1f} in the model's order, {reads:.1f} in "
@@ -207,7 +209,7 @@ def _write_shard(source: SourceModel, plan: Plan, shard: Shard, path: Path, bar:
                 layer, (linear, _) = mlp[name]
                 tensor = spot.read()
                 digest.update(_bytes_of(tensor))
-                file.write(_bytes_of(_permuted(source, tensor, linear, plan.orders[layer])))
+                file.write(_bytes_of(permuted(source, tensor, linear, torch.from_numpy(plan.orders[layer]))))
             bar.update(spot.stop - spot.start)
     return digest.hexdigest()
 
@@ -216,12 +218,18 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
 
 
-def _permuted(source: SourceModel, tensor: Tensor, linear: str, order: Order) -> Tensor:
-    """An MLP weight or bias with its neurons in placement order."""
+def permuted(source: SourceModel, tensor: Tensor, linear: str, places: Tensor) -> Tensor:
+    """An MLP weight or bias with its neurons in placement order.
+
+    Args:
+        source: the model it belongs to.
+        tensor: the weight or bias.
+        linear: name of its linear.
+        places: the model's own index of the neuron at each place, int64, shape (N,).
+    """
     projection = next(p for p in source.architecture.projections.values() if p.linear == linear)
     if tensor.dim() == 1 and projection == source.architecture.down:
         return tensor
-    places = torch.from_numpy(order)
     if projection.half is not None:
         places = torch.cat([places, places + source.neurons])
     return tensor.index_select(projection.neuron_axis if tensor.dim() == 2 else 0, places)

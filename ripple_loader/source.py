@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from ripple_loader.architectures import Architecture, Role, architecture_of
 from ripple_loader.checkpoint import Shard, TensorSpot, read_shards
-from ripple_loader.sidecar import DTYPES, SIDECAR
+from ripple_loader.sidecar import DTYPES
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,6 @@ def open_source(directory: Path) -> SourceModel:
             "that `save_pretrained` or `snapshot_download` made."
         )
     config = AutoConfig.from_pretrained(directory)
-    if (directory / SIDECAR).exists():
-        raise ValueError(f"{directory} is reordered already: give the original model's directory.")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = dict(quantization).get("quant_method", "an unnamed method")

@@ -58,10 +58,8 @@ def test_round_trip(shape, tmp_path):
     assert sidecar.header == header
     for layer in range(layers):
         assert (sidecar.permutation(layer) == orders[layer]).all()
-        for place in (0, neurons - 1):
-            assert torch.equal(
-                sidecar.bundle_rows(layer, place), torch.stack([w[place] for w in weights[layer]])
-            )
+        assert torch.equal(sidecar.bundles(layer), torch.stack(weights[layer], dim=1))
+        assert torch.equal(sidecar.bundles(layer, neurons - 1), sidecar.bundles(layer)[-1:])
         offset, size = sidecar.section(layer, "vectors")
         data = np.fromfile(sidecar.path, np.uint8, size, offset=offset)
         vectors = Vectors.unpack(data.data, rows, neurons, hidden)

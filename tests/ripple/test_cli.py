@@ -43,6 +43,9 @@ def test_reorder_inspect_generate(saved, text, tmp_path):
     assert "expected reads per token and layer" in result.stderr
     result = run("inspect", out, "--verify")
     assert json.loads(result.stdout)["profile"]["tokens"] == 64
+    result = run("verify", out, "--original", saved("llama"))
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 6
     result = run("generate", out, "hello", "--dram-budget", "1MiB", "--max-new-tokens", 3)
     assert result.exit_code == 0, result.output
     assert len(result.stdout.split()) == len("hello") + 3
@@ -61,7 +64,7 @@ def test_recipe(saved, text, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", ["reorder", "generate", "inspect"])
+@pytest.mark.parametrize("command", ["reorder", "generate", "inspect", "verify"])
 def test_help_has_an_example(command):
     assert f"ripple {command} out" in run(command, "--help").output.replace("SmolLM2-135M-Instruct ", "out")
 

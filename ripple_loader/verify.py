@@ -1,0 +1,108 @@
+"""Prove that a reordered directory is whole and loses nothing of the original."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ripple_loader.bundles import Sidecar
+from ripple_loader.config import RippleConfig
+from ripple_loader.reorder import permuted
+from ripple_loader.source import SourceModel, open_source
+
+_TOKENS = 32
+_BUDGET = "256MiB"
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def verify(directory: str | Path, original: str | Path | None = None) -> Iterator[tuple[str, str]]:
+    """Run the checks one by one; yields the name and the result of each that holds.
+
+    Args:
+        directory: a reordered directory.
+        original: the model it was made from; without it only integrity is checked.
+
+    Raises:
+        FileNotFoundError: a directory or file is missing.
+        ValueError: a check fails; names the file and what differs.
+    """
+    sidecar = Sidecar(directory)
+    sidecar.verify()
+    yield "checksums", f"{sidecar.layout.checksums} hold"
+    sidecar.check_weights()
+    copy = open_source(Path(directory))
+    orders = [_order(sidecar, layer) for layer in range(sidecar.header.layers)]
+    for layer in range(copy.layers):
+        _check_bundles(sidecar, copy, layer)
+    yield "bundles", f"equal the weights beside them, {copy.layers} layers of {copy.neurons} neurons"
+    if original is None:
+        return
+    source = open_source(Path(original))
+    for shard in source.shards:
+        if _sha256(shard.path) != sidecar.header.base.get(shard.path.name):
+            raise ValueError(
+                f"{directory} should be made from {shard.path}, but that file differs from its source."
+            )
+    yield "original", f"SHA-256 of {len(source.shards)} files as recorded"
+    _check_tensors(source, copy, orders)
+    yield "tensors", f"{len(source.spots)} equal the original's, MLPs up to the order of their neurons"
+    yield from _check_logits(source, Path(directory))
+
+
+def _order(sidecar: Sidecar, layer: int) -> Tensor:
+    order = torch.from_numpy(sidecar.permutation(layer)).long()
+    if not torch.equal(order.sort().values, torch.arange(sidecar.header.neurons)):
+        raise ValueError(f"{sidecar.path} should order each neuron of layer {layer} once, but does not.")
+    return order
+
+
+def _check_bundles(sidecar: Sidecar, copy: SourceModel, layer: int) -> None:
+    bundles_NRH = sidecar.bundles(layer)
+    for row, role in enumerate(copy.architecture.bundle):
+        weight_NH = copy.part(layer, role, "weight")
+        if weight_NH is None or not torch.equal(bundles_NRH[:, row], weight_NH):
+            raise ValueError(f"{sidecar.path} should hold the {role} rows of layer {layer}, but they differ.")
+
+
+def _check_tensors(source: SourceModel, copy: SourceModel, orders: list[Tensor]) -> None:
+    mlp = {name: (layer, key) for layer, names in enumerate(source.mlp) for key, name in names.items()}
+    for name, spot in source.spots.items():
+        if name not in copy.spots:
+            raise ValueError(f"{copy.directory} should hold the tensor {name}, but does not.")
+        if name in mlp:
+            layer, (linear, _) = mlp[name]
+            same = torch.equal(permuted(source, spot.read(), linear, orders[layer]), copy.spots[name].read())
+        else:
+            same = all(a == b for a, b in zip(spot.raw_chunks(), copy.spots[name].raw_chunks(), strict=True))
+        if not same:
+            raise ValueError(f"{copy.directory} should hold the original's {name}, but it differs.")
+
+
+@torch.no_grad()
+def _check_logits(source: SourceModel, directory: Path) -> Iterator[tuple[str, str]]:
+    """Compare the original's logits with those of the copy, loaded plainly and streamed."""
+    from transformers import AutoModelForCausalLM
+
+    original = AutoModelForCausalLM.from_pretrained(source.directory, dtype="auto")
+    ids = torch.randint(original.config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    reference = original(ids).logits.float()
+    tolerance = _TOLERANCE[original.dtype]
+    del original
+    for kind, config in {"logits": None, "streamed logits": RippleConfig(dram_budget=_BUDGET)}.items():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", quantization_config=config)
+        error = ((model(ids).logits.float() - reference).abs().max() / reference.abs().max()).item()
+        if not error <= tolerance:
+            raise ValueError(
+                f"the {kind} of {directory} should be within {tolerance:.0e} of the original's, "
+                f"got {error:.1e}."
+            )
+        yield kind, f"within {error:.1e} of the original's (relative, {_TOKENS} random tokens)"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,58 @@
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ripple_loader.bundles import Sidecar
+from ripple_loader.verify import verify
+
+from .conftest import MODELS
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_check_holds_for_a_fresh_copy(name, saved, reordered):
+    checks = dict(verify(reordered(name), saved(name)))
+    assert list(checks) == ["checksums", "bundles", "original", "tensors", "logits", "streamed logits"]
+    assert list(dict(verify(reordered(name)))) == ["checksums", "bundles"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_shards(dtype, saved, reordered):
+    assert len(dict(verify(reordered("phi3", dtype), saved("phi3", dtype)))) == 6
+    sharded = {"max_shard_size": "20KB"}
+    assert (
+        "files as recorded"
+        in dict(verify(reordered("llama", **sharded), saved("llama", **sharded)))["original"]
+    )
+
+
+def changed(path, name, change):
+    tensors = load_file(path)
+    change(tensors[name])
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_another_original_is_found(saved, reordered, tmp_path):
+    shutil.copytree(saved("llama"), tmp_path / "other")
+    changed(tmp_path / "other" / "model.safetensors", "model.norm.weight", lambda t: t.add_(1))
+    with pytest.raises(ValueError, match=r"should be made from .*other"):
+        list(verify(reordered("llama"), tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "should hold the up rows of layer 1"),
+        ("model.layers.0.mlp.up_proj.bias", "original's model.layers.0.mlp.up_proj.bias"),
+        ("model.layers.0.self_attn.q_proj.weight", "original's model.layers.0.self_attn.q_proj.weight"),
+    ],
+)
+def test_weights_changed_beyond_the_fingerprint_are_found(
+    name, message, saved, reordered, tmp_path, monkeypatch
+):
+    shutil.copytree(reordered("llama"), tmp_path / "copy")
+    changed(tmp_path / "copy" / "model.safetensors", name, lambda t: t.view(-1)[-1:].add_(1))
+    monkeypatch.setattr(Sidecar, "check_weights", lambda self: None)
+    with pytest.raises(ValueError, match=message):
+        list(verify(tmp_path / "copy", saved("llama")))
