@@ -6,7 +6,7 @@ Dimension key: T tokens, N neurons, U of them wanted, R rows of a bundle, S = R 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,8 +169,8 @@ class Engine:
             self._ahead.reads.wait()
             self._ahead = None
 
-    def fetch(self, layer: int, places: Places) -> Iterator[tuple[Places, Tensor]]:
-        """Hand out a layer's neurons, from the cache or the file, in batches that fit the buffers.
+    def fetch(self, layer: int, places: Places) -> Generator[tuple[Places, Tensor], None, None]:
+        """Hand out a layer's neurons, from the cache or the file, in batches that fit the buffers; close it.
 
         When all of a layer's neurons are wanted, those of the next layer will be too: its first read starts
         while this layer's last batch is used.

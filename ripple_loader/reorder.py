@@ -6,6 +6,7 @@ function unchanged, and every weight file keeps its own header. Beside the weigh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import sys
@@ -101,15 +102,14 @@ def reorder(
 
 
 def trace_source(source: SourceModel, calibration: Iterable[Any], config: ReorderConfig) -> Trace:
-    """Load the model, run the calibration set through it and record its active sets."""
+    """Load the model, run the calibration set through it and record its active sets.
+
+    Memory is the model's plus tokens x layers x neurons / 8 bytes.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    items = list(calibration)
-    needs_tokenizer = any(
-        isinstance(item.get("text") if isinstance(item, dict) else item, str) for item in items
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source.directory) if needs_tokenizer else None
-    sequences = calibration_sequences(items, tokenizer, config.tokens, config.sequence_length)
+    tokenizer = functools.cache(lambda: AutoTokenizer.from_pretrained(source.directory))
+    sequences = calibration_sequences(calibration, tokenizer, config.tokens, config.sequence_length)
     model = AutoModelForCausalLM.from_pretrained(source.directory, dtype="auto")
     sets = trace(
         model, source.architecture, sequences, active_share=config.active_share, tokens=config.tokens

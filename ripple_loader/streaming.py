@@ -5,6 +5,7 @@ Dimension key: T tokens, U neurons of a batch, H hidden.
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -41,19 +42,20 @@ class StreamingMLP(nn.Module):
         engine, layer, last = self.engine, self.layer, self.engine.header.rows - 1
         selection = engine.select(layer, x_TH, self.activation)
         y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-        for batch, rows in engine.fetch(layer, selection.places):
-            *selecting, down_UH = rows.to(x_TH.device).view(len(rows), -1).chunk(last + 1, dim=1)
-            places = torch.from_numpy(selection.places[batch])
-            factors = [
-                F.linear(x_TH, weight_UH, engine.bias(layer, row)[places].to(x_TH))
-                for row, weight_UH in enumerate(selecting)
-            ]
-            a_TU = self.activation(factors[0])
-            for factor_TU in factors[1:]:
-                a_TU = a_TU * factor_TU
-            if selection.mask is not None:
-                a_TU = a_TU * selection.mask[:, torch.from_numpy(batch)].to(a_TU.device)
-            y_TH += a_TU @ down_UH
+        with closing(engine.fetch(layer, selection.places)) as batches:
+            for batch, rows in batches:
+                *selecting, down_UH = rows.to(x_TH.device).view(len(rows), -1).chunk(last + 1, dim=1)
+                places = torch.from_numpy(selection.places[batch])
+                factors = [
+                    F.linear(x_TH, weight_UH, engine.bias(layer, row)[places].to(x_TH))
+                    for row, weight_UH in enumerate(selecting)
+                ]
+                a_TU = self.activation(factors[0])
+                for factor_TU in factors[1:]:
+                    a_TU = a_TU * factor_TU
+                if selection.mask is not None:
+                    a_TU = a_TU * selection.mask[:, torch.from_numpy(batch)].to(a_TU.device)
+                y_TH += a_TU @ down_UH
         return (y_TH + engine.bias(layer, last).to(y_TH.device)).to(x_TH.dtype)
 
 

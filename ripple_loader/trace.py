@@ -6,7 +6,7 @@ exact zeros (ReLU) a neuron is active when it is not zero; elsewhere when it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,20 +22,22 @@ BitSets = npt.NDArray[np.uint8]
 
 
 def calibration_sequences(
-    calibration: Iterable[Any], tokenizer: Any, tokens: int, sequence_length: int
+    calibration: Iterable[Any], tokenizer: Callable[[], Any], tokens: int, sequence_length: int
 ) -> Iterator[Tensor]:
     """Cut a calibration set into sequences of token ids, int64 of shape (1, <= sequence_length).
 
     Args:
         calibration: texts, rows of a dataset with a "text" or "input_ids" column, or tensors of token ids.
-        tokenizer: needed for texts only.
+        tokenizer: makes the tokenizer, once there is a text.
         tokens: stop after so many.
         sequence_length: most tokens of a sequence; documents are joined to fill it.
 
     Raises:
-        TypeError: an item is none of these.
+        TypeError: it is one text, or an item is none of these.
         ValueError: there is not a single sequence.
     """
+    if isinstance(calibration, str):
+        raise TypeError("`calibration` should be a list of texts, got one str: put it in a list.")
     pending, left = torch.empty(0, dtype=torch.int64), tokens
     for item in calibration:
         pending = torch.cat([pending, _token_ids(item, tokenizer)])
@@ -51,11 +53,11 @@ def calibration_sequences(
         raise ValueError("`calibration` should hold at least one token, got an empty set.")
 
 
-def _token_ids(item: Any, tokenizer: Any) -> Tensor:
+def _token_ids(item: Any, tokenizer: Callable[[], Any]) -> Tensor:
     if isinstance(item, dict):
         item = item.get("input_ids", item.get("text", item))
     if isinstance(item, str):
-        item = tokenizer(item).input_ids
+        item = tokenizer()(item).input_ids
     if isinstance(item, Tensor) or (isinstance(item, list) and item and isinstance(item[0], int)):
         return torch.as_tensor(item, dtype=torch.int64).flatten()
     raise TypeError(

@@ -93,6 +93,7 @@ def test_kinds_of_calibration(calibration, tokens, saved, tmp_path, monkeypatch)
     ("calibration", "error", "message"),
     [
         ([], ValueError, "at least one token"),
+        ("text", TypeError, "got one str"),
         ([3.5], TypeError, "got float"),
         ([{"a": 1}], TypeError, "dict"),
     ],

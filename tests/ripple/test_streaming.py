@@ -204,3 +204,26 @@ def test_layers_may_be_called_in_any_order(saved, reordered):
     for layer in (0, 1, 1, 0, 0, 1):
         got, wanted = (m.model.layers[layer].mlp(x) for m in (model, stock))
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_error_in_the_middle_of_a_layer_leaves_no_trace(reordered):
+    model, ids = load(reordered("llama"), dram_budget="100KiB", buffer=1 << 14), token_ids()
+    reference = model(ids).logits
+    mlp = model.model.layers[1].mlp
+    working, calls = mlp.activation, []
+
+    class Failing(torch.nn.Module):
+        def forward(self, x):
+            calls.append(x)
+            if len(calls) == 2:
+                raise MemoryError
+            return working(x)
+
+    mlp.activation = Failing()
+    with pytest.raises(MemoryError) as held:  # `held` keeps the frames of the failed call alive
+        model(ids)
+    mlp.activation = working
+    for _ in range(3):
+        assert relative_error(model(ids).logits, reference) < 1e-6
+    del held

@@ -1,0 +1,95 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ripple_loader import ReorderConfig, RippleConfig, reorder
+from ripple_loader.budget import allocate
+from ripple_loader.sidecar import SidecarHeader
+
+from .conftest import make_model
+
+HEADERS = st.builds(
+    lambda **sizes: SidecarHeader(model_type="llama", checkpoint="", base={}, **sizes),
+    layers=st.integers(1, 40),
+    neurons=st.integers(1, 5000),
+    hidden=st.integers(1, 3000),
+    rows=st.sampled_from([2, 3]),
+    dtype=st.sampled_from(["F32", "BF16"]),
+    exact_zeros=st.booleans(),
+)
+
+
+@given(
+    header=HEADERS,
+    budget=st.integers(1, 1 << 34),
+    keep=st.sampled_from([1.0, 0.3]),
+    buffer=st.integers(1, 1 << 24),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_an_allocation_never_exceeds_the_budget(header, budget, keep, buffer, dtype):
+    config = RippleConfig(dram_budget=budget, keep=keep, buffer=buffer)
+    try:
+        allocation = allocate(header, config, dtype)
+    except ValueError as error:
+        least = int(str(error).split("at least ")[1].split()[0])
+        assert budget < least
+        allocation = allocate(header, RippleConfig(dram_budget=least, keep=keep, buffer=buffer), dtype)
+        assert allocation.budget == least
+    assert sum(allocation.resident.values()) <= allocation.budget
+    assert 0 <= allocation.cache_slots <= header.neurons
+    assert 0 <= allocation.sketch_layers <= header.layers
+    assert allocation.buffer >= header.bundle_bytes
+
+
+def test_a_share_is_of_the_streamed_weights():
+    sizes = {"model_type": "x", "layers": 10, "neurons": 1000, "hidden": 1000, "rows": 3, "dtype": "F32"}
+    header = SidecarHeader(**sizes, exact_zeros=False, checkpoint="", base={})
+    assert allocate(header, RippleConfig(dram_budget="25%"), torch.float32).budget == 30_000_000
+
+
+PEAK = """
+import gc, sys, torch
+from transformers import AutoModelForCausalLM
+from ripple_loader import RippleConfig
+
+def status(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+warm = AutoModelForCausalLM.from_pretrained(sys.argv[2])  # loads whatever code loading needs
+warm(torch.ones(1, 2, dtype=torch.long))
+del warm
+gc.collect()
+before = status("VmRSS")
+config = RippleConfig(dram_budget=sys.argv[3], keep=float(sys.argv[4]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
+model.generate(torch.ones(1, 16, dtype=torch.long), max_new_tokens=8)
+own = sum(parameter.nbytes for parameter in model.parameters())
+print(status("VmHWM") - before - own, model.ripple_report.resident_bytes, model.ripple_report.budget)
+"""
+CONSTANT = 24 << 20  # activations, logits, thread stacks, the allocator's slack
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model with 100 MB of MLP weights, reordered."""
+    path = tmp_path_factory.mktemp("large")
+    make_model("llama", hidden_size=256, intermediate_size=4096, num_hidden_layers=8).save_pretrained(
+        path / "model"
+    )
+    config = ReorderConfig(placement="identity", tokens=16)
+    reorder(path / "model", path / "copy", [torch.arange(3, 30)], config)
+    return path / "copy"
+
+
+@pytest.mark.parametrize(("budget", "keep"), [("20%", 1.0), ("50%", 0.25)])
+def test_peak_memory_stays_within_the_budget_and_a_constant(budget, keep, large, saved):
+    command = [sys.executable, "-c", PEAK, str(large), str(saved("llama")), budget, str(keep)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    held, resident, allowed = map(int, output.split())
+    assert resident <= allowed
+    assert held <= allowed + CONSTANT
