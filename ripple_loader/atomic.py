@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def check_space(directory: Path, needed: int) -> None:
-    """Raise OSError when the file system of `directory` has fewer than `needed` bytes free."""
+def check_space(path: Path, needed: int) -> None:
+    """Raise OSError when the file system that `path` is or will be on has fewer than `needed` bytes free."""
+    directory = next(place for place in (path, *path.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(

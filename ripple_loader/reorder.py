@@ -91,6 +91,7 @@ def reorder(
     source = open_source(Path(model_dir))
     if (source.directory / SIDECAR).exists():
         raise ValueError(f"{model_dir} is reordered already: give the original model's directory.")
+    check_space(out, sum(_output_bytes(source)))
     plan = plan_orders(source, trace_source(source, calibration, config), config)
     tqdm.write(
         "expected reads per token and layer: {reads_identity:.1f} in the model's order, {reads:.1f} in "
@@ -145,14 +146,13 @@ def write_reordered(source: SourceModel, plan: Plan, out: Path) -> None:
         OSError: not enough disk space.
     """
     with writing_directory(out) as partial:
-        base = {shard.path.name: "0" * 64 for shard in source.shards}
-        sidecar = _sidecar_header(source, plan, checkpoint="0" * 64, base=base).layout().file_bytes
-        shards = sum(shard.path.stat().st_size for shard in source.shards)
+        shards, sidecar = _output_bytes(source)
         check_space(partial, shards + sidecar)
         for path in sorted(source.directory.iterdir()):
             if path.is_file() and path.suffix not in _WEIGHT_FILES:
                 shutil.copyfile(path, partial / path.name)
         with tqdm(total=shards + sidecar, unit="B", unit_scale=True, desc="write") as bar:
+            base = {}
             for shard in source.shards:
                 base[shard.path.name] = _write_shard(source, plan, shard, partial / shard.path.name, bar)
             checkpoint = fingerprint([partial / name for name in base])
@@ -161,6 +161,13 @@ def write_reordered(source: SourceModel, plan: Plan, out: Path) -> None:
                 for layer, order in enumerate(plan.orders):
                     writer.write_layer(*_bundle_parts(source, layer, order), order)
                     bar.update(sidecar // source.layers)
+
+
+def _output_bytes(source: SourceModel) -> tuple[int, int]:
+    """Bytes of the weight files and of the sidecar, up to what the profile adds to its header."""
+    base = {shard.path.name: "0" * 64 for shard in source.shards}
+    header = _sidecar_header(source, Plan([], False, {}), checkpoint="0" * 64, base=base)
+    return sum(shard.path.stat().st_size for shard in source.shards), header.layout().file_bytes
 
 
 def _sidecar_header(

@@ -190,8 +190,11 @@ def test_existing_output_is_left_alone(saved, tmp_path):
 def test_no_disk_space(saved, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    monkeypatch.setattr(
+        sys.modules["ripple_loader.reorder"], "trace_source", pytest.fail
+    )  # it is found before the trace
     with pytest.raises(OSError, match=r"should have .* MiB free"):
-        run(saved("llama"), tmp_path / "out")
+        run(saved("llama"), tmp_path / "new" / "out")
     assert not list(tmp_path.iterdir())
 
 
