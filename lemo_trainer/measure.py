@@ -7,6 +7,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,5 +110,7 @@ class FlopCounter(TorchDispatchMode):
 
 def peak_rss_bytes() -> int:
     """Most memory that this process ever had resident."""
+    if (status := Path("/proc/self/status")).exists():  # on Linux ru_maxrss starts with the parent's peak
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

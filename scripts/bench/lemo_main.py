@@ -1,6 +1,6 @@
 """LeMo's main table: fine-tuning SmolLM2 with LoRA, with and without LeMo, at 2,048 tokens.
 
-    python scripts/bench/lemo_main.py [--steps 3] [--seq-len 2048] [--keep-ratio 0.4] [--layers auto]
+    python scripts/bench/lemo_main.py [--steps 2] [--seq-len 2048] [--keep-ratio 0.4] [--layers auto]
 
 Each contender runs in a process of its own (peak memory is a process's), one after the other: `--steps` steps
 of `transformers.Trainer`, the first under the FLOP counter and the saved-tensor hooks, the others timed, then
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--held-out", type=int, default=1, help="held-out samples of the loss")
     parser.add_argument("--keep-ratio", type=float, default=0.4)
