@@ -19,10 +19,11 @@ class LemoConfig:
     """Which tokens take part in a training step.
 
     Args:
-        mode: what happens to an uninformative block in a layer. "eliminate": it skips the layer's attention
-            and MLP and goes on through the residual stream unchanged (the paper's token elimination).
-            "detach": the layer computes it, so that the forward pass stays exact, but without gradient and
-            without saving anything; attention meets it as constant keys and values.
+        mode: what happens to an uninformative block in a layer. "detach": the layer computes it, so that the
+            forward pass stays exact, but without gradient and without saving anything; attention meets it as
+            constant keys and values. "eliminate": it skips the layer's attention and MLP and goes on through
+            the residual stream unchanged (the paper's token elimination); it saves more compute without
+            checkpointing, and small models do not stand it.
         selector: how blocks are ranked. "informativeness": the paper's scores. "norm": length of the hidden
             states. "random": a fresh draw. "recency": later blocks first.
         shared_blocks: the first patched layer chooses for all of them (`mode="detach"` only).
@@ -41,7 +42,7 @@ class LemoConfig:
             the model's own loss and its logits.
     """
 
-    mode: Mode = "eliminate"
+    mode: Mode = "detach"
     selector: Selector = "informativeness"
     shared_blocks: bool = False
     keep_ratio: float = 0.5

@@ -6,7 +6,8 @@ through the residual connection only. The chosen rows run once, with graph; unde
 alone are recomputed. Attention saves its narrow inputs and is recomputed in the backward pass, because the
 mask and the copies of shared heads that its kernel wants would be wider than what the rows save otherwise.
 
-Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width, H query and G key heads of width d.
+Shapes: B batch, S tokens, K chosen and R other tokens of a sample, D hidden width, H query and G key heads of
+width d.
 """
 
 from __future__ import annotations
@@ -130,17 +131,10 @@ class DetachingLayer:
                 **kwargs,
             )
             index_BK = self._select(layer, x_BSD, attention_mask, plan, inputs)
-            rest = other_positions(index_BK, seq_len)
-            rest_rows = flat_rows(rest, seq_len)
-            before = take_rows(x_BSD, rest_rows)
+            rest_BR = other_positions(index_BK, seq_len)
+            rest_rows = flat_rows(rest_BR, seq_len)
             with without_dropout(layer):
-                query = take_heads(inputs.query, rest)
-                heads = attend(
-                    query, inputs.key, inputs.value, rest, scaling=inputs.scaling, **inputs.options
-                )
-                after = before + self.architecture.finish_attention(layer, heads)
-                after = after + self.architecture.mlp_branch(layer, after)
-            constant = after - before
+                constant = self._constant_update(layer, take_rows(x_BSD, rest_rows), inputs, rest_BR, attend)
 
         positions = tuple(take_positions(part, index_BK) for part in position_embeddings)
 
@@ -166,12 +160,31 @@ class DetachingLayer:
                     lemo_attend=lemo_attend,
                     **kwargs,
                 )
-            after = x_BKD + update
-            return update + self.architecture.mlp_branch(layer, after)
+            return update + self.architecture.mlp_branch(layer, x_BKD + update)
 
         rows = flat_rows(index_BK, seq_len)
         update = (checkpoint or operator.call)(kept, take_rows(x_BSD, rows), inputs.key, inputs.value)
         return add_rows(add_rows(x_BSD, constant, rest_rows), update, rows)
+
+    def _constant_update(
+        self,
+        layer: Any,
+        x_BRD: Tensor,
+        inputs: AttentionInputs,
+        rest_BR: Tensor,
+        attend: Callable[..., Tensor],
+    ) -> Tensor:
+        """What the layer adds to the rows that were not chosen."""
+        heads = attend(
+            take_heads(inputs.query, rest_BR),
+            inputs.key,
+            inputs.value,
+            rest_BR,
+            scaling=inputs.scaling,
+            **inputs.options,
+        )
+        update = self.architecture.finish_attention(layer, heads)
+        return update + self.architecture.mlp_branch(layer, x_BRD + update)
 
     def _select(
         self, layer: Any, x_BSD: Tensor, mask: Tensor | None, plan: BlockPlan, inputs: AttentionInputs

@@ -48,8 +48,8 @@ CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "LoRA + segmented loss": (SEGMENTED, False),
     "LoRA + checkpointing": (None, True),
     "LoRA + checkpointing + segmented loss": (SEGMENTED, True),
-    "LeMo, eliminate": ({}, False),
-    "LeMo, eliminate + checkpointing": ({}, True),
+    "LeMo, eliminate": ({"mode": "eliminate"}, False),
+    "LeMo, eliminate + checkpointing": ({"mode": "eliminate"}, True),
     "LeMo, detach": ({"mode": "detach"}, False),
     "LeMo, detach + checkpointing": ({"mode": "detach"}, True),
 }

@@ -31,8 +31,8 @@ SHARED = {"mode": "detach", "shared_blocks": True}
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "untouched": None,
     "dense LoRA": {"keep_ratio": 1.0},
-    "eliminate, informativeness": {},
-    "eliminate, random": {"selector": "random"},
+    "eliminate, informativeness": {"mode": "eliminate"},
+    "eliminate, random": {"mode": "eliminate", "selector": "random"},
     "detach, informativeness": DETACH,
     "detach, informativeness, shared": SHARED,
     "detach, random": {**DETACH, "selector": "random"},

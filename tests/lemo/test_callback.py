@@ -10,7 +10,7 @@ from lemo_trainer import LemoCallback, LemoConfig, apply_lemo
 
 from .tiny import VOCAB, lora, tiny_model
 
-CONFIG = LemoConfig(keep_ratio=0.5, block_size=4, layers="all", loss_segment=16)
+CONFIG = LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16)
 
 
 def samples(count=8, seq_len=32):

@@ -95,7 +95,9 @@ def test_a_recipe_without_a_model_or_a_recipe_that_is_not_there(recipe, tmp_path
 
 
 def test_inspect_shows_what_would_be_patched():
-    result = CliRunner().invoke(app, ["inspect", str(MODEL), "--keep-ratio", "0.4", "--seq-len", "2000"])
+    result = CliRunner().invoke(
+        app, ["inspect", str(MODEL), "--mode", "eliminate", "--keep-ratio", "0.4", "--seq-len", "2000"]
+    )
     assert result.exit_code == 0, result.output
     for fact in ("patched 14 of 30 layers", "15-28", "12 of 31 x 64 tokens, + 16", "784 of 2000 (39%)"):
         assert fact in result.output

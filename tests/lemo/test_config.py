@@ -11,6 +11,8 @@ from lemo_trainer import LemoConfig
     ("name", "value"),
     [
         ("mode", "drop"),
+        ("selector", "best"),
+        ("shared_blocks", 1),
         ("keep_ratio", 0),
         ("keep_ratio", 2),
         ("keep_ratio", "half"),
@@ -52,7 +54,11 @@ def test_an_unknown_key_names_the_closest():
     ],
 )
 def test_layers_resolve_to_indices(layers, total, wanted):
-    assert LemoConfig(layers=layers).resolve_layers(total) == wanted
+    assert LemoConfig(mode="eliminate", layers=layers).resolve_layers(total) == wanted
+
+
+def test_detaching_leaves_the_first_and_the_last_layer_dense():
+    assert LemoConfig(mode="detach").resolve_layers(30) == tuple(range(1, 29))
 
 
 def test_a_layer_that_the_model_has_not_is_named():
@@ -82,3 +88,8 @@ def test_yaml_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
 def test_the_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LemoConfig().keep_ratio = 0.1
+
+
+def test_eliminating_layers_choose_for_themselves():
+    with pytest.raises(ValueError, match=r"`shared_blocks` must be .*'eliminate'"):
+        LemoConfig(mode="eliminate", shared_blocks=True)

@@ -12,7 +12,9 @@ from lemo_trainer.selection import select_tokens
 
 from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
-CONFIG = LemoConfig(keep_ratio=0.4, block_size=4, layers="all", loss_segment=16, mlp_score_tokens=2)
+CONFIG = LemoConfig(
+    mode="eliminate", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16, mlp_score_tokens=2
+)
 
 
 def reference_forward(architecture, chosen):

@@ -13,7 +13,7 @@ from lemo_trainer.measure import saved_activations
 
 from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
-CONFIG = LemoConfig(keep_ratio=0.4, block_size=4, layers="all", loss_segment=16)
+CONFIG = LemoConfig(mode="eliminate", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16)
 EVERYTHING = LemoConfig(keep_ratio=1.0, block_size=4, layers="all", loss_segment=16)
 
 
@@ -175,7 +175,7 @@ def test_a_crash_inside_leaves_the_model_restorable():
 
 def test_the_report_says_what_was_kept():
     model = tiny_model(layers=6)
-    report = apply_lemo(model, LemoConfig(keep_ratio=0.5, block_size=8))
+    report = apply_lemo(model, LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=8))
     assert report.patched_layers == (3, 4)
     assert report.kept_share == 1.0
     model(**batch("plain"))
