@@ -1,7 +1,7 @@
 """LeMo: long-context fine-tuning that leaves redundant tokens out (arXiv 2501.09767)."""
 
-from .callback import LemoCallback
-from .config import LemoConfig
-from .patch import LemoReport, apply_lemo, remove_lemo
+from lemo_trainer.callback import LemoCallback
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.patch import LemoReport, apply_lemo, remove_lemo
 
 __all__ = ["LemoCallback", "LemoConfig", "LemoReport", "apply_lemo", "remove_lemo"]

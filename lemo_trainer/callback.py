@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .config import LemoConfig
-from .patch import LemoReport, apply_lemo, remove_lemo
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.patch import LemoReport, apply_lemo, remove_lemo
 
 CONFIG_NAME = "lemo_config.json"
 

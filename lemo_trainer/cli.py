@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import LemoConfig
+from lemo_trainer.config import LemoConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,7 +70,7 @@ def train(
 
         lemo train configs/lemo/smollm2_lora.yaml --keep-ratio 0.4 --layers 15-28 --max-steps 5
     """
-    from .recipe import Recipe, run
+    from lemo_trainer.recipe import Recipe, run
 
     lemo = {
         "mode": mode,
@@ -145,9 +145,9 @@ def _inspect(name: str, seq_len: int, config: LemoConfig) -> None:
     from rich.table import Table
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .patch import apply_lemo
-    from .recipe import check_model
-    from .selection import BlockPlan
+    from lemo_trainer.patch import apply_lemo
+    from lemo_trainer.recipe import check_model
+    from lemo_trainer.selection import BlockPlan
 
     check_model(name)
     with torch.device("meta"):

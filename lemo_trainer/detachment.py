@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .architectures import Architecture
-from .config import LemoConfig
-from .informativeness import (
+from lemo_trainer.architectures import Architecture
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.informativeness import (
     QUERY_ROWS,
     AttentionInputs,
     attention_function,
@@ -35,7 +35,7 @@ from .informativeness import (
     valid_tokens,
     without_dropout,
 )
-from .rows import (
+from lemo_trainer.rows import (
     add_rows,
     flat_rows,
     other_positions,
@@ -44,7 +44,7 @@ from .rows import (
     take_queries,
     take_rows,
 )
-from .selection import BlockPlan, cheap_scores, select_tokens
+from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
 
 _KEPT = "lemo_kept"
 

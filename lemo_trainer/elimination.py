@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures import Architecture
-from .config import LemoConfig
-from .informativeness import (
+from lemo_trainer.architectures import Architecture
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.informativeness import (
     attention_inputs,
     attention_scores,
     mlp_intermediate,
@@ -26,8 +26,8 @@ from .informativeness import (
     score_positions,
     valid_tokens,
 )
-from .rows import add_rows, flat_rows, take_mask, take_positions, take_rows
-from .selection import BlockPlan, cheap_scores, select_tokens
+from lemo_trainer.rows import add_rows, flat_rows, take_mask, take_positions, take_rows
+from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
 
 
 class EliminatingLayer:

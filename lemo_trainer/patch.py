@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import CausalLM, find_causal_lm
-from .config import LemoConfig
-from .detachment import DetachingLayer
-from .elimination import EliminatingLayer
-from .loss import segmented_cross_entropy, shift
-from .selection import BlockPlan
+from lemo_trainer.architectures import CausalLM, find_causal_lm
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.detachment import DetachingLayer
+from lemo_trainer.elimination import EliminatingLayer
+from lemo_trainer.loss import segmented_cross_entropy, shift
+from lemo_trainer.selection import BlockPlan
 
 logger = logging.getLogger(__name__)
 

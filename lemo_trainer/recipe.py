@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import LemoConfig, check_keys, read_yaml
-from .patch import LemoReport, apply_lemo, remove_lemo
+from lemo_trainer.config import LemoConfig, check_keys, read_yaml
+from lemo_trainer.patch import LemoReport, apply_lemo, remove_lemo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def run(recipe: Recipe) -> RunResult:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-    from .callback import LemoCallback
+    from lemo_trainer.callback import LemoCallback
 
     check_model(recipe.model)
     names = [known.name for known in dataclasses.fields(TrainingArguments)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import LemoConfig
+from lemo_trainer.config import LemoConfig
 
 
 @dataclass(frozen=True)
