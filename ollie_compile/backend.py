@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ollie_compile.report import Report
 
 logger = logging.getLogger(__name__)
 
+_OWN_META = ("val", "tensor_meta", "original_aten", "from_node")
+
 _SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.rglob("*.py")))
 
 
@@ -31,11 +34,13 @@ class DerivationPass(CustomGraphPass):
     leaves untouched, and before constant folding in inference. `before` are the user's own passes.
     """
 
-    def __init__(self, config: OllieConfig, report: Report, before: Sequence[CustomGraphPass]) -> None:
+    def __init__(
+        self, config: OllieConfig, report: Report, before: Sequence[Callable[[fx.Graph], None]]
+    ) -> None:
         self.config, self.report, self.before = config, report, before
 
     def uuid(self) -> Any:
-        theirs = [custom.uuid() for custom in self.before]
+        theirs = [custom.uuid() if isinstance(custom, CustomGraphPass) else None for custom in self.before]
         decisive = (asdict(self.config), torch.get_num_threads(), theirs)
         return None if None in theirs else get_hash_for_files(_SOURCES, repr(decisive))
 
@@ -48,14 +53,19 @@ class DerivationPass(CustomGraphPass):
         ]
         distinct = dict.fromkeys(lifted for _, lifted in found if isinstance(lifted, Convolution))
         stop = time.perf_counter() + self.config.budget_s
-        made = {}
+        made: dict[Convolution, plans.Plan] = {}
+        failed: dict[Convolution, str] = {}
         for done, operator in enumerate(distinct):
             # What an operator leaves of its share goes to those after it.
             share = (stop - time.perf_counter()) / (len(distinct) - done)
-            made[operator] = plans.plan(operator, self.config, share)
+            try:
+                made[operator] = plans.plan(operator, self.config, share)
+            except Exception as error:  # a fault in planning must not take the user's model with it
+                logger.warning("ollie: %s: left as it is, planning failed", operator, exc_info=True)
+                failed[operator] = f"planning failed: {error}"
         for node, lifted in found:
-            if isinstance(lifted, str):
-                self.report.left(node.name, lifted)
+            if isinstance(lifted, str) or lifted in failed:
+                self.report.left(node.name, lifted if isinstance(lifted, str) else failed[lifted])
                 continue
             self.report.planned(node.name, made[lifted])
             winner = made[lifted].winner
@@ -81,7 +91,14 @@ def _splice(graph: fx.Graph, node: fx.Node, operator: Convolution, program: Prog
         traced = make_fx(with_bias, decomposition_table=select_decomp_table())(*values)
     places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with graph.inserting_before(node):
+        before = node.prev
         result = graph.graph_copy(traced.graph, places)
+    # Recomputation tags, source lines and module names hold for all that stands in the node's place.
+    inherited = {key: value for key, value in node.meta.items() if key not in _OWN_META}
+    new = before.next
+    while new is not node:
+        new.meta = {**new.meta, **inherited}
+        new = new.next
     node.replace_all_uses_with(result, propagate_meta=False)
     graph.erase_node(node)
 
@@ -99,7 +116,8 @@ def ollie(
         options: fields of `OllieConfig`; "inductor" may hold a dict of Inductor's own options.
 
     Raises:
-        ValueError: an unknown option, or a value out of its range.
+        ValueError: an unknown option, or a value out of its range; Dynamo wraps it in its
+            BackendCompilerFailed.
     """
     return compile_with(gm, example_inputs, Report(), mode=mode, options=options)
 
@@ -119,8 +137,14 @@ def compile_with(
 
     given = dict(options or {})
     patches = dict(list_mode_options(mode)) if mode else {}
-    patches |= given.pop("inductor", {})
+    patches |= given.pop("inductor", None) or {}
     config = OllieConfig.from_dict(given)
+    if config.freeze and torch.is_grad_enabled():
+        warnings.warn(
+            "ollie: `freeze` needs torch.no_grad(), and gradients are enabled: compiled without freezing.",
+            stacklevel=2,
+        )
+        config = replace(config, freeze=False)
     before = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
     before = before if isinstance(before, (list, tuple)) else (before,)
     patches["joint_custom_pre_pass"] = DerivationPass(config, report, before)

@@ -37,15 +37,19 @@ class OllieConfig:
     freeze: bool = False
 
     def __post_init__(self) -> None:
-        for name, valid, must in (
-            ("max_depth", self.max_depth >= 0, "0 or more"),
-            ("budget_s", self.budget_s >= 0, "0 or more seconds"),
-            ("tune", self.tune in ("measure", "model"), '"measure" or "model"'),
-            ("candidates", self.candidates >= 1, "1 or more"),
-            ("margin", 0 <= self.margin < 1, "in [0, 1)"),
+        for name, kinds, valid, must in (
+            ("max_depth", (int,), lambda value: value >= 0, "a whole number, 0 or more"),
+            ("budget_s", (int, float), lambda value: value >= 0, "0 or more seconds"),
+            ("tune", (str,), lambda value: value in ("measure", "model"), '"measure" or "model"'),
+            ("verify", (bool,), lambda value: True, "true or false"),
+            ("candidates", (int,), lambda value: value >= 1, "a whole number, 1 or more"),
+            ("margin", (int, float), lambda value: 0 <= value < 1, "in [0, 1)"),
+            ("freeze", (bool,), lambda value: True, "true or false"),
         ):
-            if not valid:
-                raise ValueError(f"`{name}` must be {must}, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            known = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
+            if not known or not valid(value):
+                raise ValueError(f"`{name}` must be {must}, got {value!r}.")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:

@@ -54,16 +54,25 @@ def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
     return 3 * x.nbytes / median_seconds(lambda: torch.add(x, x, out=out))
 
 
-def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device) -> float:
-    """Time of the program's products, and of moving each eOperator's reads and result once."""
+def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device, *, frozen: bool) -> float:
+    """Time of the program's products, and of moving each eOperator's reads and result once.
+
+    Args:
+        frozen: rearranged weights are made ahead of time and cost nothing.
+    """
     total = 0.0
     for scope in set(program.scope.scopes()):
         product = Product.of(scope, program.layout)
         if product is not None:
             total += product_seconds(*product.shape(scope), product.shared, dtype, device)
-        elif not _is_free(scope):
+        elif not (frozen and _holds_a_weight(scope)):
             total += _moved(scope) * dtype.itemsize / bytes_per_second(dtype, device)
     return total
+
+
+def largest_elements(scope: Scope) -> int:
+    """Elements of the largest tensor that computing `scope` makes."""
+    return max(math.prod(inner.shape) for inner in scope.scopes())
 
 
 def _moved(scope: Scope) -> int:
@@ -72,6 +81,5 @@ def _moved(scope: Scope) -> int:
     return math.prod(scope.shape) * (taps * len(scope.factors) + 1)
 
 
-def _is_free(scope: Scope) -> bool:
-    """Whether a rearrangement can be done ahead of time, since it holds only a weight."""
+def _holds_a_weight(scope: Scope) -> bool:
     return scope.is_view and set(scope.inputs()) == {"K"}

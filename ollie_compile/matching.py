@@ -80,7 +80,7 @@ def repair(scope: Scope) -> tuple[str, Scope] | None:
     for expression in compound if not outer else ():
         for name in _replaceable(scope, expression):
             derived = substitute(scope, expression, name)
-            if derived is not None and _products(derived) <= MAX_GROWTH * _products(scope):
+            if derived is not None and _pays(scope, simplify(derived)[0]):
                 return "variable substitution", derived
     return _repair_layout(scope)
 
@@ -92,10 +92,23 @@ def _replaceable(scope: Scope, expression: Affine) -> list[str]:
     return sorted(occurrences, key=lambda name: (occurrences[name], name))
 
 
+def _pays(scope: Scope, derived: Scope) -> bool:
+    """Whether a substitution removes a compound index from the contractions without many more products.
+
+    Every repair so lowers (summations, divisions, compound indices), which ends guided derivation.
+    """
+    contractions = [inner for inner in derived.scopes() if inner.is_contraction]
+    products = sum(_products(inner) for inner in contractions)
+    compounds = sum(_compounds(inner) for inner in contractions)
+    return products <= MAX_GROWTH * _products(scope) and compounds < _compounds(scope)
+
+
 def _products(scope: Scope) -> int:
-    """How many products the contractions of a simplified expression compute."""
-    scopes = [inner for inner in simplify(scope)[0].scopes() if inner.is_contraction]
-    return sum(math.prod(loop.extent for loop in s.traversal + s.summation) for s in scopes)
+    return math.prod(loop.extent for loop in scope.traversal + scope.summation)
+
+
+def _compounds(scope: Scope) -> int:
+    return sum(index.compound for read in scope.factors for index in read.index)
 
 
 def _repair_layout(scope: Scope) -> tuple[str, Scope] | None:

@@ -44,9 +44,13 @@ class Convolution:
         shape = "x".join(map(str, self.input.shape))
         taps = "x".join(map(str, self.weight.shape[2:]))
         channels = self.weight.shape[1 if self.transposed else 0]
-        text = f"{kind}{len(self.stride)}d {shape} -> {channels} channels, {taps}, stride {self.stride[0]}"
-        text += f", padding {self.padding[0]}"
-        text += f", dilation {self.dilation[0]}" if max(self.dilation) > 1 else ""
+        text = f"{kind}{len(self.stride)}d {shape} -> {channels} channels, {taps}"
+        for name, numbers in (
+            ("stride", self.stride),
+            ("padding", self.padding),
+            ("dilation", self.dilation),
+        ):
+            text += f", {name} {'x'.join(map(str, numbers)) if len(set(numbers)) > 1 else numbers[0]}"
         return text + (f", {self.groups} groups" if self.groups > 1 else "")
 
     def expression(self) -> Scope:
@@ -81,7 +85,10 @@ class Convolution:
         layout = layout if channels_last and layout is not None else torch.contiguous_format
 
         def run(x: Tensor, weight: Tensor) -> Tensor:
-            return program({"A": x, "K": weight}).contiguous(memory_format=layout)
+            result = program({"A": x, "K": weight}).contiguous(memory_format=layout)
+            # Strides of dimensions of size 1 are free, and torch chooses them differently.
+            same = result.stride() == self.output.stride
+            return result if same else result.as_strided(self.output.shape, self.output.stride)
 
         return run
 
@@ -90,8 +97,9 @@ class Convolution:
         generator = torch.Generator().manual_seed(0)
 
         def random(layout: Layout) -> Tensor:
-            value = torch.empty_strided(layout.shape, layout.stride, dtype=dtype or self.dtype)
-            return value.copy_(torch.randn(layout.shape, generator=generator)).to(self.device)
+            span = 1 + sum((n - 1) * step for n, step in zip(layout.shape, layout.stride, strict=True))
+            base = torch.randn(span, generator=generator, dtype=dtype or self.dtype)
+            return base.to(self.device).as_strided(layout.shape, layout.stride)
 
         return random(self.input), random(self.weight)
 
@@ -100,6 +108,11 @@ def recognize(node: fx.Node) -> Convolution | str:
     """The operator that a graph node computes, or the reason why it is left as it is."""
     x, weight, _, stride, padding, dilation, transposed, output_padding, groups = node.args
     values = [operand.meta["val"] for operand in (x, weight)] + [node.meta["val"]]
+    dims = values[0].dim() - 2
+    stride, padding, dilation, output_padding = (
+        list(numbers) * dims if len(numbers) == 1 else list(numbers)
+        for numbers in (stride, padding, dilation, output_padding)
+    )
     numbers = (
         *(n for value in values for n in (*value.shape, *value.stride())),
         *stride,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from ollie_compile.verify import check_derivation, check_program
 logger = logging.getLogger(__name__)
 
 SEARCH_SHARE = 0.3  # of an operator's budget; the rest compiles and measures
+MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
+OUT_OF_TIME = "no time left in the budget"
 
 
 @dataclass(slots=True)
@@ -26,7 +29,7 @@ class Candidate:
 
     program: Program
     derivation: Derivation
-    bound_s: float
+    bound_s: float = math.inf
     measured_s: float | None = None
     rejected: str | None = None
 
@@ -43,6 +46,12 @@ class Plan:
     stats: SearchStats = field(default_factory=SearchStats)
     seconds: float = 0.0
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was left out for lack of time."""
+        cut = any(candidate.rejected == OUT_OF_TIME for candidate in self.candidates)
+        return self.stats.complete and not cut and self.reason != OUT_OF_TIME
+
 
 _plans: dict[tuple[Convolution, OllieConfig, int], Plan] = {}
 
@@ -53,83 +62,112 @@ def reset() -> None:
 
 
 def plan(operator: Convolution, config: OllieConfig, budget_s: float) -> Plan:
-    """The plan for an operator, made once a process for each configuration and number of threads."""
+    """The plan for an operator, made once a process for each configuration and number of threads.
+
+    A plan that the budget cut short is made anew when it is asked for again.
+    """
     key = (operator, config, torch.get_num_threads())
-    if key not in _plans:
-        start = time.perf_counter()
-        with tune.outside_compilation():
-            made = _make(operator, config, budget_s)
-        made.seconds = time.perf_counter() - start
+    if key in _plans:
+        return _plans[key]
+    start = time.perf_counter()
+    with tune.outside_compilation():
+        made = _make(operator, config, budget_s)
+    made.seconds = time.perf_counter() - start
+    if made.complete:
         _plans[key] = made
-    return _plans[key]
+    return made
 
 
 def _make(operator: Convolution, config: OllieConfig, budget_s: float) -> Plan:
     made = Plan(operator)
     if budget_s <= 0:
-        made.reason = "no time left in the budget"
+        made.reason = OUT_OF_TIME
         return made
     stop = time.perf_counter() + budget_s
     found = search(operator.expression(), max_depth=config.max_depth, budget_s=budget_s * SEARCH_SHARE)
     made.stats = found.stats
+    x, weight = operator.example_inputs()
+    made.original_s = cost.median_seconds(lambda: operator.reference(x, weight), budget_s=0.05)
     made.candidates = [
-        Candidate(program, derivation, cost.bound_seconds(program, operator.dtype, operator.device))
+        Candidate(program, derivation)
         for derivation in found.derivations
         for program in programs(derivation.scope)
     ]
-    made.candidates.sort(key=lambda candidate: candidate.bound_s)
-    x, weight = operator.example_inputs()
-    made.original_s = cost.median_seconds(lambda: operator.reference(x, weight), budget_s=0.05)
-    for candidate in made.candidates:
-        if candidate.bound_s > made.original_s * (1 - config.margin):
-            candidate.rejected = "its cost bound does not beat the original"
-    _drop_beyond(made, config.candidates, "cheaper candidates came first")
-    if config.verify:
-        _verify(made)
+    _bound(made, config, stop)
+    left = _take_best(made, config)
     if config.tune == "measure":
-        _measure(made, config, stop)
-    else:
-        made.winner = next((c for c in made.candidates if c.rejected is None), None)
-        made.reason = "lowest cost bound" if made.winner else "no candidate is left"
+        _measure(made, left, config, stop)
+        return made
+    made.winner = left[0] if left else None
+    made.reason = "lowest cost bound" if left else "no candidate is left"
+    for candidate in left[1:]:
+        candidate.rejected = "another candidate has a lower bound"
     return made
 
 
-def _drop_beyond(made: Plan, count: int, reason: str) -> None:
-    """Reject all but the first `count` candidates that are not rejected yet."""
-    left = [candidate for candidate in made.candidates if candidate.rejected is None]
-    for candidate in left[count:]:
-        candidate.rejected = reason
-
-
-def _verify(made: Plan) -> None:
-    expression = made.operator.expression()
+def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
+    """Bound every candidate's time, reject what cannot win, and sort by the bound."""
+    operator = made.operator
+    layouts = (operator.input, operator.weight, operator.output)
+    limit = MAX_GROWTH * sum(math.prod(layout.shape) for layout in layouts)
+    assert made.original_s is not None
     for candidate in made.candidates:
-        if candidate.rejected is None:
+        program = candidate.program
+        if time.perf_counter() > stop:
+            candidate.rejected = OUT_OF_TIME
+        elif (largest := cost.largest_elements(program.scope)) > limit:
+            candidate.rejected = f"needs {largest * operator.dtype.itemsize / 2**30:.2g} GiB in one tensor"
+        else:
+            candidate.bound_s = cost.bound_seconds(
+                program, operator.dtype, operator.device, frozen=config.freeze
+            )
+            if candidate.bound_s > made.original_s * (1 - config.margin):
+                candidate.rejected = "its cost bound does not beat the original"
+    made.candidates.sort(key=lambda candidate: candidate.bound_s)
+
+
+def _take_best(made: Plan, config: OllieConfig) -> list[Candidate]:
+    """The first `config.candidates` of those left that pass the checks; the others are rejected."""
+    expression = made.operator.expression()
+    best: list[Candidate] = []
+    for candidate in made.candidates:
+        if candidate.rejected is not None:
+            continue
+        if len(best) == config.candidates:
+            candidate.rejected = "cheaper candidates came first"
+            continue
+        wrong = None
+        if config.verify:
             wrong = check_derivation(expression, candidate.program.scope)
             wrong = wrong or check_program(made.operator, candidate.program)
-            if wrong is not None:
-                candidate.rejected = f"wrong: {wrong}"
-                logger.error("ollie: %s: dropped %s: it %s", made.operator, candidate.program.scope, wrong)
+        if wrong is None:
+            best.append(candidate)
+        else:
+            candidate.rejected = f"wrong: {wrong}"
+            logger.error("ollie: %s: dropped %s: it %s", made.operator, candidate.program.scope, wrong)
+    return best
 
 
-def _measure(made: Plan, config: OllieConfig, stop: float) -> None:
+def _measure(made: Plan, left: list[Candidate], config: OllieConfig, stop: float) -> None:
     operator = made.operator
     inputs = operator.example_inputs()
     constant = 1 if config.freeze else None
     calls = []
     timed = []
-    for candidate in made.candidates:
-        if candidate.rejected is None and time.perf_counter() > stop:
-            candidate.rejected = "no time left in the budget"
-        if candidate.rejected is None:
-            function = operator.finished(candidate.program)
-            try:
-                calls.append(tune.compiled(function, inputs, constant=constant))
-            except Exception as error:  # whatever a code generator raises: the original still stands
-                candidate.rejected = f"did not compile: {error}"
-                logger.warning("ollie: %s: %s did not compile: %s", operator, candidate.program, error)
-                continue
-            timed.append(candidate)
+    slowest = 0.0
+    for candidate in left:
+        start = time.perf_counter()
+        if start + slowest > stop:
+            candidate.rejected = OUT_OF_TIME
+            continue
+        try:
+            calls.append(tune.compiled(operator.finished(candidate.program), inputs, constant=constant))
+        except Exception as error:  # whatever a code generator raises: the original still stands
+            candidate.rejected = f"did not compile: {error}"
+            logger.warning("ollie: %s: %s did not compile: %s", operator, candidate.program, error)
+            continue
+        timed.append(candidate)
+        slowest = max(slowest, time.perf_counter() - start)
     if not timed:
         made.reason = "no candidate is left"
         return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,6 +62,9 @@ class Report:
         return "\n".join(lines)
 
 
+_COUNTED = ("does not beat the original", "came first", "a lower bound", "in the budget", "in one tensor")
+
+
 def _plan_lines(plan: Plan) -> list[str]:
     lines = [f"  {plan.operator.expression()}"]
     stats = plan.stats
@@ -76,10 +81,14 @@ def _plan_lines(plan: Plan) -> list[str]:
     lines.append(f"  {chosen}: {plan.reason}")
     if plan.winner is not None:
         lines += [f"    {line}" for step in plan.winner.derivation.steps for line in str(step).split("\n")]
-    shown = [c for c in plan.candidates if c.measured_s is not None or (c.rejected or "").startswith("wrong")]
-    lines += [f"  candidate {_candidate_line(candidate)}" for candidate in shown]
-    if len(shown) < len(plan.candidates):
-        lines.append(f"  {len(plan.candidates) - len(shown)} more candidates were pruned by their bound")
+    others: Counter[str] = Counter()
+    for candidate in plan.candidates:
+        reason = candidate.rejected or "chosen"
+        if candidate.measured_s is None and reason.endswith(_COUNTED):
+            others[reason] += 1
+        else:
+            lines.append(f"  candidate {_candidate_line(candidate)}")
+    lines += [f"  {count} more candidates: {reason}" for reason, count in others.items()]
     return lines
 
 
@@ -110,7 +119,7 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
         "steps": [
             {"rules": list(step.rules), "expression": str(step.scope)} for step in candidate.derivation.steps
         ],
-        "bound_s": candidate.bound_s,
+        "bound_s": candidate.bound_s if math.isfinite(candidate.bound_s) else None,
         "measured_s": candidate.measured_s,
         "rejected": candidate.rejected,
     }

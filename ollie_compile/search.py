@@ -17,8 +17,6 @@ from ollie_compile.lower import is_lowerable
 from ollie_compile.matching import match_matmul, repair
 from ollie_compile.rules import EXPLORATIVE, rewrites, simplify
 
-MAX_REPAIRS = 32  # of one guided derivation; each removes a mismatch, so this is never reached in practice
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -73,6 +71,11 @@ def search(expression: Scope, *, max_depth: int, budget_s: float) -> SearchResul
             `stats.complete` is False.
     """
     start = time.perf_counter()
+
+    def in_time() -> bool:
+        result.stats.complete = time.perf_counter() - start <= budget_s
+        return result.stats.complete
+
     result = SearchResult()
     seen: set[str] = set()
     frontier: deque[Derivation] = deque()
@@ -92,17 +95,15 @@ def search(expression: Scope, *, max_depth: int, budget_s: float) -> SearchResul
     scope, simplified = simplify(expression)
     steps = (Step(tuple(dict.fromkeys(simplified)), scope),) if simplified else ()
     visit(Derivation(scope, steps))
-    while frontier:
-        if time.perf_counter() - start > budget_s:
-            result.stats.complete = False
-            break
+    while frontier and in_time():
         state = frontier.popleft()
         for completed in _guided(state):
-            if not visit(completed):
+            if not visit(completed) or not in_time():
                 break
-        if state.depth < max_depth:
-            for derived in _explore(state):
-                visit(derived)
+        for derived in _explore(state) if state.depth < max_depth else ():
+            visit(derived)
+            if not in_time():
+                break
     result.stats.candidates = len(result.derivations)
     result.stats.seconds = time.perf_counter() - start
     return result
@@ -121,7 +122,7 @@ def _is_open(scope: Scope) -> bool:
 
 def _guided(state: Derivation) -> Iterator[Derivation]:
     """The states on the way to one in which every contraction is a matrix product."""
-    for _ in range(MAX_REPAIRS):
+    while True:
         target = next((scope for scope in state.scope.scopes() if _wants_repair(scope)), None)
         step = repair(target) if target is not None else None
         if step is None:

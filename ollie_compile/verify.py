@@ -9,7 +9,7 @@ from ollie_compile.expr import Scope, evaluate
 from ollie_compile.lower import Program
 from ollie_compile.operators import Convolution
 
-PRIME = 2_147_483_629  # the largest prime below 2**31 - 18: products of residues fit int64
+PRIME = 2**31 - 19  # products of two residues fit int64
 POINTS = 48
 
 

@@ -5,8 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 python scripts/assets.py
-for job in lemo ripple ollie; do
-    printf '\n== %s ==\n' "$job"
-    python "scripts/bench/${job}_main.py"
-done
+python scripts/bench/lemo_main.py
+python scripts/bench/ripple_main.py
+python scripts/bench/ollie_main.py --budget-s 30
 python scripts/report.py

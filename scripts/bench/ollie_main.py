@@ -38,15 +38,17 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--budget-s", type=float, default=60.0, help="OLLIE's search and measurement")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = f"fp32, 1 thread, no_grad, random weights, medians of {arguments.rounds} interleaved rounds of 5"
+    config += f", budget {arguments.budget_s:.0f} s"
     table = Table("ollie_main", "OLLIE's main job: milliseconds a batch", config)
     backends = {
         "inductor": {"backend": "inductor"},
         "inductor freezing": {"backend": "inductor", "options": {"freezing": True}},
-        "ollie": {"backend": "ollie"},
-        "ollie freeze": {"backend": "ollie", "options": {"freeze": True}},
+        "ollie": {"backend": "ollie", "options": {"budget_s": arguments.budget_s}},
+        "ollie freeze": {"backend": "ollie", "options": {"budget_s": arguments.budget_s, "freeze": True}},
     }
     for build, shape in ((fsrcnn, (1, 32, 32)), (dcgan, (100, 1, 1))):
         for batch in arguments.batch:

@@ -32,7 +32,7 @@ def test_explain_prints_and_writes_json(recipe, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-depth", "-1"], "`max_depth` must be 0 or more, got -1"),
+        (["--max-depth", "-1"], "`max_depth` must be a whole number, 0 or more, got -1"),
         (["--model", "missing.py:f"], "The model file missing.py does not exist"),
         (["--model", "math:nothing"], "math has no function `nothing`"),
         (["--input-shape", "1xbig"], "`input_shape` must look like 1x3x224x224, got '1xbig'"),
