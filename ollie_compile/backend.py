@@ -113,7 +113,7 @@ def ollie(
 
     Args:
         mode: a mode of Inductor, as in torch.compile.
-        options: fields of `OllieConfig`; "inductor" may hold a dict of Inductor's own options.
+        options: fields of `OllieConfig`; "inductor" may hold a mapping of Inductor's own options.
 
     Raises:
         ValueError: an unknown option, or a value out of its range; Dynamo wraps it in its
@@ -135,10 +135,8 @@ def compile_with(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    given = dict(options or {})
-    patches = dict(list_mode_options(mode)) if mode else {}
-    patches |= given.pop("inductor", None) or {}
-    config = OllieConfig.from_dict(given)
+    config, inductor = OllieConfig.with_inductor(options)
+    patches = (list_mode_options(mode) if mode else {}) | inductor
     if config.freeze and torch.is_grad_enabled():
         warnings.warn(
             "ollie: `freeze` needs torch.no_grad(), and gradients are enabled: compiled without freezing.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -37,7 +36,7 @@ def explain(
     candidates: Annotated[int | None, typer.Option(help="Programs measured for one operator.")] = None,
     margin: Annotated[float | None, typer.Option(help="Share by which a candidate must win.")] = None,
     freeze: Annotated[bool | None, typer.Option(help="Hold the parameters as constants.")] = None,
-    threads: Annotated[int | None, typer.Option(help="torch.set_num_threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch.set_num_threads.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:
     """Compile a model and say what was derived, chosen and rejected, operator by operator."""
@@ -55,18 +54,28 @@ def explain(
         "freeze": freeze,
     }
     values = _load_recipe(recipe)
-    options = values.get("options", {}) | {name: value for name, value in given.items() if value is not None}
-    OllieConfig.from_dict(options)
+    options = (values.get("options") or {}) | {name: v for name, v in given.items() if v is not None}
+    OllieConfig.with_inductor(options)
     build = _load_function(model or values["model"])
-    shape = _shape(input_shape) if input_shape else values["input_shape"]
+    x = torch.randn(_shape(input_shape or values["input_shape"]))
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    net = build().eval()
-    report = explain_model(net, torch.randn(shape), **options)
+    try:
+        net = build().eval()
+        with torch.no_grad():
+            net(x)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"`model` must be a function without arguments that returns a module for an input of shape "
+            f"{list(x.shape)}; it failed: {reason}"
+        ) from error
+    report = explain_model(net, x, **options)
     typer.echo(str(report))
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(report.to_json() + "\n", "utf-8")
 
 
@@ -77,35 +86,48 @@ def _load_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"The recipe {path} does not exist: give a YAML file, for example those in configs/."
         )
-    values = yaml.safe_load(path.read_text("utf-8"))
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     known = ("model", "input_shape", "options")
     if not isinstance(values, dict) or not {"model", "input_shape"} <= values.keys() <= set(known):
         keys = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"The recipe {path} must hold `model`, `input_shape` and `options`, got {keys}.")
+    if not isinstance(values.get("options") or {}, dict):
+        raise ValueError(f"`options` in {path} must be a mapping, got {values['options']!r}.")
     return values
 
 
-def _load_function(spec: str) -> Any:
+def _load_function(spec: Any) -> Any:
     """The function named by FILE.py:FUNCTION or MODULE:FUNCTION."""
-    source, _, name = spec.rpartition(":")
+    source, _, name = str(spec).rpartition(":")
     if source.endswith(".py"):
         if not Path(source).is_file():
             raise ValueError(f"The model file {source} does not exist: give FILE.py:FUNCTION.")
         names = runpy.run_path(source)
-    elif source and importlib.util.find_spec(source) is not None:
-        names = vars(importlib.import_module(source))
     else:
-        raise ValueError(f"The model {spec!r} names no module: give FILE.py:FUNCTION or MODULE:FUNCTION.")
+        try:
+            names = vars(importlib.import_module(source))
+        except (ImportError, ValueError):
+            raise ValueError(
+                f"The model {spec!r} names no module: give FILE.py:FUNCTION or MODULE:FUNCTION."
+            ) from None
     if not callable(names.get(name)):
         raise ValueError(f"{source} has no function `{name}`: `model` must name one that returns a module.")
     return names[name]
 
 
-def _shape(text: str) -> list[int]:
+def _shape(value: Any) -> list[int]:
+    """Sizes given as a list or as 1x3x224x224."""
+    parts = value.split("x") if isinstance(value, str) else value
     try:
-        return [int(size) for size in text.split("x")]
-    except ValueError:
-        raise ValueError(f"`input_shape` must look like 1x3x224x224, got {text!r}.") from None
+        sizes = [int(size) for size in parts]
+    except (TypeError, ValueError):
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"`input_shape` must look like 1x3x224x224, got {value!r}.")
+    return sizes
 
 
 def main() -> None:

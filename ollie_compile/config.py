@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
+
+INDUCTOR = "inductor"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,17 +62,21 @@ class OllieConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for key in options:
             if key not in names:
-                near = difflib.get_close_matches(key, names, 1)
-                hint = f"did you mean `{near[0]}`?" if near else f"known options are {', '.join(names)}."
+                known = [*names, INDUCTOR]
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f"did you mean `{near[0]}`?" if near else f"known options are {', '.join(known)}."
                 raise ValueError(f"The ollie backend has no option `{key}`: {hint}")
         return cls(**options)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """A config from a YAML mapping of option names to values."""
-        import yaml
+    def with_inductor(cls, options: Mapping[str, Any] | None) -> tuple[Self, dict[str, Any]]:
+        """The backend's own config and, from under "inductor", the options that go on to Inductor.
 
-        options = yaml.safe_load(Path(path).read_text("utf-8")) or {}
-        if not isinstance(options, dict):
-            raise ValueError(f"{path} must hold a mapping of options, got {type(options).__name__}.")
-        return cls.from_dict(options)
+        Raises:
+            ValueError: as `from_dict`, or "inductor" is not a mapping.
+        """
+        given = dict(options or {})
+        inductor = given.pop(INDUCTOR, None) or {}
+        if not isinstance(inductor, Mapping):
+            raise ValueError(f"`{INDUCTOR}` must be a mapping of Inductor's options, got {inductor!r}.")
+        return cls.from_dict(given), dict(inductor)

@@ -31,7 +31,7 @@ def explain(model: torch.nn.Module, *inputs: Any, **options: Any) -> Report:
 
     from ollie_compile.backend import compile_with
 
-    OllieConfig.from_dict(options)
+    OllieConfig.with_inductor(options)
     report = Report()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Any:

@@ -7,6 +7,7 @@ from torch import nn
 import ollie_compile
 from ollie_compile import plan
 from ollie_compile.config import OllieConfig
+from tests.ollie.strategies import operator
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 20}
 
@@ -61,6 +62,87 @@ def test_gradients_equal_eager(always_rewrite):
     net(x).square().sum().backward()
     for ours, parameter in zip(got, net.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8).expand(4, 3, 8, 8)),
+        lambda: (nn.Conv2d(3, 1, 3), torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)),
+        lambda: (nn.Conv2d(3, 4, 8), torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)),
+        lambda: (nn.ConvTranspose1d(3, 2, 5, stride=2), torch.randn(2, 3, 9)),
+        lambda: (nn.Conv3d(2, 3, 2), torch.randn(1, 2, 4, 5, 6)),
+    ],
+    ids=["expanded input", "one channel, channels last", "one pixel, channels last", "transposed 1d", "3d"],
+)
+def test_layouts_and_dimensions_equal_eager(always_rewrite, make):
+    net, x = make()
+    report = ollie_compile.explain(net.eval(), x, **QUICK)
+    assert report.rewritten == 1, str(report)
+    with torch.no_grad():
+        got, want = torch.compile(net, backend="ollie", options=QUICK, dynamic=False)(x), net(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert got.stride() == want.stride()
+
+
+def test_lists_of_one_stand_for_all_dimensions(always_rewrite):
+    weight, x = torch.randn(4, 3, 3, 3), torch.randn(1, 3, 8, 8)
+    function = lambda x: torch.conv2d(x, weight, stride=[2], padding=[1])  # noqa: E731
+    with torch.no_grad():
+        got = torch.compile(function, backend="ollie", options=QUICK)(x)
+    torch.testing.assert_close(got, function(x), rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_keeps_its_savings(always_rewrite):
+    from torch.utils.checkpoint import checkpoint
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU())
+
+    def saved(backend: str) -> int:
+        torch.compiler.reset()
+        x = torch.randn(1, 3, 8, 8, requires_grad=True)
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        options = QUICK if backend == "ollie" else None
+        step = torch.compile(
+            lambda x: checkpoint(net, x, use_reentrant=False), backend=backend, options=options
+        )
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step(x).sum().backward()
+        return total
+
+    assert saved("ollie") == saved("inductor")
+
+
+def test_explain_works_however_often(always_rewrite):
+    net, x = nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 3, 4, 4)
+    assert [ollie_compile.explain(net, x, **QUICK).rewritten for _ in range(10)] == [1] * 10
+    assert ollie_compile.explain(net, torch.randn(2, 3, 5, 5), **QUICK).rewritten == 1
+
+
+def test_a_fault_in_planning_leaves_the_model_working(monkeypatch):
+    monkeypatch.setattr("ollie_compile.plan.search", lambda *_, **__: 1 / 0)
+    net, x = small_net().eval(), torch.randn(1, 3, 8, 8)
+    report = ollie_compile.explain(net, x, **QUICK)
+    assert [reason for _, reason in report.untouched] == ["planning failed: division by zero"] * 2
+
+
+def test_a_plan_cut_by_its_budget_is_made_anew(always_rewrite):
+    conv = operator(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
+    config = OllieConfig(**QUICK)
+    assert plan.plan(conv, config, 0.0).reason == plan.OUT_OF_TIME
+    assert plan.plan(conv, config, 20.0).winner is not None
+
+
+def test_freeze_with_gradients_is_refused_aloud(always_rewrite):
+    net, x = small_net(), torch.randn(1, 3, 8, 8)
+    with pytest.warns(UserWarning, match="`freeze` needs torch.no_grad"):
+        torch.compile(net, backend="ollie", options={**QUICK, "freeze": True})(x)
 
 
 def test_freeze_equals_eager(always_rewrite):
@@ -129,9 +211,13 @@ def test_users_pass_and_inductor_options_are_kept(always_rewrite):
         ({"max_dept": 3}, "did you mean `max_depth`"),
         ({"max_depth": -1}, "`max_depth` must be a whole number, 0 or more, got -1"),
         ({"tune": "guess"}, '"measure" or "model"'),
+        ({"verify": "no"}, "`verify` must be true or false, got 'no'"),
+        ({"budget_s": "5"}, "`budget_s` must be 0 or more seconds, got '5'"),
         ({"margin": 1.5}, r"`margin` must be in \[0, 1\), got 1.5"),
     ],
 )
 def test_bad_options_are_named(options, match):
     with pytest.raises(ValueError, match=match):
         OllieConfig.from_dict(options)
+    with pytest.raises(ValueError, match=match):
+        ollie_compile.explain(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 2, 2), **options)

@@ -35,6 +35,10 @@ def test_explain_prints_and_writes_json(recipe, tmp_path, monkeypatch, capsys):
         (["--max-depth", "-1"], "`max_depth` must be a whole number, 0 or more, got -1"),
         (["--model", "missing.py:f"], "The model file missing.py does not exist"),
         (["--model", "math:nothing"], "math has no function `nothing`"),
+        (["--model", "no.such.module:f"], "The model 'no.such.module:f' names no module"),
+        (["--model", "torch.nn:Conv2d"], "it failed: "),
+        (["--input-shape", "1x3x6x6"], "for an input of shape [1, 3, 6, 6]; it failed: "),
+        (["--input-shape", "1x-1x6x6"], "`input_shape` must look like 1x3x224x224, got '1x-1x6x6'"),
         (["--input-shape", "1xbig"], "`input_shape` must look like 1x3x224x224, got '1xbig'"),
     ],
 )
@@ -45,7 +49,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(recipe, monkeypatch, capsys, 
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["model: x", "- 1", "model: a\ninput_shape: [1]\nextra: 1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: x",
+        "- 1",
+        "model: a\ninput_shape: [1]\nextra: 1",
+        "a: [",
+        "model: a\ninput_shape: 1\noptions: 3",
+    ],
+)
 def test_bad_recipes_are_named(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)

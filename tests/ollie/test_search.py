@@ -84,6 +84,21 @@ def test_fingerprints_ignore_names_and_order_but_nothing_else():
     assert canonical(other.expression()) != canonical(scope)
 
 
+def test_guided_derivation_ends():
+    """Here it once swapped two iterators back and forth, each time nesting one scope deeper."""
+    conv = operator(
+        torch.zeros(3, 4, 2, 6),
+        torch.zeros(4, 2, 4, 3),
+        stride=(1, 3),
+        padding=(4, 0),
+        dilation=(1, 2),
+        groups=2,
+    )
+    found = search(conv.expression(), max_depth=1, budget_s=20.0)
+    assert found.stats.complete
+    assert max(len(derivation.steps) for derivation in found.derivations) < 12
+
+
 def test_search_is_deterministic_and_stops_at_its_budget():
     conv = operator(torch.zeros(1, 56, 8, 8), torch.zeros(56, 1, 9, 9), stride=2, padding=4, transposed=True)
     assert derived(conv, depth=1) == derived(conv, depth=1)
