@@ -7,7 +7,7 @@ leaves its box. Traversal merging then moves phi into the surrounding scope.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from ollie_compile.expr import Affine, Loop, Read, Scope, quotient, remainder
 
@@ -34,7 +34,7 @@ def substitute(scope: Scope, expression: Affine, name: str) -> Scope | None:
     def replaced(index: Affine) -> Affine:
         return index + (Affine.of(new.name) - expression) * (index.coefficient(name) // factor)
 
-    return _with_traversal(scope, {name: ([new], [expression])}, scope.map_index(replaced))
+    return _traversed_by(scope, name, [new], [expression], scope.map_index(replaced))
 
 
 def variable_substitution(scope: Scope) -> Iterator[Scope]:
@@ -57,7 +57,7 @@ def split_variable(scope: Scope, name: str, by: int, offset: int) -> Scope:
     value = Affine.of(q.name) * by + Affine.of(r.name) - offset
     ranges = {**scope.ranges, q.name: (q.low, q.high), r.name: (r.low, r.high)}
     factors = scope.map_index(lambda index: index.substitute({name: value}, ranges))
-    return _with_traversal(scope, {name: ([q, r], found)}, factors)
+    return _traversed_by(scope, name, [q, r], found, factors)
 
 
 def variable_splitting(scope: Scope) -> Iterator[Scope]:
@@ -74,15 +74,13 @@ def variable_splitting(scope: Scope) -> Iterator[Scope]:
         yield split_variable(scope, name, by, offset)
 
 
-def _with_traversal(
-    scope: Scope, changes: Mapping[str, tuple[list[Loop], list[Affine]]], factors: tuple[Read, ...]
+def _traversed_by(
+    scope: Scope, name: str, loops: list[Loop], found: list[Affine], factors: tuple[Read, ...]
 ) -> Scope:
-    """L[traversal] S'[phi]: S' has the loops of `changes` in place of the named ones, phi their values."""
-    loops: list[Loop] = []
-    index: list[Affine] = []
-    for loop in scope.traversal:
-        new, found = changes.get(loop.name, ([loop], [Affine.of(loop.name)]))
-        loops += new
-        index += found
-    inner = Scope(tuple(loops), scope.summation, factors)
-    return Scope(scope.traversal, (), (Read(inner, tuple(index)),))
+    """L[traversal] S'[phi]: S' has `loops` in place of the iterator `name`, and phi finds it at `found`."""
+    place = next(at for at, loop in enumerate(scope.traversal) if loop.name == name)
+    index = [Affine.of(loop.name) for loop in scope.traversal]
+    inner = (*scope.traversal[:place], *loops, *scope.traversal[place + 1 :])
+    index[place : place + 1] = found
+    read = Read(Scope(inner, scope.summation, factors), tuple(index))
+    return Scope(scope.traversal, (), (read,))
