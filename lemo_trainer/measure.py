@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
-class SavedBytes:
-    """Storages that autograd holds for the backward pass; see `saved_activations`."""
+class ActivationBytes(TorchDispatchMode):
+    """Bytes that the operations inside `with ActivationBytes() as activations` made and that still live.
 
-    def __init__(self, excluded: set[int]) -> None:
-        self._excluded = excluded
-        self._packed: weakref.WeakSet[_Packed] = weakref.WeakSet()
+    Read `activations.bytes` between a forward pass, when its output but the loss is gone, and its backward:
+    that is what was saved for the backward, whoever holds it (hooks on saved tensors would miss what
+    selective checkpointing caches). Under gradient checkpointing it is what waits between the layers;
+    `peak_bytes` has a layer's recomputation in it too.
 
-    def pack(self, tensor: Tensor) -> _Packed:
-        packed = _Packed(tensor)
-        self._packed.add(packed)
-        return packed
+    Attributes:
+        peak_bytes: most bytes that lived at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._made: dict[StorageWeakRef, int] = {}
+        self._upper_bound = 0  # of the bytes alive: those of the last count and those made since
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = _storages(out)
+        for reference in made.keys() - _storages((args, kwargs)).keys() - self._made.keys():
+            self._made[reference] = made[reference]
+            self._upper_bound += made[reference]
+        if self._upper_bound > self.peak_bytes:
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+        return out
 
     @property
     def bytes(self) -> int:
-        """Bytes of the distinct storages that are saved now, without parameters and buffers."""
-        storages = (packed.tensor.untyped_storage() for packed in self._packed)
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return sum(size for pointer, size in sizes.items() if pointer not in self._excluded)
+        """Bytes of the distinct storages alive; those from before the block (parameters) do not count."""
+        self._made = {made: size for made, size in self._made.items() if not made.expired()}
+        self._upper_bound = sum(self._made.values())
+        return self._upper_bound
 
 
-class _Packed:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-@contextlib.contextmanager
-def saved_activations(model: nn.Module) -> Iterator[SavedBytes]:
-    """Follow what the forward passes inside the block save for their backward passes.
-
-    Read `.bytes` after a forward pass and before its backward. Under gradient checkpointing that is what
-    waits between the layers; what a layer's recomputation saves for a moment is not in it.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    saved = SavedBytes({tensor.untyped_storage().data_ptr() for tensor in tensors})
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda packed: packed.tensor):
-        yield saved
+def _storages(tree: Any) -> dict[StorageWeakRef, int]:
+    storages = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
 
 
 def _pairs(query: Tensor, key: Tensor, causal: bool) -> float:

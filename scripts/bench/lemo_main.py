@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from lemo_trainer import LemoCallback, LemoConfig
-from lemo_trainer.measure import FlopCounter, peak_rss_bytes, saved_activations
+from lemo_trainer.measure import ActivationBytes, FlopCounter, peak_rss_bytes
 from lemo_trainer.recipe import checkpointing_argument, pack
 
 # isort: split
@@ -67,7 +67,7 @@ class StepMeter(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.first_step = contextlib.ExitStack()
-            saved = self.first_step.enter_context(saved_activations(self.model))
+            saved = self.first_step.enter_context(ActivationBytes())
             self.counter = self.first_step.enter_context(FlopCounter())
 
             def after_forward(module: Any, inputs: Any, output: Any) -> None:

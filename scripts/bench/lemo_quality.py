@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_trainer import LemoConfig, apply_lemo
-from lemo_trainer.measure import saved_activations
+from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.recipe import pack
 
 # isort: split
@@ -63,7 +63,7 @@ def train(config: LemoConfig, samples: list[dict[str, list[int]]], lr: float, se
     model.train()
     most = 0
     for sample in samples:
-        with saved_activations(model) as saved:
+        with ActivationBytes() as saved:
             loss = model(**batch(sample)).loss
             most = max(most, saved.bytes)
         loss.backward()

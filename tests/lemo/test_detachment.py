@@ -9,7 +9,7 @@ import torch
 
 from lemo_trainer import LemoConfig, apply_lemo, detachment, remove_lemo
 from lemo_trainer.architectures import ARCHITECTURES
-from lemo_trainer.measure import FlopCounter, saved_activations
+from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.selection import select_tokens
 
 from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
@@ -117,7 +117,7 @@ def test_saved_bytes_and_operations_fall_with_the_kept_share():
             if checkpointed:
                 checkpointing(model.get_base_model(), reentrant=False)
             apply_lemo(model, dataclasses.replace(CONFIG, keep_ratio=keep, selector="recency"))
-            with FlopCounter() as counter, saved_activations(model) as saved:
+            with FlopCounter() as counter, ActivationBytes() as saved:
                 loss = model(**inputs).loss
                 stored = saved.bytes
                 loss.backward()

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lemo_trainer.measure import FlopCounter, peak_rss_bytes, saved_activations
+from lemo_trainer.checkpointing import saving_matmuls
+from lemo_trainer.measure import ActivationBytes, FlopCounter, peak_rss_bytes
 
 
 def count_flops(step):
@@ -14,15 +15,24 @@ def count_flops(step):
     return counter.flops
 
 
-def test_saved_bytes_count_each_storage_once_and_no_parameters():
-    layer = nn.Linear(8, 4, bias=False)
+def test_activation_bytes_are_those_that_wait_for_the_backward_pass():
+    layer = nn.Linear(8, 8, bias=False)
     x = torch.randn(3, 8, requires_grad=True)
-    with saved_activations(layer) as saved:
-        y = layer(x)  # saves x and the weight
-        z = x.view(8, 3).exp() * x.view(8, 3)  # saves the exponential, and x again
-        assert saved.bytes == 2 * 3 * 8 * 4
-    (y.sum() + z.sum()).backward()
-    assert saved.bytes == 0
+    with ActivationBytes() as activations:
+        loss = (layer(x).exp().view(8, 3) * 2).sum()  # saves the exponential, x and the weight
+        assert activations.bytes == 3 * 8 * 4 + 4  # of these the exponential is new, and so is the loss
+    loss.backward()
+    assert activations.bytes == 4
+    assert activations.peak_bytes == 2 * 3 * 8 * 4 + 4  # the exponential, its double and the loss
+
+
+def test_activation_bytes_see_what_selective_checkpointing_caches():
+    layer = nn.Linear(100, 8, bias=False)
+    x = torch.randn(3, 100, requires_grad=True)
+    with ActivationBytes() as activations:
+        loss = saving_matmuls(lambda x: layer(x).exp().tanh().sum(), x)
+        assert activations.bytes == 3 * 8 * 4 + 4  # the product and the loss
+    loss.backward()
     assert x.grad is not None
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
 from lemo_trainer.architectures import ARCHITECTURES
-from lemo_trainer.measure import saved_activations
+from lemo_trainer.measure import ActivationBytes
 
 from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
@@ -38,7 +38,7 @@ def test_keeping_everything_saves_no_byte_more():
     inputs = batch("plain", seq_len=64)
 
     def saved():
-        with saved_activations(model) as activations:
+        with ActivationBytes() as activations:
             loss = model(**inputs).loss
             return activations.bytes, loss
 

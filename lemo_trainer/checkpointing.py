@@ -1,0 +1,40 @@
+"""Selective activation checkpointing: save the matrix products, recompute what is cheap.
+
+Between two matrix products a decoder layer is elementwise: norms, rotary embedding, activation function,
+masks, copies of shared heads, scaling and sums of LoRA. Autograd saves most of these results; recomputing
+them in the backward pass costs little and halves what a layer of a LoRA fine-tuning keeps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_aten = torch.ops.aten
+_LINEAR = {_aten.mm.default: 0, _aten.addmm.default: 1}  # operator: place of its left factor
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+NARROW = 64  # a product over at most so many columns (LoRA's second factor) is cheaper than its output
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operator in _LINEAR:
+        wide = args[_LINEAR[operator]].shape[1] > NARROW
+        return CheckpointPolicy.MUST_SAVE if wide else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def saving_matmuls(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """`function(*args)`, of which only the arguments, linear projections and attention outputs are saved."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+    output: Tensor = checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    return output
