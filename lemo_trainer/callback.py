@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
+from lemo_trainer.architectures import unwrap
 from lemo_trainer.config import LemoConfig
+from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.patch import LemoReport, apply_lemo, remove_lemo
 
 CONFIG_NAME = "lemo_config.json"
@@ -16,30 +22,52 @@ CONFIG_NAME = "lemo_config.json"
 class LemoCallback(TrainerCallback):
     """Patches the model when training begins and restores it when training ends.
 
-    Writes `lemo_config.json` into every checkpoint and into the output folder, and the kept share and the
-    number of patched layers into the logs. `Trainer`'s reporting callbacks (TensorBoard, W&B) run before this
-    one and do not see these two.
+    Each log entry of a training loss gets `lemo_kept_share` and `lemo_patched_layers`, and
+    `lemo_kept_share/layer_N` where the layers differ; the first one after a measured step gets
+    `lemo_saved_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the progress bar and the
+    reporting callbacks (TensorBoard, W&B). `lemo_config.json` goes into every checkpoint and into the output
+    folder.
 
     Args:
         config: which tokens are kept, where and when.
+        measure: measure the first optimizer step that leaves tokens out, on this process: the bytes that its
+            largest micro-batch saves for the backward pass, and the FLOPs of all its forward and backward
+            passes. That step is slower, no other is.
     """
 
-    def __init__(self, config: LemoConfig) -> None:
+    def __init__(self, config: LemoConfig, *, measure: bool = False) -> None:
         self.config = config
+        self.measure = measure
         self.report: LemoReport | None = None
+        self._meter: _StepMeter | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _come_first(self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _come_first(self)  # one that was added after the Trainer was made saw no `on_init_end`
         if self.report is not None:  # the last train() was interrupted
-            remove_lemo(kwargs["model"])
+            self._restore(kwargs["model"])
         self.report = apply_lemo(kwargs["model"], self.config)
+        self._meter = _StepMeter() if self.measure else None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.report is not None
         self.report.active = state.global_step >= self.config.warmup_steps
+        if self._meter is not None and self.report.active:
+            self._meter.start(kwargs["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._meter is not None:
+            self._meter.stop()
 
     def on_log(
         self,
@@ -51,10 +79,16 @@ class LemoCallback(TrainerCallback):
     ) -> None:
         if self.report is None or logs is None or "loss" not in logs:
             return
-        metrics = {
+        metrics: dict[str, float] = {
             "lemo_kept_share": round(self.report.kept_share, 4),
             "lemo_patched_layers": len(self.report.patched_layers),
         }
+        shares = self.report.layer_shares
+        if len(set(shares.values())) > 1:
+            metrics |= {f"lemo_kept_share/layer_{i}": round(share, 4) for i, share in shares.items()}
+        if self._meter is not None and self._meter.done:
+            metrics |= {"lemo_saved_bytes": self._meter.saved_bytes, "lemo_step_flops": self._meter.flops}
+            self._meter = None
         logs.update(metrics)
         state.log_history[-1].update(metrics)
 
@@ -66,11 +100,61 @@ class LemoCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        remove_lemo(kwargs["model"])
-        self.report = None
+        self._restore(kwargs["model"])
         self._save_config(Path(args.output_dir), state)
+
+    def _restore(self, model: nn.Module) -> None:
+        if self._meter is not None:
+            self._meter.stop()
+        remove_lemo(model)
+        self.report = None
 
     def _save_config(self, folder: Path, state: TrainerState) -> None:
         if state.is_world_process_zero:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CONFIG_NAME).write_text(self.config.to_json(), "utf-8")
+
+
+class _StepMeter:
+    """Measures one optimizer step, between two events of the Trainer.
+
+    Attributes:
+        saved_bytes: what lived at the end of the first forward pass and was made in it.
+        flops: floating-point operations of the forward and backward passes.
+        done: whether the step has been measured.
+    """
+
+    def __init__(self) -> None:
+        self.saved_bytes = 0
+        self.flops = 0
+        self.done = False
+        self._contexts = contextlib.ExitStack()
+
+    def start(self, model: nn.Module) -> None:
+        if self.done:
+            return
+        saved = self._contexts.enter_context(ActivationBytes())
+        counter = self._contexts.enter_context(FlopCounter())
+
+        def read(*_: Any) -> None:
+            self.saved_bytes = max(self.saved_bytes, saved.bytes)
+
+        def finish() -> None:
+            self.flops, self.done = counter.flops, True
+
+        self._contexts.callback(unwrap(model).register_forward_hook(read).remove)
+        self._contexts.callback(finish)
+
+    def stop(self) -> None:
+        self._contexts.close()
+
+
+def _come_first(callback: TrainerCallback) -> None:
+    """Move `callback` to the front of its handler's list: reporting callbacks stand before a user's one.
+
+    The handler gives its callbacks no reference to itself or the Trainer; it is who calls the event.
+    """
+    handler = sys._getframe(2).f_locals.get("self")
+    if isinstance(handler, CallbackHandler):
+        handler.remove_callback(callback)
+        handler.callbacks.insert(0, callback)

@@ -39,6 +39,8 @@ class LemoReport:
         active: False runs dense although patched (warm-up).
         seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
         kept_tokens: how many of them each patched layer computed.
+        logits_made: a training batch without `labels` made all its logits, in spite of `loss_segment`: its
+            loss is computed outside the model (label smoothing, `compute_loss_func`).
     """
 
     config: LemoConfig
@@ -48,6 +50,7 @@ class LemoReport:
     active: bool = True
     seq_len: int = 0
     kept_tokens: int = 0
+    logits_made: bool = False
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     @property
@@ -55,8 +58,21 @@ class LemoReport:
         """Share of the tokens that a patched layer computed in the last training batch."""
         return self.kept_tokens / self.seq_len if self.seq_len else 1.0
 
+    @property
+    def layer_shares(self) -> dict[int, float]:
+        """The same for each patched layer."""
+        return dict.fromkeys(self.patched_layers, self.kept_share)
+
     def __str__(self) -> str:
         return f"LeMo patched {len(self.patched_layers)} of {self.total_layers} layers"
+
+    def warn_of_logits(self) -> None:
+        if not self.logits_made:
+            self.logits_made = True
+            logger.warning(
+                "A training batch came without `labels` (label smoothing, a loss function of your own?): all "
+                "its logits are made, and LeMo's `loss_segment` saves nothing."
+            )
 
     def plan(self, seq_len: int) -> BlockPlan | None:
         """What a patched layer keeps of a training batch; None is everything."""
@@ -160,7 +176,7 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 def _patch_layer(layer: Any, patched: EliminatingLayer | DetachingLayer, report: LemoReport) -> None:
     original = layer.__class__
-    layer._lemo_layer, layer._lemo_report = patched, report
+    layer._lemo_layer, layer._lemo_report = torch.compiler.disable(patched.__call__), report
     layer.__class__ = _patched_class(original)
 
     def undo() -> None:
@@ -176,6 +192,7 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
     forward = model.forward
     signature = inspect.signature(forward)
 
+    @functools.partial(torch.compiler.disable, recursive=False)
     @functools.wraps(forward)
     def lemo_forward(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs)
@@ -183,7 +200,10 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
             return forward(*args, **kwargs)
         if arguments.arguments.get("past_key_values") is not None:
             raise ValueError("LeMo trains on whole sequences: `past_key_values` must be None, got a cache.")
-        if arguments.arguments.get("labels") is None or not report.config.loss_segment:
+        if not report.config.loss_segment or arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
+            return forward(*args, **kwargs)  # TRL's fused head makes its loss in pieces by itself
+        if arguments.arguments.get("labels") is None:
+            report.warn_of_logits()
             return forward(*args, **kwargs)
         return _forward_with_segmented_loss(parts, forward, arguments, report.config.loss_segment)
 
