@@ -19,7 +19,7 @@ class Recipe:
 
     Args:
         model: folder of a causal LM, or an id of the Hugging Face hub.
-        train_file: text to train on: .jsonl with a "text" in each line, or plain text.
+        train_file: what to train on: .jsonl with a "text" or chat "messages" in each line, or plain text.
         output_dir: where the adapter (or the model) is written.
         eval_file: held-out text; its dense loss is measured before and after.
         seq_len: tokens of a training sample; documents are joined and cut.
@@ -81,8 +81,12 @@ class RunResult:
     held_out_after: float | None
 
 
-def read_texts(path: str | Path) -> list[str]:
-    """The documents of a .jsonl file ("text" of each line), or a plain text file as one document."""
+def read_texts(path: str | Path) -> list[Any]:
+    """The documents of a .jsonl file, or a plain text file as one document.
+
+    Returns:
+        The "text" of each line (a string), or its chat "messages" (a list).
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -92,16 +96,21 @@ def read_texts(path: str | Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [content]
     try:
-        return [json.loads(line)["text"] for line in content.splitlines()]
+        lines = [json.loads(line) for line in content.splitlines()]
+        return [line["messages"] if "messages" in line else line["text"] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'Each line of {path} must be a JSON object with a "text".') from error
+        raise ValueError(f'Each line of {path} must be a JSON object with a "text" or "messages".') from error
 
 
-def pack(texts: list[str], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
+def pack(documents: list[Any], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
     """Join the documents, each ended by EOS, and cut them into samples of `seq_len` tokens; drop the rest."""
     tokens: list[int] = []
-    for encoded in tokenizer(texts)["input_ids"]:
-        tokens += [*encoded, tokenizer.eos_token_id]
+    for document in documents:
+        if isinstance(document, str):
+            tokens += tokenizer(document)["input_ids"]
+        else:
+            tokens += tokenizer.apply_chat_template(document, return_dict=True)["input_ids"]
+        tokens.append(tokenizer.eos_token_id)
     starts = range(0, len(tokens) - seq_len + 1, seq_len)
     if not starts:
         raise ValueError(f"The text must hold at least `seq_len` {seq_len} tokens, got {len(tokens)}.")
