@@ -40,6 +40,9 @@ class LemoConfig:
         warmup_steps: optimizer steps at the start that run dense.
         loss_segment: labelled tokens that go through the language-model head at a time in training; 0 keeps
             the model's own loss and its logits.
+        selective_checkpointing: without gradient checkpointing, a layer saves its matrix products only and
+            recomputes norms, activation functions and the like in the backward pass; layers that leave
+            nothing out do so too. Exact, and about a third fewer bytes for a few per cent of time.
     """
 
     mode: Mode = "detach"
@@ -53,6 +56,7 @@ class LemoConfig:
     mlp_score_tokens: int = 8
     warmup_steps: int = 0
     loss_segment: int = 256
+    selective_checkpointing: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):

@@ -2,9 +2,9 @@
 
 The forward pass of the layer stays that of the model. Rows that were not chosen run without graph (and
 without dropout) and enter the attention of the chosen ones as constant keys and values; their gradient goes
-through the residual connection only. The chosen rows run once, with graph; under gradient checkpointing they
-alone are recomputed. Attention saves its narrow inputs and is recomputed in the backward pass, because the
-mask and the copies of shared heads that its kernel wants would be wider than what the rows save otherwise.
+through the residual connection only. The chosen rows run with graph; under gradient checkpointing they alone
+are recomputed, and without it selective checkpointing saves their matrix products only. No row is computed
+twice, unless the choice itself needs the queries and keys of all.
 
 Shapes: B batch, S tokens, K chosen and R other tokens of a sample, D hidden width, H query and G key heads of
 width d.
@@ -13,14 +13,12 @@ width d.
 from __future__ import annotations
 
 import functools
-import operator
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -38,8 +36,8 @@ from lemo_trainer.informativeness import (
 from lemo_trainer.rows import (
     add_rows,
     flat_rows,
+    merge_heads,
     other_positions,
-    take_heads,
     take_positions,
     take_queries,
     take_rows,
@@ -111,7 +109,7 @@ class DetachingLayer:
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         plan: BlockPlan,
-        checkpoint: Callable[..., Tensor] | None,
+        run: Callable[..., Tensor],
         **kwargs: Any,
     ) -> Tensor:
         """The layer's output [B, S, D]; the arguments are those of `EliminatingLayer`."""
@@ -122,80 +120,85 @@ class DetachingLayer:
             attention.config._attn_implementation, modeling.eager_attention_forward
         )
         attend = functools.partial(_attend, attention, function, attention_mask)
-        with torch.no_grad():
-            inputs = attention_inputs(
+
+        def project(x_BTD: Tensor, position_embeddings: Any) -> AttentionInputs:
+            return attention_inputs(
                 attention,
-                self.architecture.attention_input(layer, x_BSD),
+                self.architecture.attention_input(layer, x_BTD),
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-            index_BK = self._select(layer, x_BSD, attention_mask, plan, inputs)
+
+        with torch.no_grad():
+            everything = project(x_BSD, position_embeddings) if self._scores_attention(layer) else None
+            index_BK = self._select(layer, x_BSD, attention_mask, plan, everything)
             rest_BR = other_positions(index_BK, seq_len)
             rest_rows = flat_rows(rest_BR, seq_len)
-            with without_dropout(layer):
-                constant = self._constant_update(layer, take_rows(x_BSD, rest_rows), inputs, rest_BR, attend)
+            x_BRD = take_rows(x_BSD, rest_rows)
+            if everything is None:
+                rest = project(x_BRD, _take_all(position_embeddings, rest_BR))
+            else:
+                rest = everything.take(rest_BR)
 
-        positions = tuple(take_positions(part, index_BK) for part in position_embeddings)
+        first_run, complete = True, None  # and the keys and values of all rows, which it makes
 
-        def kept(x_BKD: Tensor, key_BGSd: Tensor, value_BGSd: Tensor) -> Tensor:
+        def kept(x_BKD: Tensor, rest_key_BGRd: Tensor, rest_value_BGRd: Tensor) -> Tensor:
             def lemo_attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-                def core(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-                    where = index_BK[:, None, :, None].expand_as(key)
-                    keys, values = keys.scatter(2, where, key), values.scatter(2, where, value)
-                    return attend(query, keys, values, index_BK, **options)
-
-                arguments = (query, key, value, key_BGSd, value_BGSd)
-                if checkpoint is not None:
-                    return core(*arguments)
-                output: Tensor = torch_checkpoint(core, *arguments, use_reentrant=False)
-                return output
+                nonlocal complete
+                keys = merge_heads(key, index_BK, rest_key_BGRd, rest_BR)
+                values = merge_heads(value, index_BK, rest_value_BGRd, rest_BR)
+                if first_run:
+                    complete = keys.detach(), values.detach()
+                return attend(query, keys, values, index_BK, **options)
 
             with attention_function(attention, _KEPT):
                 update = self.architecture.attention_branch(
                     layer,
                     x_BKD,
                     attention_mask=None,
-                    position_embeddings=positions,
+                    position_embeddings=_take_all(position_embeddings, index_BK),
                     lemo_attend=lemo_attend,
                     **kwargs,
                 )
             return update + self.architecture.mlp_branch(layer, x_BKD + update)
 
         rows = flat_rows(index_BK, seq_len)
-        update = (checkpoint or operator.call)(kept, take_rows(x_BSD, rows), inputs.key, inputs.value)
+        update = run(kept, take_rows(x_BSD, rows), rest.key, rest.value)
+        first_run = False
+        assert complete is not None
+        with torch.no_grad(), without_dropout(layer):
+            heads = attend(rest.query, *complete, rest_BR, scaling=rest.scaling, **rest.options)
+            complete = None
+            constant = self.architecture.finish_attention(layer, heads)
+            constant += self.architecture.mlp_branch(layer, x_BRD + constant)
         return add_rows(add_rows(x_BSD, constant, rest_rows), update, rows)
 
-    def _constant_update(
-        self,
-        layer: Any,
-        x_BRD: Tensor,
-        inputs: AttentionInputs,
-        rest_BR: Tensor,
-        attend: Callable[..., Tensor],
-    ) -> Tensor:
-        """What the layer adds to the rows that were not chosen."""
-        heads = attend(
-            take_heads(inputs.query, rest_BR),
-            inputs.key,
-            inputs.value,
-            rest_BR,
-            scaling=inputs.scaling,
-            **inputs.options,
-        )
-        update = self.architecture.finish_attention(layer, heads)
-        return update + self.architecture.mlp_branch(layer, x_BRD + update)
+    def _scores_attention(self, layer: nn.Module) -> bool:
+        """Whether the choice in `layer` needs the queries and keys of all tokens."""
+        return self.config.selector == "informativeness" and self._chooses(layer)
+
+    def _chooses(self, layer: nn.Module) -> bool:
+        return layer is self.first or not self.config.shared_blocks
 
     def _select(
-        self, layer: Any, x_BSD: Tensor, mask: Tensor | None, plan: BlockPlan, inputs: AttentionInputs
+        self,
+        layer: Any,
+        x_BSD: Tensor,
+        mask: Tensor | None,
+        plan: BlockPlan,
+        inputs: AttentionInputs | None,
     ) -> Tensor:
-        if self.config.shared_blocks and layer is not self.first:
-            assert self.shared_index_BK is not None
-            return self.shared_index_BK
-        valid_BS = valid_tokens(mask)
-        if self.config.selector == "informativeness":
-            scores = attention_scores(inputs.query, inputs.key, inputs.scaling, mask, plan.block_size)
-        else:
-            scores = cheap_scores(self.config.selector, x_BSD, valid_BS, plan)
-        self.shared_index_BK = select_tokens(scores, valid_BS, plan, self.config)
+        if self._chooses(layer):
+            valid_BS = valid_tokens(mask)
+            if inputs is not None:
+                scores = attention_scores(inputs.query, inputs.key, inputs.scaling, mask, plan.block_size)
+            else:
+                scores = cheap_scores(self.config.selector, x_BSD, valid_BS, plan)
+            self.shared_index_BK = select_tokens(scores, valid_BS, plan, self.config)
+        assert self.shared_index_BK is not None
         return self.shared_index_BK
+
+
+def _take_all(position_embeddings: tuple[Tensor, Tensor], index_BK: Tensor) -> tuple[Tensor, ...]:
+    return tuple(take_positions(part, index_BK) for part in position_embeddings)

@@ -9,7 +9,6 @@ Shapes: B batch, S tokens, K kept tokens of a sample, D hidden width, N whole bl
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +48,7 @@ class EliminatingLayer:
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
         plan: BlockPlan,
-        checkpoint: Callable[..., Tensor] | None,
+        run: Callable[..., Tensor],
         **kwargs: Any,
     ) -> Tensor:
         """The layer's output [B, S, D].
@@ -57,10 +56,10 @@ class EliminatingLayer:
         Args:
             layer: the decoder layer; `x_BSD`, `attention_mask`, `position_embeddings` and `kwargs` are the
                 arguments of its own forward.
-            checkpoint: the layer's gradient checkpointing; calls its first argument on the others.
+            run: calls its first argument on the others: the layer's gradient checkpointing, selective
+                checkpointing, or nothing but a call.
         """
         seq_len = x_BSD.shape[1]
-        run = checkpoint or operator.call
         valid_BS = valid_tokens(attention_mask)
 
         scores_BN = self._attention_scores(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from lemo_trainer.rows import take_heads
 
 QUERY_ROWS = 256  # queries scored at a time, rounded to whole blocks
 _CAPTURE = "lemo_capture"
@@ -48,6 +51,11 @@ class AttentionInputs:
     value: Tensor
     scaling: float
     options: dict[str, Any]
+
+    def take(self, index_BK: Tensor) -> AttentionInputs:
+        """Those of the tokens at positions [B, K]."""
+        query, key, value = (take_heads(x, index_BK) for x in (self.query, self.key, self.value))
+        return dataclasses.replace(self, query=query, key=key, value=value)
 
 
 def _capture_attention(

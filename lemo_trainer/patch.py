@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo_trainer.architectures import CausalLM, find_causal_lm
+from lemo_trainer.checkpointing import saving_matmuls
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.elimination import EliminatingLayer
@@ -105,12 +107,14 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     report = LemoReport(
         config, parts.model.config.model_type, len(parts.layers), config.resolve_layers(len(parts.layers))
     )
-    layers = [parts.layers[index] for index in report.patched_layers]
     patched: EliminatingLayer | DetachingLayer = EliminatingLayer(parts.architecture, config)
     if config.mode == "detach":
-        patched = DetachingLayer(parts.architecture, config, layers[0])
-    for layer in layers:
-        _patch_layer(layer, patched, report)
+        patched = DetachingLayer(parts.architecture, config, parts.layers[report.patched_layers[0]])
+    for index, layer in enumerate(parts.layers):
+        if index in report.patched_layers:
+            _patch_layer(layer, patched, report)
+        elif config.selective_checkpointing:
+            _patch_layer(layer, None, report)
     _patch_causal_lm(parts, report)
     logger.info("%s", report)
     return report
@@ -141,15 +145,17 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        checkpoint = None
+        run: Callable[..., Tensor] = operator.call
         if self.training and vars(self).get("gradient_checkpointing"):
-            checkpoint, past_key_values, use_cache = self._gradient_checkpointing_func, None, False
-        plan = self._lemo_report.plan(hidden_states.shape[1]) if self.training else None
-        if plan is not None:
-            output: Tensor = self._lemo_layer(
-                self, hidden_states, attention_mask, position_embeddings, plan, checkpoint, **kwargs
-            )
-            return output
+            run = self._gradient_checkpointing_func
+        elif self.training and self._lemo_report.config.selective_checkpointing:
+            run = saving_matmuls
+        if run is not operator.call:  # a recomputation would fill a cache again
+            past_key_values, use_cache = None, False
+        patched: Callable[..., Tensor] | None = self._lemo_layer
+        plan = self._lemo_report.plan(hidden_states.shape[1]) if self.training and patched else None
+        if patched and plan:
+            return patched(self, hidden_states, attention_mask, position_embeddings, plan, run, **kwargs)
         dense = functools.partial(
             layer_class.forward,
             self,
@@ -160,7 +166,7 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        return checkpoint(dense, hidden_states) if checkpoint else dense(hidden_states)
+        return run(dense, hidden_states)
 
     def remember(self: nn.Module, value: bool) -> None:
         vars(self)["gradient_checkpointing"] = value
@@ -174,9 +180,10 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(layer_class.__name__, (layer_class,), namespace)
 
 
-def _patch_layer(layer: Any, patched: EliminatingLayer | DetachingLayer, report: LemoReport) -> None:
+def _patch_layer(layer: Any, patched: EliminatingLayer | DetachingLayer | None, report: LemoReport) -> None:
     original = layer.__class__
-    layer._lemo_layer, layer._lemo_report = torch.compiler.disable(patched.__call__), report
+    layer._lemo_layer = None if patched is None else torch.compiler.disable(patched.__call__)
+    layer._lemo_report = report
     layer.__class__ = _patched_class(original)
 
     def undo() -> None:

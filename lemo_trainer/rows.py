@@ -53,6 +53,12 @@ def take_heads(values_BHSd: Tensor, index_BK: Tensor) -> Tensor:
     return values_BHSd.gather(2, index_BK[:, None, :, None].expand(-1, heads, -1, width))
 
 
+def merge_heads(kept_BHKd: Tensor, kept_BK: Tensor, rest_BHRd: Tensor, rest_BR: Tensor) -> Tensor:
+    """Keys or values [B, H, S, d] of all tokens from those at positions `kept_BK` and at `rest_BR`."""
+    order_BS = torch.cat([kept_BK, rest_BR], 1).argsort(1)
+    return take_heads(torch.cat([kept_BHKd, rest_BHRd], 2), order_BS)
+
+
 def take_positions(values_BS: Tensor, index_BK: Tensor) -> Tensor:
     """[B or 1, S, ...] at positions [B, K] of each sample: [B, K, ...]."""
     batch = torch.arange(len(index_BK), device=index_BK.device)[:, None]

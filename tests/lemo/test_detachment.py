@@ -108,7 +108,8 @@ def test_the_first_layer_chooses_for_all(monkeypatch):
     assert len(chosen) == 1
 
 
-def test_saved_bytes_and_operations_fall_with_the_kept_share():
+def test_saved_bytes_and_operations_fall_with_the_kept_share(monkeypatch):
+    monkeypatch.setattr("lemo_trainer.checkpointing.NARROW", 4)
     inputs = batch("plain", seq_len=40)
     costs = {}
     for checkpointed in (False, True):
