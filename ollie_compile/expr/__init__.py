@@ -1,11 +1,15 @@
 """Tensor algebra expressions: index arithmetic, scopes, and their exact interpretation."""
 
+from ollie_compile.expr.elementwise import ELEMENTWISE
 from ollie_compile.expr.index import Affine, Quotient, Ranges, Remainder, quotient, remainder
 from ollie_compile.expr.interpret import evaluate
-from ollie_compile.expr.scope import Input, Loop, Read, Scope, Tensor, canonical, ranges_of
+from ollie_compile.expr.notation import parse
+from ollie_compile.expr.scope import Constant, Input, Loop, Read, Scope, Tensor, canonical, ranges_of
 
 __all__ = [
+    "ELEMENTWISE",
     "Affine",
+    "Constant",
     "Input",
     "Loop",
     "Quotient",
@@ -16,6 +20,7 @@ __all__ = [
     "Tensor",
     "canonical",
     "evaluate",
+    "parse",
     "quotient",
     "ranges_of",
     "remainder",

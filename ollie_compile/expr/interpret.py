@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ollie_compile.expr.elementwise import combine
 from ollie_compile.expr.index import Affine, Quotient
-from ollie_compile.expr.scope import Input, Scope, Tensor
+from ollie_compile.expr.scope import Constant, Input, Scope, Tensor
 
 Columns = dict[str, np.ndarray]
 
@@ -21,10 +22,14 @@ def evaluate(
         tensor: the expression; reads outside a box give 0.
         values: an int64 array for each input, of the input's shape.
         points: int64 [points, dimensions], indices that may lie outside the box.
-        modulus: reduce after every product and sum by this prime below 2**31; None computes in int64.
+        modulus: reduce after every product and sum by this prime below 2**31; None computes in int64,
+            which is exact modulo 2**64.
 
     Returns:
         int64 [points].
+
+    Raises:
+        ValueError: the expression holds fractions and `modulus` is None.
     """
     box = np.array(tensor.box, dtype=np.int64).reshape(-1, 2)
     inside = ((points >= box[:, 0]) & (points < box[:, 1])).all(axis=1)
@@ -33,6 +38,8 @@ def evaluate(
         at = points[inside]
         if isinstance(tensor, Input):
             result[inside] = values[tensor.name][tuple(at.T)]
+        elif isinstance(tensor, Constant):
+            result[inside] = _constant_values(tensor, modulus)[tuple(at.T)]
         else:
             result[inside] = _scope_values(tensor, values, at, modulus)
     return result
@@ -47,18 +54,27 @@ def _scope_values(
     columns = {loop.name: np.repeat(points[:, place], taps) for place, loop in enumerate(scope.traversal)} | {
         loop.name: np.tile(axis, len(points)) for loop, axis in zip(scope.summation, grid, strict=True)
     }
-    product = np.ones(len(points) * taps, dtype=np.int64)
+    count = len(points) * taps
+    factors = []
     for read in scope.factors:
-        at = np.empty((len(product), len(read.index)), dtype=np.int64)
+        at = np.empty((count, len(read.index)), dtype=np.int64)
         for place, index in enumerate(read.index):
-            at[:, place] = _index_values(index, columns, len(product))
+            at[:, place] = _index_values(index, columns, count)
         # Inner scopes are shared by many taps: evaluate each distinct point once.
         distinct, back = np.unique(at, axis=0, return_inverse=True)
-        product *= evaluate(read.tensor, values, distinct, modulus)[back.ravel()]
-        if modulus is not None:
-            product %= modulus
-    total = product.reshape(len(points), taps).sum(axis=1)
+        factors.append(evaluate(read.tensor, values, distinct, modulus)[back.ravel()])
+    total = combine(scope.function, factors, modulus).reshape(len(points), taps).sum(axis=1)
     return total if modulus is None else total % modulus
+
+
+def _constant_values(constant: Constant, modulus: int | None) -> np.ndarray:
+    if modulus is None and any(value.denominator != 1 for value in constant.values):
+        raise ValueError(f"{constant.name} holds fractions, which need a `modulus` to be exact, got None.")
+    values = [
+        v.numerator if modulus is None else v.numerator * pow(v.denominator, -1, modulus) % modulus
+        for v in constant.values
+    ]
+    return np.array(values, dtype=np.int64).reshape(constant.shape)
 
 
 def _index_values(index: Affine, columns: Columns, count: int) -> np.ndarray:

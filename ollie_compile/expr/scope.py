@@ -1,4 +1,4 @@
-"""Scopes: L[traversal] Sum[summation] product of reads (OLLIE, section 3).
+"""Scopes: L[traversal] Sum[summation] function of reads (OLLIE, section 3).
 
 A tensor is a total function of integer indices that is 0 outside its box. This one convention gives
 padding its meaning and makes every change of a scope's range a question about zeros.
@@ -6,9 +6,11 @@ padding its meaning and makes every change of a scope's range a question about z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 from ollie_compile.expr.index import Affine, Quotient, Remainder
 
@@ -44,6 +46,40 @@ class Input:
         return self.name
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A tensor of known values in row-major order, such as the matrices of a bilinear decomposition."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: tuple[Fraction, ...]
+
+    @classmethod
+    def matrix(cls, name: str, rows: Sequence[Sequence[Fraction]]) -> Constant:
+        return cls(name, (len(rows), len(rows[0])), tuple(value for row in rows for value in row))
+
+    @property
+    def box(self) -> tuple[tuple[int, int], ...]:
+        return tuple((0, size) for size in self.shape)
+
+    def at(self, *index: int) -> Fraction:
+        """The value at an index inside the box."""
+        place = 0
+        for position, size in zip(index, self.shape, strict=True):
+            place = place * size + position
+        return self.values[place]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.shape))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        return self.name
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
     """A tensor read at an index, one expression for each dimension."""
@@ -61,12 +97,14 @@ class Scope:
     """L[traversal] Sum[summation] factors[0] * factors[1] * ...
 
     Its box is the ranges of the traversal iterators. Iterators are local: an inner scope sees none of
-    the outer ones, it is a tensor that is read.
+    the outer ones, it is a tensor that is read. `function` combines the factors: "*" multiplies them,
+    "+" adds them, and a name of `ELEMENTWISE` applies that function.
     """
 
     traversal: tuple[Loop, ...]
     summation: tuple[Loop, ...]
     factors: tuple[Read, ...]
+    function: str = "*"
 
     @property
     def box(self) -> tuple[tuple[int, int], ...]:
@@ -83,12 +121,16 @@ class Scope:
     @property
     def is_view(self) -> bool:
         """Whether this only rearranges one tensor."""
-        return not self.summation and len(self.factors) == 1
+        return not self.summation and len(self.factors) == 1 and self.function == "*"
 
     @property
     def is_contraction(self) -> bool:
         """Whether products are summed: what a library operator should do."""
-        return bool(self.summation) and len(self.factors) > 1
+        return bool(self.summation) and self.function == "*" and self.terms() > 1
+
+    def terms(self) -> int:
+        """How many factors are not constants."""
+        return sum(not isinstance(read.tensor, Constant) for read in self.factors)
 
     def used(self) -> set[str]:
         """Names of the iterators that occur in some read."""
@@ -107,8 +149,11 @@ class Scope:
         return tuple(Read(read.tensor, tuple(map(function, read.index))) for read in self.factors)
 
     def with_factor(self, position: int, read: Read) -> Scope:
-        factors = (*self.factors[:position], read, *self.factors[position + 1 :])
-        return Scope(self.traversal, self.summation, factors)
+        return self.over(factors=(*self.factors[:position], read, *self.factors[position + 1 :]))
+
+    def over(self, **changes: Any) -> Scope:
+        """This scope with other loops or factors."""
+        return replace(self, **changes)
 
     def scopes(self) -> Iterator[Scope]:
         """This scope and all below it, the innermost first."""
@@ -128,7 +173,7 @@ class Scope:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.traversal, self.summation, self.factors))
+        return hash((self.traversal, self.summation, self.factors, self.function))
 
     def __hash__(self) -> int:
         return self._hash
@@ -137,10 +182,12 @@ class Scope:
         loops = f"L[{', '.join(map(str, self.traversal))}] "
         if self.summation:
             loops += f"Sum[{', '.join(map(str, self.summation))}] "
-        return loops + " * ".join(map(str, self.factors))
+        if self.function in "*+":
+            return loops + f" {self.function} ".join(map(str, self.factors))
+        return loops + f"{self.function}({', '.join(map(str, self.factors))})"
 
 
-Tensor = Input | Scope
+Tensor = Input | Constant | Scope
 
 
 def ranges_of(loops: tuple[Loop, ...]) -> dict[str, tuple[int, int]]:
@@ -167,10 +214,12 @@ def _canonical(scope: Scope, order: list[int]) -> str:
             inner = sorted(range(len(index)), key=lambda at: index[at])
             factors.append(f"{{{_canonical(read.tensor, inner)}}}{[index[at] for at in inner]}")
         else:
-            factors.append(f"{read.tensor.name}{index}")
+            factors.append(f"{read.tensor.name}{read.tensor.shape}{index}")
     loops = [f"{scope.traversal[at].low}..{scope.traversal[at].high}" for at in order]
     bounds = [f"{loop.low}..{loop.high}" for loop in sums]
-    return f"{loops}{bounds}{sorted(factors)}"
+    if scope.function in "*+":
+        factors.sort()
+    return f"{loops}{bounds}{scope.function}{factors}"
 
 
 def _role(scope: Scope, name: str, names: Mapping[str, str]) -> str:
@@ -187,6 +236,6 @@ def _role(scope: Scope, name: str, names: Mapping[str, str]) -> str:
     for read in scope.factors:
         for place, index in enumerate(read.index):
             if name in index.iterators():
-                where = f"{read.tensor.name}.{place}" if isinstance(read.tensor, Input) else "{}"
+                where = "{}" if isinstance(read.tensor, Scope) else f"{read.tensor.name}.{place}"
                 occurrences.append(f"{where}:{index.substitute(marks, ranges)}")
     return "|".join(sorted(occurrences))

@@ -31,7 +31,7 @@ SIMPLIFYING: dict[str, Rule] = {
 }
 
 
-def rewrites(scope: Scope, rule: Rule, where: Callable[[Scope], bool]) -> Iterator[Scope]:
+def rewrites(scope: Scope, rule: Rule, where: Callable[[Scope], bool] = lambda _: True) -> Iterator[Scope]:
     """The expression with `rule` applied at one of its scopes that `where` admits, each way in turn."""
     if where(scope):
         yield from rule(scope)
@@ -46,7 +46,7 @@ def simplify(scope: Scope) -> tuple[Scope, list[str]]:
     applied: list[str] = []
     while True:
         for name, rule in SIMPLIFYING.items():
-            derived = next(rewrites(scope, rule, lambda _: True), None)
+            derived = next(rewrites(scope, rule), None)
             if derived is not None:
                 scope = derived
                 applied.append(name)

@@ -10,7 +10,7 @@ def boundary_tightening(scope: Scope) -> Iterator[Scope]:
 
     The result reads the narrowed scope over the old box, for the whole expression must keep its shape.
     """
-    if scope.is_view:
+    if scope.is_view or scope.function != "*":
         return
     traversal = tuple(_tightened(scope, loop) for loop in scope.traversal)
     summation = tuple(_tightened(scope, loop) for loop in scope.summation)

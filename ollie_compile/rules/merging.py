@@ -12,7 +12,7 @@ def traversal_merging(scope: Scope) -> Iterator[Scope]:
     """
     for position, read in enumerate(scope.factors):
         view = read.tensor
-        if isinstance(view, Input) or not view.is_view or isinstance(view.factors[0].tensor, Input):
+        if not isinstance(view, Scope) or not view.is_view or isinstance(view.factors[0].tensor, Input):
             continue
         if _zero_outside(view, read, scope.ranges):
             at = dict(zip((loop.name for loop in view.traversal), read.index, strict=True))
@@ -40,7 +40,7 @@ def idle_iterator(scope: Scope) -> Iterator[Scope]:
     used = scope.used()
     busy = tuple(loop for loop in scope.traversal if loop.name in used)
     if not scope.is_view and len(busy) < len(scope.traversal):
-        inner = Scope(busy, scope.summation, scope.factors)
+        inner = scope.over(traversal=busy)
         yield Scope(scope.traversal, (), (Read(inner, tuple(Affine.of(loop.name) for loop in busy)),))
 
 
@@ -50,4 +50,4 @@ def unit_iterator(scope: Scope) -> Iterator[Scope]:
     if unit.keys() & (scope.used() | {loop.name for loop in scope.summation}):
         summation = tuple(loop for loop in scope.summation if loop.name not in unit)
         factors = scope.map_index(lambda index: index.substitute(unit, scope.ranges))
-        yield Scope(scope.traversal, summation, factors)
+        yield scope.over(summation=summation, factors=factors)

@@ -82,5 +82,5 @@ def _traversed_by(
     index = [Affine.of(loop.name) for loop in scope.traversal]
     inner = (*scope.traversal[:place], *loops, *scope.traversal[place + 1 :])
     index[place : place + 1] = found
-    read = Read(Scope(inner, scope.summation, factors), tuple(index))
+    read = Read(scope.over(traversal=inner, factors=factors), tuple(index))
     return Scope(scope.traversal, (), (read,))

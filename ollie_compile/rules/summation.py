@@ -14,7 +14,7 @@ def split_summation(scope: Scope, outer: Collection[str]) -> Scope:
     """
     kept = tuple(loop for loop in scope.summation if loop.name in outer)
     rest = tuple(loop for loop in scope.summation if loop.name not in outer)
-    inner = Scope(kept + scope.traversal, rest, scope.factors)
+    inner = scope.over(traversal=kept + scope.traversal, summation=rest)
     read = Read(inner, tuple(Affine.of(loop.name) for loop in inner.traversal))
     return Scope(scope.traversal, kept, (read,))
 
