@@ -7,8 +7,9 @@ them in the backward pass costs little and halves what a layer of a LoRA fine-tu
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,3 +39,19 @@ def saving_matmuls(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
     output: Tensor = checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
     return output
+
+
+@contextlib.contextmanager
+def without_graph() -> Iterator[None]:
+    """No gradient inside; usable as a decorator.
+
+    Nor does autocast cache its casts of trained weights there: they would have no graph either, and the rows
+    that carry gradient would find them in the cache.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_trainer.architectures import Architecture
+from lemo_trainer.checkpointing import without_graph
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness import (
     QUERY_ROWS,
@@ -130,7 +131,7 @@ class DetachingLayer:
                 **kwargs,
             )
 
-        with torch.no_grad():
+        with without_graph():
             everything = project(x_BSD, position_embeddings) if self._scores_attention(layer) else None
             index_BK = self._select(layer, x_BSD, attention_mask, plan, everything)
             rest_BR = other_positions(index_BK, seq_len)
@@ -167,7 +168,7 @@ class DetachingLayer:
         update = run(kept, take_rows(x_BSD, rows), rest.key, rest.value)
         first_run = False
         assert complete is not None
-        with torch.no_grad(), without_dropout(layer):
+        with without_graph(), without_dropout(layer):
             heads = attend(rest.query, *complete, rest_BR, scaling=rest.scaling, **rest.options)
             complete = None
             constant = self.architecture.finish_attention(layer, heads)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lemo_trainer.architectures import Architecture
+from lemo_trainer.checkpointing import without_graph
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness import (
     attention_inputs,
@@ -85,7 +85,7 @@ class EliminatingLayer:
         rows = flat_rows(index_BK, seq_len)
         return add_rows(x_BSD, run(mlp, take_rows(x_BSD, rows)), rows)
 
-    @torch.no_grad()
+    @without_graph()
     def _attention_scores(
         self,
         layer: Any,
@@ -107,7 +107,7 @@ class EliminatingLayer:
         )
         return attention_scores(inputs.query, inputs.key, inputs.scaling, mask, plan.block_size)
 
-    @torch.no_grad()
+    @without_graph()
     def _mlp_scores(self, layer: Any, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:
         if self.config.selector != "informativeness":
             return cheap_scores(self.config.selector, x_BSD, valid_BS, plan)

@@ -99,6 +99,24 @@ def test_checkpointing_gives_the_same_step(reentrant, shared_blocks, selector):
     assert_same_step(loss_and_gradients(model, inputs), wanted)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("mode", ["detach", "eliminate"])
+def test_trained_weights_get_their_gradient_under_autocast(mode, checkpointed):
+    model = lora(tiny_model(), lora_dropout=0.0)
+    inputs = batch("left")
+    apply_lemo(model, dataclasses.replace(CONFIG, mode=mode, selector="recency"))
+    if checkpointed:
+        checkpointing(model.get_base_model(), reentrant=False)
+    _, wanted = loss_and_gradients(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, got = loss_and_gradients(model, inputs)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert torch.nn.functional.cosine_similarity(got[name].flatten(), gradient.flatten(), dim=0) > 0.98, (
+            name
+        )
+
+
 def test_the_first_layer_chooses_for_all(monkeypatch):
     chosen: list[torch.Tensor] = []
     spy_on_selection(monkeypatch, chosen)
