@@ -69,10 +69,10 @@ def programs(scope: Scope) -> list[Program]:
     if all(match_matmul(inner) or _is_eoperator(inner) for inner in scopes):
         layouts += ["rows", "columns"] if matches else ["rows"]
         layouts += ["batched"] if any(_batched(inner, match) for inner, match in matches) else []
-    convolutions = [match for inner in scopes if (match := match_convolution(inner))]
-    if convolutions:
+    convolved = [found for inner in scopes if (found := match_convolution(inner))]
+    if convolved:
         layouts += ["convolution"]
-        layouts += ["channels last"] if any(len(m.spatial) > 1 for m in convolutions) else []
+        layouts += ["channels last"] if any(len(found.spatial) > 1 for found in convolved) else []
     return [Program(scope, layout) for layout in layouts]
 
 
