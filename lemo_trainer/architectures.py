@@ -1,21 +1,25 @@
-"""How the supported decoder layers are wired, and where a causal LM keeps its parts.
+"""How decoder layers are wired, and where a causal LM keeps its parts.
 
-Every supported layer computes, with its own names for the parts,
+Every supported layer adds the branches of its attention and of its MLP to the residual stream,
 
-    x = x + scale * after_attention(attention(before_attention(x)))
-    x = x + scale * after_mlp(mlp(before_mlp(x)))
+    y = x + scale * after_attention(attention(before_attention(x)))
+    z = y + scale * after_mlp(mlp(before_mlp(y)))
 
-and calls its attention through transformers' `AttentionInterface`.
+A parallel layer reads x in both (z = y + ... before_mlp(x)), and a post-norm layer has its norms behind the
+sums instead of in front of the branches. The attention calls transformers' `AttentionInterface`. Everything
+else is a matter of names, and of attributes of the layer that say which form it has.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,74 +27,164 @@ class Architecture:
     """Attribute names of a decoder layer; None where the step does not exist.
 
     Args:
+        attention: the attention module.
+        output: the attention's last projection, which takes the concatenated heads.
+        mlp: the modules of the MLP, one behind the other.
+        down_proj: path of the MLP's last projection; its input is the intermediate activation. None, and an
+            MLP of experts, which has no such projection: the MLP works on all tokens.
         before_attention: norm in front of the attention.
         after_attention: norm or dropout behind it, inside the residual branch.
         before_mlp: norm in front of the MLP.
         after_mlp: norm or dropout behind it, inside the residual branch.
-        down_proj: last projection of the MLP; its input is the intermediate activation.
         residual_scale: factor on both residual branches.
+        parallel: attention and MLP both read the layer's input; a name is the layer's attribute that says so.
+        norm_first: False puts `before_attention` and `before_mlp` behind the sums (post-norm); a name is the
+            layer's attribute that says so.
     """
 
+    attention: str = "self_attn"
+    output: str = "o_proj"
+    mlp: tuple[str, ...] = ("mlp",)
+    down_proj: str | None = "mlp.down_proj"
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
-    down_proj: str = "down_proj"
     residual_scale: str | None = None
+    parallel: bool | str = False
+    norm_first: bool | str = True
 
     def missing_from(self, layer: nn.Module) -> list[str]:
         """The parts that `layer` should have and has not."""
-        names = ["self_attn", "mlp", self.before_attention, self.after_attention, self.before_mlp]
-        names += [self.after_mlp, self.residual_scale]
-        missing = [name for name in names if name and not hasattr(layer, name)]
-        if not missing and not hasattr(layer.mlp, self.down_proj):
-            missing.append(f"mlp.{self.down_proj}")
-        return missing
+        paths = [self.attention, f"{self.attention}.{self.output}", *self.mlp, self.before_attention]
+        paths += [self.after_attention, self.before_mlp, self.after_mlp, self.residual_scale]
+        paths += [name for name in (self.parallel, self.norm_first) if isinstance(name, str)]
+        if not self.has_dense_mlp(layer):
+            paths.append(self.down_proj)
+        return [path for path in paths if path and not _has(layer, path)]
+
+    def has_dense_mlp(self, layer: nn.Module) -> bool:
+        """Whether the MLP works on all tokens of this layer, as a mixture of experts does."""
+        return self.down_proj is None or _has(layer, f"{self.mlp[0]}.experts")
+
+    def attention_of(self, layer: nn.Module) -> Any:
+        return getattr(layer, self.attention)
+
+    def is_parallel(self, layer: nn.Module) -> bool:
+        return _switch(layer, self.parallel)
 
     def attention_input(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return _apply(layer, self.before_attention, x)
+        return _apply(layer, self.before_attention, x) if _switch(layer, self.norm_first) else x
+
+    def attention_branch(self, layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+        """What the attention adds to the residual stream for rows `x` [B, S, D]."""
+        output = self.attention_of(layer)(self.attention_input(layer, x), **kwargs)[0]
+        return self._added(layer, x, output, self.after_attention, self.before_attention)
+
+    def finish_attention(self, layer: nn.Module, x: Tensor, heads_BSHd: Tensor) -> Tensor:
+        """What the attention adds for rows `x` [B, S, D] and its heads' outputs [B, S, H, d]."""
+        output = getattr(self.attention_of(layer), self.output)(heads_BSHd.flatten(2))
+        return self._added(layer, x, output, self.after_attention, self.before_attention)
 
     def mlp_input(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return _apply(layer, self.before_mlp, x)
+        return _apply(layer, self.before_mlp, x) if _switch(layer, self.norm_first) else x
 
-    def attention_branch(self, layer: Any, x: Tensor, **kwargs: Any) -> Tensor:
-        """What the attention adds to the residual stream for rows `x` [B, S, D]."""
-        output = layer.self_attn(hidden_states=self.attention_input(layer, x), **kwargs)[0]
-        return self._scaled(layer, _apply(layer, self.after_attention, output))
+    def mlp_branch(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream for rows `x` [B, S, D] of its source."""
+        output = self.run_mlp(layer, self.mlp_input(layer, x))
+        return self._added(layer, x, output, self.after_mlp, self.before_mlp)
 
-    def finish_attention(self, layer: Any, heads_BSHd: Tensor) -> Tensor:
-        """What the attention adds for its heads' outputs [B, S, H, d]."""
-        output = layer.self_attn.o_proj(heads_BSHd.flatten(2))
-        return self._scaled(layer, _apply(layer, self.after_attention, output))
+    def run_mlp(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The MLP alone, without norms and residual."""
+        for name in self.mlp:
+            x = getattr(layer, name)(x)
+        return x[0] if isinstance(x, tuple) else x  # some mixtures of experts return their scores too
 
-    def mlp_branch(self, layer: Any, x: Tensor) -> Tensor:
-        """What the MLP adds to the residual stream for rows `x` [B, S, D]."""
-        return self._scaled(layer, _apply(layer, self.after_mlp, layer.mlp(self.mlp_input(layer, x))))
+    def _added(
+        self, layer: nn.Module, x: Tensor, output: Tensor, after: str | None, norm: str | None
+    ) -> Tensor:
+        output = _apply(layer, after, output)
+        if self.residual_scale is not None:
+            output = output * getattr(layer, self.residual_scale)
+        return output if _switch(layer, self.norm_first) else _apply(layer, norm, x + output) - x
 
-    def _scaled(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return x if self.residual_scale is None else x * getattr(layer, self.residual_scale)
+
+def _has(layer: nn.Module, path: str) -> bool:
+    try:
+        attrgetter(path)(layer)
+    except AttributeError:
+        return False
+    return True
+
+
+def _switch(layer: nn.Module, value: bool | str) -> bool:
+    return bool(getattr(layer, value)) if isinstance(value, str) else value
 
 
 def _apply(layer: nn.Module, name: str | None, x: Tensor) -> Tensor:
-    return x if name is None else getattr(layer, name)(x)
+    """`x` through a module of the layer, or through a dropout of which the layer holds the probability."""
+    if name is None:
+        return x
+    step = getattr(layer, name)
+    return F.dropout(x, step, layer.training) if isinstance(step, int | float) else step(x)
 
 
 _PRE_NORM = Architecture()
+_POST_BRANCH_NORM = Architecture(
+    before_attention=None,
+    after_attention="post_attention_layernorm",
+    before_mlp=None,
+    after_mlp="post_feedforward_layernorm",
+)
+_FOUR_NORMS = Architecture(
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
+_PARALLEL = Architecture(before_mlp="input_layernorm", parallel=True)
+
 ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "gemma"), _PRE_NORM),
-    "starcoder2": Architecture(down_proj="c_proj"),
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma"), _PRE_NORM),
+    **dict.fromkeys(("smollm3", "olmo", "glm", "seed_oss", "helium", "ernie4_5", "arcee"), _PRE_NORM),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), _PRE_NORM),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _POST_BRANCH_NORM),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _FOUR_NORMS),
+    **dict.fromkeys(("cohere", "cohere2"), _PARALLEL),
+    "starcoder2": Architecture(down_proj="mlp.c_proj"),
     "phi3": Architecture(after_attention="resid_attn_dropout", after_mlp="resid_mlp_dropout"),
     "granite": Architecture(residual_scale="residual_multiplier"),
-    "olmo2": Architecture(
-        before_attention=None,
-        after_attention="post_attention_layernorm",
-        before_mlp=None,
-        after_mlp="post_feedforward_layernorm",
+    "phi": Architecture(
+        output="dense",
+        down_proj="mlp.fc2",
+        before_mlp="input_layernorm",
+        after_attention="resid_dropout",
+        after_mlp="resid_dropout",
+        parallel=True,
     ),
-    "gemma2": Architecture(
-        after_attention="post_attention_layernorm",
-        before_mlp="pre_feedforward_layernorm",
-        after_mlp="post_feedforward_layernorm",
+    "gpt_neox": Architecture(
+        attention="attention",
+        output="dense",
+        down_proj="mlp.dense_4h_to_h",
+        after_attention="post_attention_dropout",
+        after_mlp="post_mlp_dropout",
+        parallel="use_parallel_residual",
+    ),
+    "gpt2": Architecture(
+        attention="attn",
+        output="c_proj",
+        down_proj="mlp.c_proj",
+        before_attention="ln_1",
+        before_mlp="ln_2",
+    ),
+    "opt": Architecture(
+        output="out_proj",
+        mlp=("fc1", "activation_fn", "fc2"),
+        down_proj="fc2",
+        before_attention="self_attn_layer_norm",
+        after_attention="dropout",
+        before_mlp="final_layer_norm",
+        after_mlp="dropout",
+        norm_first="do_layer_norm_before",
     ),
 }
 
@@ -103,7 +197,6 @@ class CausalLM:
     decoder: Any
     head: nn.Module
     layers: nn.ModuleList
-    architecture: Architecture
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -123,32 +216,30 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
     """Find the parts of `model`, plain or wrapped.
 
     Raises:
-        ValueError: the architecture or the attention implementation is not supported, or a part is missing.
+        ValueError: it is no text-only causal LM of transformers, or its attention implementation is not
+            supported.
     """
     model = unwrap(model)
     config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in ARCHITECTURES:
+    name = f"{type(model).__name__} with config.model_type {getattr(config, 'model_type', None)!r}"
+    if not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
+        raise ValueError(f"LeMo needs a causal LM of transformers with an output head, got {name}.")
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise ValueError(f"LeMo needs a decoder of text alone, got {name}.")
+    decoder = model.get_decoder()
+    lists = [getattr(decoder, part, None) for part in ("layers", "h")]
+    layers = next((part for part in lists if isinstance(part, nn.ModuleList) and len(part)), None)
+    if layers is None:
+        children = ", ".join(part for part, _ in decoder.named_children())
         raise ValueError(
-            f"LeMo supports the architectures {', '.join(sorted(ARCHITECTURES))}; "
-            f"got {type(model).__name__} with config.model_type {model_type!r}."
-        )
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if head is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise ValueError(
-            f"LeMo needs a causal LM with an output head and a list `layers` in its decoder; "
-            f"{type(model).__name__} has not both."
-        )
-    architecture = ARCHITECTURES[model_type]
-    if missing := architecture.missing_from(decoder.layers[0]):
-        raise ValueError(
-            f"LeMo looked for {', '.join(missing)} in {type(decoder.layers[0]).__name__} and found none; "
-            f"this version of transformers wires {model_type} differently."
+            f"LeMo looked for a list `layers` or `h` of decoder layers in {type(decoder).__name__} and found "
+            f"{children}; {name} cannot be patched."
         )
     implementation = config._attn_implementation
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         raise ValueError(
-            f"LeMo works with attn_implementation {' or '.join(ATTENTION_IMPLEMENTATIONS)}, got "
-            f"{implementation!r}; load the model with attn_implementation='sdpa'."
+            f"LeMo works with attn_implementation {', '.join(ATTENTION_IMPLEMENTATIONS)}, got "
+            f"{implementation!r}, which takes no mask of chosen tokens; load the model with "
+            "attn_implementation='sdpa'."
         )
-    return CausalLM(model, decoder, head, decoder.layers, architecture)
+    return CausalLM(model, decoder, model.get_output_embeddings(), layers)

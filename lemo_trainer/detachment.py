@@ -13,14 +13,12 @@ width d.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo_trainer.architectures import Architecture
 from lemo_trainer.checkpointing import without_graph
@@ -34,12 +32,13 @@ from lemo_trainer.informativeness import (
     valid_tokens,
     without_dropout,
 )
+from lemo_trainer.masks import attention_interface, masked_attention
 from lemo_trainer.rows import (
     add_rows,
     flat_rows,
     merge_heads,
     other_positions,
-    take_positions,
+    take_arguments,
     take_queries,
     take_rows,
 )
@@ -107,38 +106,36 @@ class DetachingLayer:
         self,
         layer: Any,
         x_BSD: Tensor,
-        attention_mask: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        positions: dict[str, Any],
         plan: BlockPlan,
         run: Callable[..., Tensor],
         **kwargs: Any,
     ) -> Tensor:
         """The layer's output [B, S, D]; the arguments are those of `EliminatingLayer`."""
         seq_len = x_BSD.shape[1]
-        attention = layer.self_attn
-        modeling: Any = sys.modules[type(attention).__module__]
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention.config._attn_implementation, modeling.eager_attention_forward
-        )
-        attend = functools.partial(_attend, attention, function, attention_mask)
+        architecture = self.architecture
+        attention = architecture.attention_of(layer)
+        implementation, mask = masked_attention(attention, attention_mask)
+        attend = functools.partial(_attend, attention, attention_interface(attention, implementation), mask)
 
-        def project(x_BTD: Tensor, position_embeddings: Any) -> AttentionInputs:
+        def project(x_BTD: Tensor, positions: dict[str, Any]) -> AttentionInputs:
             return attention_inputs(
                 attention,
-                self.architecture.attention_input(layer, x_BTD),
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
+                architecture.attention_input(layer, x_BTD),
+                attention_mask=mask,
+                **positions,
                 **kwargs,
             )
 
         with without_graph():
-            everything = project(x_BSD, position_embeddings) if self._scores_attention(layer) else None
-            index_BK = self._select(layer, x_BSD, attention_mask, plan, everything)
+            everything = project(x_BSD, positions) if self._scores_attention(layer) else None
+            index_BK = self._select(layer, x_BSD, mask, plan, everything)
             rest_BR = other_positions(index_BK, seq_len)
             rest_rows = flat_rows(rest_BR, seq_len)
             x_BRD = take_rows(x_BSD, rest_rows)
             if everything is None:
-                rest = project(x_BRD, _take_all(position_embeddings, rest_BR))
+                rest = project(x_BRD, take_arguments(positions, rest_BR))
             else:
                 rest = everything.take(rest_BR)
 
@@ -154,15 +151,15 @@ class DetachingLayer:
                 return attend(query, keys, values, index_BK, **options)
 
             with attention_function(attention, _KEPT):
-                update = self.architecture.attention_branch(
+                update = architecture.attention_branch(
                     layer,
                     x_BKD,
                     attention_mask=None,
-                    position_embeddings=_take_all(position_embeddings, index_BK),
                     lemo_attend=lemo_attend,
+                    **take_arguments(positions, index_BK),
                     **kwargs,
                 )
-            return update + self.architecture.mlp_branch(layer, x_BKD + update)
+            return self._with_mlp(layer, x_BKD, update)
 
         rows = flat_rows(index_BK, seq_len)
         update = run(kept, take_rows(x_BSD, rows), rest.key, rest.value)
@@ -171,9 +168,20 @@ class DetachingLayer:
         with without_graph(), without_dropout(layer):
             heads = attend(rest.query, *complete, rest_BR, scaling=rest.scaling, **rest.options)
             complete = None
-            constant = self.architecture.finish_attention(layer, heads)
-            constant += self.architecture.mlp_branch(layer, x_BRD + constant)
-        return add_rows(add_rows(x_BSD, constant, rest_rows), update, rows)
+            constant = architecture.finish_attention(layer, x_BRD, heads)
+            constant = self._with_mlp(layer, x_BRD, constant)
+        y_BSD = add_rows(add_rows(x_BSD, constant, rest_rows), update, rows)
+        if not architecture.has_dense_mlp(layer):
+            return y_BSD
+        source_BSD = x_BSD if architecture.is_parallel(layer) else y_BSD
+        return y_BSD + run(functools.partial(architecture.mlp_branch, layer), source_BSD)
+
+    def _with_mlp(self, layer: nn.Module, x: Tensor, update: Tensor) -> Tensor:
+        """The layer's update of rows `x` from that of its attention."""
+        if self.architecture.has_dense_mlp(layer):
+            return update
+        source = x if self.architecture.is_parallel(layer) else x + update
+        return update + self.architecture.mlp_branch(layer, source)
 
     def _scores_attention(self, layer: nn.Module) -> bool:
         """Whether the choice in `layer` needs the queries and keys of all tokens."""
@@ -199,7 +207,3 @@ class DetachingLayer:
             self.shared_index_BK = select_tokens(scores, valid_BS, plan, self.config)
         assert self.shared_index_BK is not None
         return self.shared_index_BK
-
-
-def _take_all(position_embeddings: tuple[Tensor, Tensor], index_BK: Tensor) -> tuple[Tensor, ...]:
-    return tuple(take_positions(part, index_BK) for part in position_embeddings)

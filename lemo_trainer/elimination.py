@@ -18,6 +18,7 @@ from lemo_trainer.architectures import Architecture
 from lemo_trainer.checkpointing import without_graph
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness import (
+    attention_function,
     attention_inputs,
     attention_scores,
     mlp_intermediate,
@@ -25,7 +26,8 @@ from lemo_trainer.informativeness import (
     score_positions,
     valid_tokens,
 )
-from lemo_trainer.rows import add_rows, flat_rows, take_mask, take_positions, take_rows
+from lemo_trainer.masks import masked_attention
+from lemo_trainer.rows import add_rows, flat_rows, take_arguments, take_mask, take_rows
 from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
 
 
@@ -45,8 +47,8 @@ class EliminatingLayer:
         self,
         layer: Any,
         x_BSD: Tensor,
-        attention_mask: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        positions: dict[str, Any],
         plan: BlockPlan,
         run: Callable[..., Tensor],
         **kwargs: Any,
@@ -54,36 +56,36 @@ class EliminatingLayer:
         """The layer's output [B, S, D].
 
         Args:
-            layer: the decoder layer; `x_BSD`, `attention_mask`, `position_embeddings` and `kwargs` are the
-                arguments of its own forward.
+            layer: the decoder layer; `x_BSD`, `attention_mask` and `kwargs` are arguments of its own forward.
+            positions: its arguments with one entry a token.
             run: calls its first argument on the others: the layer's gradient checkpointing, selective
                 checkpointing, or nothing but a call.
         """
+        architecture = self.architecture
         seq_len = x_BSD.shape[1]
-        valid_BS = valid_tokens(attention_mask)
+        implementation, mask = masked_attention(architecture.attention_of(layer), attention_mask)
+        valid_BS = valid_tokens(mask)
 
-        scores_BN = self._attention_scores(
-            layer, x_BSD, valid_BS, plan, attention_mask, position_embeddings, **kwargs
-        )
+        scores_BN = self._attention_scores(layer, x_BSD, valid_BS, plan, mask, **positions, **kwargs)
         index_BK = select_tokens(scores_BN, valid_BS, plan, self.config)
-        kept = {
-            "attention_mask": take_mask(attention_mask, index_BK),
-            "position_embeddings": tuple(take_positions(part, index_BK) for part in position_embeddings),
-        }
+        kept = {"attention_mask": take_mask(mask, index_BK), **take_arguments(positions, index_BK)}
 
         def attention(x_BKD: Tensor) -> Tensor:
-            return self.architecture.attention_branch(layer, x_BKD, **kept, **kwargs)
+            with attention_function(architecture.attention_of(layer), implementation):
+                return architecture.attention_branch(layer, x_BKD, **kept, **kwargs)
 
         rows = flat_rows(index_BK, seq_len)
-        x_BSD = add_rows(x_BSD, run(attention, take_rows(x_BSD, rows)), rows)
-
-        index_BK = select_tokens(self._mlp_scores(layer, x_BSD, valid_BS, plan), valid_BS, plan, self.config)
+        y_BSD = add_rows(x_BSD, run(attention, take_rows(x_BSD, rows)), rows)
 
         def mlp(x_BKD: Tensor) -> Tensor:
-            return self.architecture.mlp_branch(layer, x_BKD)
+            return architecture.mlp_branch(layer, x_BKD)
 
-        rows = flat_rows(index_BK, seq_len)
-        return add_rows(x_BSD, run(mlp, take_rows(x_BSD, rows)), rows)
+        source_BSD = x_BSD if architecture.is_parallel(layer) else y_BSD
+        if architecture.has_dense_mlp(layer):
+            return y_BSD + run(mlp, source_BSD)
+        scores_BN = self._mlp_scores(layer, source_BSD, valid_BS, plan)
+        rows = flat_rows(select_tokens(scores_BN, valid_BS, plan, self.config), seq_len)
+        return add_rows(y_BSD, run(mlp, take_rows(source_BSD, rows)), rows)
 
     @without_graph()
     def _attention_scores(
@@ -93,16 +95,14 @@ class EliminatingLayer:
         valid_BS: Tensor | None,
         plan: BlockPlan,
         mask: Tensor | None,
-        position_embeddings: Any,
         **kwargs: Any,
     ) -> Tensor:
         if self.config.selector != "informativeness":
             return cheap_scores(self.config.selector, x_BSD, valid_BS, plan)
         inputs = attention_inputs(
-            layer.self_attn,
+            self.architecture.attention_of(layer),
             self.architecture.attention_input(layer, x_BSD),
             attention_mask=mask,
-            position_embeddings=position_embeddings,
             **kwargs,
         )
         return attention_scores(inputs.query, inputs.key, inputs.scaling, mask, plan.block_size)
@@ -111,9 +111,8 @@ class EliminatingLayer:
     def _mlp_scores(self, layer: Any, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:
         if self.config.selector != "informativeness":
             return cheap_scores(self.config.selector, x_BSD, valid_BS, plan)
-        positions = score_positions(
+        sampled = score_positions(
             plan.blocks, plan.block_size, self.config.mlp_score_tokens, device=x_BSD.device
         )
-        normed = self.architecture.mlp_input(layer, x_BSD[:, positions])
-        intermediate = mlp_intermediate(layer.mlp, self.architecture.down_proj, normed)
-        return mlp_scores(intermediate, None if valid_BS is None else valid_BS[:, positions], plan.blocks)
+        intermediate = mlp_intermediate(self.architecture, layer, x_BSD[:, sampled])
+        return mlp_scores(intermediate, None if valid_BS is None else valid_BS[:, sampled], plan.blocks)

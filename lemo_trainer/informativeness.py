@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lemo_trainer.architectures import Architecture
 from lemo_trainer.rows import take_heads
 
 QUERY_ROWS = 256  # queries scored at a time, rounded to whole blocks
@@ -69,7 +70,7 @@ AttentionInterface.register(_CAPTURE, _capture_attention)
 
 @contextlib.contextmanager
 def attention_function(attention: Any, name: str) -> Iterator[None]:
-    """Let a `self_attn` module dispatch to the registered attention function `name`."""
+    """Let an attention module dispatch to the registered attention function `name`."""
     config = attention.config
     attention.config = copy.copy(config)
     attention.config._attn_implementation = name
@@ -81,9 +82,14 @@ def attention_function(attention: Any, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Run `module` in evaluation mode, and give every part its own mode back."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+    """Run the parts of `module` that hold no weights in evaluation mode, and give each its own mode back.
+
+    Dropout and attention probabilities are such parts; quantised projections, which bitsandbytes repacks
+    for inference when they see evaluation mode, are not.
+    """
+    training = [part for part in module.modules() if part.training and not part._parameters]
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
@@ -96,13 +102,13 @@ def attention_inputs(attention: Any, x_BSD: Tensor, **kwargs: Any) -> AttentionI
     """What `attention` hands to its attention function, without gradient and dropout.
 
     Args:
-        attention: a `self_attn` module that dispatches through transformers' `AttentionInterface`.
+        attention: an attention module that dispatches through transformers' `AttentionInterface`.
         x_BSD: its input.
         kwargs: its other arguments (position embeddings, mask).
     """
     try:
         with attention_function(attention, _CAPTURE), without_dropout(attention):
-            attention(hidden_states=x_BSD, **kwargs)
+            attention(x_BSD, **kwargs)
     except _Captured as captured:
         inputs: AttentionInputs = captured.args[0]
         return inputs
@@ -110,21 +116,33 @@ def attention_inputs(attention: Any, x_BSD: Tensor, **kwargs: Any) -> AttentionI
 
 
 @torch.no_grad()
-def mlp_intermediate(mlp: Any, down_proj: str, x_BSD: Tensor) -> Tensor:
-    """The input of the MLP's last projection for `x_BSD`: [B, S, intermediate width]."""
+def dispatches(attention: Any, layer: nn.Module, x_BSD: Tensor, **kwargs: Any) -> bool:
+    """Whether `attention`, a part of `layer`, calls transformers' `AttentionInterface`."""
+    try:
+        with attention_function(attention, _CAPTURE), without_dropout(layer):
+            layer(x_BSD, **kwargs)
+    except _Captured:
+        return True
+    return False
+
+
+@torch.no_grad()
+def mlp_intermediate(architecture: Architecture, layer: nn.Module, x_BSD: Tensor) -> Tensor:
+    """The input of the MLP's last projection for rows of the residual stream: [B, S, intermediate width]."""
+    assert architecture.down_proj is not None
 
     def capture(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         raise _Captured(args[0])
 
-    hook = getattr(mlp, down_proj).register_forward_pre_hook(capture, prepend=True)
+    hook = layer.get_submodule(architecture.down_proj).register_forward_pre_hook(capture, prepend=True)
     try:
-        with without_dropout(mlp):
-            mlp(x_BSD)
+        with without_dropout(layer):
+            architecture.run_mlp(layer, architecture.mlp_input(layer, x_BSD))
     except _Captured as captured:
         return captured.args[0]
     finally:
         hook.remove()
-    raise AssertionError(f"{type(mlp).__name__} does not call its {down_proj}.")
+    raise AssertionError(f"{type(layer).__name__} does not call its {architecture.down_proj}.")
 
 
 def allowed_pairs(mask_B1SS: Tensor) -> Tensor:

@@ -65,6 +65,17 @@ def take_positions(values_BS: Tensor, index_BK: Tensor) -> Tensor:
     return values_BS.expand(len(index_BK), *values_BS.shape[1:])[batch, index_BK]
 
 
+def take_arguments(arguments: Any, index_BK: Tensor) -> Any:
+    """A layer's arguments per token ([B or 1, S, ...], tuples, dicts of them) at positions [B, K]."""
+    if isinstance(arguments, Tensor):
+        return take_positions(arguments, index_BK)
+    if isinstance(arguments, dict):
+        return {name: take_arguments(part, index_BK) for name, part in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(take_arguments(part, index_BK) for part in arguments)
+    return arguments
+
+
 def take_queries(mask_B1SS: Tensor | None, index_BK: Tensor, keys: int) -> Tensor:
     """The rows [B, 1, K, keys] of an attention mask at positions [B, K]; None is plain causal."""
     if mask_B1SS is None:

@@ -11,20 +11,32 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ollie_compile.expr import Input, Read, Scope
+from ollie_compile import transforms
+from ollie_compile.convolutions import (
+    ConvolutionCall,
+    ConvolutionMatch,
+    data_order,
+    match_convolution,
+    output_order,
+)
+from ollie_compile.expr import ELEMENTWISE, Constant, Input, Read, Scope
 from ollie_compile.matching import Matmul, match_matmul
+from ollie_compile.transforms import is_transform
 from ollie_compile.views import Window, is_view
 
 MAX_TAPS = 128  # summed terms of one eOperator; more would make kernels that take minutes to compile
 
-Layout = Literal["rows", "columns", "batched"]
-"""How products are written: rows A @ B; columns B^T @ A^T; batched like columns, one product for each
-value of the first row iterator, which keeps a batch of images apart."""
+Layout = Literal["rows", "columns", "batched", "convolution", "channels last"]
+"""How contractions are written: products as rows A @ B; as columns B^T @ A^T; batched like columns, one
+product for each value of the first row iterator, which keeps a batch of images apart. The other two call
+the library's convolution for what is one, on contiguous or channels-last data, and products as rows."""
+
+CONVOLVED = ("convolution", "channels last")
 
 
 @dataclass(frozen=True)
@@ -42,16 +54,25 @@ class Program:
 
 
 def is_lowerable(scope: Scope) -> bool:
-    """Whether every scope is a matrix product or an eOperator of at most `MAX_TAPS` taps."""
-    return all(match_matmul(inner) is not None or _is_eoperator(inner) for inner in scope.scopes())
+    """Whether every scope is a matrix product, a convolution or an eOperator of at most `MAX_TAPS` taps."""
+    return all(
+        match_matmul(inner) is not None or match_convolution(inner) is not None or _is_eoperator(inner)
+        for inner in scope.scopes()
+    )
 
 
 def programs(scope: Scope) -> list[Program]:
     """The different ways to write a lowerable expression."""
-    matches = [(inner, match) for inner in scope.scopes() if (match := match_matmul(inner))]
-    layouts: list[Layout] = list(get_args(Layout)) if matches else ["rows"]
-    if not any(_batched(inner, match) for inner, match in matches):
-        layouts = layouts[:2]
+    scopes = list(scope.scopes())
+    matches = [(inner, match) for inner in scopes if (match := match_matmul(inner))]
+    layouts: list[Layout] = []
+    if all(match_matmul(inner) or _is_eoperator(inner) for inner in scopes):
+        layouts += ["rows", "columns"] if matches else ["rows"]
+        layouts += ["batched"] if any(_batched(inner, match) for inner, match in matches) else []
+    convolved = [found for inner in scopes if (found := match_convolution(inner))]
+    if convolved:
+        layouts += ["convolution"]
+        layouts += ["channels last"] if any(len(found.spatial) > 1 for found in convolved) else []
     return [Program(scope, layout) for layout in layouts]
 
 
@@ -78,7 +99,7 @@ class Product:
         match = match_matmul(scope)
         if match is None:
             return None
-        if layout == "rows":
+        if layout in ("rows", *CONVOLVED):
             return cls(match.batch, match.rows, match.columns, match.contracted, False, False)
         if layout == "batched" and _batched(scope, match):
             return cls(match.rows[:1], match.columns, match.rows[1:], match.contracted, True, True)
@@ -95,7 +116,17 @@ def extents(scope: Scope, names: Sequence[str]) -> list[int]:
     return [scope.ranges[name][1] - scope.ranges[name][0] for name in names]
 
 
+def _combined(function: str, values: list[Tensor]) -> Tensor:
+    if function in "*+":
+        return functools.reduce(torch.mul if function == "*" else torch.add, values)
+    return ELEMENTWISE[function].torch(*values)
+
+
 def _is_eoperator(scope: Scope) -> bool:
+    if is_transform(scope):
+        return is_view(transforms.data(scope), scope.traversal)
+    if any(isinstance(read.tensor, Constant) for read in scope.factors):
+        return False
     taps = math.prod(loop.extent for loop in scope.summation)
     return taps <= MAX_TAPS and all(is_view(read, scope.traversal) for read in scope.factors)
 
@@ -108,14 +139,54 @@ class _Lowering:
     def scope(self, scope: Scope) -> Tensor:
         """The value on the scope's box, dimensions in the order of its traversal."""
         if scope not in self.done:
-            product = Product.of(scope, self.layout)
-            self.done[scope] = self._eoperator(scope) if product is None else self._product(scope, product)
+            self.done[scope] = self._value(scope)
         return self.done[scope]
 
-    def _window(self, read: Read, scope: Scope) -> Window:
+    def _value(self, scope: Scope) -> Tensor:
+        product = Product.of(scope, self.layout)
+        if product is not None:
+            return self._product(scope, product)
+        if self.layout in CONVOLVED and (match := match_convolution(scope)) is not None:
+            return self._convolution(scope, match)
+        return self._transform(scope) if is_transform(scope) else self._eoperator(scope)
+
+    def _tensor(self, read: Read) -> Tensor:
         tensor = read.tensor
-        value = self.inputs[tensor.name] if isinstance(tensor, Input) else self.scope(tensor)
-        return Window.of(read, value, scope.ranges)
+        assert not isinstance(tensor, Constant), "constants are read by transforms only"
+        return self.inputs[tensor.name] if isinstance(tensor, Input) else self.scope(tensor)
+
+    def _window(self, read: Read, scope: Scope) -> Window:
+        return Window.of(read.index, read.tensor.box, self._tensor(read), scope.ranges)
+
+    def _transform(self, scope: Scope) -> Tensor:
+        read = transforms.data(scope)
+        (summed,) = scope.summation
+        # In the order of the traversal, so that the additions run along contiguous values.
+        rank = {loop.name: place for place, loop in enumerate(scope.traversal)}
+        order = sorted(
+            range(len(read.index)),
+            key=lambda at: max((rank.get(name, -1) for name in read.index[at].iterators()), default=-1),
+        )
+        value = self._tensor(read).permute(order).contiguous()
+        index, box = [read.index[at] for at in order], tuple(read.tensor.box[at] for at in order)
+        window = Window.of(index, box, value, scope.ranges)
+        return transforms.apply(scope, lambda value, loops: window.at({summed.name: value}, loops))
+
+    def _convolution(self, scope: Scope, match: ConvolutionMatch) -> Tensor:
+        read, other = scope.factors[match.data], scope.factors[1 - match.data]
+        call = ConvolutionCall.of(scope, match)
+        sides = [call.input_shape[0], call.input_shape[1]]
+        x = self._tensor(read).permute(data_order(read, match))
+        x = x.reshape(*sides, *x.shape[x.dim() - len(match.spatial) :])
+        loops = {loop.name: loop for loop in scope.traversal + scope.summation}
+        names = (*match.groups, *match.outputs, *match.channels, *match.taps)
+        weight = self._window(other, scope).at({}, [loops[name] for name in names]).reshape(call.weight_shape)
+        if self.layout == "channels last" and x.dim() > 3:
+            layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+        order = output_order(match)
+        value = call(x, weight).reshape(extents(scope, order))
+        return value.permute([order.index(loop.name) for loop in scope.traversal])
 
     def _eoperator(self, scope: Scope) -> Tensor:
         windows = [self._window(read, scope) for read in scope.factors]
@@ -123,7 +194,7 @@ class _Lowering:
         for taps in itertools.product(*(range(loop.low, loop.high) for loop in scope.summation)):
             at = {loop.name: tap for loop, tap in zip(scope.summation, taps, strict=True)}
             views = [window.at(at, scope.traversal) for window in windows]
-            term = functools.reduce(torch.mul, views)
+            term = _combined(scope.function, views)
             total = term if total is None else total + term
         assert total is not None, "a summation has at least one tap"
         return total.expand(scope.shape)

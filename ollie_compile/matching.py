@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ollie_compile.convolutions import match_convolution
 from ollie_compile.expr import Affine, Read, Scope
-from ollie_compile.rules import simplify
-from ollie_compile.rules.layout import rearrange
+from ollie_compile.rules import Rule, simplify
+from ollie_compile.rules.layout import dimension_splitting, rearrange
 from ollie_compile.rules.substitution import split_variable, substitute
 from ollie_compile.rules.summation import split_summation
+from ollie_compile.rules.windows import dilation_splitting, stride_splitting
 
 MAX_GROWTH = 1.5  # products that guided substitution may add; above, rearranging the tensor is better
 
@@ -61,7 +63,7 @@ def _iterators(read: Read) -> list[str] | None:
     return [name for name in names if name is not None]
 
 
-def repair(scope: Scope) -> tuple[str, Scope] | None:
+def repair_product(scope: Scope) -> tuple[str, Scope] | None:
     """The derivation that removes the first mismatch between a contraction and a matrix product.
 
     Returns the rule's name and the derived scope, or None where nothing is known to help: the mismatch
@@ -92,15 +94,23 @@ def _replaceable(scope: Scope, expression: Affine) -> list[str]:
     return sorted(occurrences, key=lambda name: (occurrences[name], name))
 
 
-def _pays(scope: Scope, derived: Scope) -> bool:
+def _pays(scope: Scope, derived: Scope, *, terms: bool = False) -> bool:
     """Whether a substitution removes a compound index from the contractions without many more products.
 
     Every repair so lowers (summations, divisions, compound indices), which ends guided derivation.
+
+    Args:
+        terms: removing a term of a compound index is enough.
     """
+    measure = _terms if terms else _compounds
     contractions = [inner for inner in derived.scopes() if inner.is_contraction]
     products = sum(_products(inner) for inner in contractions)
-    compounds = sum(_compounds(inner) for inner in contractions)
-    return products <= MAX_GROWTH * _products(scope) and compounds < _compounds(scope)
+    left = sum(measure(inner) for inner in contractions)
+    return products <= MAX_GROWTH * _products(scope) and left < measure(scope)
+
+
+def _terms(scope: Scope) -> int:
+    return sum(len(index.terms) for read in scope.factors for index in read.index)
 
 
 def _products(scope: Scope) -> int:
@@ -115,4 +125,54 @@ def _repair_layout(scope: Scope) -> tuple[str, Scope] | None:
     for position, read in enumerate(scope.factors):
         if not isinstance(read.tensor, Scope) and any(index.compound for index in read.index):
             return "layout transformation", rearrange(scope, position)
+    return None
+
+
+def repair_convolution(scope: Scope) -> tuple[str, Scope] | None:
+    """The derivation that removes the first mismatch between a contraction and a dense convolution.
+
+    As `repair_product`. Strides and dilation are mismatches: more can be derived from dense convolutions.
+    """
+    match = match_convolution(scope)
+    if match is not None and match.dense:
+        return None
+    traversal = {loop.name for loop in scope.traversal}
+    for division in scope.divisions():
+        name = division.of.iterator
+        if name in traversal and division.of.coefficient(name) == 1:
+            return "variable splitting", split_variable(scope, name, division.by, division.of.const)
+    for name, rule in _TOWARDS_DENSE.items():
+        derived = next(rule(scope), None)
+        if derived is not None:
+            return name, derived
+    return _repair_nested_taps(scope)
+
+
+_TOWARDS_DENSE: dict[str, Rule] = {
+    "dimension splitting": dimension_splitting,
+    "dilation splitting": dilation_splitting,
+    "stride splitting": stride_splitting,
+}
+
+
+def _repair_nested_taps(scope: Scope) -> tuple[str, Scope] | None:
+    """A window of windows: the sum over the outer taps leaves, and they move into where windows start."""
+    traversal = {loop.name for loop in scope.traversal}
+    summation = {loop.name for loop in scope.summation}
+    compound = [index for read in scope.factors for index in read.index if len(index.terms) > 1]
+    outer = set()
+    for index in compound:
+        taps = sorted((abs(c), str(a)) for a, c in index.terms if a in summation)
+        if traversal & set(index.iterators()):
+            outer |= {name for _, name in taps[1:]}
+    if outer and outer != summation:
+        return "summation splitting", split_summation(scope, outer)
+    for index in compound:
+        start = Affine(tuple((a, c) for a, c in index.terms if a in traversal))
+        if len(start.terms) < 2:
+            continue
+        for name in _replaceable(scope, start):
+            derived = substitute(scope, start, name)
+            if derived is not None and _pays(scope, simplify(derived)[0], terms=True):
+                return "variable substitution", derived
     return None

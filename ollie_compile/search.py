@@ -1,21 +1,28 @@
 """Hybrid derivation search (OLLIE, section 5): exploration over states, guided completion at each.
 
-Exploration applies one rule at a time, breadth first, and never visits two states with one fingerprint.
+Exploration applies one rule at a time, level by level, and never explores two states with one fingerprint.
 At every state guided derivation repairs, one after the other, the mismatches between its contractions
-and a matrix product. What can be lowered on the way is a candidate.
+and an operator: a matrix product, a dense convolution. What can be lowered on the way is a candidate.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ollie_compile.expr import Scope, canonical
 from ollie_compile.lower import is_lowerable
-from ollie_compile.matching import match_matmul, repair
+from ollie_compile.matching import match_matmul, repair_convolution, repair_product
 from ollie_compile.rules import EXPLORATIVE, rewrites, simplify
+from ollie_compile.transforms import is_transform
+
+BEAM = 64
+MAX_GROWTH = 4  # times the products of the original; more than this is never won back by faster operators
+
+Repair = Callable[[Scope], tuple[str, Scope] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +52,20 @@ class Derivation:
 
 @dataclass(slots=True)
 class SearchStats:
-    """States visited, states met again, lowerable expressions found, and the time in seconds."""
+    """What a search did.
+
+    Attributes:
+        states: expressions visited, no two with one fingerprint.
+        duplicates: expressions met again.
+        pruned: expressions left out, by dominance or for lack of room in the beam.
+        candidates: lowerable expressions found.
+        seconds: time taken.
+        complete: whether the budget sufficed.
+    """
 
     states: int = 0
     duplicates: int = 0
+    pruned: int = 0
     candidates: int = 0
     seconds: float = 0.0
     complete: bool = True
@@ -62,51 +79,103 @@ class SearchResult:
     stats: SearchStats = field(default_factory=SearchStats)
 
 
-def search(expression: Scope, *, max_depth: int, budget_s: float) -> SearchResult:
-    """Derive lowerable expressions equal to `expression`.
+class _Search:
+    """The states of one search, met so far and still to be explored."""
+
+    def __init__(self, expression: Scope, budget_s: float, *, fingerprints: bool) -> None:
+        self.start, self.budget_s = time.perf_counter(), budget_s
+        self.fingerprints = fingerprints
+        self.seen: set[str] = set()
+        self.most_products = MAX_GROWTH * max(1, _products(expression))
+        self.result = SearchResult()
+
+    @property
+    def in_time(self) -> bool:
+        stats = self.result.stats
+        stats.complete = stats.complete and time.perf_counter() - self.start <= self.budget_s
+        return stats.complete
+
+    def visit(self, state: Derivation) -> bool:
+        """Whether a state is new and not dominated; lowerable ones are kept as candidates."""
+        stats = self.result.stats
+        if self.fingerprints:
+            fingerprint = canonical(state.scope)
+            if fingerprint in self.seen:
+                stats.duplicates += 1
+                return False
+            self.seen.add(fingerprint)
+        stats.states += 1
+        if _products(state.scope) > self.most_products:
+            stats.pruned += 1
+            return False
+        if is_lowerable(state.scope):
+            self.result.derivations.append(state)
+        return True
+
+
+def search(
+    expression: Scope,
+    *,
+    max_depth: int,
+    budget_s: float,
+    beam: int = BEAM,
+    guided: bool = True,
+    fingerprints: bool = True,
+) -> SearchResult:
+    """Derive lowerable expressions equal to `expression`; equal arguments give equal results.
 
     Args:
         max_depth: explorative steps from the start (repairs of guided derivations do not count).
         budget_s: seconds after which exploration stops; what was found until then is returned and
             `stats.complete` is False.
+        beam: how many states of one depth are explored further, those with the least work first.
+        guided: repair mismatches at every state; False leaves everything to exploration.
+        fingerprints: never explore two equal states; False is there to see what they save.
     """
-    start = time.perf_counter()
-
-    def in_time() -> bool:
-        result.stats.complete = time.perf_counter() - start <= budget_s
-        return result.stats.complete
-
-    result = SearchResult()
-    seen: set[str] = set()
-    frontier: deque[Derivation] = deque()
-
-    def visit(state: Derivation) -> bool:
-        fingerprint = canonical(state.scope)
-        if fingerprint in seen:
-            result.stats.duplicates += 1
-            return False
-        seen.add(fingerprint)
-        result.stats.states += 1
-        if is_lowerable(state.scope):
-            result.derivations.append(state)
-        frontier.append(state)
-        return True
-
+    found = _Search(expression, budget_s, fingerprints=fingerprints)
     scope, simplified = simplify(expression)
     steps = (Step(tuple(dict.fromkeys(simplified)), scope),) if simplified else ()
-    visit(Derivation(scope, steps))
-    while frontier and in_time():
-        state = frontier.popleft()
-        for completed in _guided(state):
-            if not visit(completed) or not in_time():
+    level = [Derivation(scope, steps)]
+    found.visit(level[0])
+    for depth in range(max_depth + 1):
+        for completed in itertools.chain.from_iterable(map(_guided, list(level))) if guided else ():
+            if found.visit(completed):
+                level.append(completed)
+            if not found.in_time:
                 break
-        for derived in _explore(state) if state.depth < max_depth else ():
-            visit(derived)
-            if not in_time():
-                break
-    result.stats.candidates = len(result.derivations)
-    result.stats.seconds = time.perf_counter() - start
-    return result
+        if depth == max_depth or not found.in_time:
+            break
+        level = sorted(level, key=lambda state: _work(state.scope))
+        found.result.stats.pruned += len(level[beam:])
+        level = _next_level(found, level[:beam])
+        if not level:
+            break
+    stats = found.result.stats
+    stats.candidates = len(found.result.derivations)
+    stats.seconds = time.perf_counter() - found.start
+    return found.result
+
+
+def _next_level(found: _Search, level: Sequence[Derivation]) -> list[Derivation]:
+    deeper = []
+    for state in level:
+        for derived in _explore(state):
+            if found.visit(derived):
+                deeper.append(derived)
+            if not found.in_time:
+                return deeper
+    return deeper
+
+
+def _products(scope: Scope) -> int:
+    """Multiplications in the contractions of an expression."""
+    contractions = (inner for inner in set(scope.scopes()) if inner.is_contraction)
+    return sum(math.prod(loop.extent for loop in inner.traversal + inner.summation) for inner in contractions)
+
+
+def _work(scope: Scope) -> tuple[int, int]:
+    """What ranks states: their products, then the elements that computing them makes."""
+    return _products(scope), sum(math.prod(inner.shape) for inner in set(scope.scopes()))
 
 
 def _explore(state: Derivation) -> Iterator[Derivation]:
@@ -117,26 +186,33 @@ def _explore(state: Derivation) -> Iterator[Derivation]:
 
 def _is_open(scope: Scope) -> bool:
     """Whether exploration may change a scope: views are settled, and so is what an operator computes."""
-    return not scope.is_view and match_matmul(scope) is None
+    return not (scope.is_view or is_transform(scope) or match_matmul(scope) is not None)
 
 
 def _guided(state: Derivation) -> Iterator[Derivation]:
-    """The states on the way to one in which every contraction is a matrix product."""
-    while True:
-        target = next((scope for scope in state.scope.scopes() if _wants_repair(scope)), None)
-        step = repair(target) if target is not None else None
-        if step is None:
-            return
-        name, repaired = step
-        state = state.then(name, _replaced(state.scope, target, repaired), depth=state.depth)
-        yield state
+    """The states on the way to one in which every contraction is an operator's, for each kind of it."""
+    for repair in (repair_product, repair_convolution):
+        reached, met = state, {canonical(state.scope)}
+        while step := next(_repairs(reached.scope, repair), None):
+            name, target, repaired = step
+            reached = reached.then(name, _replaced(reached.scope, target, repaired), depth=state.depth)
+            if canonical(reached.scope) in met:  # a repair that simplifies back to what it repaired
+                break
+            met.add(canonical(reached.scope))
+            yield reached
+
+
+def _repairs(scope: Scope, repair: Repair) -> Iterator[tuple[str, Scope, Scope]]:
+    for target in scope.scopes():
+        if _wants_repair(target) and (step := repair(target)) is not None:
+            yield step[0], target, step[1]
 
 
 def _wants_repair(scope: Scope) -> bool:
     """Whether a product is neither an operator's nor plainly elementwise."""
     unsettled = scope.summation or scope.divisions()
-    return len(scope.factors) > 1 and bool(unsettled) and match_matmul(scope) is None
+    return scope.terms() > 1 and scope.function == "*" and bool(unsettled) and match_matmul(scope) is None
 
 
-def _replaced(scope: Scope, target: Scope | None, repaired: Scope) -> Scope:
+def _replaced(scope: Scope, target: Scope, repaired: Scope) -> Scope:
     return next(rewrites(scope, lambda _: iter((repaired,)), lambda inner: inner is target))

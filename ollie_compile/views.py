@@ -64,14 +64,14 @@ class Window:
     box: Box
 
     @classmethod
-    def of(cls, read: Read, value: Tensor, ranges: Ranges) -> Window:
-        """The window of a read, padded with zeros so that no index leaves it within `ranges`."""
-        value, box = _pad(value, read.tensor.box, [i.bounds(ranges) for i in read.index])
-        groups, index, joined = merge_pairs(read.index, box)
+    def of(cls, index: Sequence[Affine], box: Box, value: Tensor, ranges: Ranges) -> Window:
+        """`value`, which holds a tensor on `box`, padded so that no index leaves it within `ranges`."""
+        value, box = _pad(value, box, [i.bounds(ranges) for i in index])
+        groups, index, joined = merge_pairs(index, box)
         if len(groups) < value.dim():
             value = value.permute([place for group in groups for place in group])
             value = value.reshape([high - low for low, high in joined])
-        return cls(value, index, joined)
+        return cls(value, list(index), joined)
 
     def at(self, constants: Mapping[str, int], loops: Sequence[Loop]) -> Tensor:
         """The read over `loops` with the other iterators at `constants`.

@@ -2,7 +2,8 @@
 
 A neuron is one row of the selector (`gate_proj`, or `fc1` where there is no gate), one row of `up_proj` where
 there is one, and one column of `down_proj` / `fc2`. Permuting all of them together leaves the MLP's function
-unchanged.
+unchanged. In a mixture of experts each routed expert is an MLP of its own; the router and shared experts stay
+with the model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Projection:
     """One linear map of an MLP.
 
     Attributes:
-        linear: name of the module that holds its weight.
+        linear: name of its weight in the checkpoint and, but for experts, of the module that holds it.
         neuron_axis: axis of the weight along which neurons lie.
         half: which half of that axis is meant, where one weight holds two projections.
     """
@@ -42,9 +43,11 @@ class Architecture:
 
     Attributes:
         layers: name of the list of layers.
-        mlp: name of the MLP in a layer; "" where its linears lie in the layer itself.
+        mlp: name of the MLP in a layer; "" where its linears lie in the layer itself. In a mixture of experts
+            the name of the module that runs the routed experts, from their stacked weights.
         selector, up, down: the projections; `up` is None for a plain two-layer MLP.
         activation: name of the activation module beside the linears.
+        expert: pattern of an expert's name in the checkpoint, with its number as a group; None if dense.
     """
 
     layers: str
@@ -53,6 +56,7 @@ class Architecture:
     up: Projection | None
     down: Projection
     activation: str
+    expert: str | None = None
 
     @property
     def projections(self) -> dict[Role, Projection]:
@@ -65,31 +69,53 @@ class Architecture:
         return ("selector", "down") if self.up is None else ("selector", "up", "down")
 
     def tensor_pattern(self) -> re.Pattern[str]:
-        """Matches the names of MLP tensors; groups: layer, linear, "weight" or "bias"."""
+        """Matches the checkpoint's names of MLP tensors.
+
+        Its groups are the layer, the expert ("" if dense), the linear, and "weight" or "bias".
+        """
         linears = "|".join(sorted({projection.linear for projection in self.projections.values()}))
-        inner = rf"{self.mlp}\." if self.mlp else ""
-        return re.compile(rf"(?:^|.*\.){self.layers}\.(\d+)\.{inner}({linears})\.(weight|bias)$")
+        inner = self.expert or (re.escape(self.mlp) + "()" if self.mlp else "()")
+        dot = r"\." if self.mlp else ""
+        return re.compile(rf"(?:^|.*\.){self.layers}\.(\d+)\.{inner}{dot}({linears})\.(weight|bias)$")
+
+    def streamed_names(self) -> set[str]:
+        """Patterns of the tensors that a streaming model does not load, as transformers names them."""
+        names = {self.tensor_pattern().pattern}
+        if self.expert is not None:
+            names.add(rf"(?:^|.*\.){self.layers}\.\d+\.{re.escape(self.mlp)}\.(gate_up_proj|down_proj)$")
+        return names
 
     def find(self, model: nn.Module) -> list[MLPSite]:
-        """The MLPs of `model`, layer by layer."""
-        container = rf"(?:^|.*\.){self.layers}\.(\d+)" + (rf"\.{self.mlp}" if self.mlp else "")
-        sites = []
-        for name, module in model.named_modules():
-            if re.fullmatch(container, name) and hasattr(module, self.down.linear):
-                sites.append(MLPSite(name, module, self))
-        return sites
+        """The modules of `model` to replace, layer by layer."""
+        inner = rf"\.{re.escape(self.mlp)}" if self.mlp else ""
+        container = re.compile(rf"(?:^|.*\.){self.layers}\.\d+{inner}")
+        held = "down_proj" if self.expert is not None else self.down.linear
+        return [
+            MLPSite(name, module, self)
+            for name, module in model.named_modules()
+            if container.fullmatch(name) and hasattr(module, held)
+        ]
 
 
 @dataclass(frozen=True)
 class MLPSite:
-    """One MLP of a model: the module that holds its linears, and its dotted name."""
+    """One MLP of a model, or one layer's experts: the module that holds its linears, and its dotted name."""
 
     name: str
     container: nn.Module
     architecture: Architecture
 
-    def linear(self, role: Role) -> nn.Module:
-        return getattr(self.container, self.architecture.projections[role].linear)
+    @property
+    def experts(self) -> int | None:
+        """How many MLPs this is as a mixture of experts; None if it is a dense MLP."""
+        return None if self.architecture.expert is None else len(self.container.down_proj)
+
+    def down_weights(self) -> list[Tensor]:
+        """The output weight of each MLP as (N, H) rows."""
+        if self.architecture.expert is not None:
+            return list(self.container.down_proj.transpose(1, 2))
+        down = self.architecture.down
+        return [getattr(self.container, down.linear).weight.movedim(down.neuron_axis, 0)]
 
     @property
     def activation(self) -> nn.Module:
@@ -103,7 +129,7 @@ class MLPSite:
         return isinstance(self.activation, (nn.ReLU, ReLUSquaredActivation))
 
     def replace(self, model: nn.Module, streaming: nn.Module) -> None:
-        """Put `streaming`, a map from hidden states to hidden states, in the MLP's place."""
+        """Put `streaming`, which is called as the MLP is, in its place."""
         if self.architecture.mlp:
             parent, _, name = self.name.rpartition(".")
             setattr(model.get_submodule(parent), name, streaming)
@@ -142,6 +168,15 @@ _GPT_NEOX = replace(
     activation="act",
 )
 _STARCODER2 = replace(_PLAIN, selector=Projection("c_fc", 0), down=Projection("c_proj", 1), activation="act")
+# transformers 5 stacks experts when it loads them; the checkpoint keeps each one's linears.
+_EXPERTS = replace(_GATED, mlp="mlp.experts", expert=r"mlp\.experts\.(\d+)")
+_MIXTRAL = replace(
+    _EXPERTS,
+    selector=Projection("w1", 0),
+    up=Projection("w3", 0),
+    down=Projection("w2", 1),
+    expert=r"(?:mlp|block_sparse_moe)\.experts\.(\d+)",
+)
 # GPT-2's Conv1D keeps its weight as (inputs, outputs).
 _GPT2 = replace(_STARCODER2, layers="h", selector=Projection("c_fc", 1), down=Projection("c_proj", 0))
 
@@ -149,18 +184,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon": replace(_GPT_NEOX, layers="h"),
     "gemma": _GATED,
     "gemma2": _GATED,
+    "gemma3": _GATED,
     "gemma3_text": _GATED,
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     "granite": _GATED,
     "llama": _GATED,
     "mistral": _GATED,
+    "mixtral": _MIXTRAL,
     "olmo2": _GATED,
+    "olmoe": _EXPERTS,
     "opt": replace(_PLAIN, mlp=""),
     "phi": _PLAIN,
     "phi3": _FUSED,
     "qwen2": _GATED,
+    "qwen2_moe": _EXPERTS,
     "qwen3": _GATED,
+    "qwen3_moe": _EXPERTS,
     "stablelm": _GATED,
     "starcoder2": _STARCODER2,
 }

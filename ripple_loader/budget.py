@@ -18,10 +18,11 @@ class Allocation:
     Attributes:
         budget: bytes it may hold.
         buffer: bytes of each of the two read buffers.
-        scratch: bytes of the working copy of a buffer's neurons, which starts in the stored dtype.
+        scratch: bytes of the working copy of some neurons, as stored and, where that differs, in the model's
+            dtype.
         rows: neurons that fit into it.
         sketch_layers: layers whose sketch is resident; the others read theirs in every forward call.
-        cache_slots: cached neurons of each layer.
+        cache_slots: cached neurons of each layer, hot ones included.
         resident: bytes by kind.
     """
 
@@ -45,7 +46,7 @@ def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) ->
     Args:
         header: of the sidecar to stream.
         config: the budget and what it is for.
-        dtype: the model's, in which neurons are cached and computed.
+        dtype: the model's, in which neurons are computed; they are cached as they are stored.
 
     Raises:
         ValueError: the budget does not hold the buffers.
@@ -54,10 +55,10 @@ def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) ->
     smallest = align(header.bundle_bytes) + 2 * BLOCK
     largest = header.section_bytes()["bundles"] + 2 * BLOCK
     buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest)))
-    rows = min(header.neurons, max(1, buffer // header.bundle_bytes))
-    numbers = header.rows * header.hidden
-    converted = numbers * dtype.itemsize if dtype != header.torch_dtype else 0
-    scratch = align(rows * (header.bundle_bytes + converted))
+    decoded = header.rows * header.hidden * dtype.itemsize
+    rows = min(header.neurons, max(1, buffer // max(header.bundle_bytes, decoded)))
+    converted = 0 if header.encoding.stores(dtype) else decoded
+    scratch = align(rows * header.bundle_bytes) + align(rows * converted)
     sketching = needs_sketch(header, config)
     resident = {
         "buffers": 2 * buffer + scratch,
@@ -77,7 +78,7 @@ def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) ->
     resident["sketch"] = sketch_layers * sketch_bytes
     left -= resident["sketch"]
     index = header.layers * header.neurons * INDEX_BYTES
-    slot = header.layers * numbers * dtype.itemsize
+    slot = header.layers * header.bundle_bytes
     cache_slots = max(0, min(header.neurons, (left - index) // slot))
     if cache_slots:
         resident["index"], resident["cache"] = index, cache_slots * slot

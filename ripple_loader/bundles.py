@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ripple_loader.checkpoint import fingerprint, read_shards
 from ripple_loader.config import check_keys
+from ripple_loader.encoding import Encoding
 from ripple_loader.sidecar import (
     CHECKSUM_CHUNK,
     SIDECAR,
@@ -32,10 +33,18 @@ from ripple_loader.sidecar import (
 HEADER_LIMIT = 100 << 20  # safetensors' own
 
 
-def pack_bundles(rows_RNH: list[Tensor]) -> Array:
-    """Interleave the rows of each neuron: uint8, shape (N, bytes of a bundle)."""
-    bundles_NRH = torch.stack(rows_RNH, dim=1)
-    return bundles_NRH.view(torch.uint8).numpy().reshape(len(bundles_NRH), -1)
+def pack_bundles(rows_RNH: list[Tensor], encoding: Encoding) -> Tensor:
+    """Encode and interleave the rows of each neuron: uint8, shape (N, bytes of a bundle)."""
+    return torch.cat([encoding.encode(row_NH) for row_NH in rows_RNH], dim=1)
+
+
+def unpack_bundles(bytes_NB: Tensor, header: SidecarHeader, dtype: torch.dtype) -> Tensor:
+    """Decode bundles to `dtype`, shape (N, R, H); a view where they are stored so."""
+    N = len(bytes_NB)
+    if header.encoding.stores(dtype):
+        return header.encoding.decode(bytes_NB, header.hidden, dtype).view(N, header.rows, header.hidden)
+    rows_RNB = bytes_NB.split(header.row_bytes, dim=1)
+    return torch.stack([header.encoding.decode(row_NB, header.hidden, dtype) for row_NB in rows_RNB], dim=1)
 
 
 def sketch_rows(weight_NH: Tensor) -> tuple[Array, Array, Array]:
@@ -87,13 +96,16 @@ class SidecarWriter:
         """Append one layer.
 
         Args:
-            rows_RNH: its bundle rows, each (N, H), already in placement order.
+            rows_RNH: its bundle rows, each (N, H), already in placement order, in any float dtype.
             biases: bias of each row that has one, in placement order; the last row's is the output's.
             permutation_N: the model's own index of the neuron at each place.
         """
         N, H, S = self.header.neurons, self.header.hidden, self.header.rows - 1
-        self._write(pack_bundles(rows_RNH))
-        sketches, scales, errors = zip(*map(sketch_rows, rows_RNH[:S]), strict=True)
+        bundles = pack_bundles(rows_RNH, self.header.encoding)
+        self._write(bundles.numpy())
+        # The sketch is of what will be computed with, which is what bounds its error.
+        stored_NRH = unpack_bundles(bundles, self.header, torch.float32)
+        sketches, scales, errors = zip(*(sketch_rows(stored_NRH[:, row]) for row in range(S)), strict=True)
         self._write(np.stack(sketches))
         bias_SN = [biases[row].float().numpy() if row in biases else np.zeros(N) for row in range(S)]
         down_bias_H = biases[S].float().numpy() if S in biases else np.zeros(H)
@@ -161,7 +173,7 @@ class Sidecar:
         try:
             check_keys(fields, SidecarHeader.__dataclass_fields__, "a sidecar header")
             header = SidecarHeader(**fields)
-            if header.layers > length:
+            if header.layers > length or len(header.hot) != header.layers:
                 raise ValueError(f"{header.layers} layers do not fit in it")
             return header
         except (ValueError, TypeError) as error:
@@ -176,13 +188,17 @@ class Sidecar:
         offset, _ = self.section(layer, "permutation")
         return np.fromfile(self.path, "<i4", self.header.neurons, offset=offset)
 
-    def bundles(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """The bundles of a range of places of a layer, shape (places, R, H), in the stored dtype."""
-        header = self.header
-        count = (header.neurons if stop is None else stop) - start
-        offset = self.section(layer, "bundles")[0] + start * header.bundle_bytes
-        data = np.fromfile(self.path, np.uint8, count * header.bundle_bytes, offset=offset)
-        return torch.from_numpy(data).view(header.torch_dtype).view(count, header.rows, header.hidden)
+    def bundles(self, layer: int) -> Tensor:
+        """The bundles of a layer as they are stored: uint8, shape (N, bytes of a bundle)."""
+        offset, size = self.section(layer, "bundles")
+        data = np.fromfile(self.path, np.uint8, size, offset=offset)
+        return torch.from_numpy(data).view(self.header.neurons, -1)
+
+    def bundle(self, layer: int, place: int) -> Tensor:
+        """One neuron's bundle in float32, shape (R, H)."""
+        offset = self.section(layer, "bundles")[0] + place * self.header.bundle_bytes
+        data = np.fromfile(self.path, np.uint8, self.header.bundle_bytes, offset=offset)
+        return unpack_bundles(torch.from_numpy(data)[None], self.header, torch.float32)[0]
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
         """The checksummed parts in order: byte offset and bytes."""

@@ -35,13 +35,15 @@ class NeuronCache(ABC):
     Args:
         neurons: N.
         capacity: slots, at most N.
+        pinned: the first places, at most `capacity`, hold the slots of the same number for good.
     """
 
-    def __init__(self, neurons: int, capacity: int) -> None:
-        self.capacity, self.evictions = capacity, 0
+    def __init__(self, neurons: int, capacity: int, pinned: int = 0) -> None:
+        self.capacity, self.pinned, self.evictions = capacity, pinned, 0
         self._slot = np.full(neurons, -1, np.int32)
+        self._slot[:pinned] = np.arange(pinned)
         self._stamp = np.zeros(neurons, np.int64)
-        self._free = np.arange(capacity, dtype=np.int32)
+        self._free = np.arange(pinned, capacity, dtype=np.int32)
         self._now = 0
 
     def lookup(self, places: Places) -> Slots:
@@ -53,7 +55,7 @@ class NeuronCache(ABC):
     def offer(self, places: Places) -> Admission:
         """Admit some of the neurons that were just read (ascending, none of them cached)."""
         self._now += 1
-        index = self._choose(places)[: self.capacity]
+        index = self._choose(places)[: self.capacity - self.pinned]
         chosen = places[index]
         if (short := len(chosen) - len(self._free)) > 0:
             self._drop(self._victims(short))
@@ -99,7 +101,7 @@ class LruCache(NeuronCache):
         pass
 
     def _victims(self, count: int) -> Places:
-        return self._oldest(np.flatnonzero(self._slot >= 0), count)
+        return self._oldest(self.pinned + np.flatnonzero(self._slot[self.pinned :] >= 0), count)
 
 
 class S3FifoCache(NeuronCache):
@@ -117,8 +119,9 @@ class S3FifoCache(NeuronCache):
 
     _ABSENT, _SMALL, _MAIN = range(3)
 
-    def __init__(self, neurons: int, capacity: int) -> None:
-        super().__init__(neurons, capacity)
+    def __init__(self, neurons: int, capacity: int, pinned: int = 0) -> None:
+        super().__init__(neurons, capacity, pinned)
+        self._room = capacity - pinned
         self._queue = np.zeros(neurons, np.uint8)
         self._uses = np.zeros(neurons, np.uint8)
         self._left_at = np.full(neurons, -1, np.int64)
@@ -132,7 +135,7 @@ class S3FifoCache(NeuronCache):
         run = np.cumsum(np.append(True, np.diff(places) != 1)) - 1
         lengths = np.bincount(run)
         lucky = self._random.random(len(lengths)) < self.LONG_RUN_ADMISSION
-        fits = lengths <= max(self.LONG_RUN, self.SMALL_SHARE * self.capacity)
+        fits = lengths <= max(self.LONG_RUN, self.SMALL_SHARE * self._room)
         wanted = ((lengths < self.LONG_RUN) | (lucky & fits))[run]
         wanted[:free] = True
         return np.flatnonzero(wanted)
@@ -141,7 +144,7 @@ class S3FifoCache(NeuronCache):
         self._uses[places] = np.minimum(self._uses[places] + 1, 3)
 
     def _insert(self, places: Places) -> None:
-        known = (self._left_at[places] >= 0) & (self._left - self._left_at[places] < self.capacity)
+        known = (self._left_at[places] >= 0) & (self._left - self._left_at[places] < self._room)
         self._queue[places] = np.where(known, self._MAIN, self._SMALL)
         self._uses[places] = 0
 
@@ -149,7 +152,7 @@ class S3FifoCache(NeuronCache):
         found: list[Places] = []
         while count > 0:
             small = np.flatnonzero(self._queue == self._SMALL)
-            excess = len(small) - int(self.SMALL_SHARE * self.capacity)
+            excess = len(small) - int(self.SMALL_SHARE * self._room)
             main = np.flatnonzero(self._queue == self._MAIN)
             if excess > 0 or not len(main):
                 oldest = self._oldest(small, min(count, excess) if len(main) else count)
@@ -170,6 +173,7 @@ class S3FifoCache(NeuronCache):
         return np.concatenate(found)
 
 
-def make_cache(policy: CachePolicy, neurons: int, capacity: int) -> NeuronCache:
+def make_cache(policy: CachePolicy, neurons: int, capacity: int, pinned: int = 0) -> NeuronCache:
     """A layer's cache of the named policy."""
-    return LruCache(neurons, capacity) if policy == "lru" else S3FifoCache(neurons, capacity)
+    kind = LruCache if policy == "lru" else S3FifoCache
+    return kind(neurons, capacity, pinned)

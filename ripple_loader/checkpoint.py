@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ripple_loader.sidecar import DTYPES
+from ripple_loader.encoding import DTYPES
 
 _INDEX = "model.safetensors.index.json"
 _COPY_CHUNK = 16 << 20
@@ -32,7 +32,7 @@ class TensorSpot:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Load it whole, for the dtypes of `sidecar.DTYPES`."""
+        """Load it whole, for the dtypes of `encoding.DTYPES`."""
         data = np.fromfile(self.path, np.uint8, self.stop - self.start, offset=self.start)
         return torch.from_numpy(data).view(DTYPES[self.dtype]).view(self.shape)
 
@@ -107,6 +107,12 @@ def read_shards(directory: Path) -> list[Shard]:
                 f"{index} names {name}, but {directory} does not hold it: fetch it again."
             )
     return [read_shard(directory / name) for name in names]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(paths: list[Path]) -> str:

@@ -60,53 +60,100 @@ def _texts(path: str) -> list[str]:
     return texts
 
 
+Model = Annotated[str | None, typer.Argument(help="Model directory with safetensors weights.")]
+Calibration = Annotated[str | None, typer.Option(help="Text to trace: .jsonl with `text`, or a text file.")]
+Out = Annotated[str | None, typer.Option(help="Directory to make.")]
+Tokens = Annotated[int | None, typer.Option(help="Calibration tokens.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
+Active = Annotated[
+    str | None, typer.Option(help="Which neurons are active, where none is zero: top_k, threshold or energy.")
+]
+ActiveShare = Annotated[float | None, typer.Option(help="The share that `active` refers to.")]
+
+
+def _settings(
+    recipe: Path | None, options: dict[str, Any], needed: tuple[str, ...]
+) -> tuple[Any, dict[str, Any]]:
+    """A ReorderConfig and the paths, from the recipe and the options given."""
+    from ripple_loader.config import ReorderConfig
+
+    options = _section(recipe, "reorder", options)
+    paths = {name: options.pop(name, None) for name in ("model", "calibration", "trace", "out")}
+    for name in needed:
+        if paths[name] is None:
+            raise ValueError(f"`{name}` should be given, on the command line or in the recipe.")
+    return ReorderConfig.from_options(options), paths
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "ripple trace SmolLM2-135M-Instruct --calibration train.jsonl --out out/trace\n\n"
+    "accelerate launch --num_processes 2 --no_python ripple trace --config configs/ripple/smollm2.yaml "
+    "--out out/trace"
+)
+def trace(
+    model: Model = None,
+    calibration: Calibration = None,
+    out: Out = None,
+    config: Recipe = None,
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = None,
+    active: Active = None,
+    active_share: ActiveShare = None,
+) -> None:
+    """Record which neurons are active on a text; run again after an interruption to go on."""
+    given = locals()
+    with _user_errors():
+        from ripple_loader.reorder import open_reorderable
+        from ripple_loader.trace import cut_sequences, trace_source
+
+        settings, paths = _settings(given.pop("config"), given, ("model", "calibration", "out"))
+        source = open_reorderable(Path(paths["model"]))
+        sequences = cut_sequences(source, _texts(paths["calibration"]), settings)
+        trace_source(source, sequences, settings, Path(paths["out"]))
+        typer.echo(paths["out"])
+
+
 @app.command(
     epilog="Examples:\n\n"
     "ripple reorder SmolLM2-135M-Instruct --calibration train.jsonl --out out/smollm2\n\n"
+    "ripple reorder SmolLM2-135M-Instruct --trace out/trace --bundles int8 --out out/smollm2-int8\n\n"
     "ripple reorder --config configs/ripple/smollm2.yaml"
 )
 def reorder(
-    model: Annotated[str | None, typer.Argument(help="Model directory with safetensors weights.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text to trace: .jsonl with `text`, or a text file.")
-    ] = None,
-    out: Annotated[str | None, typer.Option(help="Directory to make.")] = None,
+    model: Model = None,
+    calibration: Calibration = None,
+    out: Out = None,
     config: Recipe = None,
-    placement: Annotated[str | None, typer.Option(help="linked, frequency, identity or random.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")] = None,
-    active_share: Annotated[
-        float | None, typer.Option(help="Share of neurons that counts as active, where none is exactly zero.")
+    trace: Annotated[
+        str | None, typer.Option(help="What `ripple trace` made, instead of a calibration text.")
     ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="linked, spectral, frequency, identity or random.")
+    ] = None,
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = None,
+    active: Active = None,
+    active_share: ActiveShare = None,
     partners: Annotated[int | None, typer.Option(help="Co-activation partners kept for each neuron.")] = None,
+    two_opt: Annotated[bool | None, typer.Option(help="Improve a linked or spectral order by 2-opt.")] = None,
+    hot_above: Annotated[
+        float | None, typer.Option(help="Neurons active for more than this share of the tokens are pinned.")
+    ] = None,
+    bundles: Annotated[
+        str | None, typer.Option(help="Stored as: same, float32, float16, bfloat16, int8 or int4.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Layers placed at once.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random placement.")] = None,
 ) -> None:
     """Write a streaming copy of a model: neurons that are active together lie together."""
+    given = locals()
     with _user_errors():
-        from ripple_loader.config import ReorderConfig
         from ripple_loader.reorder import reorder as run
 
-        options = _section(
-            config,
-            "reorder",
-            {
-                "model": model,
-                "calibration": calibration,
-                "out": out,
-                "placement": placement,
-                "tokens": tokens,
-                "sequence_length": sequence_length,
-                "active_share": active_share,
-                "partners": partners,
-                "seed": seed,
-            },
-        )
-        paths = {name: options.pop(name, None) for name in ("model", "calibration", "out")}
-        for name, path in paths.items():
-            if path is None:
-                raise ValueError(f"`{name}` should be given, on the command line or in the recipe.")
-        settings = ReorderConfig.from_options(options)
-        run(paths["model"], paths["out"], _texts(paths["calibration"]), settings)
+        settings, paths = _settings(given.pop("config"), given, ("model", "out"))
+        texts = None if paths["calibration"] is None else _texts(paths["calibration"])
+        run(paths["model"], paths["out"], texts, settings, trace=paths["trace"])
         typer.echo(paths["out"])
 
 

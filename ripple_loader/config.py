@@ -11,7 +11,9 @@ from typing import Any, Literal, Self, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-Placement = Literal["identity", "random", "frequency", "linked"]
+Placement = Literal["identity", "random", "frequency", "linked", "spectral"]
+ActiveRule = Literal["top_k", "threshold", "energy"]
+BundleDtype = Literal["same", "float32", "float16", "bfloat16", "int8", "int4"]
 CachePolicy = Literal["s3fifo", "lru"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -87,26 +89,44 @@ class ReorderConfig:
 
     Attributes:
         placement: order of the neurons on disk. "linked" is Ripple's greedy linking of co-activated neurons;
-            "frequency" sorts by how often each is active; "identity" keeps the model's order; "random".
+            "spectral" sorts by the Fiedler vector of their graph; "frequency" by how often each is active;
+            "identity" keeps the model's order; "random".
         tokens: calibration tokens to trace; an eighth of them is held back to estimate reads per token.
         sequence_length: tokens of one calibration sequence.
-        active_share: share of a layer's neurons that counts as active per token where the activation has no
-            exact zeros (SiLU, GELU); use the `keep` you will run with. ReLU models ignore it.
+        active: which neurons count as active for a token where the activation has no exact zeros (SiLU,
+            GELU): "top_k", the `active_share` of a layer's neurons with the largest activation; "threshold",
+            those with at least that share of the token's largest activation; "energy", the fewest that make
+            up that share of the sum of squares. ReLU models ignore both.
+        active_share: see `active`; with "top_k" use the `keep` you will run with.
         partners: co-activation partners kept for each neuron when linking.
+        two_opt: improve a linked or spectral order by 2-opt.
+        hot_above: neurons active for more than this share of the tokens come first, out of the linking, and
+            are pinned in memory; 1.0 pins none.
+        bundles: how the sidecar stores weights; "same" as the checkpoint. "int8" and "int4" round them, with
+            a scale for each 32 weights: shorter reads, other results.
+        workers: layers placed at once.
         seed: seed of the random placement.
     """
 
     placement: Placement = "linked"
     tokens: int = 8192
     sequence_length: int = 512
+    active: ActiveRule = "top_k"
     active_share: float = 0.5
     partners: int = 32
+    two_opt: bool = True
+    hot_above: float = 0.95
+    bundles: BundleDtype = "same"
+    workers: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_choice(self.placement, "placement", get_args(Placement))
-        _check_share(self.active_share, "active_share")
-        for name in ("tokens", "sequence_length", "partners"):
+        _check_choice(self.active, "active", get_args(ActiveRule))
+        _check_choice(self.bundles, "bundles", get_args(BundleDtype))
+        for name in ("active_share", "hot_above"):
+            _check_share(getattr(self, name), name)
+        for name in ("tokens", "sequence_length", "partners", "workers"):
             _check_count(getattr(self, name), name)
 
     @classmethod
@@ -119,7 +139,7 @@ class ReorderConfig:
     def from_yaml(cls, path: str | Path) -> Self:
         """Build from the `reorder` section of a recipe, leaving out the paths that the CLI takes from it."""
         options = read_recipe(path).get("reorder", {})
-        paths = ("model", "calibration", "out")
+        paths = ("model", "calibration", "trace", "out")
         return cls.from_options({key: value for key, value in options.items() if key not in paths})
 
 

@@ -1,27 +1,30 @@
-"""The online stage: select, look up, read, and hand out neurons layer by layer within the DRAM budget.
+"""The online stage: select, look up, read, and compute with neurons, MLP by MLP, within the DRAM budget.
 
-Dimension key: T tokens, N neurons, U of them wanted, R rows of a bundle, S = R - 1 that select, H hidden.
+Dimension key: T tokens, N neurons, U of them wanted, R rows of a bundle, B its bytes, S = R - 1 rows that
+select, H hidden.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ripple_loader.access import Places, ReadPlan, waves
 from ripple_loader.budget import allocate, needs_sketch
-from ripple_loader.bundles import Sidecar
+from ripple_loader.bundles import Sidecar, unpack_bundles
 from ripple_loader.cache import Slots, make_cache
 from ripple_loader.config import RippleConfig, parse_size
 from ripple_loader.reader import AlignedBuffer, Prefetch, Reader
 from ripple_loader.report import RippleReport
 from ripple_loader.selection import Selection, select_active, select_all, select_largest
-from ripple_loader.sidecar import Vectors
+from ripple_loader.sidecar import Vectors, align
 
 _ROWS_COPIED_AT_ONCE = 32
 
@@ -37,7 +40,7 @@ class _Fetch:
 
 
 class Engine:
-    """Everything that the streaming MLPs of one model share. Hold `lock` while using it.
+    """Everything that the streaming MLPs of one model share; computes one MLP at a time.
 
     Args:
         sidecar: the neurons to stream.
@@ -51,13 +54,13 @@ class Engine:
     def __init__(self, sidecar: Sidecar, config: RippleConfig, dtype: torch.dtype) -> None:
         header = sidecar.header
         self.sidecar, self.config, self.header, self.dtype = sidecar, config, header, dtype
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         if config.verify:
             sidecar.verify()
         self.allocation = allocate(header, config, dtype)
         self.report = RippleReport(
             directory=str(sidecar.path.parent),
-            layers=header.layers,
+            layers=header.layers // (header.experts or 1),
             neurons=header.neurons,
             budget=self.allocation.budget,
             resident=self.allocation.resident,
@@ -72,11 +75,21 @@ class Engine:
             self._vectors = [self._read_vectors(layer) for layer in range(layers)]
             self._sketches = [self._read_sketch(layer) for layer in range(self.allocation.sketch_layers)]
             self._caches = [
-                make_cache(config.cache, header.neurons, slots) for _ in range(layers if slots else 0)
+                make_cache(config.cache, header.neurons, slots, min(hot, slots))
+                for hot in (header.hot if slots else ())
             ]
-            self._cached = [
-                torch.empty(slots, header.rows * header.hidden, dtype=dtype) for _ in self._caches
-            ]
+            self._cached = [torch.empty(slots, header.bundle_bytes, dtype=torch.uint8) for _ in self._caches]
+        for layer in range(len(self._caches)):
+            self._pin(layer)
+        self.report.reset()
+
+    def _pin(self, layer: int) -> None:
+        """Read the hot neurons of an MLP into the slots where they stay."""
+        pinned = self._caches[layer].pinned
+        self.report.pinned += pinned
+        with self._reads(np.arange(pinned), layer, "bundles", self.header.bundle_bytes) as reads:
+            for plan, buffer in reads:
+                self._store(layer, plan.places, plan.spots, buffer)
 
     def _read_vectors(self, layer: int) -> Vectors:
         offset, size = self.sidecar.section(layer, "vectors")
@@ -158,7 +171,7 @@ class Engine:
 
     def _begin(self, layer: int, places: Places, first_buffer: int = 0) -> _Fetch:
         """Look up a layer's neurons and start reading those that are not cached."""
-        slots = self._caches[layer].lookup(places) if self._caches else np.full(len(places), -1)
+        slots = self._caches[layer].lookup(places) if self._caches else np.full(len(places), -1, np.int64)
         missing = np.flatnonzero(slots < 0)
         reads = self._reads(places[missing], layer, "bundles", self.header.bundle_bytes, first_buffer)
         return _Fetch(layer, slots, missing, reads)
@@ -169,21 +182,61 @@ class Engine:
             self._ahead.reads.wait()
             self._ahead = None
 
-    def fetch(self, layer: int, places: Places) -> Generator[tuple[Places, Tensor], None, None]:
-        """Hand out a layer's neurons, from the cache or the file, in batches that fit the buffers; close it.
+    def begin(self, tokens: int) -> None:
+        """Count the tokens of a forward call."""
+        with self._lock:
+            self.report.tokens += tokens
 
-        When all of a layer's neurons are wanted, those of the next layer will be too: its first read starts
-        while this layer's last batch is used.
+    def compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
+        """An MLP's output for T tokens, shape (T, H), batch by batch of neurons as they arrive.
 
         Args:
-            layer: which.
+            layer: which MLP.
+            x_TH: its input.
+            activation: the model's own.
+            following: the MLP that runs next, if it is known; its first read starts early.
+        """
+        with self._lock:
+            return self._compute(layer, x_TH, activation, following)
+
+    def _compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
+        last = self.header.rows - 1
+        selection = self.select(layer, x_TH, activation)
+        y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
+        with closing(self.fetch(layer, selection.places, following)) as batches:
+            for batch, rows in batches:
+                *selecting, down_UH = rows.to(x_TH.device).unbind(1)
+                places = torch.from_numpy(selection.places[batch])
+                factors = [
+                    F.linear(x_TH, weight_UH, self.bias(layer, row)[places].to(x_TH))
+                    for row, weight_UH in enumerate(selecting)
+                ]
+                a_TU = activation(factors[0])
+                for factor_TU in factors[1:]:
+                    a_TU = a_TU * factor_TU
+                if selection.mask is not None:
+                    a_TU = a_TU * selection.mask[:, torch.from_numpy(batch)].to(a_TU.device)
+                y_TH += a_TU @ down_UH
+        return (y_TH + self.bias(layer, last).to(y_TH.device)).to(x_TH.dtype)
+
+    def fetch(
+        self, layer: int, places: Places, following: int | None = None
+    ) -> Generator[tuple[Places, Tensor], None, None]:
+        """Hand out an MLP's neurons, from the cache or the file, in batches that fit the buffers; close it.
+
+        When all of its neurons are wanted, those of the next will be too: the first read for `following`
+        starts while the last batch is used.
+
+        Args:
+            layer: which MLP.
             places: the neurons wanted, ascending, shape (U,).
+            following: the MLP that runs next, if it is known.
 
         Yields:
-            Positions in `places`, and their bundles in the model's dtype, shape (positions, R * H); the
+            Positions in `places`, and their bundles in the model's dtype, shape (positions, R, H); the
             bundles are valid until the next batch.
         """
-        header, everything = self.header, len(places) == self.header.neurons
+        everything, most = len(places) == self.header.neurons, self.allocation.rows
         if everything and self._ahead is not None and self._ahead.layer == layer:
             fetch, self._ahead = self._ahead, None
         else:
@@ -194,49 +247,66 @@ class Engine:
         self.report.hits += len(found)
         self.report.misses += len(fetch.missing)
         with fetch.reads as reads:
-            for start in range(0, len(found), self.allocation.rows):
-                batch = found[start : start + self.allocation.rows]
-                yield batch, self._gather(self._cached[layer], torch.from_numpy(fetch.slots[batch]), 0)
+            for start in range(0, len(found), most):
+                batch = found[start : start + most]
+                yield batch, self._decoded(self._gather(self._cached[layer], fetch.slots[batch]))
             for plan, buffer in reads:
                 batch = fetch.missing[done : done + len(plan.places)]
                 done += len(batch)
-                if everything and done == len(fetch.missing):
-                    following = (layer + 1) % header.layers
+                if everything and following is not None and done == len(fetch.missing):
                     free = 1 - self._buffers.index(buffer)
                     self._ahead = self._begin(following, places, first_buffer=free)
-                rows = self._bundles(plan, buffer)
-                yield batch, rows
+                for start in range(0, len(batch), most):
+                    part = slice(start, start + most)
+                    yield batch[part], self._decoded(self._bundles(plan.spots[part], buffer))
                 if self._caches:
-                    self._admit(layer, plan.places, rows)
+                    self._admit(layer, plan, buffer)
 
-    def _gather(self, rows: Tensor, index: Tensor, skip: int) -> Tensor:
-        """Copy the indexed rows into the scratch memory, `skip` bytes from its start."""
-        size = len(index) * rows.shape[1] * rows.dtype.itemsize
-        out = self._scratch[skip : skip + size].view(rows.dtype).view(len(index), -1)
-        return torch.index_select(rows, 0, index, out=out)
+    def _gather(self, rows: Tensor, index: Slots) -> Tensor:
+        """Copy the indexed rows, uint8, to the start of the scratch memory."""
+        out = self._scratch[: len(index) * rows.shape[1]].view(len(index), -1)
+        return torch.index_select(rows, 0, torch.from_numpy(index), out=out)
 
-    def _bundles(self, plan: ReadPlan, buffer: AlignedBuffer) -> Tensor:
-        """The bundles that a plan has read, in the model's dtype, shape (U, R * H)."""
-        stored, width = self.header.torch_dtype, self.header.rows * self.header.hidden
-        numbers, itemsize = buffer.bytes.view(stored), stored.itemsize
-        if (np.diff(plan.spots) == self.header.bundle_bytes).all():
-            start = int(plan.spots[0]) // itemsize
-            rows = numbers.as_strided((len(plan.spots), width), (width, 1), start)
-        else:  # rows that start at every number, overlapping
-            everywhere = numbers.as_strided((len(numbers) - width + 1, width), (1, 1))
-            rows = self._gather(everywhere, torch.from_numpy(plan.spots // itemsize), 0)
-        if stored == self.dtype:
-            return rows
-        skip = self.allocation.rows * self.header.bundle_bytes
-        size = rows.numel() * self.dtype.itemsize
-        return self._scratch[skip : skip + size].view(self.dtype).view(rows.shape).copy_(rows)
+    def _everywhere(self, buffer: AlignedBuffer) -> Tensor:
+        """The bundles that start at every byte of a buffer, overlapping: uint8, shape (bytes, B)."""
+        width = self.header.bundle_bytes
+        return buffer.bytes.as_strided((len(buffer.bytes) - width + 1, width), (1, 1))
 
-    def _admit(self, layer: int, places: Places, rows: Tensor) -> None:
+    def _bundles(self, spots: Places, buffer: AlignedBuffer) -> Tensor:
+        """The bundles that lie at `spots` of a buffer: uint8, shape (U, B)."""
+        width = self.header.bundle_bytes
+        if (np.diff(spots) == width).all():
+            return buffer.bytes.as_strided((len(spots), width), (width, 1), int(spots[0]))
+        return self._gather(self._everywhere(buffer), spots)
+
+    def _decoded(self, stored_UB: Tensor) -> Tensor:
+        """Bundles in the model's dtype, shape (U, R, H)."""
+        header, dtype = self.header, self.dtype
+        if header.encoding.stores(dtype):
+            return unpack_bundles(stored_UB, header, dtype)
+        skip, size = (
+            align(self.allocation.rows * header.bundle_bytes),
+            len(stored_UB) * header.rows * header.hidden,
+        )
+        rows = self._scratch[skip : skip + size * dtype.itemsize].view(dtype)
+        rows = rows.view(len(stored_UB), header.rows, header.hidden)
+        for part, out in zip(
+            stored_UB.split(_ROWS_COPIED_AT_ONCE), rows.split(_ROWS_COPIED_AT_ONCE), strict=True
+        ):
+            out.copy_(unpack_bundles(part, header, dtype))
+        return rows
+
+    def _admit(self, layer: int, plan: ReadPlan, buffer: AlignedBuffer) -> None:
         cache = self._caches[layer]
         before = cache.evictions
-        admission = cache.offer(places)
+        admission = cache.offer(plan.places)
         self.report.evictions += cache.evictions - before
-        slots, index = torch.from_numpy(admission.slots), torch.from_numpy(admission.index)
+        self._store(layer, admission.slots, plan.spots[admission.index], buffer)
+
+    def _store(self, layer: int, slots: Slots, spots: Places, buffer: AlignedBuffer) -> None:
+        """Copy bundles from a buffer into slots of the cache."""
+        everywhere = self._everywhere(buffer)
         for start in range(0, len(slots), _ROWS_COPIED_AT_ONCE):
             part = slice(start, start + _ROWS_COPIED_AT_ONCE)
-            self._cached[layer].index_copy_(0, slots[part], rows[index[part]])
+            index = torch.from_numpy(spots[part])
+            self._cached[layer].index_copy_(0, torch.from_numpy(slots[part]), everywhere[index])

@@ -2,21 +2,26 @@
 
 The order is a Hamiltonian path through a layer's neurons that should be short in the distance of
 `coactivation`. Greedy linking joins the nearest pair first, gives no neuron more than two neighbours and
-never closes a circle.
+never closes a circle; 2-opt then turns pieces of the path around. Hot neurons, which are nearly always active
+and so everyone's nearest, come first and stay out of the path: they are pinned in memory.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ripple_loader.coactivation import coactivation
+from ripple_loader.coactivation import Activity, CoActivation, Indices, coactivation
 from ripple_loader.config import ReorderConfig
 from ripple_loader.trace import BitSets, unpack
+from ripple_loader.two_opt import two_opt
+
+_TOKENS_AT_ONCE = 1024
 
 Order = npt.NDArray[np.int64]
 """A permutation of one layer's neurons, shape (N,): the model's own index of the neuron at each place."""
@@ -50,52 +55,136 @@ class _Paths:
                     self.links += 1
         return self.links - before
 
-    def ends(self) -> npt.NDArray[np.int64]:
-        """Neurons that can still be linked."""
-        return np.array([n for n, near in enumerate(self.neighbours) if len(near) < 2], np.int64)
+    def ends(self, members: Order) -> Order:
+        """Members that can still be linked."""
+        return np.array([n for n in members.tolist() if len(self.neighbours[n]) < 2], np.int64)
 
-    def walk(self) -> Order:
-        """The neurons in path order, once all lie on one path."""
-        if len(self.neighbours) == 1:
-            return np.zeros(1, np.int64)
-        here = next(n for n, near in enumerate(self.neighbours) if len(near) == 1)
+    def walk(self, members: Order) -> Order:
+        """The members in path order, once all lie on one path."""
+        if len(members) < 2:
+            return members
+        here = next(n for n in members.tolist() if len(self.neighbours[n]) == 1)
         order, before = [here], -1
-        while len(order) < len(self.neighbours):
+        while len(order) < len(members):
             here, before = next(n for n in self.neighbours[here] if n != before), here
             order.append(here)
         return np.array(order, np.int64)
 
 
-def greedy_linking(sets: BitSets, neurons: int, partners: int) -> Order:
+def greedy_linking(activity: Activity, members: Order, partners: int) -> Order:
     """Link the nearest neurons first, then, round by round, the nearest ends of the paths this leaves.
 
     Paths that nothing in the trace connects are chained in the model's own order.
     """
-    paths = _Paths(neurons)
-    ends = np.arange(neurons)
-    while paths.links < neurons - 1:
-        graph = coactivation(sets, neurons, max(partners, 2), among=ends)
+    paths = _Paths(activity.neurons)
+    ends = members
+    while paths.links < len(members) - 1:
+        graph = coactivation(activity, max(partners, 2), ends)
         if not paths.link(zip(graph.first.tolist(), graph.second.tolist(), strict=True)):
             paths.link(itertools.pairwise(ends.tolist()))
-        ends = paths.ends()
-    return paths.walk()
+        ends = paths.ends(members)
+    return paths.walk(members)
 
 
-def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig) -> Order:
-    """Order one layer's neurons by `config.placement`."""
+def spectral_order(graph: CoActivation, members: Order) -> Order:
+    """Sort neurons by the second eigenvector of the normalised co-activation graph (the Fiedler vector).
+
+    Neurons without partners come last, in the model's own order.
+    """
+    from scipy.sparse import coo_array, diags_array  # type: ignore[import-untyped]
+    from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
+
+    first, second = np.searchsorted(members, graph.first), np.searchsorted(members, graph.second)
+    count, size = graph.count.astype(float), len(members)
+    weights = coo_array((count, (first, second)), shape=(size, size)).tocsr()
+    weights = weights + weights.T
+    degree = weights.sum(1)
+    linked = np.flatnonzero(degree)
+    if len(linked) < 3:
+        return members
+    scale = 1 / np.sqrt(degree[linked])
+    normalised = diags_array(scale) @ weights[linked][:, linked] @ diags_array(scale)
+    start = np.random.default_rng(0).random(len(linked))
+    _, vectors = eigsh(normalised, k=2, which="LA", v0=start, tol=1e-3, maxiter=len(linked) * 10)
+    fiedler = vectors[:, 0] * scale
+    alone = np.flatnonzero(degree == 0)
+    return members[np.concatenate([linked[np.argsort(fiedler, kind="stable")], alone])]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One layer's order.
+
+    Attributes:
+        order: the permutation.
+        hot: how many of its first places hold neurons that are nearly always active.
+    """
+
+    order: Order
+    hot: int = 0
+
+
+def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig) -> Placed:
+    """Order one layer's neurons by `config.placement`; hot ones come first where the order is by activity."""
     match config.placement:
         case "identity":
-            return np.arange(neurons)
+            return Placed(np.arange(neurons))
         case "random":
-            return np.random.default_rng((config.seed, layer)).permutation(neurons)
-        case "frequency":
-            return np.argsort(-unpack(sets, neurons).sum(0, dtype=np.int64), kind="stable")
-        case "linked":
-            return greedy_linking(sets, neurons, config.partners)
+            return Placed(np.random.default_rng((config.seed, layer)).permutation(neurons))
+    activity = Activity(sets, neurons)
+    by_frequency = np.argsort(-activity.counts, kind="stable")
+    hot = int(np.count_nonzero(is_hot(activity.counts, len(sets), config.hot_above)))
+    if config.placement == "frequency":
+        return Placed(by_frequency, hot)
+    members = np.sort(by_frequency[hot:])
+    if config.placement == "spectral":
+        order = spectral_order(coactivation(activity, config.partners, members), members)
+    else:
+        order = greedy_linking(activity, members, config.partners)
+    if config.two_opt:
+        order = two_opt(order, activity, coactivation(activity, config.partners, members))
+    return Placed(np.concatenate([by_frequency[:hot], order]), hot)
 
 
-def expected_reads(sets: BitSets, order: Order) -> float:
-    """Reads per token that `order` needs: the mean number of runs of active neurons, without merging."""
-    active_TN = unpack(sets, len(order))[:, order].astype(np.int8)
-    starts: Any = np.diff(active_TN, axis=1, prepend=np.int8(0)) == 1
-    return float(starts.sum(1).mean()) if len(sets) else 0.0
+def is_hot(counts: Indices, tokens: int, hot_above: float) -> npt.NDArray[np.bool_]:
+    """Which neurons are active for more than a share of the tokens; with 1.0 none is."""
+    return counts > hot_above * tokens
+
+
+def expected_reads(sets: BitSets, order: Order, left_out: npt.NDArray[np.bool_] | None = None) -> float:
+    """Reads per token that `order` needs: the mean number of runs of active neurons, without merging.
+
+    Args:
+        sets: active sets to count on.
+        order: a permutation of the layer's neurons.
+        left_out: neurons that are in memory, by their own index, bool of shape (N,).
+    """
+    total = 0
+    for start in range(0, len(sets), _TOKENS_AT_ONCE):
+        active_TN = unpack(sets[start : start + _TOKENS_AT_ONCE], len(order))
+        if left_out is not None:
+            active_TN[:, left_out] = 0
+        starts: Any = np.diff(active_TN[:, order].astype(np.int8), axis=1, prepend=np.int8(0)) == 1
+        total += int(starts.sum())
+    return total / len(sets) if len(sets) else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An order for every MLP and what it is expected to cost.
+
+    Attributes:
+        orders: one permutation an MLP.
+        hot: how many of its first places hold neurons that are nearly always active.
+        exact_zeros: whether inactive neurons are exactly zero.
+        bundles: how the sidecar stores weights, see `ReorderConfig`.
+        profile: placement, tokens, share of neurons active, share of them hot, and reads per token and MLP in
+            the model's own order and in this one, without the hot neurons, counted on tokens that did not
+            shape it.
+    """
+
+    orders: list[Order]
+    hot: list[int]
+    exact_zeros: bool
+    bundles: str
+    profile: dict[str, Any]

@@ -17,16 +17,17 @@ from ripple_loader.architectures import MLPSite, architecture_of
 from ripple_loader.bundles import Sidecar
 from ripple_loader.config import RippleConfig
 from ripple_loader.engine import Engine
-from ripple_loader.streaming import stream
+from ripple_loader.streaming import Backend, stream
 
 register_quantization_config("ripple")(RippleConfig)
 
 
-@register_quantizer("ripple")
-class RippleQuantizer(HfQuantizer):
+class StreamingQuantizer(HfQuantizer):
     """Leaves the MLP weights on disk and puts streaming modules in the MLPs' place."""
 
-    quantization_config: RippleConfig
+    def streamed(self, model: Any, files: list[Path]) -> tuple[list[MLPSite], Backend]:
+        """The MLPs to replace and what computes them, for the checkpoint files of `model`."""
+        raise NotImplementedError
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -36,15 +37,11 @@ class RippleQuantizer(HfQuantizer):
                 "Ripple should load from a reordered directory, got a model without checkpoint files: "
                 "use `from_pretrained(directory, quantization_config=...)`."
             )
-        files = [Path(file) for file in checkpoint_files]
-        sidecar = Sidecar(files[0].parent)
-        sidecar.check_weights(files)
-        sites = matching_sites(model, sidecar)
-        stream(model, sites, Engine(sidecar, self.quantization_config, model.dtype))
-        pattern = sites[0].architecture.tensor_pattern().pattern
+        sites, backend = self.streamed(model, [Path(file) for file in checkpoint_files])
+        stream(model, sites, backend)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
-            pattern,
+            *sites[0].architecture.streamed_names(),
         }
 
     def is_serializable(self) -> bool:
@@ -55,6 +52,21 @@ class RippleQuantizer(HfQuantizer):
         return False
 
 
+@register_quantizer("ripple")
+class RippleQuantizer(StreamingQuantizer):
+    """Streams the neurons of a reordered directory."""
+
+    quantization_config: RippleConfig
+
+    def streamed(self, model: Any, files: list[Path]) -> tuple[list[MLPSite], Backend]:
+        sidecar = Sidecar(files[0].parent)
+        sidecar.check_weights(files)
+        sites = matching_sites(model, sidecar)
+        engine = Engine(sidecar, self.quantization_config, model.dtype)
+        model.ripple_report = engine.report
+        return sites, engine
+
+
 def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
     """The MLPs of `model`, checked against the sidecar.
 
@@ -63,12 +75,12 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
     """
     header = sidecar.header
     sites = architecture_of(model.config.model_type).find(model)
-    first = sites[0].linear("down").weight
-    wanted = (header.model_type, header.layers, {header.neurons, header.hidden})
-    got = (model.config.model_type, len(sites), set(first.shape))
+    wanted = (header.model_type, header.layers, header.experts, (header.neurons, header.hidden))
+    count = sum(site.experts or 1 for site in sites)
+    got = (model.config.model_type, count, sites[0].experts, tuple(sites[0].down_weights()[0].shape))
     if wanted != got:
         raise ValueError(
-            f"{sidecar.path} should fit the model, but is made for {wanted} (type, layers, neurons and "
+            f"{sidecar.path} should fit the model, but is made for {wanted} (type, MLPs, experts, neurons by "
             f"hidden size) and the model has {got}: reorder this model."
         )
     return sites

@@ -11,9 +11,10 @@ class RippleReport:
 
     Attributes:
         directory: where the neurons are streamed from.
-        layers, neurons: MLPs streamed, neurons in each.
+        layers, neurons: layers with streamed MLPs, neurons in each MLP (or expert).
         budget: the DRAM budget in bytes.
         resident: bytes held by kind: buffers, vectors, sketch, index, cache.
+        pinned: hot neurons that stay in the cache, over all MLPs.
         fallbacks: what was done otherwise than asked, and why.
         tokens: tokens computed.
         active: neurons computed, summed over layers and forward calls.
@@ -27,6 +28,7 @@ class RippleReport:
     neurons: int
     budget: int
     resident: dict[str, int] = field(default_factory=dict)
+    pinned: int = 0
     fallbacks: list[str] = field(default_factory=list)
     tokens: int = 0
     active: int = 0
@@ -43,7 +45,7 @@ class RippleReport:
 
     def reset(self) -> None:
         """Set the counters to zero."""
-        for counter in fields(self)[6:]:
+        for counter in fields(self)[7:]:
             setattr(self, counter.name, 0)
 
     def summary(self) -> str:

@@ -3,13 +3,16 @@
 It is a safetensors container, which any safetensors tool can list, under a name that no loader takes for
 weights. Its sections are byte tensors that start and end on a 4096-byte boundary:
 
-    layers.I.bundles      one bundle a neuron, in placement order: [gate | up | down^T], or [fc1 | fc2^T]
+    layers.I.bundles      one bundle a neuron, in placement order: [gate | up | down^T], or [fc1 | fc2^T],
+                          each row as `encoding.ENCODINGS` stores it
     layers.I.sketch       int8 copy of the rows that select: gate and up, or fc1
     layers.I.vectors      float32 biases and sketch scales, see `Vectors`
     layers.I.permutation  int32: the model's own index of the neuron at each place
     checksums             uint32: CRC-32 of the container's header, then of each MiB of the sections before
 
-Bundles follow each other without padding; a read is widened to the blocks of the drive it comes from.
+I counts the streamed MLPs: the layers, or, in a mixture of experts, the experts of the first layer that has
+any, then those of the next. Bundles follow each other without padding; a read is widened to the blocks of the
+drive it comes from.
 
 Dimension key: R rows of a bundle (3 with a gate, 2 without), S = R - 1 rows that select, N neurons, H hidden.
 """
@@ -23,13 +26,13 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+from ripple_loader.encoding import ENCODINGS, Encoding
 
 SIDECAR = "neurons.ripple"
-VERSION = 1
+VERSION = 2
 BLOCK = 4096
 CHECKSUM_CHUNK = 1 << 20
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Array = npt.NDArray[Any]
 
@@ -45,10 +48,12 @@ class SidecarHeader:
 
     Attributes:
         model_type: transformers' name of the architecture.
-        layers, neurons, hidden: MLPs in the model, neurons in each (N), hidden size (H).
+        layers, neurons, hidden: MLPs streamed, neurons in each (N), hidden size (H).
+        experts: how many MLPs in a row are experts of one layer; None if the model is dense.
         rows: rows of a bundle (R): 3 with a gate, 2 without.
-        dtype: of the stored weights: "F32", "F16" or "BF16".
+        dtype: how bundles store weights: a key of `encoding.ENCODINGS`.
         exact_zeros: whether the activation zeroes inactive neurons, which makes sparse reads exact.
+        hot: for each MLP, how many of its first places hold neurons that are nearly always active.
         checkpoint: fingerprint of the weight files beside the sidecar.
         base: SHA-256 of each weight file of the model that was reordered.
         profile: how the order was found: placement, calibration tokens, activity, expected reads.
@@ -62,8 +67,10 @@ class SidecarHeader:
     rows: int
     dtype: str
     exact_zeros: bool
+    hot: list[int]
     checkpoint: str
     base: dict[str, str]
+    experts: int | None = None
     profile: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
@@ -73,16 +80,26 @@ class SidecarHeader:
                 raise ValueError(f"`{name}` should be a positive int32, got {getattr(self, name)!r}")
         if self.rows not in (2, 3):
             raise ValueError(f"`rows` should be 2 or 3, got {self.rows!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` should be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in ENCODINGS:
+            raise ValueError(f"`dtype` should be one of {', '.join(ENCODINGS)}, got {self.dtype!r}")
+        if type(self.hot) is not list or not all(type(n) is int and 0 <= n <= self.neurons for n in self.hot):
+            raise ValueError(f"`hot` should count neurons of each MLP, got {self.hot!r}")
+        if self.experts is not None and (
+            type(self.experts) is not int or self.experts < 1 or self.layers % self.experts
+        ):
+            raise ValueError(f"`experts` should divide the {self.layers} MLPs, got {self.experts!r}")
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+    def encoding(self) -> Encoding:
+        return ENCODINGS[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.encoding.row_bytes(self.hidden)
 
     @property
     def bundle_bytes(self) -> int:
-        return self.rows * self.hidden * self.torch_dtype.itemsize
+        return self.rows * self.row_bytes
 
     @property
     def weight_bytes(self) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader.architectures import Architecture, Role, architecture_of
 from ripple_loader.checkpoint import Shard, TensorSpot, read_shards
-from ripple_loader.sidecar import DTYPES
+from ripple_loader.encoding import DTYPES
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class SourceModel:
     Attributes:
         directory, shards: its files.
         model_type, architecture: what it is.
-        mlp: for each layer, tensor name by (linear, "weight" or "bias").
+        experts: MLPs of a layer that has experts; None if the model is dense.
+        mlp: for each streamed MLP, tensor name by (linear, "weight" or "bias"); experts layer by layer.
         spots: every tensor's place.
     """
 
@@ -28,6 +32,7 @@ class SourceModel:
     shards: list[Shard]
     model_type: str
     architecture: Architecture
+    experts: int | None
     mlp: list[dict[tuple[str, str], str]]
     spots: dict[str, TensorSpot]
 
@@ -39,6 +44,14 @@ class SourceModel:
             return None
         tensor = projection.of(self.spots[name].read())
         return tensor.T if tensor.dim() == 2 and projection.neuron_axis == 1 else tensor
+
+    @functools.cached_property
+    def exact_zeros(self) -> bool:
+        """Whether the activation makes inactive neurons exactly zero; builds the model without weights."""
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.directory)
+            skeleton = AutoModelForCausalLM.from_config(config)
+        return self.architecture.find(skeleton)[0].has_exact_zeros
 
     @property
     def down(self) -> TensorSpot:
@@ -81,19 +94,7 @@ def open_source(directory: Path) -> SourceModel:
     architecture = architecture_of(config.model_type)
     shards = read_shards(directory)
     spots = {name: spot for shard in shards for name, spot in shard.tensors.items()}
-    pattern = architecture.tensor_pattern()
-    by_layer: dict[int, dict[tuple[str, str], str]] = {}
-    for name in spots:
-        if match := pattern.match(name):
-            by_layer.setdefault(int(match[1]), {})[match[2], match[3]] = name
-    for layer in range(config.num_hidden_layers):
-        for projection in architecture.projections.values():
-            if (projection.linear, "weight") not in by_layer.get(layer, {}):
-                raise ValueError(
-                    f"{directory} should hold the weight of {projection.linear} of layer {layer}, as a "
-                    f"{config.model_type} does, but no tensor matches {pattern.pattern}: fetch it again."
-                )
-    mlp = [by_layer[layer] for layer in range(config.num_hidden_layers)]
+    mlp, experts = _find_mlps(directory, architecture, config, list(spots))
     kinds = {
         tuple((key, spots[name].dtype, spots[name].shape) for key, name in sorted(m.items())) for m in mlp
     }
@@ -102,10 +103,38 @@ def open_source(directory: Path) -> SourceModel:
             f"all MLPs of {directory} should have the same shapes and dtypes, got {len(kinds)} different "
             "kinds: Ripple cannot stream this model."
         )
-    source = SourceModel(directory, shards, config.model_type, architecture, mlp, spots)
+    source = SourceModel(directory, shards, config.model_type, architecture, experts, mlp, spots)
     if source.down.dtype not in DTYPES:
         raise ValueError(
             f"MLP weights should be float32, float16 or bfloat16, got {source.down.dtype} in {directory}: "
             "reorder the checkpoint from before quantization."
         )
     return source
+
+
+def _find_mlps(
+    directory: Path, architecture: Architecture, config: Any, names: list[str]
+) -> tuple[list[dict[tuple[str, str], str]], int | None]:
+    """The tensor names of each MLP to stream, and how many of them make a layer if they are experts."""
+    pattern = architecture.tensor_pattern()
+    found: dict[tuple[int, int], dict[tuple[str, str], str]] = {}
+    for name in names:
+        if match := pattern.match(name):
+            layer, expert, linear, kind = match.groups()
+            found.setdefault((int(layer), int(expert or 0)), {})[linear, kind] = name
+    if architecture.expert is None:
+        wanted = [(layer, 0) for layer in range(config.get_text_config().num_hidden_layers)]
+        experts = None
+    else:
+        experts = 1 + max((expert for _, expert in found), default=0)
+        layers = sorted({layer for layer, _ in found}) or [0]
+        wanted = [(layer, expert) for layer in layers for expert in range(experts)]
+    for place in wanted:
+        for projection in architecture.projections.values():
+            if (projection.linear, "weight") not in found.get(place, {}):
+                spot = f"layer {place[0]}" + ("" if experts is None else f", expert {place[1]}")
+                raise ValueError(
+                    f"{directory} should hold the weight of {projection.linear} of {spot}, as a "
+                    f"{config.model_type} does, but no tensor matches {pattern.pattern}: fetch it again."
+                )
+    return [found[place] for place in wanted], experts

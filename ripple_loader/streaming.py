@@ -1,75 +1,107 @@
-"""The module that takes an MLP's place: no parameters, its neurons come from the engine.
+"""The modules that take an MLP's place: no parameters, their neurons come from a backend.
 
-Dimension key: T tokens, U neurons of a batch, H hidden.
+Dimension key: T tokens, H hidden, K experts a token is routed to.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ripple_loader.architectures import MLPSite
-from ripple_loader.engine import Engine
+
+
+class Backend(Protocol):
+    """What computes the streamed MLPs of a model, numbered as they run: `engine.Engine`, or the tracer."""
+
+    def compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
+        """An MLP's output for T tokens; `following` is the MLP that runs next, if it is known."""
+
+    def begin(self, tokens: int) -> None:
+        """Note that a forward call with so many tokens reaches the first streamed layer."""
 
 
 class StreamingMLP(nn.Module):
-    """Computes an MLP with the neurons that its input needs, batch by batch as they arrive.
+    """Computes an MLP with neurons that are not parameters.
 
     Args:
-        engine: shared by all layers of a model.
+        backend: shared by all layers of a model.
         layer: which MLP this is.
+        following: the MLP that runs after it.
         activation: the model's own.
     """
 
-    def __init__(self, engine: Engine, layer: int, activation: nn.Module) -> None:
+    def __init__(self, backend: Backend, layer: int, following: int, activation: nn.Module) -> None:
         super().__init__()
-        self.engine, self.layer, self.activation = engine, layer, activation
+        self.backend, self.layer, self.following, self.activation = backend, layer, following, activation
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Hidden states to hidden states, shape (..., H), for inference only."""
         return _InferenceOnly.apply(hidden_states, self)
 
     def extra_repr(self) -> str:
-        header = self.engine.header
-        return f"layer={self.layer}, neurons={header.neurons}, hidden={header.hidden}"
+        return f"layer={self.layer}"
 
-    def compute(self, x_TH: Tensor) -> Tensor:
-        """The MLP's output for T tokens, shape (T, H)."""
-        engine, layer, last = self.engine, self.layer, self.engine.header.rows - 1
-        selection = engine.select(layer, x_TH, self.activation)
-        y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-        with closing(engine.fetch(layer, selection.places)) as batches:
-            for batch, rows in batches:
-                *selecting, down_UH = rows.to(x_TH.device).view(len(rows), -1).chunk(last + 1, dim=1)
-                places = torch.from_numpy(selection.places[batch])
-                factors = [
-                    F.linear(x_TH, weight_UH, engine.bias(layer, row)[places].to(x_TH))
-                    for row, weight_UH in enumerate(selecting)
-                ]
-                a_TU = self.activation(factors[0])
-                for factor_TU in factors[1:]:
-                    a_TU = a_TU * factor_TU
-                if selection.mask is not None:
-                    a_TU = a_TU * selection.mask[:, torch.from_numpy(batch)].to(a_TU.device)
-                y_TH += a_TU @ down_UH
-        return (y_TH + engine.bias(layer, last).to(y_TH.device)).to(x_TH.dtype)
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.layer == 0:
+            self.backend.begin(len(x_TH))
+        y_TH = self.backend.compute(self.layer, x_TH, self.activation, self.following)
+        return y_TH.view(hidden_states.shape)
+
+
+class StreamingExperts(nn.Module):
+    """Computes the routed experts of a layer; those that no token is routed to are not read.
+
+    Args:
+        backend: shared by all layers of a model.
+        first: number of the layer's first expert among all streamed MLPs.
+        experts: how many experts the layer has.
+        activation: the model's own.
+    """
+
+    def __init__(self, backend: Backend, first: int, experts: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.backend, self.first, self.experts, self.activation = backend, first, experts, activation
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum of the routed experts' outputs, shape (T, H), for inference only.
+
+        Args:
+            hidden_states: shape (T, H).
+            top_k_index: the experts of each token, shape (T, K); `experts` and above stand for none.
+            top_k_weights: what each of their outputs is multiplied with, shape (T, K).
+        """
+        return _InferenceOnly.apply(hidden_states, self, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        return f"first={self.first}, experts={self.experts}"
+
+    def compute(self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if self.first == 0:
+            self.backend.begin(len(x_TH))
+        y_TH = torch.zeros_like(x_TH)
+        routed = [expert for expert in index_TK.unique().tolist() if expert < self.experts]
+        for expert, following in zip(routed, [*routed[1:], None], strict=True):
+            tokens, rank = torch.where(index_TK == expert)
+            out = self.backend.compute(
+                self.first + expert,
+                x_TH[tokens],
+                self.activation,
+                None if following is None else self.first + following,
+            )
+            y_TH.index_add_(0, tokens, (out * weights_TK[tokens, rank, None]).to(y_TH.dtype))
+        return y_TH
 
 
 class _InferenceOnly(torch.autograd.Function):
     """Refuses a backward pass: the weights it would need are gone by then."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, mlp: StreamingMLP) -> Tensor:
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        engine = mlp.engine
-        with engine.lock:
-            if mlp.layer == 0:
-                engine.report.tokens += len(x_TH)
-            return mlp.compute(x_TH).view(hidden_states.shape)
+    def forward(ctx: Any, hidden_states: Tensor, module: Any, *more: Tensor) -> Tensor:
+        return module.compute(hidden_states, *more)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -79,8 +111,12 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
-def stream(model: nn.Module, sites: list[MLPSite], engine: Engine) -> None:
-    """Replace the MLPs of a model and hang the engine's report on it as `model.ripple_report`."""
-    for layer, site in enumerate(sites):
-        site.replace(model, StreamingMLP(engine, layer, site.activation))
-    model.ripple_report = engine.report
+def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
+    """Replace the MLPs of a model."""
+    for number, site in enumerate(sites):
+        module: nn.Module
+        if site.experts is not None:
+            module = StreamingExperts(backend, number * site.experts, site.experts, site.activation)
+        else:
+            module = StreamingMLP(backend, number, (number + 1) % len(sites), site.activation)
+        site.replace(model, module)

@@ -1,24 +1,45 @@
 """Offline step 1: which neurons are active for which token, on real text.
 
-A neuron's activation is what its column of `down_proj` is multiplied with. Where the activation function has
-exact zeros (ReLU) a neuron is active when it is not zero; elsewhere when it is among the token's largest.
+A neuron's activation is what its column of `down_proj` is multiplied with. The model runs with its MLPs
+streamed from the checkpoint, one at a time, so that it need not fit in memory. Each sequence's active sets
+are a file of their own: an interrupted trace goes on where it stopped, and several processes share one.
+
+Dimension key: T tokens, N neurons, H hidden.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ripple_loader.architectures import Architecture
+from ripple_loader.architectures import MLPSite
+from ripple_loader.atomic import whole_file
+from ripple_loader.checkpoint import fingerprint
+from ripple_loader.config import ActiveRule, ReorderConfig
+from ripple_loader.quantizer import StreamingQuantizer
+from ripple_loader.source import SourceModel
+from ripple_loader.streaming import Backend
 
 BitSets = npt.NDArray[np.uint8]
-"""Active sets of one layer: shape (tokens, ceil(N / 8)), as `numpy.packbits` packs them."""
+"""Active sets of one MLP: shape (tokens, ceil(N / 8)), as `numpy.packbits` packs them."""
+
+_DESCRIPTION = "trace.json"
 
 
 def calibration_sequences(
@@ -66,59 +87,221 @@ def _token_ids(item: Any, tokenizer: Callable[[], Any]) -> Tensor:
     )
 
 
-def active_mask(activation_TN: Tensor, *, exact_zeros: bool, active_share: float) -> Tensor:
-    """Which neurons count as active, bool of shape (T, N)."""
+def active_mask(activation_TN: Tensor, rule: ActiveRule, share: float, *, exact_zeros: bool) -> Tensor:
+    """Which neurons count as active, bool of shape (T, N).
+
+    With exact zeros all that are not zero; elsewhere by `rule`, see `ReorderConfig.active`.
+    """
     if exact_zeros:
         return activation_TN != 0
-    count = max(1, round(active_share * activation_TN.shape[-1]))
-    mask_TN = torch.zeros_like(activation_TN, dtype=torch.bool)
-    return mask_TN.scatter_(-1, activation_TN.abs().topk(count, dim=-1).indices, True)
+    size_TN = activation_TN.float().abs()
+    if rule == "threshold":
+        return size_TN >= share * size_TN.amax(-1, keepdim=True)
+    mask_TN = torch.zeros_like(size_TN, dtype=torch.bool)
+    if rule == "top_k":
+        count = max(1, round(share * size_TN.shape[-1]))
+        return mask_TN.scatter_(-1, size_TN.topk(count, dim=-1).indices, True)
+    energy_TN, order_TN = size_TN.square().sort(dim=-1, descending=True)
+    before_TN = energy_TN.cumsum(-1) - energy_TN
+    return mask_TN.scatter_(-1, order_TN, before_TN < share * energy_TN.sum(-1, keepdim=True))
+
+
+class Trace:
+    """A finished trace on disk.
+
+    Args:
+        directory: what `trace_source` or `ripple trace` made.
+
+    Attributes:
+        description: what was traced: fingerprint of the weights, rule, tokens, sequences.
+
+    Raises:
+        FileNotFoundError: there is no trace.
+        ValueError: it is not finished.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        path = directory / _DESCRIPTION
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} should hold a trace, but has no {_DESCRIPTION}.")
+        self.description: dict[str, Any] = json.loads(path.read_text())
+        count = self.description["sequences"]
+        self._files = [_sequence_file(directory, number) for number in range(count)]
+        missing = sum(not _is_whole(file) for file in self._files)
+        if missing:
+            raise ValueError(
+                f"{directory} should hold {count} sequences, but {missing} are missing: run the trace again."
+            )
+
+    @property
+    def exact_zeros(self) -> bool:
+        """Whether inactive neurons are exactly zero."""
+        return self.description["exact_zeros"]
+
+    def sets(self, layer: int) -> BitSets:
+        """The active sets of one MLP, for the tokens that reached it."""
+        parts = []
+        for file in self._files:
+            with safe_open(file, "np") as stored:
+                parts.append(stored.get_tensor(str(layer)))
+        return np.concatenate(parts)
+
+
+def trace_description(source: SourceModel, sequences: list[Tensor], config: ReorderConfig) -> dict[str, Any]:
+    """What a trace depends on, as it is written beside it."""
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(ids.numpy().tobytes())
+    return {
+        "model": fingerprint([shard.path for shard in source.shards]),
+        "mlps": source.layers,
+        "neurons": source.neurons,
+        "exact_zeros": source.exact_zeros,
+        "active": config.active,
+        "active_share": config.active_share,
+        "sequences": len(sequences),
+        "tokens": sum(ids.shape[1] for ids in sequences),
+        "token_ids": digest.hexdigest(),
+    }
+
+
+def cut_sequences(source: SourceModel, calibration: Iterable[Any], config: ReorderConfig) -> list[Tensor]:
+    """The calibration set as token ids, made with the model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = functools.cache(lambda: AutoTokenizer.from_pretrained(source.directory))
+    return list(calibration_sequences(calibration, tokenizer, config.tokens, config.sequence_length))
 
 
 @torch.no_grad()
-def trace(
-    model: nn.Module,
-    architecture: Architecture,
-    sequences: Iterable[Tensor],
-    *,
-    active_share: float,
-    tokens: int,
-) -> list[BitSets]:
-    """Run `model` over the sequences and record every layer's active sets.
+def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderConfig, out: Path) -> Trace:
+    """Run sequences through a model and record its active sets; goes on with what `out` holds already.
+
+    Under `accelerate launch` the processes share the sequences. Memory is that of the model without its MLPs,
+    one MLP, and one sequence's activations and active sets.
 
     Args:
-        model: a causal LM with its MLPs in memory.
-        architecture: where its MLPs are.
+        source: the model.
         sequences: token ids, each of shape (1, length).
-        active_share: share of neurons that counts as active where there are no exact zeros.
-        tokens: how many tokens the sequences hold at most, for the progress bar.
+        config: what counts as active.
+        out: the trace's directory, made if it is missing.
 
-    Returns:
-        One array a layer; together tokens x layers x N / 8 bytes.
+    Raises:
+        ValueError: `out` holds another trace.
     """
-    sites = architecture.find(model)
-    found: list[list[BitSets]] = [[] for _ in sites]
+    from accelerate import PartialState
 
-    def record(layer: int, exact_zeros: bool, activation: Tensor) -> None:
-        flat_TN = activation.flatten(0, -2)
-        mask_TN = active_mask(flat_TN, exact_zeros=exact_zeros, active_share=active_share)
-        found[layer].append(np.packbits(mask_TN.cpu().numpy(), axis=1))
+    description = trace_description(source, sequences, config)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / _DESCRIPTION
+    if path.exists():
+        found = json.loads(path.read_text())
+        differing = [key for key in description if found.get(key) != description[key]]
+        if differing:
+            raise ValueError(
+                f"{out} should hold a trace of this model, text and rule, but differs in "
+                f"{', '.join(differing)}: remove it or choose another directory."
+            )
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(description, indent=1))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    mine = range(state.process_index, len(sequences), state.num_processes)
+    missing = [number for number in mine if not _is_whole(_sequence_file(out, number))]
+    if missing:
+        tracer = _Tracer(source, config)
+        model = _load(tracer, state.device)
+        with tqdm(
+            total=sum(sequences[number].shape[1] for number in mine),
+            initial=sum(sequences[number].shape[1] for number in set(mine) - set(missing)),
+            unit="token",
+            desc="trace",
+            disable=not state.is_main_process,
+        ) as bar:
+            for number in missing:
+                model(sequences[number].to(state.device), use_cache=False)
+                with whole_file(_sequence_file(out, number)) as partial:
+                    save_file(tracer.take(), partial)
+                bar.update(sequences[number].shape[1])
+    state.wait_for_everyone()
+    return Trace(out)
 
-    handles = [
-        site.linear("down").register_forward_pre_hook(
-            lambda _, args, layer=layer, exact=site.has_exact_zeros: record(layer, exact, args[0])
+
+class _Tracer:
+    """A backend that reads each MLP from the checkpoint, computes all of it and notes what was active."""
+
+    def __init__(self, source: SourceModel, config: ReorderConfig) -> None:
+        self.source, self.config = source, config
+        self._found: dict[int, BitSets] = {}
+
+    def __deepcopy__(self, memo: Any) -> _Tracer:
+        return self  # transformers copies the config that brings the tracer to the model
+
+    def begin(self, tokens: int) -> None:
+        pass
+
+    def compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
+        *selecting, down = self.source.architecture.bundle
+        factors = [F.linear(x_TH, *self._part(layer, role, x_TH)) for role in selecting]
+        a_TN = activation(factors[0])
+        for factor_TN in factors[1:]:
+            a_TN = a_TN * factor_TN
+        mask_TN = active_mask(
+            a_TN, self.config.active, self.config.active_share, exact_zeros=self.source.exact_zeros
         )
-        for layer, site in enumerate(sites)
-    ]
+        self._found[layer] = np.packbits(mask_TN.cpu().numpy(), axis=1)
+        down_NH, bias_H = self._part(layer, down, x_TH)
+        return F.linear(a_TN, down_NH.T, bias_H)
+
+    def _part(self, layer: int, role: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, bias = (self.source.part(layer, role, kind) for kind in ("weight", "bias"))
+        assert weight is not None
+        return weight.to(like), None if bias is None else bias.to(like)
+
+    def take(self) -> dict[str, BitSets]:
+        """The active sets since the last call by number of the MLP; empty where no token reached it."""
+        found, self._found = self._found, {}
+        nothing = np.empty((0, -(-self.source.neurons // 8)), np.uint8)
+        return {str(layer): found.get(layer, nothing) for layer in range(self.source.layers)}
+
+
+@register_quantization_config("ripple_trace")
+@dataclass(kw_only=True)
+class _TraceConfig(QuantizationConfigMixin):
+    """Loads a model with its MLPs computed by a tracer."""
+
+    tracer: _Tracer
+    quant_method: str = "ripple_trace"
+
+
+@register_quantizer("ripple_trace")
+class _TraceQuantizer(StreamingQuantizer):
+    def streamed(self, model: Any, files: list[Path]) -> tuple[list[MLPSite], Backend]:
+        tracer = self.quantization_config.tracer
+        return tracer.source.architecture.find(model), tracer
+
+
+def _load(tracer: _Tracer, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        tracer.source.directory,
+        dtype="auto",
+        device_map={"": device},
+        quantization_config=_TraceConfig(tracer=tracer),
+    )
+
+
+def _sequence_file(directory: Path, number: int) -> Path:
+    return directory / f"sequence-{number:06}.safetensors"
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        with tqdm(total=tokens, unit="token", desc="trace") as bar:
-            for ids in sequences:
-                model(ids.to(next(model.parameters()).device), use_cache=False)
-                bar.update(ids.shape[1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [np.concatenate(parts) for parts in found]
+        with safe_open(path, "np"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def unpack(sets: BitSets, neurons: int) -> npt.NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ollie_compile.expr.index import Affine, Quotient, Remainder
@@ -197,10 +197,11 @@ def ranges_of(loops: tuple[Loop, ...]) -> dict[str, tuple[int, int]]:
 def canonical(scope: Scope) -> str:
     """The fingerprint of a scope: equal for scopes that differ in iterators' names and in the order of
     summations, factors and inner traversals only. It is a full description, so it never collides."""
-    return _canonical(scope, list(range(len(scope.traversal))))
+    return _canonical(scope, tuple(range(len(scope.traversal))))
 
 
-def _canonical(scope: Scope, order: list[int]) -> str:
+@lru_cache(maxsize=1 << 14)
+def _canonical(scope: Scope, order: tuple[int, ...]) -> str:
     """`order`: the traversal loops in the order in which they are named and listed."""
     names = {scope.traversal[at].name: f"i{place}" for place, at in enumerate(order)}
     sums = sorted(scope.summation, key=lambda loop: (_role(scope, loop.name, names), loop.low, loop.high))
@@ -211,7 +212,7 @@ def _canonical(scope: Scope, order: list[int]) -> str:
     for read in scope.factors:
         index = [str(i.substitute(renamed, ranges)) for i in read.index]
         if isinstance(read.tensor, Scope):
-            inner = sorted(range(len(index)), key=lambda at: index[at])
+            inner = tuple(sorted(range(len(index)), key=lambda at: index[at]))
             factors.append(f"{{{_canonical(read.tensor, inner)}}}{[index[at] for at in inner]}")
         else:
             factors.append(f"{read.tensor.name}{read.tensor.shape}{index}")

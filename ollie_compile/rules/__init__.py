@@ -7,11 +7,13 @@ every scope of an expression; `simplify` applies the others, which only ever rem
 from collections.abc import Callable, Iterator
 
 from ollie_compile.expr import Read, Scope
+from ollie_compile.rules.bilinear import bilinear_decomposition
 from ollie_compile.rules.boundary import boundary_tightening
-from ollie_compile.rules.layout import layout_transformation
+from ollie_compile.rules.layout import dimension_splitting, layout_transformation
 from ollie_compile.rules.merging import idle_iterator, traversal_merging, unit_iterator
 from ollie_compile.rules.substitution import variable_splitting, variable_substitution
 from ollie_compile.rules.summation import summation_splitting
+from ollie_compile.rules.windows import dilation_splitting, stride_splitting, tap_splitting
 
 __all__ = ["EXPLORATIVE", "SIMPLIFYING", "Rule", "rewrites", "simplify"]
 
@@ -22,6 +24,11 @@ EXPLORATIVE: dict[str, Rule] = {
     "variable substitution": variable_substitution,
     "variable splitting": variable_splitting,
     "layout transformation": layout_transformation,
+    "dilation splitting": dilation_splitting,
+    "stride splitting": stride_splitting,
+    "tap splitting": tap_splitting,
+    "dimension splitting": dimension_splitting,
+    "bilinear decomposition": bilinear_decomposition,
 }
 SIMPLIFYING: dict[str, Rule] = {
     "traversal merging": traversal_merging,

@@ -5,6 +5,8 @@ from itertools import combinations
 
 from ollie_compile.expr import Affine, Read, Scope
 
+MANY = 3
+
 
 def split_summation(scope: Scope, outer: Collection[str]) -> Scope:
     """Sum[outer, inner] f  ->  Sum[outer] {L[outer, traversal] Sum[inner] f}.
@@ -20,8 +22,9 @@ def split_summation(scope: Scope, outer: Collection[str]) -> Scope:
 
 
 def summation_splitting(scope: Scope) -> Iterator[Scope]:
-    """Every split of the summation into two non-empty parts."""
+    """Every split of the summation into two non-empty parts; of many iterators, one goes or one stays."""
     names = [loop.name for loop in scope.summation]
-    for size in range(1, len(names)):
+    sizes = range(1, len(names)) if len(names) <= MANY else (1, len(names) - 1)
+    for size in sizes:
         for outer in combinations(names, size):
             yield split_summation(scope, outer)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lemo_trainer import LemoConfig, apply_lemo, elimination, remove_lemo
-from lemo_trainer.architectures import ARCHITECTURES
+from lemo_trainer.architectures import find_causal_lm
+from lemo_trainer.probe import layer_arguments, split_arguments
 from lemo_trainer.selection import select_tokens
 
-from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
+from .tiny import CASES, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
 CONFIG = LemoConfig(
     mode="eliminate", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16, mlp_score_tokens=2
@@ -20,10 +21,10 @@ CONFIG = LemoConfig(
 def reference_forward(architecture, chosen):
     """A layer that computes every token and masks what was not chosen; slow, and plain to see."""
 
-    def forward(
-        self, hidden_states, attention_mask=None, position_ids=None, position_embeddings=None, **kwargs
-    ):
-        x = hidden_states
+    def forward(self, *args, **kwargs):
+        arguments = layer_arguments(type(self).forward, args, kwargs)
+        x = arguments.pop("hidden_states")
+        attention_mask, positions, _ = split_arguments(arguments)
         keep = chosen.pop(0)  # bool [B, S]
         batch_size, seq_len = keep.shape
         allowed = torch.ones(seq_len, seq_len, dtype=torch.bool).tril()[None, None]
@@ -33,21 +34,18 @@ def reference_forward(architecture, chosen):
         mask = torch.zeros(batch_size, 1, seq_len, seq_len).masked_fill(
             ~allowed, torch.finfo(torch.float32).min
         )
-        update = architecture.attention_branch(
-            self, x, attention_mask=mask, position_ids=position_ids, position_embeddings=position_embeddings
-        )
-        x = x + update * keep[..., None]
-        keep = chosen.pop(0)
-        return x + architecture.mlp_branch(self, x) * keep[..., None]
+        update = architecture.attention_branch(self, x, attention_mask=mask, **positions)
+        y = x + update * keep[..., None]
+        update = architecture.mlp_branch(self, x if architecture.is_parallel(self) else y)
+        return y + update * (1 if architecture.has_dense_mlp(self) else chosen.pop(0)[..., None])
 
     return forward
 
 
-@pytest.mark.parametrize("kind", ["plain", "left", "right", "packed"])
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_gradients_equal_those_of_a_mask_based_reference(monkeypatch, model_type, kind):
-    model = tiny_model(model_type)
-    inputs = batch(kind)
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_gradients_equal_those_of_a_mask_based_reference(monkeypatch, kind, name):
+    model = tiny_model(kind)
+    inputs = batch(name)
     chosen: list[torch.Tensor] = []
 
     def spy(*args, **kwargs):
@@ -60,11 +58,12 @@ def test_gradients_equal_those_of_a_mask_based_reference(monkeypatch, model_type
     report = apply_lemo(model, CONFIG)
     got = loss_and_gradients(model, inputs)
     remove_lemo(model)
-    assert len(chosen) == 6
+    parts = find_causal_lm(model)
+    assert len(chosen) == 6 - len(report.wiring.dense_mlps)
     assert all(keep.sum(1).tolist() == [report.kept_tokens] * 2 for keep in chosen)
 
-    for layer in model.model.layers:
-        layer.forward = types.MethodType(reference_forward(ARCHITECTURES[model_type], chosen), layer)
+    for layer in parts.layers:
+        layer.forward = types.MethodType(reference_forward(report.wiring.architecture, chosen), layer)
     assert_same_step(got, loss_and_gradients(model, inputs), rtol=1e-4, atol=1e-5)
     assert not chosen
 

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lemo_trainer import informativeness
+from lemo_trainer.architectures import ARCHITECTURES
 from lemo_trainer.informativeness import (
     attention_inputs,
     attention_scores,
@@ -75,21 +76,21 @@ def test_dropout_does_not_reach_the_scores_and_comes_back():
     model = tiny_model("llama")
     layer = model.model.layers[0]
     layer.mlp.gate_proj = nn.Sequential(nn.Dropout(0.5), layer.mlp.gate_proj)
+    llama = ARCHITECTURES["llama"]
     frozen = layer.mlp.up_proj.eval()
     x = torch.randn(B, 20, 32)
-    torch.testing.assert_close(
-        mlp_intermediate(layer.mlp, "down_proj", x), mlp_intermediate(layer.mlp, "down_proj", x)
-    )
+    torch.testing.assert_close(mlp_intermediate(llama, layer, x), mlp_intermediate(llama, layer, x))
     assert layer.mlp.gate_proj[0].training
     assert not frozen.training
     assert not layer.mlp.down_proj._forward_pre_hooks
 
 
 def test_mlp_intermediate_is_the_input_of_the_last_projection():
-    mlp = tiny_model("llama").model.layers[0].mlp
+    layer = tiny_model("llama").model.layers[0]
     x = torch.randn(B, 20, 32)
-    wanted = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-    torch.testing.assert_close(mlp_intermediate(mlp, "down_proj", x), wanted.detach())
+    normed = layer.post_attention_layernorm(x)
+    wanted = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+    torch.testing.assert_close(mlp_intermediate(ARCHITECTURES["llama"], layer, x), wanted.detach())
 
 
 def test_mlp_scores_are_block_means_without_padding():

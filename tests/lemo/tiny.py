@@ -9,33 +9,74 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lemo_trainer.architectures import ARCHITECTURES
+
 VOCAB = 97
+BATCHES = ("plain", "left", "right", "packed")
 
 
-def tiny_model(model_type: str = "llama", *, layers: int = 3, implementation: str | None = None) -> Any:
-    """A float32 causal LM in training mode, without dropout."""
-    config = AutoConfig.for_model(
-        model_type,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=VOCAB,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    for name in ("attention_dropout", "residual_dropout", "embedding_dropout", "resid_pdrop", "embd_pdrop"):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    if model_type == "granite":
-        config.logits_scaling, config.residual_multiplier, config.attention_multiplier = 3.0, 0.5, 0.3
-    if implementation is None:
-        implementation = "eager" if model_type == "gemma2" else "sdpa"
+DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout", "residual_dropout", "embedding_dropout")
+DROPOUTS += ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+SLIDING = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 11}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# What a model type has besides the common sizes; "post-norm opt" is a form of "opt".
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3, **SLIDING},
+    "gemma2": {
+        **SLIDING,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8},
+    "gpt_oss": {**SLIDING, **EXPERTS, "rope_parameters": ROPE},
+    "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "ministral": SLIDING,
+    "ministral3": {
+        "rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
+    },
+    "mistral": {"sliding_window": 11},
+    "mixtral": EXPERTS,
+    "olmo3": SLIDING,
+    "olmoe": EXPERTS,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "phi": {"num_key_value_heads": 1},
+    "post-norm opt": {"ffn_dim": 48, "do_layer_norm_before": False},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    "qwen3_moe": EXPERTS,
+    "serial gpt_neox": {"use_parallel_residual": False},
+}
+KINDS = (*ARCHITECTURES, "post-norm opt", "serial gpt_neox")
+# Every kind of model with one kind of batch, and two of them with every kind.
+CASES = [(kind, "left") for kind in KINDS]
+CASES += [(kind, name) for kind in ("llama", "gpt_neox") for name in BATCHES if name != "left"]
+EAGER = ("gemma2", "gpt_oss")  # soft caps and sinks, which SDPA lacks
+
+
+def tiny_model(
+    kind: str = "llama", *, layers: int = 3, implementation: str | None = None, **options: Any
+) -> Any:
+    """A float32 causal LM in training mode, without dropout unless `options` of its config say so."""
+    model_type = kind.split()[-1]
+    implementation = implementation or ("eager" if model_type in EAGER else "sdpa")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    }
+    own = {**dict.fromkeys(DROPOUTS, 0.0), **OPTIONS.get(kind, {}), **options}
+    config = AutoConfig.for_model(model_type, **{**sizes, **own})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
 

@@ -25,6 +25,7 @@ COMMON = {
     "pad_token_id": 0,
 }
 GROUPED = {"num_key_value_heads": 2}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 MODELS: dict[str, dict[str, Any]] = {
     "falcon": {"model_type": "falcon", "bias": True, "ffn_hidden_size": 96},
     "gemma": {"model_type": "gemma", **GROUPED, "head_dim": 8},
@@ -35,12 +36,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite": {"model_type": "granite", **GROUPED},
     "llama": {"model_type": "llama", **GROUPED, "mlp_bias": True},
     "mistral": {"model_type": "mistral", **GROUPED},
+    "mixtral": {"model_type": "mixtral", **GROUPED, "num_local_experts": 4},
     "olmo2": {"model_type": "olmo2", **GROUPED},
+    "olmoe": {"model_type": "olmoe", **GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32},
     "phi": {"model_type": "phi"},
     "phi3": {"model_type": "phi3", **GROUPED},
     "qwen2": {"model_type": "qwen2", **GROUPED, "tie_word_embeddings": True},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **GROUPED,
+        **EXPERTS,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "shared_expert_intermediate_size": 64,
+    },
     "qwen3": {"model_type": "qwen3", **GROUPED, "head_dim": 8},
+    "qwen3_moe": {"model_type": "qwen3_moe", **GROUPED, **EXPERTS, "head_dim": 8},
     "stablelm": {"model_type": "stablelm", **GROUPED},
     "starcoder2": {"model_type": "starcoder2", **GROUPED, "use_bias": True},
 }
@@ -53,7 +65,7 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
         scale = 1.0 if "embed" in parameter_name else 0.2
-        if parameter.dim() == 2 or parameter_name.endswith("bias"):
+        if parameter.dim() >= 2 or parameter_name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=scale)
     return model.to(dtype).eval()
 

@@ -10,19 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from ripple_loader.bundles import Sidecar, SidecarWriter, pack_bundles, sketch_rows
+from ripple_loader.bundles import Sidecar, SidecarWriter, pack_bundles, sketch_rows, unpack_bundles
+from ripple_loader.encoding import DTYPES, ENCODINGS
 from ripple_loader.sidecar import BLOCK, SIDECAR, SidecarHeader, Vectors
 
 from .conftest import load
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 SHAPES = st.builds(
     lambda layers, neurons, hidden, rows, dtype: (layers, neurons, hidden, rows, dtype),
     st.integers(1, 3),
     st.integers(1, 40),
     st.integers(1, 1100),
     st.sampled_from([2, 3]),
-    st.sampled_from(sorted(NAMES, key=str)),
+    st.sampled_from(sorted(ENCODINGS)),
 )
 FIXTURES = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
@@ -39,16 +39,18 @@ def test_round_trip(shape, tmp_path):
         neurons=neurons,
         hidden=hidden,
         rows=rows,
-        dtype=NAMES[dtype],
+        dtype=dtype,
         exact_zeros=False,
+        hot=[0] * layers,
         checkpoint="0" * 64,
         base={"model.safetensors": "1" * 64},
         profile={"placement": "linked"},
     )
     torch.manual_seed(0)
-    weights = [[torch.randn(neurons, hidden).to(dtype) for _ in range(rows)] for _ in range(layers)]
+    stored = ENCODINGS[dtype].dtype if dtype in DTYPES else torch.float32
+    weights = [[torch.randn(neurons, hidden).to(stored) for _ in range(rows)] for _ in range(layers)]
     orders = [np.random.default_rng(layer).permutation(neurons) for layer in range(layers)]
-    biases = {rows - 1: torch.randn(hidden).to(dtype), 0: torch.randn(neurons).to(dtype)}
+    biases = {rows - 1: torch.randn(hidden).to(stored), 0: torch.randn(neurons).to(stored)}
     with SidecarWriter(tmp_path / SIDECAR, header) as writer:
         for layer in range(layers):
             writer.write_layer(weights[layer], biases, orders[layer])
@@ -58,8 +60,14 @@ def test_round_trip(shape, tmp_path):
     assert sidecar.header == header
     for layer in range(layers):
         assert (sidecar.permutation(layer) == orders[layer]).all()
-        assert torch.equal(sidecar.bundles(layer), torch.stack(weights[layer], dim=1))
-        assert torch.equal(sidecar.bundles(layer, neurons - 1), sidecar.bundles(layer)[-1:])
+        bundles, whole = sidecar.bundles(layer), torch.stack(weights[layer], dim=1)
+        assert torch.equal(bundles, pack_bundles(weights[layer], header.encoding))
+        back = unpack_bundles(bundles, header, torch.float32)
+        assert torch.equal(sidecar.bundle(layer, neurons - 1), back[-1])
+        if dtype in DTYPES:
+            assert torch.equal(unpack_bundles(bundles, header, stored), whole)
+        else:
+            assert (back - whole).norm() < (0.02 if dtype == "I8" else 0.2) * whole.norm()
         offset, size = sidecar.section(layer, "vectors")
         data = np.fromfile(sidecar.path, np.uint8, size, offset=offset)
         vectors = Vectors.unpack(data.data, rows, neurons, hidden)
@@ -89,7 +97,7 @@ def test_the_sketch_of_a_row_of_zeros():
 
 def test_a_bundle_holds_the_rows_of_a_neuron():
     rows = [torch.full((5, 4), float(number)) for number in range(3)]
-    bundles = pack_bundles(rows).view(np.float32)
+    bundles = pack_bundles(rows, ENCODINGS["F32"]).view(torch.float32)
     assert bundles.tolist() == [[0.0] * 4 + [1.0] * 4 + [2.0] * 4] * 5
 
 
@@ -140,7 +148,7 @@ def rewrite_header(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "format version 2"),
+        ({"version": 1}, "format version 1"),
         ({"layers": 1 << 40}, "is damaged"),
         ({"layers": 1 << 30}, "is damaged"),
         ({"neurons": 1 << 30}, "is damaged"),
@@ -148,6 +156,10 @@ def rewrite_header(path, change):
         ({"hidden": "32"}, "is damaged"),
         ({"rows": 7}, "is damaged"),
         ({"dtype": "I64"}, "is damaged"),
+        ({"hot": [0]}, "is damaged"),
+        ({"hot": [0, 97]}, "is damaged"),
+        ({"hot": 0}, "is damaged"),
+        ({"experts": 3}, "is damaged"),
         ({"extra": 1}, "is damaged"),
     ],
 )

@@ -40,7 +40,7 @@ def test_reorder_inspect_generate(saved, text, tmp_path):
     out = tmp_path / "out"
     result = run("reorder", saved("llama"), "--calibration", text, "--out", out, "--tokens", 64)
     assert result.exit_code == 0, result.output
-    assert "expected reads per token and layer" in result.stderr
+    assert "expected reads per token and MLP" in result.stderr
     result = run("inspect", out, "--verify")
     assert json.loads(result.stdout)["profile"]["tokens"] == 64
     result = run("verify", out, "--original", saved("llama"))
@@ -50,6 +50,27 @@ def test_reorder_inspect_generate(saved, text, tmp_path):
     assert result.exit_code == 0, result.output
     assert len(result.stdout.split()) == len("hello") + 3
     assert "tokens/s" in result.stderr
+
+
+def test_trace_then_reorder(saved, text, tmp_path):
+    traced, out, options = tmp_path / "trace", tmp_path / "out", ("--tokens", 64, "--active", "energy")
+    result = run("trace", saved("llama"), "--calibration", text, "--out", traced, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(traced)
+    result = run("reorder", saved("llama"), "--trace", traced, "--out", out, "--bundles", "int8")
+    assert result.exit_code == 0, result.output
+    header = json.loads(run("inspect", out).stdout)
+    assert header["profile"]["tokens"] == 64
+    assert header["dtype"] == "I8"
+    assert "another model" in bad("reorder", saved("opt"), "--trace", traced, "--out", tmp_path / "b")
+    both = ("--trace", traced, "--calibration", text)
+    assert "got both" in bad("reorder", saved("llama"), *both, "--out", tmp_path / "b")
+    assert "differs in tokens" in bad(
+        "trace", saved("llama"), "--calibration", text, "--out", traced, "--tokens", 65, "--active", "energy"
+    ).replace("sequences, ", "")
+    next(traced.glob("sequence*")).unlink()
+    assert "1 are missing" in bad("reorder", saved("llama"), "--trace", traced, "--out", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.jsonl", "trace"]
 
 
 def test_recipe(saved, text, tmp_path):
@@ -64,7 +85,7 @@ def test_recipe(saved, text, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", ["reorder", "generate", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["trace", "reorder", "generate", "inspect", "verify"])
 def test_help_has_an_example(command):
     assert f"ripple {command} out" in run(command, "--help").output.replace("SmolLM2-135M-Instruct ", "out")
 

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import hashlib
 import json
@@ -16,9 +17,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader import ReorderConfig, reorder
+from ripple_loader.atomic import Workspace
 from ripple_loader.bundles import Sidecar, SidecarWriter
+from ripple_loader.verify import verify
 
-from .conftest import CALIBRATION, MODELS, SMALL, load, make_model, relative_error, token_ids
+from .conftest import (
+    CALIBRATION,
+    MODELS,
+    SMALL,
+    least_budget,
+    load,
+    make_model,
+    relative_error,
+    token_ids,
+)
 
 
 @torch.no_grad()
@@ -198,51 +210,119 @@ def test_no_disk_space(saved, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_is_left_when_writing_stops(error, saved, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_trace_and_no_output(saved, tmp_path, monkeypatch, capsys):
     def stop(self, *_):
         if self.layout.file_bytes > self._file.tell() > len(self.layout.container) + 10_000:
-            raise error
+            raise OSError(errno.ENOSPC, "No space left on device")
         return original(self, *_)
 
     original = SidecarWriter._write
-    monkeypatch.setattr(SidecarWriter, "_write", stop)
-    with pytest.raises(type(error)):
-        run(saved("llama"), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(SidecarWriter, "_write", stop)
+        with pytest.raises(OSError, match="No space left"):
+            run(saved("llama"), tmp_path / "out")
+    work = tmp_path / ".out.partial"
+    assert list(tmp_path.iterdir()) == [work]
+    assert sorted(path.name for path in work.iterdir() if path.is_dir()) == ["orders", "trace"]
+    assert f"{work} keeps the work so far" in capsys.readouterr().err
+    run(saved("llama"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 KILLED = """
 import sys, time, torch
 from pathlib import Path
-from ripple_loader import ReorderConfig, reorder
-from ripple_loader.bundles import SidecarWriter
-def wait(*_):
-    Path(sys.argv[2]).parent.joinpath("ready").touch()
-    time.sleep(60)
-SidecarWriter.write_layer = wait
-reorder(sys.argv[1], sys.argv[2], [torch.arange(3, 90)], ReorderConfig(tokens=64))
+from ripple_loader import ReorderConfig, bundles, placement, reorder, trace
+ready = Path(sys.argv[2]).parent / "ready"
+kind, seen = sys.argv[3], []
+def pause(at):
+    seen.append(at)
+    if len(seen) == 2:
+        ready.touch()
+        time.sleep(60)
+module, name = {
+    "trace": (trace, "save_file"),
+    "orders": (sys.modules["ripple_loader.reorder"], "place"),
+    "weights": (sys.modules["ripple_loader.writing"], "permuted"),
+    "sidecar": (bundles.SidecarWriter, "write_layer"),
+}[kind]
+original = getattr(module, name)
+def paused(*arguments):
+    pause(arguments)
+    return original(*arguments)
+setattr(module, name, paused)
+calibration = [torch.arange(3, 90) for _ in range(4)]
+reorder(sys.argv[1], sys.argv[2], calibration, ReorderConfig(tokens=256, sequence_length=64, workers=1))
 """
 
 
-def test_kill_9_leaves_no_output_and_the_next_run_succeeds(saved, tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(saved("llama")), str(tmp_path / "out")])
+@pytest.mark.parametrize("stage", ["trace", "orders", "weights", "sidecar"])
+def test_a_run_killed_in_any_stage_is_gone_on_with(stage, saved, tmp_path, monkeypatch):
+    sharded = saved("llama", max_shard_size="40KB")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(sharded), str(tmp_path / "out"), stage])
     try:
         while not (tmp_path / "ready").exists():
             assert process.poll() is None
             time.sleep(0.05)
         with pytest.raises(FileExistsError, match="another is writing it"):
-            run(saved("llama"), tmp_path / "out")
+            run(sharded, tmp_path / "out")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "out").exists()
-    run(saved("llama"), tmp_path / "out")
-    Sidecar(tmp_path / "out").verify()
+    work = tmp_path / ".out.partial"
+    done = [path for path in work.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    before = {path.name: path.stat().st_mtime_ns for path in done}
+    kinds = {path.parent.name for path in done}
+    assert {"trace", "orders", Workspace.OUTPUT} & kinds >= {"trace"}
+    seen, original = {}, Workspace.stage
+
+    def noted(self, name, key):
+        path = original(self, name, key)
+        seen.update({file.name: file.stat().st_mtime_ns for file in path.iterdir()})
+        return path
+
+    monkeypatch.setattr(Workspace, "stage", noted)
+    calibration = [torch.arange(3, 90) for _ in range(4)]
+    config = ReorderConfig(tokens=256, sequence_length=64)
+    reorder(sharded, tmp_path / "out", calibration, config)
+    kept = {name for name, time_ns in before.items() if seen.get(name) == time_ns}
+    assert any(name.startswith("sequence-") for name in kept)
+    assert stage == "trace" or any(name.endswith(".npz") for name in kept) or stage == "orders"
+    assert stage != "sidecar" or any(name.endswith(".safetensors") and "model" in name for name in kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "ready"]
+    assert not list((tmp_path / "out").glob(".*"))
+    assert len(dict(verify(tmp_path / "out", sharded))) == 6
 
 
-@pytest.mark.parametrize("placement", ["identity", "random", "frequency"])
+def test_another_run_to_the_same_directory_does_not_take_what_was_left(saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(SidecarWriter, "write_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(saved("llama"), tmp_path / "out")
+    assert (tmp_path / ".out.partial" / Workspace.OUTPUT / "model.safetensors").exists()
+    run(saved("mistral"), tmp_path / "out")
+    assert len(dict(verify(tmp_path / "out", saved("mistral")))) == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bundles", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_bundles_may_be_stored_otherwise(bundles, name, saved, tmp_path):
+    config = dataclasses.replace(SMALL, bundles=bundles)
+    run(saved(name), tmp_path / "out", config=config)
+    stock, model = AutoModelForCausalLM.from_pretrained(saved(name)), load(tmp_path / "out")
+    error = relative_error(model(token_ids()).logits, stock(token_ids()).logits)
+    assert 0 < error < {"float16": 0.01, "int8": 0.05, "int4": 0.7}[bundles]
+    checks = dict(verify(tmp_path / "out", saved(name)))
+    assert "differ by" in checks["streamed logits"]
+    assert 0 < Sidecar(tmp_path / "out").header.profile["rounding_error"] < 0.1
+    small = load(tmp_path / "out", dram_budget=least_budget(tmp_path / "out", buffer=1 << 14), buffer=1 << 14)
+    for _ in range(2):
+        assert relative_error(small(token_ids()).logits, model(token_ids()).logits) < 1e-5
+
+
+@pytest.mark.parametrize("placement", ["identity", "random", "frequency", "spectral"])
 def test_other_placements(placement, saved, tmp_path):
     run(saved("opt"), tmp_path / "out", config=ReorderConfig(placement=placement, tokens=64))
     original, copy = (AutoModelForCausalLM.from_pretrained(d) for d in (saved("opt"), tmp_path / "out"))

@@ -1,0 +1,120 @@
+"""The segment-wise loss in the place of a causal LM's own head and loss.
+
+The model's forward runs as it is, with two of its parts exchanged for the time of a call: the head gets no
+rows, so that it makes no logits, and the loss function takes the hidden state that the head would have got.
+Router losses, `num_items_in_batch`, `shift_labels` and all else stay the model's own business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo_trainer.architectures import CausalLM
+from lemo_trainer.informativeness import without_dropout
+from lemo_trainer.loss import IGNORE_INDEX, segmented_cross_entropy, shift
+from lemo_trainer.probe import idle_layers
+
+
+@contextlib.contextmanager
+def _segmented_loss(parts: CausalLM, segment: int) -> Iterator[None]:
+    model, head = parts.model, parts.head
+    config = model.config
+    seen: list[Tensor] = []
+
+    def keep_hidden_state(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(args[0])
+        return (args[0][:, :0], *args[1:])
+
+    def loss_function(
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        (hidden_BSD,) = seen
+        if labels.shape != hidden_BSD.shape[:2]:
+            raise ValueError(
+                f"`labels` must have the shape of the input, {tuple(hidden_BSD.shape[:2])}, "
+                f"got {tuple(labels.shape)}."
+            )
+        assert ignore_index == IGNORE_INDEX
+        device = hidden_BSD.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_BSD.dtype
+        shift_labels = shift(labels) if shift_labels is None else shift_labels
+        return segmented_cross_entropy(
+            hidden_BSD.flatten(0, 1).to(dtype),
+            head.weight.to(dtype),
+            shift_labels.flatten().to(device),
+            bias_V=None if head.bias is None else head.bias.to(dtype),
+            segment=segment,
+            num_items=num_items_in_batch,
+            scale=getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    own = vars(model).get("_loss_function")
+    hook = head.register_forward_pre_hook(keep_hidden_state)
+    model.loss_function = loss_function
+    try:
+        yield
+    finally:
+        hook.remove()
+        del model._loss_function
+        if own is not None:
+            model.loss_function = own
+
+
+def forward_with_segmented_loss(
+    parts: CausalLM, forward: Callable[..., Any], arguments: inspect.BoundArguments, segment: int
+) -> Any:
+    """The model's own `forward` on `arguments`, with the segment-wise loss and without logits."""
+    return_tuple = arguments.arguments.get("kwargs", {}).pop("return_dict", True) is False
+    with _segmented_loss(parts, segment):
+        output = forward(*arguments.args, **arguments.kwargs)
+    output = type(output)(**{**output, "logits": None})
+    return output.to_tuple() if return_tuple else output
+
+
+def check_head(parts: CausalLM) -> None:
+    """Raise ValueError unless the segment-wise loss is the model's own.
+
+    A few tokens go past the idle layers through head and loss, once each way; on the meta device, where there
+    is nothing to compare, only the types are looked at.
+    """
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    model, head = parts.model, parts.head
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise ValueError(
+            f"The segment-wise loss needs a plain nn.Linear as output head, got {type(head).__name__} "
+            "(LoRA or modules_to_save on lm_head?); leave the head out or set loss_segment=0."
+        )
+    if model.loss_function is not ForCausalLMLoss:
+        raise ValueError(
+            f"The segment-wise loss stands in for transformers' ForCausalLMLoss, which "
+            f"{type(model).__name__} does not use; set loss_segment=0."
+        )
+    if head.weight.is_meta:
+        return
+    tokens = torch.arange(1, 9, device=model.get_input_embeddings().weight.device)[None]
+    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    with torch.no_grad(), without_dropout(model), idle_layers(parts.layers):
+        wanted = model(**inputs).loss
+        with _segmented_loss(parts, 4):
+            got = model(**inputs).loss
+    tolerance = 1e-4 if wanted.dtype == torch.float32 and head.weight.dtype == torch.float32 else 2e-2
+    if not torch.allclose(got, wanted, rtol=tolerance):
+        raise ValueError(
+            f"The segment-wise loss must equal that of {type(model).__name__}, {float(wanted):.4f} on a few "
+            f"tokens, got {float(got):.4f}: its head does more than scaling and capping; set loss_segment=0."
+        )

@@ -1,0 +1,56 @@
+"""Attention masks as tensors, whatever the model's attention implementation hands to its layers.
+
+A mask is None (plain causal) or [B, 1, S, S], bool (True where a query may look at a key) or additive. The
+`BlockMask` of flex attention cannot be cut to chosen tokens; it is written out as a bool mask once a batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+AttentionFunction = Callable[..., tuple[Tensor, Any]]
+
+_WRITTEN_OUT = "lemo_written_out"
+_written_out: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
+
+
+def masked_attention(attention: Any, mask: Any) -> tuple[str, Tensor | None]:
+    """The attention implementation for chosen tokens, by its registered name, and the mask as it takes it."""
+    if not isinstance(mask, BlockMask):
+        return attention.config._attn_implementation, mask
+    if mask not in _written_out:
+        batch, heads, queries, keys = mask.shape
+        device = mask.kv_num_blocks.device
+        _written_out[mask] = create_mask(mask.mask_mod, batch, heads, queries, keys, device=device)
+    return _WRITTEN_OUT, _written_out[mask]
+
+
+def attention_interface(attention: nn.Module, implementation: str) -> AttentionFunction:
+    """The function that `attention` calls for an implementation."""
+    modeling: Any = sys.modules[type(attention).__module__]
+    function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(
+        implementation, modeling.eager_attention_forward
+    )
+    return function
+
+
+def _written_out_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
+) -> tuple[Tensor, Any]:
+    """What flex attention computes, for a bool mask: SDPA knows neither soft caps nor sinks, eager both."""
+    if options.get("softcap") is None and options.get("s_aux") is None:
+        return attention_interface(module, "sdpa")(module, query, key, value, mask, **options)
+    additive = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return attention_interface(module, "eager")(module, query, key, value, additive, **options)
+
+
+AttentionInterface.register(_WRITTEN_OUT, _written_out_attention)

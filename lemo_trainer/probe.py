@@ -1,0 +1,340 @@
+"""Find out how an unknown decoder layer is wired: watch it compute a few tokens, then prove the description.
+
+The layer's own forward runs on random hidden states while hooks note which part reads what another wrote.
+That gives the names of an `Architecture`; factors and dropouts that the layer applies by itself are tried.
+The description holds when it repeats the layer's output in training mode, dropout included, and LeMo's
+detached layer, whose forward pass is exact, repeats it too. Nothing of it stays: gradients, hooks, modes and
+the state of the random generator are left as they were, and only one layer of each kind is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo_trainer.architectures import ARCHITECTURES, Architecture, CausalLM
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.detachment import DetachingLayer
+from lemo_trainer.informativeness import dispatches, mlp_intermediate, without_dropout
+from lemo_trainer.selection import BlockPlan
+
+TOKENS = 8
+POSITIONS = ("position_ids", "position_embeddings")
+CACHES = ("past_key_values", "layer_past", "use_cache")
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How a model's layers are wired.
+
+    Args:
+        architecture: that of all layers which can leave tokens out.
+        probed: it was found by watching a layer, not in `ARCHITECTURES`.
+        dense_layers: index of each layer that cannot, and why.
+        dense_mlps: indices of the layers whose MLP works on all tokens, for it is a mixture of experts.
+    """
+
+    architecture: Architecture
+    probed: bool
+    dense_layers: dict[int, str]
+    dense_mlps: tuple[int, ...]
+
+    def notes(self, patched_layers: tuple[int, ...]) -> list[str]:
+        """What a user should know about the patched layers and about those that cannot be patched."""
+        notes = ["their wiring was found by a probe"] if self.probed else []
+        for reason in dict.fromkeys(self.dense_layers.values()):
+            indices = ", ".join(str(index) for index, why in self.dense_layers.items() if why == reason)
+            notes.append(f"dense are layers {indices} ({reason})")
+        if experts := [str(index) for index in self.dense_mlps if index in patched_layers]:
+            notes.append(f"the MLP of layers {', '.join(experts)} works on all tokens (mixture of experts)")
+        return notes
+
+
+class _Unfit(Exception):  # noqa: N818 - a finding
+    """Why a layer cannot leave tokens out."""
+
+
+def find_wiring(parts: CausalLM) -> Wiring:
+    """How the layers of `parts` are wired, by the table of known architectures or by a probe.
+
+    Raises:
+        ValueError: a known architecture lacks a part, or a probe found no layer that fits.
+    """
+    model_type = parts.model.config.model_type
+    known = ARCHITECTURES.get(model_type)
+    dense_layers: dict[int, str] = {}
+    if known is None:
+        architecture, dense_layers = _probe(parts)
+    else:
+        architecture = known
+        for layer in parts.layers:
+            if missing := architecture.missing_from(layer):
+                raise ValueError(
+                    f"LeMo looked for {', '.join(missing)} in {type(layer).__name__} and found "
+                    f"{_children(layer)}; this version of transformers wires {model_type} differently."
+                )
+    dense_mlps = [
+        index
+        for index, layer in enumerate(parts.layers)
+        if index not in dense_layers and architecture.has_dense_mlp(layer)
+    ]
+    return Wiring(architecture, known is None, dense_layers, tuple(dense_mlps))
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def layer_arguments(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a layer class's `forward` by name, without `self`."""
+    signature = _signature(forward)
+    arguments = dict(signature.bind(None, *args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    del arguments["self"]
+    return arguments
+
+
+def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The attention mask, the arguments with one entry a token, and the rest without caches and None."""
+    mask = arguments.get("attention_mask")
+    positions = {name: value for name, value in arguments.items() if name in POSITIONS}
+    others = {"attention_mask", *POSITIONS, *CACHES}
+    rest = {name: value for name, value in arguments.items() if name not in others and value is not None}
+    return mask, positions, rest
+
+
+@contextlib.contextmanager
+def idle_layers(layers: nn.ModuleList) -> Iterator[list[dict[str, Any]]]:
+    """Layers that hand their input on, and note the arguments they were called with, in order."""
+    calls: list[dict[str, Any]] = []
+    own = [vars(layer).get("forward") for layer in layers]
+
+    def idle(layer: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(layer_arguments(type(layer).forward, args, kwargs))
+            output: Tensor = calls[-1]["hidden_states"]
+            return output
+
+        return forward
+
+    for layer in layers:
+        vars(layer)["forward"] = idle(layer)
+    try:
+        yield calls
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del vars(layer)["forward"]
+            if forward is not None:
+                vars(layer)["forward"] = forward
+
+
+def _probe(parts: CausalLM) -> tuple[Architecture, dict[int, str]]:
+    name = f"{type(parts.model).__name__} (config.model_type {parts.model.config.model_type!r})"
+    if any(parameter.is_meta for parameter in parts.layers.parameters()):
+        raise ValueError(
+            f"LeMo knows the wiring of {', '.join(sorted(ARCHITECTURES))}; that of {name} must be seen at "
+            "work, which needs weights: load the model on a device other than meta."
+        )
+    device = parts.model.get_input_embeddings().weight.device
+    tokens = torch.arange(1, TOKENS + 1, device=device)[None]
+    try:
+        with torch.no_grad(), without_dropout(parts.decoder), idle_layers(parts.layers) as calls:
+            parts.decoder(input_ids=tokens, use_cache=False)
+        assert len(calls) == len(parts.layers), f"{len(calls)} of {len(parts.layers)} layers were called"
+    except Exception as error:
+        raise ValueError(f"LeMo could not watch the decoder of {name} call its layers: {error}.") from error
+
+    found: dict[str, Architecture | str] = {}  # by what a layer is made of
+    for layer, arguments in zip(parts.layers, calls, strict=True):
+        if repr(layer) not in found:
+            try:
+                with torch.no_grad():
+                    found[repr(layer)] = _find_architecture(layer, arguments)
+            except _Unfit as unfit:
+                found[repr(layer)] = str(unfit)
+    architecture = next((each for each in found.values() if isinstance(each, Architecture)), None)
+    if architecture is None:
+        raise ValueError(
+            f"LeMo looked in {name} for decoder layers that add an attention, called through transformers' "
+            f"AttentionInterface, and an MLP to the residual stream, and found {'; '.join(found.values())}."  # type: ignore[arg-type]
+        )
+    dense_layers = {}
+    for index, layer in enumerate(parts.layers):
+        finding = found[repr(layer)]
+        if isinstance(finding, str):
+            dense_layers[index] = finding
+        elif finding != architecture:
+            dense_layers[index] = f"{type(layer).__name__}, wired unlike the first ones"
+    return architecture, dense_layers
+
+
+def _find_architecture(layer: Any, arguments: dict[str, Any]) -> Architecture:
+    """The wiring of `layer`, called with `arguments` of its own forward."""
+    arguments = {name: value for name, value in arguments.items() if name not in CACHES}
+    stream = arguments.pop("hidden_states")
+    generator = torch.Generator().manual_seed(0)
+    x_BSD = torch.randn(stream.shape, generator=generator).to(stream)
+    attention = next(
+        (
+            name
+            for name, part in layer.named_children()
+            if hasattr(part, "config") and dispatches(part, layer, x_BSD, **arguments)
+        ),
+        None,
+    )
+    if attention is None:
+        raise _Unfit(
+            f"{type(layer).__name__}, none of whose parts {_children(layer)} calls AttentionInterface"
+        )
+    drawn = _draw(layer, attention, x_BSD, arguments)
+    numbers = [None, *(name for name, value in vars(layer).items() if isinstance(value, float))]
+    for scale, dropout in itertools.product(numbers, numbers):
+        candidate = replace(
+            drawn,
+            residual_scale=scale,
+            after_attention=drawn.after_attention or dropout,
+            after_mlp=drawn.after_mlp or dropout,
+        )
+        if _proved(candidate, layer, x_BSD, arguments):
+            return candidate
+    raise _Unfit(
+        f"{type(layer).__name__}, whose output is not the sum of its input, {attention} and "
+        f"{' + '.join(drawn.mlp)} (its parts are {_children(layer)})"
+    )
+
+
+@dataclass
+class _Call:
+    name: str
+    source: int  # addresses of the data
+    result: int
+
+
+def _draw(layer: nn.Module, attention: str, x_BSD: Tensor, arguments: dict[str, Any]) -> Architecture:
+    """Names read off the calls: who reads the result of whom."""
+    inner: list[str] = []  # the parts that hold matrices, in the order of their calls
+    calls: list[_Call] = []
+
+    def note(name: str, direct: bool) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            source = args[0] if args else kwargs.get("hidden_states")
+            result = output[0] if isinstance(output, tuple) else output
+            if direct and isinstance(source, Tensor) and isinstance(result, Tensor):
+                calls.append(_Call(name, source.data_ptr(), result.data_ptr()))
+                alive.extend((source, result))  # an address stays the name of its tensor
+            if _has_matrices(module):
+                inner.append(name)
+
+        return hook
+
+    alive: list[Tensor] = []
+    with contextlib.ExitStack() as hooks, without_dropout(layer):
+        for name, part in layer.named_modules():
+            if name and name.count(".") < 2:
+                handle = part.register_forward_hook(note(name, "." not in name), with_kwargs=True)
+                hooks.callback(handle.remove)
+        layer(x_BSD, **arguments)
+
+    projections = [name for name in inner if name.startswith(f"{attention}.")]
+    matrices = [place for place, call in enumerate(calls) if call.name in inner and call.name != attention]
+    if not projections or not matrices:
+        raise _Unfit(f"{type(layer).__name__} with {_children(layer)}, but no MLP beside {attention}")
+    mlp = calls[matrices[0] : matrices[-1] + 1]
+    own = next(call for call in calls if call.name == attention)
+    steps = [call for call in calls if call is not own and call not in mlp]
+
+    writes = {call.result: call.name for call in reversed(steps)}
+    reads = {call.source: call.name for call in reversed(steps)}
+    source = next((call.source for call in steps if call.result == mlp[0].source), mlp[0].source)
+    last = mlp[-1].name
+    ends = [name for name in inner if name.startswith(f"{last}.")]
+    return Architecture(
+        attention=attention,
+        output=projections[-1].removeprefix(f"{attention}."),
+        mlp=tuple(call.name for call in mlp),
+        down_proj=ends[-1] if ends else last if len(mlp) > 1 else None,
+        before_attention=writes.get(own.source),
+        after_attention=reads.get(own.result),
+        before_mlp=writes.get(mlp[0].source),
+        after_mlp=reads.get(mlp[-1].result),
+        parallel=source == x_BSD.data_ptr(),
+    )
+
+
+def _proved(architecture: Architecture, layer: Any, x_BSD: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether `architecture` repeats what `layer` computes."""
+    mask, positions, options = split_arguments(arguments)
+
+    def own() -> Tensor:
+        output: Tensor = layer(x_BSD, **arguments)
+        return output
+
+    def composed() -> Tensor:
+        update = architecture.attention_branch(layer, x_BSD, attention_mask=mask, **positions, **options)
+        source = x_BSD if architecture.is_parallel(layer) else x_BSD + update
+        return x_BSD + update + architecture.mlp_branch(layer, source)
+
+    def detached() -> Tensor:
+        config = LemoConfig(selector="norm", keep_ratio=0.5, block_size=1)
+        plan = BlockPlan.of(TOKENS, config)
+        return DetachingLayer(architecture, config, layer)(
+            layer, x_BSD, mask, positions, plan, operator.call, **options
+        )
+
+    with _in_training(layer):
+        if not _same(_seeded(own), _seeded(composed)):
+            return False
+    with without_dropout(layer):
+        if not architecture.has_dense_mlp(layer):
+            rows = mlp_intermediate(architecture, layer, x_BSD).shape[:-1]
+            if rows != x_BSD.shape[:-1]:
+                return False
+        return _same(own(), detached())
+
+
+@contextlib.contextmanager
+def _in_training(layer: nn.Module) -> Iterator[None]:
+    """Every part of `layer` in training mode, without gradient checkpointing; the own modes come back."""
+    idle = [part for part in layer.modules() if not part.training]
+    checkpointing = vars(layer).pop("gradient_checkpointing", None)
+    layer.train()
+    try:
+        yield
+    finally:
+        for part in idle:
+            part.training = False
+        if checkpointing is not None:
+            vars(layer)["gradient_checkpointing"] = checkpointing
+
+
+def _seeded(function: Callable[[], Tensor]) -> Tensor:
+    """The result under a fixed seed, from a random generator that comes back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return function()
+
+
+def _same(got: Tensor, wanted: Tensor) -> bool:
+    """Equal up to the order of a few sums."""
+    tolerance = 16 * torch.finfo(wanted.dtype).eps
+    return torch.allclose(got, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters())
+
+
+def _children(layer: nn.Module) -> str:
+    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.named_children())

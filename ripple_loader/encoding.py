@@ -1,0 +1,113 @@
+"""How a bundle stores its rows: as floats, or as 8- or 4-bit integers with a scale for each group of weights.
+
+Dimension key: N neurons, H hidden, G groups of a row, B bytes of a row, R rows of a bundle.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GROUP = 32
+
+
+class Encoding(ABC):
+    """Turns rows of weights into bytes and back."""
+
+    @abstractmethod
+    def row_bytes(self, hidden: int) -> int:
+        """Bytes of a row of `hidden` weights."""
+
+    def stores(self, dtype: torch.dtype) -> bool:
+        """Whether decoding to `dtype` is a view of the bytes."""
+        return False
+
+    @abstractmethod
+    def encode(self, weight_NH: Tensor) -> Tensor:
+        """Bytes of some rows: uint8, shape (N, B)."""
+
+    @abstractmethod
+    def decode(self, bytes_NB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+        """The rows that some bytes stand for, shape (N, H); a view where `dtype` is the stored one."""
+
+
+@dataclass(frozen=True)
+class FloatEncoding(Encoding):
+    """Weights as they are, in `dtype`."""
+
+    dtype: torch.dtype
+
+    def row_bytes(self, hidden: int) -> int:
+        return hidden * self.dtype.itemsize
+
+    def stores(self, dtype: torch.dtype) -> bool:
+        return dtype == self.dtype
+
+    def encode(self, weight_NH: Tensor) -> Tensor:
+        return weight_NH.to(self.dtype).contiguous().view(torch.uint8)
+
+    def decode(self, bytes_NB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+        return bytes_NB.view(self.dtype).to(dtype)
+
+
+@dataclass(frozen=True)
+class IntegerEncoding(Encoding):
+    """Weights rounded to `bits` bits, with a float16 scale for each group of 32 weights of a row.
+
+    The largest weight of a group, with its sign, becomes the most negative integer, so that the range is used
+    to its end. A row is [integers | scales]; 4-bit weights lie two to a byte, even ones in the low half.
+    """
+
+    bits: int
+
+    def row_bytes(self, hidden: int) -> int:
+        return -(-hidden * self.bits // 8) + 2 * -(-hidden // GROUP)
+
+    def encode(self, weight_NH: Tensor) -> Tensor:
+        N, H = weight_NH.shape
+        half = 1 << (self.bits - 1)
+        groups_NGg = F.pad(weight_NH.float(), (0, -H % GROUP)).view(N, -1, GROUP)
+        largest_NG1 = groups_NGg.gather(2, groups_NGg.abs().argmax(2, keepdim=True))
+        limit = torch.finfo(torch.float16).max
+        scale_NG1 = (largest_NG1 / -half).clamp(-limit, limit).half()
+        inverse_NG1 = torch.where(scale_NG1 == 0, 0.0, 1 / scale_NG1.float())
+        integers_NH = (groups_NGg * inverse_NG1).round().clamp(-half, half - 1).view(N, -1)[:, :H]
+        if self.bits == 4:
+            shifted_NH = F.pad(integers_NH + half, (0, H % 2)).to(torch.uint8)
+            stored = shifted_NH[:, ::2] | (shifted_NH[:, 1::2] << 4)
+        else:
+            stored = integers_NH.to(torch.int8).view(torch.uint8)
+        return torch.cat([stored, scale_NG1.view(N, -1).view(torch.uint8)], dim=1)
+
+    def decode(self, bytes_NB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+        N = len(bytes_NB)
+        stored, scales = bytes_NB.split([-(-hidden * self.bits // 8), 2 * -(-hidden // GROUP)], dim=1)
+        scale_NG1 = (
+            scales.clone(memory_format=torch.contiguous_format).view(torch.float16)[:, :, None].to(dtype)
+        )
+        if self.bits == 4:
+            halves = torch.stack([stored & 15, stored >> 4], dim=2).view(N, -1)[:, :hidden]
+            integers_NH = halves.to(torch.int8) - (1 << (self.bits - 1))
+        else:
+            integers_NH = stored.contiguous().view(torch.int8)
+        groups_NGg = F.pad(integers_NH, (0, -hidden % GROUP)).view(N, -1, GROUP)
+        return (groups_NGg.to(dtype) * scale_NG1).view(N, -1)[:, :hidden]
+
+
+ENCODINGS: dict[str, Encoding] = {
+    **{name: FloatEncoding(dtype) for name, dtype in DTYPES.items()},
+    "I8": IntegerEncoding(8),
+    "I4": IntegerEncoding(4),
+}
+
+
+def rounding_error(encoding: Encoding, weight_NH: Tensor) -> float:
+    """What an encoding loses: the norm of the difference relative to that of the weights."""
+    back_NH = encoding.decode(encoding.encode(weight_NH), weight_NH.shape[1], torch.float32)
+    norm = weight_NH.float().norm()
+    return ((back_NH - weight_NH.float()).norm() / norm).item() if norm else 0.0

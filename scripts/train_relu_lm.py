@@ -1,0 +1,190 @@
+"""Train a small OPT-architecture language model whose ReLU activations are mostly zero.
+
+    python scripts/train_relu_lm.py [--steps 1100] [--target 0.9]
+
+No trained ReLU model can be had offline, so this makes one: CPython's help topics (scripts/assets.py) and the
+sources of the running interpreter's standard library, a byte-level BPE tokenizer of their own, AdamW, and an
+L1 penalty on the activations whose weight follows the share of zeros. The seed is fixed; the text, and with
+it the numbers, depends on the Python version. The model lies in .cache/relu-lm; losses and zeros are appended
+to docs/results/relu_lm.csv. Call it "trained here": it shows sparsity, not quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
+from common import ROOT, Table  # also makes `assets` importable
+
+OUT = ROOT / ".cache" / "relu-lm"
+SEED, VOCABULARY, LENGTH, BATCH = 0, 4096, 256, 8
+SHAPE = {"hidden_size": 384, "ffn_dim": 3072, "num_hidden_layers": 4, "num_attention_heads": 6}
+LEARNING_RATE, WARM_UP = 1e-3, 50
+PENALTY, PENALTY_RATE = (
+    0.01,
+    0.15,
+)  # the weight at the start; by how much it follows the missing share of zeros
+HELD_OUT_EVERY, LOG_EVERY = 16, 50
+SKIPPED = {"test", "tests", "idlelib", "idle_test", "site-packages", "pydoc_data", "lib2to3", "__pycache__"}
+
+
+def documents() -> tuple[list[str], list[str]]:
+    """Training and held-out documents: help topics, and modules of the standard library."""
+    import assets
+
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = [
+        path.read_text("utf-8", errors="replace")
+        for path in sorted(library.rglob("*.py"))
+        if not SKIPPED & set(path.relative_to(library).parts)
+    ]
+    train = [text for number, text in enumerate(modules) if number % HELD_OUT_EVERY]
+    return [*assets.texts("train"), *train], [*assets.texts("held_out"), *modules[::HELD_OUT_EVERY]]
+
+
+def make_tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE tokenizer trained on `texts`."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        texts, VOCABULARY, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
+    )
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **special)
+
+
+def token_stream(texts: list[str], tokenizer: Any) -> Tensor:
+    """All documents in one row, each after an end-of-text token."""
+    ids = [[tokenizer.eos_token_id, *tokenizer(text).input_ids] for text in texts]
+    return torch.tensor([token for document in ids for token in document])
+
+
+def batches(stream: Tensor, steps: int) -> Iterator[Tensor]:
+    """`steps` batches of (BATCH, LENGTH) tokens, the stream in a new order after each pass."""
+    rows = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
+    generator = torch.Generator().manual_seed(SEED)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = torch.randperm(len(rows), generator=generator)
+        yield rows[order[:BATCH]]
+        order = order[BATCH:]
+
+
+class Activations:
+    """Sees what each layer's `fc2` is given: the mean activation and the share of zeros."""
+
+    def __init__(self, model: Any) -> None:
+        self.means: list[Tensor] = []
+        self.zeros: list[float] = []
+        for layer in model.model.decoder.layers:
+            layer.fc2.register_forward_pre_hook(lambda _, args: self.record(args[0]))
+
+    def record(self, activation: Tensor) -> None:
+        self.means.append(activation.float().mean())
+        self.zeros.append((activation == 0).float().mean().item())
+
+    def take(self) -> tuple[Tensor, list[float]]:
+        """The mean activation over layers and each layer's share of zeros, since the last call."""
+        taken = torch.stack(self.means).mean(), self.zeros
+        self.means, self.zeros = [], []
+        return taken
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, activations: Activations, stream: Tensor, rows: int = 32
+) -> tuple[float, list[float]]:
+    """Loss in float32 and each layer's share of zeros on the first tokens of a held-out stream."""
+    model.eval()
+    losses, zeros = [], []
+    for row in stream[: rows * LENGTH].view(rows, 1, LENGTH):
+        losses.append(model(row, labels=row).loss.item())
+        zeros.append(activations.take()[1])
+    model.train()
+    return statistics.mean(losses), [statistics.mean(layer) for layer in zip(*zeros, strict=True)]
+
+
+def main(steps: int, target: float) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import get_cosine_schedule_with_warmup as cosine
+
+    torch.manual_seed(SEED)
+    train, held_out = documents()
+    tokenizer = make_tokenizer(train)
+    stream, held_out_stream = token_stream(train, tokenizer), token_stream(held_out, tokenizer)
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        word_embed_proj_dim=SHAPE["hidden_size"],
+        max_position_embeddings=2 * LENGTH,
+        dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **SHAPE,
+    )
+    model = OPTForCausalLM(config)
+    activations = Activations(model)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
+    schedule = cosine(optimizer, WARM_UP, steps)
+    table = Table(
+        name="relu_lm",
+        title=f"ReLU model trained here, {model.num_parameters() / 1e6:.1f}M parameters",
+        config=f"OPT {SHAPE}, {VOCABULARY} tokens, {len(stream):,} of text, {steps} steps of "
+        f"{BATCH} x {LENGTH}, bfloat16 autocast, seed {SEED}, target {target:.0%} zeros",
+    )
+    penalty, start = PENALTY, time.monotonic()
+    losses: list[float] = []
+    for step, ids in enumerate(batches(stream, steps), 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        mean_activation, by_layer = activations.take()
+        zeros = statistics.mean(by_layer)
+        (loss + penalty * mean_activation).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        penalty *= math.exp(PENALTY_RATE * (target - zeros))
+        losses.append(loss.item())
+        if step % LOG_EVERY == 0 or step == steps:
+            row = {"loss": statistics.mean(losses), "zeros": zeros, "penalty": penalty}
+            table.add(f"step {step}", **row)
+            seconds = time.monotonic() - start
+            print(
+                step,
+                " ".join(f"{key} {value:.4g}" for key, value in row.items()),
+                f"{seconds:.0f} s",
+                flush=True,
+            )
+            losses = []
+    loss_, by_layer = evaluate(model, activations, held_out_stream)
+    shares = {f"zeros_layer_{layer}": share for layer, share in enumerate(by_layer)}
+    table.add("held out", loss=loss_, perplexity=math.exp(loss_), zeros=statistics.mean(by_layer), **shares)
+    model.eval().save_pretrained(OUT)
+    tokenizer.save_pretrained(OUT)
+    table.finish()
+    print(OUT)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--target", type=float, default=0.9, help="share of zeros to train for")
+    arguments = parser.parse_args()
+    main(arguments.steps, arguments.target)
