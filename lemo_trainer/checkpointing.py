@@ -41,6 +41,15 @@ def saving_matmuls(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     return output
 
 
+def saving_inputs(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """`function(*args)`, of which only the arguments are saved.
+
+    Unlike reentrant checkpointing it works under `torch.autograd.grad`.
+    """
+    output: Tensor = checkpoint(function, *args, use_reentrant=False)
+    return output
+
+
 @contextlib.contextmanager
 def without_graph() -> Iterator[None]:
     """No gradient inside; usable as a decorator.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Mode = Literal["eliminate", "detach"]
+Mode = Literal["segments", "detach", "eliminate"]
 Selector = Literal["informativeness", "norm", "random", "recency"]
 
 
@@ -23,7 +23,9 @@ class LemoConfig:
             forward pass stays exact, but without gradient and without saving anything; attention meets it as
             constant keys and values. "eliminate": it skips the layer's attention and MLP and goes on through
             the residual stream unchanged (the paper's token elimination); it saves more compute without
-            checkpointing, and small models do not stand it.
+            checkpointing, and small models do not stand it. "segments": a sample goes forward and backward
+            one segment of `segment_tokens` after the other, each meeting the keys and values of those before
+            it as constants; `keep_ratio` is the share of the segments that carry gradient.
         selector: how blocks are ranked. "informativeness": the paper's scores. "norm": length of the hidden
             states. "random": a fresh draw. "recency": later blocks first.
         shared_blocks: the first patched layer chooses for all of them (`mode="detach"` only).
@@ -37,6 +39,7 @@ class LemoConfig:
         mlp_score_tokens: tokens of each block, evenly spaced, on which the MLP's informativeness is measured;
             the block's mean is estimated from them. `block_size` measures all of them, at the price of two
             thirds of the MLP's forward.
+        segment_tokens: consecutive tokens that go forward and backward together (`mode="segments"` only).
         warmup_steps: optimizer steps at the start that run dense.
         loss_segment: labelled tokens that go through the language-model head at a time in training; 0 keeps
             the model's own loss and its logits.
@@ -54,6 +57,7 @@ class LemoConfig:
     sink_blocks: int = 1
     recent_blocks: int = 1
     mlp_score_tokens: int = 8
+    segment_tokens: int = 512
     warmup_steps: int = 0
     loss_segment: int = 256
     selective_checkpointing: bool = True
@@ -77,6 +81,7 @@ class LemoConfig:
             ("sink_blocks", 0),
             ("recent_blocks", 0),
             ("mlp_score_tokens", 1),
+            ("segment_tokens", 1),
             ("warmup_steps", 0),
             ("loss_segment", 0),
         ):

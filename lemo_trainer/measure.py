@@ -19,22 +19,26 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 class ActivationBytes(TorchDispatchMode):
     """Bytes that the operations inside `with ActivationBytes() as activations` made and that still live.
 
-    Read `activations.bytes` between a forward pass, when its output but the loss is gone, and its backward:
-    that is what was saved for the backward, whoever holds it (hooks on saved tensors would miss what
-    selective checkpointing caches). Under gradient checkpointing it is what waits between the layers;
-    `peak_bytes` has a layer's recomputation in it too.
+    Whoever holds them: hooks on saved tensors would miss what selective checkpointing caches.
 
     Attributes:
-        peak_bytes: most bytes that lived at one time.
+        saved_bytes: most that lived when a backward pass began: what was saved for it. Under gradient
+            checkpointing it is what waits between the layers; `peak_bytes` has their recomputation too.
+        peak_bytes: most that lived at one time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak_bytes = 0
+        self.saved_bytes = self.peak_bytes = 0
+        self._backward = False
         self._made: dict[StorageWeakRef, int] = {}
         self._upper_bound = 0  # of the bytes alive: those of the last count and those made since
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        backward = torch._C._current_graph_task_id() != -1
+        if backward and not self._backward:
+            self.saved_bytes = max(self.saved_bytes, self.bytes)
+        self._backward = backward
         out = func(*args, **(kwargs or {}))
         made = _storages(out)
         for reference in made.keys() - _storages((args, kwargs)).keys() - self._made.keys():

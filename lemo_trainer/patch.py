@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from lemo_trainer.architectures import CausalLM, find_causal_lm, unwrap
-from lemo_trainer.checkpointing import saving_matmuls
+from lemo_trainer.checkpointing import saving_inputs, saving_matmuls
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.elimination import EliminatingLayer
 from lemo_trainer.head import check_head, forward_with_segmented_loss
 from lemo_trainer.probe import CACHES, Wiring, find_wiring, layer_arguments, split_arguments
+from lemo_trainer.segments import SegmentCache, check_segments, choose_segments, forward_in_segments
 from lemo_trainer.selection import BlockPlan
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class LemoReport:
     model_type: str
     total_layers: int
     patched_layers: tuple[int, ...]
-    wiring: Wiring
+    wiring: Wiring | None
     active: bool = True
     seq_len: int = 0
     kept_tokens: int = 0
@@ -70,6 +71,8 @@ class LemoReport:
 
     def __str__(self) -> str:
         text = f"LeMo patched {len(self.patched_layers)} of {self.total_layers} layers"
+        if self.wiring is None:
+            return f"{text}: segments of {self.config.segment_tokens} tokens"
         return "; ".join([text, *self.wiring.notes(self.patched_layers)])
 
     def warn_of_logits(self) -> None:
@@ -79,6 +82,13 @@ class LemoReport:
                 "A training batch came without `labels` (label smoothing, a loss function of your own?): all "
                 "its logits are made, and LeMo's `loss_segment` saves nothing."
             )
+
+    def choose_segments(self, seq_len: int) -> list[bool]:
+        """Which segments of a training batch carry gradient (`mode="segments"`)."""
+        size, chosen = self.config.segment_tokens, choose_segments(seq_len, self.config)
+        lengths = [min(size, seq_len - place * size) for place, kept in enumerate(chosen) if kept]
+        self.seq_len, self.kept_tokens = seq_len, sum(lengths)
+        return chosen
 
     def plan(self, seq_len: int) -> BlockPlan | None:
         """What a patched layer keeps of a training batch; None is everything."""
@@ -108,26 +118,39 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
     if config.loss_segment:
         check_head(parts)
-    wiring = find_wiring(parts)
-    chosen = config.resolve_layers(len(parts.layers))
-    chosen = tuple(index for index in chosen if index not in wiring.dense_layers)
-    if not chosen:
-        notes = "; ".join([f"the model has {len(parts.layers)}", *wiring.notes(chosen)])
-        raise ValueError(
-            f"`layers` must name a layer that can leave tokens out, got {config.layers!r}: {notes}."
-        )
-    report = LemoReport(config, parts.model.config.model_type, len(parts.layers), chosen, wiring)
-    patched: EliminatingLayer | DetachingLayer = EliminatingLayer(wiring.architecture, config)
-    if config.mode == "detach":
-        patched = DetachingLayer(wiring.architecture, config, parts.layers[chosen[0]])
+    model_type, total = parts.model.config.model_type, len(parts.layers)
+    if config.mode == "segments":
+        check_segments(parts)
+        report = LemoReport(config, model_type, total, tuple(range(total)), None)
+        patched = None
+    else:
+        wiring = find_wiring(parts)
+        chosen = _chosen_layers(wiring, config, total)
+        report = LemoReport(config, model_type, total, chosen, wiring)
+        patched = _leaving_out(wiring, config, parts.layers[chosen[0]])
     for index, layer in enumerate(parts.layers):
-        if index in chosen:
-            _patch_layer(layer, patched, report)
-        elif config.selective_checkpointing:
-            _patch_layer(layer, None, report)
+        leaves_out = patched is not None and index in report.patched_layers
+        if leaves_out or config.selective_checkpointing or config.mode == "segments":
+            _patch_layer(layer, patched if leaves_out else None, report)
     _patch_causal_lm(parts, report)
     logger.info("%s", report)
     return report
+
+
+def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int, ...]:
+    chosen = tuple(index for index in config.resolve_layers(total) if index not in wiring.dense_layers)
+    if not chosen:
+        notes = "; ".join([f"the model has {total}", *wiring.notes(chosen)])
+        raise ValueError(
+            f"`layers` must name a layer that can leave tokens out, got {config.layers!r}: {notes}."
+        )
+    return chosen
+
+
+def _leaving_out(wiring: Wiring, config: LemoConfig, first: nn.Module) -> EliminatingLayer | DetachingLayer:
+    if config.mode == "detach":
+        return DetachingLayer(wiring.architecture, config, first)
+    return EliminatingLayer(wiring.architecture, config)
 
 
 def remove_lemo(model: nn.Module) -> None:
@@ -150,11 +173,16 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         hidden_states = arguments.pop("hidden_states")
         run: Callable[..., Any] = operator.call
         if self.training and vars(self).get("gradient_checkpointing"):
-            run = self._gradient_checkpointing_func
+            segments = self._lemo_report.config.mode == "segments"
+            run = saving_inputs if segments else self._gradient_checkpointing_func
         elif self.training and self._lemo_report.config.selective_checkpointing:
             run = saving_matmuls
         if run is not operator.call:  # a recomputation would fill a cache again
-            arguments = {name: value for name, value in arguments.items() if name not in CACHES}
+            arguments = {
+                name: value
+                for name, value in arguments.items()
+                if name not in CACHES or isinstance(value, SegmentCache)
+            }
         patched: Callable[..., Any] | None = self._lemo_layer
         plan = self._lemo_report.plan(hidden_states.shape[1]) if self.training and patched else None
         if patched and plan:
@@ -197,11 +225,19 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
         arguments = signature.bind(*args, **kwargs)
         if arguments.arguments.get("past_key_values") is not None:
             raise ValueError("LeMo trains on whole sequences: `past_key_values` must be None, got a cache.")
-        if not report.config.loss_segment or arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
-            return forward(*args, **kwargs)  # TRL's fused head makes its loss in pieces by itself
         if arguments.arguments.get("labels") is None:
             report.warn_of_logits()
             return forward(*args, **kwargs)
+        if report.config.mode == "segments" and report.active:
+            return forward_in_segments(
+                parts, with_loss, arguments, report.config.segment_tokens, report.choose_segments
+            )
+        return with_loss(arguments)
+
+    def with_loss(arguments: inspect.BoundArguments) -> Any:
+        if not report.config.loss_segment or arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
+            # TRL's fused head makes its loss in pieces by itself
+            return forward(*arguments.args, **arguments.kwargs)
         return forward_with_segmented_loss(parts, forward, arguments, report.config.loss_segment)
 
     # Inside torch.compile, the training step runs eagerly, and evaluation compiled.

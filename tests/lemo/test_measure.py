@@ -20,10 +20,12 @@ def test_activation_bytes_are_those_that_wait_for_the_backward_pass():
     x = torch.randn(3, 8, requires_grad=True)
     with ActivationBytes() as activations:
         loss = (layer(x).exp().view(8, 3) * 2).sum()  # saves the exponential, x and the weight
-        assert activations.bytes == 3 * 8 * 4 + 4  # of these the exponential is new, and so is the loss
-    loss.backward()
-    assert activations.bytes == 4
-    assert activations.peak_bytes == 2 * 3 * 8 * 4 + 4  # the exponential, its double and the loss
+        assert activations.peak_bytes == 2 * 3 * 8 * 4 + 4  # the exponential, its double and the loss
+        assert activations.bytes == 3 * 8 * 4 + 4
+        loss.backward()
+        del loss
+    assert activations.saved_bytes == 3 * 8 * 4 + 4 + 4  # and the gradient of the loss
+    assert activations.bytes == layer.weight.grad.nbytes + x.grad.nbytes
 
 
 def test_activation_bytes_see_what_selective_checkpointing_caches():
