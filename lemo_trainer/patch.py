@@ -122,9 +122,9 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         patched = DetachingLayer(wiring.architecture, config, parts.layers[chosen[0]])
     for index, layer in enumerate(parts.layers):
         if index in chosen:
-            _patch_layer(layer, patched, report)
+            _patch_layer(index, layer, patched, report)
         elif config.selective_checkpointing:
-            _patch_layer(layer, None, report)
+            _patch_layer(index, layer, None, report)
     _patch_causal_lm(parts, report)
     logger.info("%s", report)
     return report
@@ -159,7 +159,10 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         plan = self._lemo_report.plan(hidden_states.shape[1]) if self.training and patched else None
         if patched and plan:
             mask, positions, options = split_arguments(arguments)
-            return patched(self, hidden_states, mask, positions, plan, run, **options)
+            try:
+                return patched(self, hidden_states, mask, positions, plan, run, **options)
+            except ValueError as error:
+                raise ValueError(f"Layer {self._lemo_index}: {error}") from error
         return run(functools.partial(layer_class.forward, self, **arguments), hidden_states)
 
     def remember(self: nn.Module, value: bool) -> None:
@@ -174,15 +177,16 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(layer_class.__name__, (layer_class,), namespace)
 
 
-def _patch_layer(layer: Any, patched: EliminatingLayer | DetachingLayer | None, report: LemoReport) -> None:
+def _patch_layer(
+    index: int, layer: Any, patched: EliminatingLayer | DetachingLayer | None, report: LemoReport
+) -> None:
     original = layer.__class__
-    layer._lemo_layer = patched
-    layer._lemo_report = report
+    layer._lemo_index, layer._lemo_layer, layer._lemo_report = index, patched, report
     layer.__class__ = _patched_class(original)
 
     def undo() -> None:
         layer.__class__ = original
-        del layer._lemo_layer, layer._lemo_report
+        del layer._lemo_index, layer._lemo_layer, layer._lemo_report
 
     report.undo.append(undo)
 
