@@ -60,7 +60,14 @@ class AttentionInputs:
 
 
 def _capture_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float,
+    **options: Any,
 ) -> None:
     raise _Captured(AttentionInputs(query, key, value, scaling, options))
 

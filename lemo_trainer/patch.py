@@ -106,9 +106,9 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     parts = find_causal_lm(model)
     if hasattr(parts.model, "_lemo"):
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
+    wiring = find_wiring(parts)
     if config.loss_segment:
         check_head(parts)
-    wiring = find_wiring(parts)
     chosen = config.resolve_layers(len(parts.layers))
     chosen = tuple(index for index in chosen if index not in wiring.dense_layers)
     if not chosen:
@@ -146,8 +146,7 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = layer_arguments(layer_class.forward, args, kwargs)
-        hidden_states = arguments.pop("hidden_states")
+        hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
         run: Callable[..., Any] = operator.call
         if self.training and vars(self).get("gradient_checkpointing"):
             run = self._gradient_checkpointing_func
