@@ -28,7 +28,8 @@ class Architecture:
 
     Args:
         attention: the attention module.
-        output: the attention's last projection, which takes the concatenated heads.
+        output: the attention's last projection, which takes the concatenated heads; None where more than a
+            projection follows the heads (a gate, a norm).
         mlp: the modules of the MLP, one behind the other.
         down_proj: path of the MLP's last projection; its input is the intermediate activation. None, and an
             MLP of experts, which has no such projection: the MLP works on all tokens.
@@ -43,7 +44,7 @@ class Architecture:
     """
 
     attention: str = "self_attn"
-    output: str = "o_proj"
+    output: str | None = "o_proj"
     mlp: tuple[str, ...] = ("mlp",)
     down_proj: str | None = "mlp.down_proj"
     before_attention: str | None = "input_layernorm"
@@ -56,8 +57,8 @@ class Architecture:
 
     def missing_from(self, layer: nn.Module) -> list[str]:
         """The parts that `layer` should have and has not."""
-        paths = [self.attention, f"{self.attention}.{self.output}", *self.mlp, self.before_attention]
-        paths += [self.after_attention, self.before_mlp, self.after_mlp, self.residual_scale]
+        paths = [self.attention, *self.mlp, self.before_attention, self.after_attention, self.before_mlp]
+        paths += [self.after_mlp, self.residual_scale, self.output and f"{self.attention}.{self.output}"]
         paths += [name for name in (self.parallel, self.norm_first) if isinstance(name, str)]
         if not self.has_dense_mlp(layer):
             paths.append(self.down_proj)
@@ -83,6 +84,7 @@ class Architecture:
 
     def finish_attention(self, layer: nn.Module, x: Tensor, heads_BSHd: Tensor) -> Tensor:
         """What the attention adds for rows `x` [B, S, D] and its heads' outputs [B, S, H, d]."""
+        assert self.output is not None
         output = getattr(self.attention_of(layer), self.output)(heads_BSHd.flatten(2))
         return self._added(layer, x, output, self.after_attention, self.before_attention)
 
@@ -96,9 +98,11 @@ class Architecture:
 
     def run_mlp(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The MLP alone, without norms and residual."""
+        shape = x.shape
         for name in self.mlp:
             x = getattr(layer, name)(x)
-        return x[0] if isinstance(x, tuple) else x  # some mixtures of experts return their scores too
+        output: Tensor = x[0] if isinstance(x, tuple) else x
+        return output.view(shape)  # some mixtures of experts return flat rows, and their scores with them
 
     def _added(
         self, layer: nn.Module, x: Tensor, output: Tensor, after: str | None, norm: str | None
@@ -188,13 +192,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+# What a probe cannot see, for it shows at long sequences only.
+REFUSED = {"llama4_text": "its attention counts the positions of its rows by itself to scale them"}
+
 
 @dataclass(frozen=True)
 class CausalLM:
     """The parts of a causal language model that LeMo works on."""
 
     model: Any
-    decoder: Any
     head: nn.Module
     layers: nn.ModuleList
 
@@ -222,18 +228,17 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
     model = unwrap(model)
     config: Any = getattr(model, "config", None)
     name = f"{type(model).__name__} with config.model_type {getattr(config, 'model_type', None)!r}"
-    if not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise ValueError(f"LeMo needs a causal LM of transformers with an output head, got {name}.")
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise ValueError(f"LeMo needs a decoder of text alone, got {name}.")
-    decoder = model.get_decoder()
-    lists = [getattr(decoder, part, None) for part in ("layers", "h")]
-    layers = next((part for part in lists if isinstance(part, nn.ModuleList) and len(part)), None)
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    layers = next((part for part in lists if len(part) == config.num_hidden_layers), None)
     if layers is None:
-        children = ", ".join(part for part, _ in decoder.named_children())
+        lengths = ", ".join(str(len(part)) for part in lists) or "none"
         raise ValueError(
-            f"LeMo looked for a list `layers` or `h` of decoder layers in {type(decoder).__name__} and found "
-            f"{children}; {name} cannot be patched."
+            f"LeMo looked in {name} for a list of {config.num_hidden_layers} decoder layers and found lists "
+            f"of these lengths: {lengths}."
         )
     implementation = config._attn_implementation
     if implementation not in ATTENTION_IMPLEMENTATIONS:
@@ -242,4 +247,4 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
             f"{implementation!r}, which takes no mask of chosen tokens; load the model with "
             "attn_implementation='sdpa'."
         )
-    return CausalLM(model, decoder, model.get_output_embeddings(), layers)
+    return CausalLM(model, model.get_output_embeddings(), layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lemo_trainer.architectures import unwrap
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.patch import LemoReport, apply_lemo, remove_lemo
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "lemo_config.json"
 
@@ -53,6 +56,8 @@ class LemoCallback(TrainerCallback):
         if self.report is not None:  # the last train() was interrupted
             self._restore(kwargs["model"])
         self.report = apply_lemo(kwargs["model"], self.config)
+        if args.torch_compile:
+            logger.warning("`torch_compile` compiles evaluation only: LeMo's training steps run eagerly.")
         self._meter = _StepMeter() if self.measure else None
 
     def on_step_begin(

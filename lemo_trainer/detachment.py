@@ -52,7 +52,7 @@ def _attend_kept(
     query_BHKd: Tensor,
     key_BGKd: Tensor,
     value_BGKd: Tensor,
-    mask: None,
+    attention_mask: None,
     *,
     lemo_attend: Callable[..., Tensor],
     **options: Any,
@@ -139,6 +139,17 @@ class DetachingLayer:
             else:
                 rest = everything.take(rest_BR)
 
+        def attention_update(x_BTD: Tensor, index_BT: Tensor, lemo_attend: Callable[..., Tensor]) -> Tensor:
+            with attention_function(attention, _KEPT):
+                return architecture.attention_branch(
+                    layer,
+                    x_BTD,
+                    attention_mask=None,
+                    lemo_attend=lemo_attend,
+                    **take_arguments(positions, index_BT),
+                    **kwargs,
+                )
+
         first_run, complete = True, None  # and the keys and values of all rows, which it makes
 
         def kept(x_BKD: Tensor, rest_key_BGRd: Tensor, rest_value_BGRd: Tensor) -> Tensor:
@@ -150,16 +161,7 @@ class DetachingLayer:
                     complete = keys.detach(), values.detach()
                 return attend(query, keys, values, index_BK, **options)
 
-            with attention_function(attention, _KEPT):
-                update = architecture.attention_branch(
-                    layer,
-                    x_BKD,
-                    attention_mask=None,
-                    lemo_attend=lemo_attend,
-                    **take_arguments(positions, index_BK),
-                    **kwargs,
-                )
-            return self._with_mlp(layer, x_BKD, update)
+            return self._with_mlp(layer, x_BKD, attention_update(x_BKD, index_BK, lemo_attend))
 
         rows = flat_rows(index_BK, seq_len)
         update = run(kept, take_rows(x_BSD, rows), rest.key, rest.value)
@@ -168,7 +170,10 @@ class DetachingLayer:
         with without_graph(), without_dropout(layer):
             heads = attend(rest.query, *complete, rest_BR, scaling=rest.scaling, **rest.options)
             complete = None
-            constant = architecture.finish_attention(layer, x_BRD, heads)
+            if architecture.output is None:
+                constant = attention_update(x_BRD, rest_BR, lambda *args, **options: heads)
+            else:
+                constant = architecture.finish_attention(layer, x_BRD, heads)
             constant = self._with_mlp(layer, x_BRD, constant)
         y_BSD = add_rows(add_rows(x_BSD, constant, rest_rows), update, rows)
         if not architecture.has_dense_mlp(layer):

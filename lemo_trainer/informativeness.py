@@ -60,7 +60,14 @@ class AttentionInputs:
 
 
 def _capture_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float,
+    **options: Any,
 ) -> None:
     raise _Captured(AttentionInputs(query, key, value, scaling, options))
 
@@ -82,12 +89,12 @@ def attention_function(attention: Any, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Run the parts of `module` that hold no weights in evaluation mode, and give each its own mode back.
+    """Run `module` in evaluation mode, and give every part its own mode back.
 
-    Dropout and attention probabilities are such parts; quantised projections, which bitsandbytes repacks
-    for inference when they see evaluation mode, are not.
+    Linear projections stay as they are: nothing in them is random, and bitsandbytes repacks its own for
+    inference when they see evaluation mode.
     """
-    training = [part for part in module.modules() if part.training and not part._parameters]
+    training = [part for part in module.modules() if part.training and not isinstance(part, nn.Linear)]
     for part in training:
         part.training = False
     try:

@@ -44,12 +44,13 @@ def attention_interface(attention: nn.Module, implementation: str) -> AttentionF
 
 
 def _written_out_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
 ) -> tuple[Tensor, Any]:
     """What flex attention computes, for a bool mask: SDPA knows neither soft caps nor sinks, eager both."""
     if options.get("softcap") is None and options.get("s_aux") is None:
-        return attention_interface(module, "sdpa")(module, query, key, value, mask, **options)
-    additive = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        return attention_interface(module, "sdpa")(module, query, key, value, attention_mask, **options)
+    additive = torch.zeros_like(attention_mask, dtype=query.dtype)
+    additive.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
     return attention_interface(module, "eager")(module, query, key, value, additive, **options)
 
 

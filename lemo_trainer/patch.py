@@ -116,8 +116,6 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     parts = find_causal_lm(model)
     if hasattr(parts.model, "_lemo"):
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
-    if config.loss_segment:
-        check_head(parts)
     model_type, total = parts.model.config.model_type, len(parts.layers)
     if config.mode == "segments":
         check_segments(parts)
@@ -128,10 +126,12 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         chosen = _chosen_layers(wiring, config, total)
         report = LemoReport(config, model_type, total, chosen, wiring)
         patched = _leaving_out(wiring, config, parts.layers[chosen[0]])
+    if config.loss_segment:
+        check_head(parts)
     for index, layer in enumerate(parts.layers):
         leaves_out = patched is not None and index in report.patched_layers
         if leaves_out or config.selective_checkpointing or config.mode == "segments":
-            _patch_layer(layer, patched if leaves_out else None, report)
+            _patch_layer(index, layer, patched if leaves_out else None, report)
     _patch_causal_lm(parts, report)
     logger.info("%s", report)
     return report
@@ -169,8 +169,7 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = layer_arguments(layer_class.forward, args, kwargs)
-        hidden_states = arguments.pop("hidden_states")
+        hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
         run: Callable[..., Any] = operator.call
         if self.training and vars(self).get("gradient_checkpointing"):
             segments = self._lemo_report.config.mode == "segments"
@@ -187,7 +186,10 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         plan = self._lemo_report.plan(hidden_states.shape[1]) if self.training and patched else None
         if patched and plan:
             mask, positions, options = split_arguments(arguments)
-            return patched(self, hidden_states, mask, positions, plan, run, **options)
+            try:
+                return patched(self, hidden_states, mask, positions, plan, run, **options)
+            except ValueError as error:
+                raise ValueError(f"Layer {self._lemo_index}: {error}") from error
         return run(functools.partial(layer_class.forward, self, **arguments), hidden_states)
 
     def remember(self: nn.Module, value: bool) -> None:
@@ -202,15 +204,16 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(layer_class.__name__, (layer_class,), namespace)
 
 
-def _patch_layer(layer: Any, patched: EliminatingLayer | DetachingLayer | None, report: LemoReport) -> None:
+def _patch_layer(
+    index: int, layer: Any, patched: EliminatingLayer | DetachingLayer | None, report: LemoReport
+) -> None:
     original = layer.__class__
-    layer._lemo_layer = patched
-    layer._lemo_report = report
+    layer._lemo_index, layer._lemo_layer, layer._lemo_report = index, patched, report
     layer.__class__ = _patched_class(original)
 
     def undo() -> None:
         layer.__class__ = original
-        del layer._lemo_layer, layer._lemo_report
+        del layer._lemo_index, layer._lemo_layer, layer._lemo_report
 
     report.undo.append(undo)
 

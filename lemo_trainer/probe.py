@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.architectures import ARCHITECTURES, Architecture, CausalLM
+from lemo_trainer.architectures import ARCHITECTURES, REFUSED, Architecture, CausalLM
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.informativeness import dispatches, mlp_intermediate, without_dropout
@@ -70,6 +70,8 @@ def find_wiring(parts: CausalLM) -> Wiring:
         ValueError: a known architecture lacks a part, or a probe found no layer that fits.
     """
     model_type = parts.model.config.model_type
+    if model_type in REFUSED:
+        raise ValueError(f"LeMo cannot leave tokens of a {model_type} model out: {REFUSED[model_type]}.")
     known = ARCHITECTURES.get(model_type)
     dense_layers: dict[int, str] = {}
     if known is None:
@@ -95,15 +97,15 @@ _signature = functools.cache(inspect.signature)
 
 def layer_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a layer class's `forward` by name, without `self`."""
+) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states that a layer class's `forward` is called with, and its other arguments by name."""
     signature = _signature(forward)
     arguments = dict(signature.bind(None, *args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(name, {}))
+    _, first, *_, last = signature.parameters.values()
+    if last.kind is last.VAR_KEYWORD:
+        arguments.update(arguments.pop(last.name, {}))
     del arguments["self"]
-    return arguments
+    return arguments.pop(first.name), arguments
 
 
 def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -116,16 +118,15 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dic
 
 
 @contextlib.contextmanager
-def idle_layers(layers: nn.ModuleList) -> Iterator[list[dict[str, Any]]]:
+def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
     """Layers that hand their input on, and note the arguments they were called with, in order."""
-    calls: list[dict[str, Any]] = []
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
     own = [vars(layer).get("forward") for layer in layers]
 
     def idle(layer: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             calls.append(layer_arguments(type(layer).forward, args, kwargs))
-            output: Tensor = calls[-1]["hidden_states"]
-            return output
+            return calls[-1][0]
 
         return forward
 
@@ -148,44 +149,50 @@ def _probe(parts: CausalLM) -> tuple[Architecture, dict[int, str]]:
             "work, which needs weights: load the model on a device other than meta."
         )
     device = parts.model.get_input_embeddings().weight.device
-    tokens = torch.arange(1, TOKENS + 1, device=device)[None]
+    tokens = torch.arange(1, TOKENS + 1, device=device).expand(2, -1)
     try:
-        with torch.no_grad(), without_dropout(parts.decoder), idle_layers(parts.layers) as calls:
-            parts.decoder(input_ids=tokens, use_cache=False)
+        with torch.no_grad(), without_dropout(parts.model), idle_layers(parts.layers) as calls:
+            parts.model(input_ids=tokens, use_cache=False)
         assert len(calls) == len(parts.layers), f"{len(calls)} of {len(parts.layers)} layers were called"
     except Exception as error:
-        raise ValueError(f"LeMo could not watch the decoder of {name} call its layers: {error}.") from error
+        raise ValueError(
+            f"LeMo needs layers that turn hidden states into hidden states; {name} fails when they hand "
+            f"their input on unchanged: {error}"
+        ) from error
 
     found: dict[str, Architecture | str] = {}  # by what a layer is made of
-    for layer, arguments in zip(parts.layers, calls, strict=True):
+    for layer, (stream_BSD, arguments) in zip(parts.layers, calls, strict=True):
         if repr(layer) not in found:
             try:
                 with torch.no_grad():
-                    found[repr(layer)] = _find_architecture(layer, arguments)
+                    found[repr(layer)] = _find_architecture(layer, stream_BSD, arguments)
             except _Unfit as unfit:
                 found[repr(layer)] = str(unfit)
-    architecture = next((each for each in found.values() if isinstance(each, Architecture)), None)
-    if architecture is None:
+    fitting = [each for each in found.values() if isinstance(each, Architecture)]
+    if not fitting:
         raise ValueError(
             f"LeMo looked in {name} for decoder layers that add an attention, called through transformers' "
-            f"AttentionInterface, and an MLP to the residual stream, and found {'; '.join(found.values())}."  # type: ignore[arg-type]
+            "AttentionInterface, and an MLP to the residual stream, and found "
+            f"{'; '.join(map(str, found.values()))}."
         )
+    architecture = next((each for each in fitting if each.down_proj), fitting[0])
     dense_layers = {}
     for index, layer in enumerate(parts.layers):
         finding = found[repr(layer)]
         if isinstance(finding, str):
             dense_layers[index] = finding
-        elif finding != architecture:
+        elif architecture.missing_from(layer) or architecture != replace(
+            finding, down_proj=finding.down_proj or architecture.down_proj
+        ):
             dense_layers[index] = f"{type(layer).__name__}, wired unlike the first ones"
     return architecture, dense_layers
 
 
-def _find_architecture(layer: Any, arguments: dict[str, Any]) -> Architecture:
-    """The wiring of `layer`, called with `arguments` of its own forward."""
+def _find_architecture(layer: Any, stream_BSD: Tensor, arguments: dict[str, Any]) -> Architecture:
+    """The wiring of `layer`, whose own forward gets `stream_BSD` and `arguments`."""
     arguments = {name: value for name, value in arguments.items() if name not in CACHES}
-    stream = arguments.pop("hidden_states")
     generator = torch.Generator().manual_seed(0)
-    x_BSD = torch.randn(stream.shape, generator=generator).to(stream)
+    x_BSD = torch.randn(stream_BSD.shape, generator=generator).to(stream_BSD)
     attention = next(
         (
             name
@@ -200,15 +207,17 @@ def _find_architecture(layer: Any, arguments: dict[str, Any]) -> Architecture:
         )
     drawn = _draw(layer, attention, x_BSD, arguments)
     numbers = [None, *(name for name, value in vars(layer).items() if isinstance(value, float))]
-    for scale, dropout in itertools.product(numbers, numbers):
+    for scale, dropout, output in itertools.product(numbers, numbers, (drawn.output, None)):
         candidate = replace(
             drawn,
+            output=output,
             residual_scale=scale,
             after_attention=drawn.after_attention or dropout,
             after_mlp=drawn.after_mlp or dropout,
         )
-        if _proved(candidate, layer, x_BSD, arguments):
-            return candidate
+        with contextlib.suppress(Exception):  # one that does not even run is no description
+            if _proved(candidate, layer, x_BSD, arguments):
+                return candidate
     raise _Unfit(
         f"{type(layer).__name__}, whose output is not the sum of its input, {attention} and "
         f"{' + '.join(drawn.mlp)} (its parts are {_children(layer)})"
@@ -259,12 +268,13 @@ def _draw(layer: nn.Module, attention: str, x_BSD: Tensor, arguments: dict[str, 
     reads = {call.source: call.name for call in reversed(steps)}
     source = next((call.source for call in steps if call.result == mlp[0].source), mlp[0].source)
     last = mlp[-1].name
-    ends = [name for name in inner if name.startswith(f"{last}.")]
+    ends = [name for name in inner if name.startswith(f"{last}.")] or [last]
+    experts = hasattr(layer.get_submodule(mlp[0].name), "experts")
     return Architecture(
         attention=attention,
         output=projections[-1].removeprefix(f"{attention}."),
         mlp=tuple(call.name for call in mlp),
-        down_proj=ends[-1] if ends else last if len(mlp) > 1 else None,
+        down_proj=None if experts else ends[-1],
         before_attention=writes.get(own.source),
         after_attention=reads.get(own.result),
         before_mlp=writes.get(mlp[0].source),

@@ -14,7 +14,14 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from lemo_trainer import LemoArguments
 from lemo_trainer.recipe import pack, read_texts
@@ -24,9 +31,7 @@ from lemo_trainer.recipe import pack, read_texts
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "folder of a causal LM, or an id of the hub"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernel"})
-    lora_r: int = field(
-        default=0, metadata={"help": "rank of LoRA; 0 trains all weights"}
-    )
+    lora_r: int = field(default=0, metadata={"help": "rank of LoRA; 0 trains all weights"})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA's scale, times its rank"})
     use_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA"})
 
@@ -56,7 +61,7 @@ def load_model(arguments: ModelArguments) -> Any:
     return get_peft_model(model, config)
 
 
-def main() -> None:
+def main() -> Trainer:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LemoArguments))
     try:
         if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
@@ -74,6 +79,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 
+    set_seed(training_args.seed)  # the adapter starts from random numbers
     trainer = Trainer(
         model=load_model(model_args),
         args=training_args,
@@ -87,6 +93,7 @@ def main() -> None:
     trainer.save_state()
     if "eval" in data:
         trainer.log_metrics("eval", trainer.evaluate())
+    return trainer
 
 
 if __name__ == "__main__":

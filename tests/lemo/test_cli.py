@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lemo_trainer.cli import app
 
-from .tiny import tiny_model
+from .training import save_model_and_text
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / ".cache" / "assets" / "SmolLM2-135M-Instruct"
@@ -24,14 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 @pytest.fixture
 def recipe(tmp_path):
     """A recipe for a tiny model with the real tokenizer, as a dict; write it with `save`."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = tiny_model()
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    save_model_and_text(tmp_path)
     return {
         "model": str(tmp_path / "model"),
         "train_file": str(tmp_path / "text.txt"),

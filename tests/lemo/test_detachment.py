@@ -28,8 +28,7 @@ def reference_forward(architecture, chosen):
     """The dense layer, with the gradient of the other tokens' keys, values and updates cut."""
 
     def forward(self, *args, **kwargs):
-        arguments = layer_arguments(type(self).forward, args, kwargs)
-        x = arguments.pop("hidden_states")
+        x, arguments = layer_arguments(type(self).forward, args, kwargs)
         mask, positions, _ = split_arguments(arguments)
         keep = chosen.pop(0)[..., None]
         attention = architecture.attention_of(self)

@@ -22,8 +22,7 @@ def reference_forward(architecture, chosen):
     """A layer that computes every token and masks what was not chosen; slow, and plain to see."""
 
     def forward(self, *args, **kwargs):
-        arguments = layer_arguments(type(self).forward, args, kwargs)
-        x = arguments.pop("hidden_states")
+        x, arguments = layer_arguments(type(self).forward, args, kwargs)
         attention_mask, positions, _ = split_arguments(arguments)
         keep = chosen.pop(0)  # bool [B, S]
         batch_size, seq_len = keep.shape

@@ -8,11 +8,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
-from lemo_trainer.architectures import ARCHITECTURES
 from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.segments import choose_segments
 
-from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
+from .tiny import KINDS, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
 CONFIG = LemoConfig(mode="segments", segment_tokens=16, keep_ratio=1.0, loss_segment=16)
 
@@ -33,7 +32,7 @@ AttentionInterface.register("cut_attention", cut_attention)
 
 
 @pytest.mark.parametrize("kind", ["plain", "left", "right"])
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", KINDS)
 def test_one_segment_is_the_unpatched_step(model_type, kind):
     model = tiny_model(model_type)
     inputs = batch(kind)
@@ -42,7 +41,7 @@ def test_one_segment_is_the_unpatched_step(model_type, kind):
     assert_same_step(loss_and_gradients(model, inputs), wanted)
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", KINDS)
 def test_the_loss_is_exact(model_type):
     model = tiny_model(model_type)
     inputs = batch("left")

@@ -16,7 +16,7 @@ BATCHES = ("plain", "left", "right", "packed")
 
 
 DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout", "residual_dropout", "embedding_dropout")
-DROPOUTS += ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+DROPOUTS += ("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob", "activation_dropout")
 SLIDING = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 11}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from .tiny import VOCAB
+from .tiny import VOCAB, tiny_model
+
+TOKENIZER = Path(__file__).resolve().parents[2] / ".cache" / "assets" / "SmolLM2-135M-Instruct"
 
 
 def samples(count: int = 8, seq_len: int = 32) -> list[dict[str, torch.Tensor]]:
@@ -64,3 +66,13 @@ def trainer_for(
 def losses(trainer: Trainer) -> list[float]:
     """The logged training losses."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def save_model_and_text(folder: Path) -> None:
+    """A tiny model with SmolLM2's tokenizer as `folder`/model, and `folder`/text.txt."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    model = tiny_model()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
