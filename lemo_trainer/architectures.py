@@ -205,6 +205,11 @@ class CausalLM:
     layers: nn.ModuleList
 
 
+def is_whole(weight: Tensor) -> bool:
+    """Whether all of a weight is in this process: not on the meta device, nor sharded by FSDP2 or ZeRO-3."""
+    return not (weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"))
+
+
 def unwrap(model: nn.Module) -> Any:
     """The transformers model inside PEFT's, DDP's or torch.compile's wrappers."""
     while True:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.architectures import CausalLM
+from lemo_trainer.architectures import CausalLM, is_whole
 from lemo_trainer.informativeness import without_dropout
 from lemo_trainer.loss import IGNORE_INDEX, segmented_cross_entropy, shift
 from lemo_trainer.probe import idle_layers
@@ -88,8 +88,8 @@ def forward_with_segmented_loss(
 def check_head(parts: CausalLM) -> None:
     """Raise ValueError unless the segment-wise loss is the model's own.
 
-    A few tokens go past the idle layers through head and loss, once each way; on the meta device, where there
-    is nothing to compare, only the types are looked at.
+    A few tokens go past the idle layers through head and loss, once each way; where the weights are not whole
+    (on the meta device, sharded by FSDP2 or ZeRO-3) only the types are looked at.
     """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -104,7 +104,7 @@ def check_head(parts: CausalLM) -> None:
             f"The segment-wise loss stands in for transformers' ForCausalLMLoss, which "
             f"{type(model).__name__} does not use; set loss_segment=0."
         )
-    if head.weight.is_meta:
+    if not is_whole(head.weight):
         return
     tokens = torch.arange(1, 9, device=model.get_input_embeddings().weight.device)[None]
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
