@@ -40,7 +40,7 @@ class LemoReport:
         model_type: transformers' name of the architecture.
         total_layers: decoder layers of the model.
         patched_layers: indices of those that leave tokens out.
-        wiring: how its layers are wired, and which parts stay dense.
+        wiring: how its layers are wired, and which parts stay dense; None where that plays no part.
         active: False runs dense although patched (warm-up).
         seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
         kept_tokens: how many of them each patched layer computed.
@@ -73,7 +73,12 @@ class LemoReport:
         text = f"LeMo patched {len(self.patched_layers)} of {self.total_layers} layers"
         if self.wiring is None:
             return f"{text}: segments of {self.config.segment_tokens} tokens"
-        return "; ".join([text, *self.wiring.notes(self.patched_layers)])
+        return "; ".join([text, *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the patched layers and about those that cannot leave tokens out."""
+        return [] if self.wiring is None else self.wiring.notes(self.patched_layers)
 
     def warn_of_logits(self) -> None:
         if not self.logits_made:
@@ -133,7 +138,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         if leaves_out or config.selective_checkpointing or config.mode == "segments":
             _patch_layer(index, layer, patched if leaves_out else None, report)
     _patch_causal_lm(parts, report)
-    logger.info("%s", report)
+    logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return report
 
 
