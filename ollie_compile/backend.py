@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ollie_compile import plan as plans
 from ollie_compile.config import OllieConfig
@@ -81,17 +82,18 @@ def _splice(graph: fx.Graph, node: fx.Node, operator: Convolution, program: Prog
 
     finished = operator.finished(program)
 
-    def with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        result = finished(x, weight)
+    def with_bias(x: Tensor, weight: Tensor, bias: Tensor | None, *constants: Tensor) -> Tensor:
+        result = finished(x, weight, *constants)
         return result if bias is None else result + bias.view(-1, *[1] * len(operator.stride))
 
-    operands = node.args[:3]
-    values = [None if operand is None else operand.meta["val"] for operand in operands]
-    with node.meta["val"].fake_mode:
-        traced = make_fx(with_bias, decomposition_table=select_decomp_table())(*values)
-    places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with graph.inserting_before(node):
         before = node.prev
+        constants = _constants(graph, operator, program, node.meta["val"].fake_mode)
+        operands = [*node.args[:3], *constants]
+        values = [None if operand is None else operand.meta["val"] for operand in operands]
+        with node.meta["val"].fake_mode:
+            traced = make_fx(with_bias, decomposition_table=select_decomp_table())(*values)
+        places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
         result = graph.graph_copy(traced.graph, places)
     # Recomputation tags, source lines and module names hold for all that stands in the node's place.
     inherited = {key: value for key, value in node.meta.items() if key not in _OWN_META}
@@ -101,6 +103,24 @@ def _splice(graph: fx.Graph, node: fx.Node, operator: Convolution, program: Prog
         new = new.next
     node.replace_all_uses_with(result, propagate_meta=False)
     graph.erase_node(node)
+
+
+def _constants(
+    graph: fx.Graph, operator: Convolution, program: Program, fake_mode: FakeTensorMode
+) -> list[fx.Node]:
+    """Attributes of the graph's module that hold the constants of `program`."""
+    module = graph.owning_module
+    assert module is not None, "Inductor's graphs belong to a module"
+    nodes = []
+    with unset_fake_temporarily():
+        constants = program.constants(operator.dtype, operator.device)
+    for name, value in constants.items():
+        attribute = f"_ollie_{name}_{value.dtype}_{value.device}".replace(".", "_").replace(":", "_")
+        module.register_buffer(attribute, value, persistent=False)
+        attribute_node = graph.get_attr(attribute)
+        attribute_node.meta["val"] = fake_mode.from_tensor(value)
+        nodes.append(attribute_node)
+    return nodes
 
 
 def ollie(

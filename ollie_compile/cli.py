@@ -34,6 +34,7 @@ def explain(
     tune: Annotated[str | None, typer.Option(help='"measure" or "model".')] = None,
     verify: Annotated[bool | None, typer.Option(help="Check every candidate three ways.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Programs measured for one operator.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative error in the own dtype.")] = None,
     margin: Annotated[float | None, typer.Option(help="Share by which a candidate must win.")] = None,
     freeze: Annotated[bool | None, typer.Option(help="Hold the parameters as constants.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch.set_num_threads.")] = None,
@@ -50,6 +51,7 @@ def explain(
         "tune": tune,
         "verify": verify,
         "candidates": candidates,
+        "tolerance": tolerance,
         "margin": margin,
         "freeze": freeze,
     }

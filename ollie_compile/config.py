@@ -23,6 +23,8 @@ class OllieConfig:
         verify: check every candidate that could be used, over the integers, over a prime field and in
             float64; one that fails is dropped and named in the report.
         candidates: how many programs of one operator are compiled and timed.
+        tolerance: largest error that a candidate may have in the operator's own dtype, relative to the
+            largest value of the result; bilinear decompositions round more than direct sums.
         margin: share by which a candidate must beat the original to replace it.
         freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
             weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the
@@ -34,6 +36,7 @@ class OllieConfig:
     tune: str = "measure"
     verify: bool = True
     candidates: int = 4
+    tolerance: float = 2e-5
     margin: float = 0.05
     freeze: bool = False
 
@@ -44,6 +47,7 @@ class OllieConfig:
             ("tune", (str,), lambda value: value in ("measure", "model"), '"measure" or "model"'),
             ("verify", (bool,), lambda value: True, "true or false"),
             ("candidates", (int,), lambda value: value >= 1, "a whole number, 1 or more"),
+            ("tolerance", (int, float), lambda value: value > 0, "more than 0"),
             ("margin", (int, float), lambda value: 0 <= value < 1, "in [0, 1)"),
             ("freeze", (bool,), lambda value: True, "true or false"),
         ):

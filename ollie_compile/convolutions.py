@@ -172,6 +172,12 @@ class ConvolutionCall:
             flipped=tuple(2 + at for at, s in enumerate(match.spatial) if s.dilation < 0),
         )
 
+    @property
+    def unpadded_shape(self) -> tuple[int, ...]:
+        """The shape of the data before `pads`."""
+        spatial = zip(self.input_shape[2:], self.pads, strict=True)
+        return (*self.input_shape[:2], *(size - before - after for size, (before, after) in spatial))
+
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """[batch, channels, spatial ..] and [outputs, channels of a group, taps ..] as lifted."""
         if any(pad != (0, 0) for pad in self.pads):

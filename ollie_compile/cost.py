@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 import torch
 
+from ollie_compile.convolutions import ConvolutionCall
 from ollie_compile.expr import Scope
-from ollie_compile.lower import Product, Program
+from ollie_compile.lower import Product, Program, operator_of
+from ollie_compile.transforms import is_transform, row_loop
 
 
 def median_seconds(call: Callable[[], object], *, budget_s: float = 0.02) -> float:
@@ -46,6 +48,19 @@ def product_seconds(
     return median_seconds(lambda: torch.bmm(first.expand(apart, -1, -1), second))
 
 
+@functools.lru_cache(maxsize=4096)
+def convolution_seconds(
+    call: ConvolutionCall, channels_last: bool, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Measured time of a library convolution, its padding included."""
+    x = torch.zeros(call.unpadded_shape, dtype=dtype, device=device)
+    weight = torch.zeros(call.weight_shape, dtype=dtype, device=device)
+    if channels_last and x.dim() > 3:
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    return median_seconds(lambda: call(x, weight))
+
+
 @functools.lru_cache(maxsize=16)
 def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """Measured traffic of an elementwise kernel whose tensors fit a cache."""
@@ -55,17 +70,22 @@ def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device, *, frozen: bool) -> float:
-    """Time of the program's products, and of moving each eOperator's reads and result once.
+    """Time of the program's operators, and of moving each eOperator's reads and result once.
 
     Args:
-        frozen: rearranged weights are made ahead of time and cost nothing.
+        frozen: what depends on weights alone is made ahead of time and costs nothing.
     """
     total = 0.0
     for scope in set(program.scope.scopes()):
-        product = Product.of(scope, program.layout)
-        if product is not None:
-            total += product_seconds(*product.shape(scope), product.shared, dtype, device)
-        elif not (frozen and _holds_a_weight(scope)):
+        if frozen and set(scope.inputs()) == {"K"}:
+            continue
+        operator = operator_of(scope, program.layout)
+        if isinstance(operator, Product):
+            total += product_seconds(*operator.shape(scope), operator.shared, dtype, device)
+        elif operator is not None:
+            call = ConvolutionCall.of(scope, operator)
+            total += convolution_seconds(call, program.layout == "channels last", dtype, device)
+        else:
             total += _moved(scope) * dtype.itemsize / bytes_per_second(dtype, device)
     return total
 
@@ -77,9 +97,7 @@ def largest_elements(scope: Scope) -> int:
 
 def _moved(scope: Scope) -> int:
     """Elements that an eOperator loads and stores."""
-    taps = math.prod(loop.extent for loop in scope.summation)
-    return math.prod(scope.shape) * (taps * len(scope.factors) + 1)
-
-
-def _holds_a_weight(scope: Scope) -> bool:
-    return scope.is_view and set(scope.inputs()) == {"K"}
+    size, taps = math.prod(scope.shape), math.prod(loop.extent for loop in scope.summation)
+    if is_transform(scope):  # each value is loaded once for all rows of the matrix
+        return size + size // row_loop(scope).extent * taps
+    return size * (taps * len(scope.factors) + 1)

@@ -43,11 +43,20 @@ CONVOLVED = ("convolution", "channels last")
 class Program:
     """An expression and the layout of its products: one way to compute it.
 
-    Called with a tensor for each input, it gives a tensor of the scope's shape.
+    Called with a tensor for each input and constant, it gives a tensor of the scope's shape.
     """
 
     scope: Scope
     layout: Layout
+
+    def constants(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The constants of the expression by name."""
+        return {
+            name: torch.tensor(list(map(float, constant.values)), dtype=dtype, device=device).view(
+                constant.shape
+            )
+            for name, constant in self.scope.constants().items()
+        }
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return _Lowering(inputs, self.layout).scope(self.scope)
@@ -112,6 +121,14 @@ class Product:
         return apart, left, contracted, right
 
 
+def operator_of(scope: Scope, layout: Layout) -> Product | ConvolutionMatch | None:
+    """The library operator that computes `scope` in a layout, or None where it is an eOperator."""
+    product = Product.of(scope, layout)
+    if product is None and layout in CONVOLVED:
+        return match_convolution(scope)
+    return product
+
+
 def extents(scope: Scope, names: Sequence[str]) -> list[int]:
     return [scope.ranges[name][1] - scope.ranges[name][0] for name in names]
 
@@ -143,11 +160,11 @@ class _Lowering:
         return self.done[scope]
 
     def _value(self, scope: Scope) -> Tensor:
-        product = Product.of(scope, self.layout)
-        if product is not None:
-            return self._product(scope, product)
-        if self.layout in CONVOLVED and (match := match_convolution(scope)) is not None:
-            return self._convolution(scope, match)
+        operator = operator_of(scope, self.layout)
+        if isinstance(operator, Product):
+            return self._product(scope, operator)
+        if operator is not None:
+            return self._convolution(scope, operator)
         return self._transform(scope) if is_transform(scope) else self._eoperator(scope)
 
     def _tensor(self, read: Read) -> Tensor:
@@ -170,14 +187,13 @@ class _Lowering:
         value = self._tensor(read).permute(order).contiguous()
         index, box = [read.index[at] for at in order], tuple(read.tensor.box[at] for at in order)
         window = Window.of(index, box, value, scope.ranges)
-        return transforms.apply(scope, lambda value, loops: window.at({summed.name: value}, loops))
+        matrix = self.inputs[transforms.matrix(scope).name]
+        return transforms.apply(scope, matrix, lambda value, loops: window.at({summed.name: value}, loops))
 
     def _convolution(self, scope: Scope, match: ConvolutionMatch) -> Tensor:
         read, other = scope.factors[match.data], scope.factors[1 - match.data]
         call = ConvolutionCall.of(scope, match)
-        sides = [call.input_shape[0], call.input_shape[1]]
-        x = self._tensor(read).permute(data_order(read, match))
-        x = x.reshape(*sides, *x.shape[x.dim() - len(match.spatial) :])
+        x = self._tensor(read).permute(data_order(read, match)).reshape(call.unpadded_shape)
         loops = {loop.name: loop for loop in scope.traversal + scope.summation}
         names = (*match.groups, *match.outputs, *match.channels, *match.taps)
         weight = self._window(other, scope).at({}, [loops[name] for name in names]).reshape(call.weight_shape)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ollie_compile import lift
 from ollie_compile.expr import Scope
+from ollie_compile.lower import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +79,17 @@ class Convolution:
             self.groups,
         )
 
-    def finished(self, program: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """`program` as a function of (x, weight) whose result has the reference's strides."""
+    def finished(self, program: Program) -> Callable[..., Tensor]:
+        """`program` as a function of (x, weight, *constants) whose result has the reference's strides."""
         channels_last = self.output.stride[1] == 1 and self.output.shape[1] > 1
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(self.output.shape))
         layout = layout if channels_last and layout is not None else torch.contiguous_format
 
-        def run(x: Tensor, weight: Tensor) -> Tensor:
-            result = program({"A": x, "K": weight}).contiguous(memory_format=layout)
+        names = tuple(program.scope.constants())
+
+        def run(x: Tensor, weight: Tensor, *constants: Tensor) -> Tensor:
+            values = {"A": x, "K": weight, **dict(zip(names, constants, strict=True))}
+            result = program(values).contiguous(memory_format=layout)
             # Strides of dimensions of size 1 are free, and torch chooses them differently.
             same = result.stride() == self.output.stride
             return result if same else result.as_strided(self.output.shape, self.output.stride)

@@ -13,24 +13,26 @@ from ollie_compile import cost, tune
 from ollie_compile.config import OllieConfig
 from ollie_compile.lower import Program, programs
 from ollie_compile.operators import Convolution
-from ollie_compile.search import Derivation, SearchStats, search
-from ollie_compile.verify import check_derivation, check_program
+from ollie_compile.search import Derivation, SearchStats, search, work
+from ollie_compile.verify import check_derivation, check_program, rounding_error
 
 logger = logging.getLogger(__name__)
 
 SEARCH_SHARE = 0.3  # of an operator's budget; the rest compiles and measures
 MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
+MAX_BOUNDED = 64  # candidates of one operator whose cost is bounded, those with the least work first
 OUT_OF_TIME = "no time left in the budget"
 
 
 @dataclass(slots=True)
 class Candidate:
-    """A program with what is known about it; times in seconds."""
+    """A program with what is known about it; times in seconds, `error` relative to the largest output."""
 
     program: Program
     derivation: Derivation
     bound_s: float = math.inf
     measured_s: float | None = None
+    error: float | None = None
     rejected: str | None = None
 
 
@@ -111,9 +113,12 @@ def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
     layouts = (operator.input, operator.weight, operator.output)
     limit = MAX_GROWTH * sum(math.prod(layout.shape) for layout in layouts)
     assert made.original_s is not None
-    for candidate in made.candidates:
+    made.candidates.sort(key=lambda candidate: work(candidate.program.scope))
+    for place, candidate in enumerate(made.candidates):
         program = candidate.program
-        if time.perf_counter() > stop:
+        if place >= MAX_BOUNDED:
+            candidate.rejected = "others need fewer products"
+        elif time.perf_counter() > stop:
             candidate.rejected = OUT_OF_TIME
         elif (largest := cost.largest_elements(program.scope)) > limit:
             candidate.rejected = f"needs {largest * operator.dtype.itemsize / 2**30:.2g} GiB in one tensor"
@@ -140,11 +145,15 @@ def _take_best(made: Plan, config: OllieConfig) -> list[Candidate]:
         if config.verify:
             wrong = check_derivation(expression, candidate.program.scope)
             wrong = wrong or check_program(made.operator, candidate.program)
-        if wrong is None:
-            best.append(candidate)
-        else:
+        if wrong is not None:
             candidate.rejected = f"wrong: {wrong}"
             logger.error("ollie: %s: dropped %s: it %s", made.operator, candidate.program.scope, wrong)
+            continue
+        candidate.error = rounding_error(made.operator, candidate.program)
+        if candidate.error > config.tolerance:
+            candidate.rejected = f"its rounding error {candidate.error:.1e} is above the tolerance"
+        else:
+            best.append(candidate)
     return best
 
 
@@ -161,7 +170,8 @@ def _measure(made: Plan, left: list[Candidate], config: OllieConfig, stop: float
             candidate.rejected = OUT_OF_TIME
             continue
         try:
-            calls.append(tune.compiled(operator.finished(candidate.program), inputs, constant=constant))
+            values = (*inputs, *candidate.program.constants(operator.dtype, operator.device).values())
+            calls.append(tune.compiled(operator.finished(candidate.program), values, constant=constant))
         except Exception as error:  # whatever a code generator raises: the original still stands
             candidate.rejected = f"did not compile: {error}"
             logger.warning("ollie: %s: %s did not compile: %s", operator, candidate.program, error)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ollie_compile.plan import Candidate, Plan
+from ollie_compile.rules.bilinear import amplification
 
 
 @dataclass(slots=True)
@@ -62,7 +63,14 @@ class Report:
         return "\n".join(lines)
 
 
-_COUNTED = ("does not beat the original", "came first", "a lower bound", "in the budget", "in one tensor")
+_COUNTED = (
+    "does not beat the original",
+    "came first",
+    "a lower bound",
+    "in the budget",
+    "in one tensor",
+    "fewer products",
+)
 
 
 def _plan_lines(plan: Plan) -> list[str]:
@@ -96,7 +104,13 @@ def _candidate_line(candidate: Candidate) -> str:
     measured = "" if candidate.measured_s is None else f", measured {_ms(candidate.measured_s)}"
     steps = " > ".join(step.rules[0] for step in candidate.derivation.steps) or "as lifted"
     verdict = candidate.rejected or "chosen"
-    return f"[{candidate.program.layout}] {steps}: bound {_ms(candidate.bound_s)}{measured}: {verdict}"
+    rounding = ""
+    growth = amplification(candidate.program.scope)
+    if candidate.error is not None and growth > 1:
+        rounding = f", error {candidate.error:.1e} (terms up to {growth:.0f} times larger)"
+    return (
+        f"[{candidate.program.layout}] {steps}: bound {_ms(candidate.bound_s)}{measured}{rounding}: {verdict}"
+    )
 
 
 def _plan_dict(plan: Plan) -> dict[str, Any]:
@@ -121,6 +135,8 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
         ],
         "bound_s": candidate.bound_s if math.isfinite(candidate.bound_s) else None,
         "measured_s": candidate.measured_s,
+        "error": candidate.error,
+        "amplification": amplification(candidate.program.scope),
         "rejected": candidate.rejected,
     }
 

@@ -145,7 +145,7 @@ def search(
                 break
         if depth == max_depth or not found.in_time:
             break
-        level = sorted(level, key=lambda state: _work(state.scope))
+        level = sorted(level, key=lambda state: work(state.scope))
         found.result.stats.pruned += len(level[beam:])
         level = _next_level(found, level[:beam])
         if not level:
@@ -173,7 +173,7 @@ def _products(scope: Scope) -> int:
     return sum(math.prod(loop.extent for loop in inner.traversal + inner.summation) for inner in contractions)
 
 
-def _work(scope: Scope) -> tuple[int, int]:
+def work(scope: Scope) -> tuple[int, int]:
     """What ranks states: their products, then the elements that computing them makes."""
     return _products(scope), sum(math.prod(inner.shape) for inner in set(scope.scopes()))
 

@@ -1,20 +1,18 @@
-"""Lowering of constant matrices: Sum[j] C[i, j] * data[.., j ..] as weighted sums of slices.
+"""Lowering of constant matrices: Sum[j] C[i, j] * data[.., j ..] as a weighted sum of slices.
 
-The matrices are small and mostly zeros, ones and small fractions: each value of the iterators that only a
-matrix has is written out, so that Inductor makes a few additions of slices of it.
+A slice for each j is multiplied by a column of the matrix. This does more products than writing out every
+row without its zeros, but it stays one small kernel, which compiles quickly and is bound by memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from ollie_compile.expr import Affine, Constant, Loop, Read, Scope
 
-MAX_WRITTEN = 64  # values of one matrix that are written out; more would take long to compile
+MAX_COLUMNS = 16  # slices that are written out
 
 
 def is_transform(scope: Scope) -> bool:
@@ -23,8 +21,8 @@ def is_transform(scope: Scope) -> bool:
         return False
     if scope.terms() != 1:
         return False
-    matrix, read = _parts(scope)
-    (row, column) = matrix.index
+    constant, read = _parts(scope)
+    row, column = constant.index
     used = {name for index in read.index for name in index.iterators()}
     summed = scope.summation[0].name
     return (
@@ -32,7 +30,7 @@ def is_transform(scope: Scope) -> bool:
         and row == Affine.of(row.iterator or "")
         and set(column.iterators()) == {summed}
         and summed in used
-        and math.prod(matrix.tensor.box[place][1] for place in (0, 1)) <= MAX_WRITTEN
+        and scope.summation[0].extent <= MAX_COLUMNS
     )
 
 
@@ -40,6 +38,13 @@ def _parts(scope: Scope) -> tuple[Read, Read]:
     """The read of the matrix and the other one."""
     first, second = scope.factors
     return (first, second) if isinstance(first.tensor, Constant) else (second, first)
+
+
+def matrix(scope: Scope) -> Constant:
+    """The constant that is applied."""
+    constant = _parts(scope)[0].tensor
+    assert isinstance(constant, Constant)
+    return constant
 
 
 def row_loop(scope: Scope) -> Loop:
@@ -53,31 +58,28 @@ def data(scope: Scope) -> Read:
     return _parts(scope)[1]
 
 
-def apply(scope: Scope, at: Callable[[int, Sequence[Loop]], Tensor]) -> Tensor:
+def apply(scope: Scope, values: Tensor, at: Callable[[int, Sequence[Loop]], Tensor]) -> Tensor:
     """The value of a transform.
 
     Args:
+        values: those of the constant.
         at: the data over the given loops with the summed iterator at a value.
 
     Returns:
         a tensor with a dimension for each traversal iterator.
     """
-    matrix, _ = _parts(scope)
-    assert isinstance(matrix.tensor, Constant)
+    read, _ = _parts(scope)
     (summed,) = scope.summation
     row = row_loop(scope)
+    place = scope.traversal.index(row)
     loops = [loop for loop in scope.traversal if loop is not row]
-    slices = {value: at(value, loops) for value in range(summed.low, summed.high)}
-    results = []
-    for place in range(row.low, row.high):
-        total: Tensor | None = None
-        for value, part in slices.items():
-            ranges = {summed.name: (value, value + 1)}
-            column = matrix.index[1].substitute({summed.name: Affine.of(value)}, ranges).const
-            coefficient = float(matrix.tensor.at(place, column))
-            if coefficient:
-                term = part if coefficient == 1.0 else part * coefficient
-                total = term if total is None else total + term
-        assert total is not None, "no row of a Cook-Toom matrix is zero"
-        results.append(total.expand([loop.extent for loop in loops]))
-    return torch.stack(results, scope.traversal.index(row))
+    column_shape = [row.extent, *[1] * (len(loops) - place)]
+    total: Tensor | None = None
+    for value in range(summed.low, summed.high):
+        ranges = {summed.name: (value, value + 1)}
+        column = read.index[1].substitute({summed.name: Affine.of(value)}, ranges).const
+        coefficients = values[row.low : row.high, column].reshape(column_shape)
+        term = at(value, loops).unsqueeze(place) * coefficients
+        total = term if total is None else total + term
+    assert total is not None, "a summation has at least one value"
+    return total.expand(scope.shape)

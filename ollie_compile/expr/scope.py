@@ -164,12 +164,14 @@ class Scope:
 
     def inputs(self) -> dict[str, Input]:
         """The tensors from outside that this scope depends on, by name."""
-        found: dict[str, Input] = {}
-        for scope in self.scopes():
-            for read in scope.factors:
-                if isinstance(read.tensor, Input):
-                    found[read.tensor.name] = read.tensor
-        return found
+        return {tensor.name: tensor for tensor in self._leaves() if isinstance(tensor, Input)}
+
+    def constants(self) -> dict[str, Constant]:
+        """The constants that this scope depends on, by name."""
+        return {tensor.name: tensor for tensor in self._leaves() if isinstance(tensor, Constant)}
+
+    def _leaves(self) -> Iterator[Tensor]:
+        return (read.tensor for scope in self.scopes() for read in scope.factors)
 
     @cached_property
     def _hash(self) -> int:

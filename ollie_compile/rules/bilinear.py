@@ -84,6 +84,20 @@ def decompose(scope: Scope, at: Correlation, tile: int) -> Scope:
     return Scope(scope.traversal, (), (Read(result, tuple(index[loop.name] for loop in split)),))
 
 
+def amplification(scope: Scope) -> float:
+    """How many times larger the terms of an expression may get than those of the direct sum.
+
+    The product over its decomposed dimensions; rounding errors grow at most as much (1.0: none).
+    """
+    factor = 1.0
+    for inner in set(scope.scopes()):
+        for read in inner.factors:
+            if isinstance(read.tensor, Constant) and read.tensor.name.startswith("At"):
+                tile, products = read.tensor.shape
+                factor *= cook_toom.amplification(tile, products - tile + 1)
+    return factor
+
+
 def bilinear_decomposition(scope: Scope) -> Iterator[Scope]:
     """Every dimension that allows it with one tile size, for each of `TILES`."""
     for tile in TILES:

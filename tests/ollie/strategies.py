@@ -8,7 +8,6 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from ollie_compile.expr import Constant, Scope
 from ollie_compile.operators import Convolution, Layout
 
 
@@ -42,12 +41,6 @@ def operator(x: torch.Tensor, weight: torch.Tensor, **settings: Any) -> Convolut
         device=x.device,
         **sizes,
     )
-
-
-def constants_of(scope: Scope) -> dict[str, Constant]:
-    """The constants that an expression reads, by name."""
-    reads = [read for inner in scope.scopes() for read in inner.factors]
-    return {read.tensor.name: read.tensor for read in reads if isinstance(read.tensor, Constant)}
 
 
 @st.composite

@@ -23,8 +23,22 @@ def _fresh(tmp_path, monkeypatch):
 
 @pytest.fixture
 def always_rewrite(monkeypatch):
-    """Bounds so low that every convolution is rewritten, whatever this machine measures."""
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *arguments, **named: 1e-12)
+    """Bounds so low that every convolution is rewritten, by what compiles quickly."""
+
+    def bound(program, *arguments, **named):
+        return 1e-12 * sum(1 for _ in program.scope.scopes())
+
+    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
+
+
+@pytest.fixture
+def always_bilinear(monkeypatch):
+    """Every convolution is rewritten by a bilinear decomposition."""
+
+    def bound(program, *arguments, **named):
+        return 1e-12 if program.scope.constants() else 1.0
+
+    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
 
 
 def small_net() -> nn.Module:
@@ -83,6 +97,29 @@ def test_layouts_and_dimensions_equal_eager(always_rewrite, make):
         got, want = torch.compile(net, backend="ollie", options=QUICK, dynamic=False)(x), net(x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert got.stride() == want.stride()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_bilinear_forms_equal_eager_forward_and_backward(always_bilinear, memory_format):
+    net, x = nn.Conv2d(2, 3, 3, padding=1), torch.randn(1, 2, 8, 7).contiguous(memory_format=memory_format)
+    report = ollie_compile.explain(net, x, **QUICK)
+    assert report.rewritten == 1
+    assert "bilinear decomposition" in str(report)
+    assert "terms up to" in str(report)
+    got, want = torch.compile(net, backend="ollie", options=QUICK, dynamic=False)(x), net(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert got.stride() == want.stride()
+    got_grads, want_grads = (
+        torch.autograd.grad(y.square().sum(), list(net.parameters())) for y in (got, want)
+    )
+    torch.testing.assert_close(got_grads, want_grads, rtol=1e-3, atol=1e-4)
+
+
+def test_a_tolerance_below_its_rounding_rejects_a_bilinear_form(always_bilinear):
+    net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 8, 8)
+    report = ollie_compile.explain(net, x, **QUICK, tolerance=1e-12)
+    assert report.rewritten == 0
+    assert "is above the tolerance" in str(report)
 
 
 def test_lists_of_one_stand_for_all_dimensions(always_rewrite):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ollie_compile.expr import Affine, Input, evaluate, parse
 from ollie_compile.rules import EXPLORATIVE, SIMPLIFYING, rewrites
-from tests.ollie.strategies import constants_of, convolutions
+from tests.ollie.strategies import convolutions
 
 A, B = Input("A", (4, 6)), Input("B", (6, 5))
 TENSORS = {"A": A, "B": B}
@@ -20,7 +20,7 @@ def test_derived_expressions_print_and_parse_to_themselves(operator, data):
     for _ in range(4):
         derived = [d for rule in (EXPLORATIVE | SIMPLIFYING).values() for d in rewrites(scope, rule)]
         scope = data.draw(st.sampled_from(derived)) if derived else scope
-    tensors = scope.inputs() | constants_of(scope)
+    tensors = scope.inputs() | scope.constants()
     parsed = parse(str(scope), tensors)
     # Rules may narrow ranges after an index was simplified, and parsing simplifies it again.
     again = parse(str(parsed), tensors)
