@@ -125,7 +125,7 @@ class Trace:
         path = directory / _DESCRIPTION
         if not path.is_file():
             raise FileNotFoundError(f"{directory} should hold a trace, but has no {_DESCRIPTION}.")
-        self.description: dict[str, Any] = json.loads(path.read_text())
+        self.description = _read_description(path)
         count = self.description["sequences"]
         self._files = [_sequence_file(directory, number) for number in range(count)]
         missing = sum(not _is_whole(file) for file in self._files)
@@ -196,7 +196,7 @@ def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderCo
     out.mkdir(parents=True, exist_ok=True)
     path = out / _DESCRIPTION
     if path.exists():
-        found = json.loads(path.read_text())
+        found = _read_description(path)
         differing = [key for key in description if found.get(key) != description[key]]
         if differing:
             raise ValueError(
@@ -294,6 +294,16 @@ def _load(tracer: _Tracer, device: torch.device) -> Any:
 
 def _sequence_file(directory: Path, number: int) -> Path:
     return directory / f"sequence-{number:06}.safetensors"
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if found.keys() >= {"sequences", "exact_zeros"}:
+            return found
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path} should describe a trace, but is damaged: remove {path.parent} and trace again.")
 
 
 def _is_whole(path: Path) -> bool:

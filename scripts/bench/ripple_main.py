@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import math
 import os
 import shutil
@@ -25,9 +24,9 @@ from typing import Any
 import torch
 from common import ROOT, Table  # also makes `assets` importable
 
-from ripple_loader import ReorderConfig, RippleConfig
-from ripple_loader.reorder import plan_orders, trace_source, write_reordered
+from ripple_loader import ReorderConfig, RippleConfig, reorder
 from ripple_loader.source import open_source
+from ripple_loader.trace import cut_sequences, trace_source
 
 PLACEMENTS = ("identity", "random", "frequency", "linked")
 KEEPS = (1.0, 0.5, 0.25)
@@ -104,17 +103,15 @@ def main(rounds: int, dram_budget: str) -> None:
     prompt = ids[:1, :PROMPT_TOKENS]
 
     source, config = open_source(base), ReorderConfig(tokens=1024)
-    found = trace_source(source, assets.texts("train"), config)
     (ROOT / "out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
+        trace = Path(scratch) / "trace"
+        trace_source(source, cut_sequences(source, assets.texts("train"), config), config, trace)
         copies = {placement: Path(scratch) / placement for placement in PLACEMENTS}
         runs = {}
         for placement, copy in copies.items():
-            plan = plan_orders(source, found, dataclasses.replace(config, placement=placement))
-            write_reordered(source, plan, copy)
+            plan = reorder(base, copy, config=dataclasses.replace(config, placement=placement), trace=trace)
             runs[placement] = plan.profile["reads"]
-        del found
-        gc.collect()
 
         dense = AutoModelForCausalLM.from_pretrained(base)
         reference = dense(prompt).logits

@@ -25,12 +25,29 @@ COMMON = {
     "pad_token_id": 0,
 }
 GROUPED = {"num_key_value_heads": 2}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 MODELS: dict[str, dict[str, Any]] = {
     "falcon": {"model_type": "falcon", "bias": True, "ffn_hidden_size": 96},
     "gemma": {"model_type": "gemma", **GROUPED, "head_dim": 8},
     "gemma2": {"model_type": "gemma2", **GROUPED, "head_dim": 8},
     "gemma3": {"model_type": "gemma3_text", **GROUPED, "head_dim": 8},
+    "gemma3_multimodal": {
+        "model_type": "gemma3",
+        "text_config": COMMON | GROUPED | {"head_dim": 8},
+        "vision_config": VISION,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 110,
+        "boi_token_index": 111,
+        "eoi_token_index": 112,
+    },
     "gpt2": {"model_type": "gpt2", "n_inner": 96},
     "gpt_neox": {"model_type": "gpt_neox"},
     "granite": {"model_type": "granite", **GROUPED},

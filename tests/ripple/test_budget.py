@@ -67,7 +67,7 @@ warm(torch.ones(1, 2, dtype=torch.long))
 del warm
 gc.collect()
 before = status("VmRSS")
-config = RippleConfig(dram_budget=sys.argv[3], keep=float(sys.argv[4]))
+config = RippleConfig(dram_budget=sys.argv[3], keep=float(sys.argv[4]), buffer="1MiB")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
 model(torch.ones(1, 2, dtype=torch.long))  # starts the threads
 gc.collect()

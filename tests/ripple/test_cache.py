@@ -12,9 +12,11 @@ STEPS = st.lists(
 
 
 @pytest.mark.parametrize("policy", ["s3fifo", "lru"])
-@given(steps=STEPS, capacity=st.integers(1, 40))
-def test_slots_always_hold_the_neuron_they_are_said_to_hold(policy, steps, capacity):
-    cache, contents = make_cache(policy, 40, capacity), np.full(capacity, -1)
+@given(steps=STEPS, capacity=st.integers(1, 40), pinned=st.integers(0, 40))
+def test_slots_always_hold_the_neuron_they_are_said_to_hold(policy, steps, capacity, pinned):
+    pinned = min(pinned, capacity)
+    cache, contents = make_cache(policy, 40, capacity, pinned), np.full(capacity, -1)
+    contents[:pinned] = np.arange(pinned)
     for places in steps:
         slots = cache.lookup(places)
         hit = slots >= 0
@@ -25,6 +27,7 @@ def test_slots_always_hold_the_neuron_they_are_said_to_hold(policy, steps, capac
         contents[admission.slots] = missed[admission.index]
         resident = np.flatnonzero(cache.lookup(np.arange(40)) >= 0)
         assert len(resident) <= capacity
+        assert set(range(pinned)) <= set(resident.tolist())
         assert set(missed[admission.index].tolist()) <= set(resident.tolist())
 
 

@@ -1,0 +1,171 @@
+"""Damage to any file of a directory, and drives that misbehave: an error that names the file, or no harm."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from ripple_loader import reorder
+from ripple_loader.bundles import Sidecar
+from ripple_loader.checkpoint import read_shards
+from ripple_loader.sidecar import SIDECAR
+from ripple_loader.trace import Trace
+from ripple_loader.verify import verify
+
+from .conftest import CALIBRATION, SMALL, load, relative_error, token_ids
+
+FIXTURES = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+)
+SHARDS = {"max_shard_size": "20KB"}
+
+
+def linked_copy(directory, out, but):
+    """A copy of a directory in which all files but one are links."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for file in directory.iterdir():
+        if file.name == but:
+            shutil.copyfile(file, out / file.name)
+        else:
+            (out / file.name).symlink_to(file)
+    return out / but
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_every_file_cut_short_is_found(share, reordered, tmp_path):
+    directory = reordered("qwen2", **SHARDS)
+    files = [file.name for file in directory.iterdir() if file.name != "generation_config.json"]
+    assert len(files) > 5
+    for name in files:
+        path = linked_copy(directory, tmp_path / "copy", name)
+        os.truncate(path, min(int(path.stat().st_size * share), path.stat().st_size - 3))
+        with pytest.raises((ValueError, OSError)):
+            load(tmp_path / "copy")
+        with pytest.raises((ValueError, OSError)) as error:  # transformers' own errors may not name the file
+            list(verify(tmp_path / "copy"))
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["model-00002", "model.safetensors.index.json", SIDECAR])
+def test_every_missing_file_is_named(kind, reordered, tmp_path):
+    directory = reordered("qwen2", **SHARDS)
+    name = next(file.name for file in directory.iterdir() if file.name.startswith(kind))
+    linked_copy(directory, tmp_path / "copy", name).unlink()
+    with pytest.raises((ValueError, OSError), match=r"model-00002|safetensors|neurons\.ripple"):
+        load(tmp_path / "copy")
+
+
+@FIXTURES
+@given(junk=st.binary(min_size=1, max_size=300), where=st.integers(0, 2000))
+def test_a_fuzzed_weight_file_is_read_within_its_bounds_or_refused(junk, where, saved, tmp_path):
+    data = bytearray((saved("llama") / "model.safetensors").read_bytes())
+    data[where : where + len(junk)] = junk
+    (tmp_path / "model.safetensors").write_bytes(data)
+    try:
+        (shard,) = read_shards(tmp_path)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = "model.safetensors"
+        assert all(0 <= spot.start <= spot.stop <= len(data) for spot in shard.tensors.values())
+    assert "model.safetensors" in message
+
+
+@FIXTURES
+@given(text=st.text(max_size=200) | st.builds(lambda name: f'{{"weight_map": {{"a": "{name}"}}}}', st.text()))
+def test_a_fuzzed_index_is_refused(text, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"index\.json|should be a whole safetensors"):
+        read_shards(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["trace.json", "sequence-000001.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_trace_cut_short_is_refused(file, share, traced, tmp_path):
+    path = linked_copy(traced, tmp_path / "copy", file)
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(ValueError, match=str(tmp_path / "copy")):
+        Trace(tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def traced(saved, tmp_path_factory):
+    from .test_trace import trace
+
+    out = tmp_path_factory.mktemp("traced")
+    trace(saved("llama"), out)
+    return out
+
+
+@torch.no_grad()
+def test_interrupted_system_calls_and_short_reads_change_nothing(reordered, monkeypatch):
+    model, ids = load(reordered("llama"), dram_budget="150KiB"), token_ids()
+    reference, real = model(ids).logits, os.preadv
+
+    def short(descriptor, views, offset):
+        return real(descriptor, [views[0][: max(512, len(views[0]) // 1024 * 512)]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    caught: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: caught.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+    try:
+        for _ in range(10):
+            assert relative_error(model(ids).logits, reference) < 1e-6
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(caught) > 3
+
+
+READER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from ripple_loader import RippleConfig
+with torch.no_grad():
+    while sys.stdin.readline():
+        config = RippleConfig(dram_budget="150KiB")
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
+        logits = model(torch.arange(3, 27)[None]).logits
+        print(logits.double().sum().item(), flush=True)
+"""
+
+
+def test_two_processes_read_while_a_third_reorders(saved, reordered, tmp_path):
+    command = [sys.executable, "-c", READER, str(reordered("llama"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    readers = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    stopped, found = threading.Event(), [[], []]
+
+    def ask(reader, sums):
+        while not stopped.is_set() or not sums:
+            reader.stdin.write("again\n")
+            reader.stdin.flush()
+            sums.append(float(reader.stdout.readline()))
+
+    threads = [threading.Thread(target=ask, args=pair) for pair in zip(readers, found, strict=True)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(3):
+            reorder(saved("llama"), tmp_path / f"out-{number}", CALIBRATION, SMALL)
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+        for reader in readers:
+            reader.communicate()
+    reference = AutoModelForCausalLM.from_pretrained(saved("llama"))(torch.arange(3, 27)[None]).logits
+    for total in found[0] + found[1]:
+        assert total == pytest.approx(reference.double().sum().item(), rel=1e-4, abs=1e-2)
+    for number in range(3):
+        Sidecar(tmp_path / f"out-{number}").verify()
