@@ -43,7 +43,7 @@ def test_another_original_is_found(saved, reordered, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.1.mlp.up_proj.weight", "should hold the up rows of layer 1"),
+        ("model.layers.1.mlp.up_proj.weight", "should hold the weights of MLP 1"),
         ("model.layers.0.mlp.up_proj.bias", "original's model.layers.0.mlp.up_proj.bias"),
         ("model.layers.0.self_attn.q_proj.weight", "original's model.layers.0.self_attn.q_proj.weight"),
     ],
