@@ -108,7 +108,7 @@ def _splice(graph: fx.Graph, node: fx.Node, operator: Convolution, program: Prog
 def _constants(
     graph: fx.Graph, operator: Convolution, program: Program, fake_mode: FakeTensorMode
 ) -> list[fx.Node]:
-    """Attributes of the graph's module that hold the constants of `program`."""
+    """Nodes for the constants of `program`, held by the graph's module as torch.tensor literals are."""
     module = graph.owning_module
     assert module is not None, "Inductor's graphs belong to a module"
     nodes = []
@@ -117,9 +117,10 @@ def _constants(
     for name, value in constants.items():
         attribute = f"_ollie_{name}_{value.dtype}_{value.device}".replace(".", "_").replace(":", "_")
         module.register_buffer(attribute, value, persistent=False)
-        attribute_node = graph.get_attr(attribute)
-        attribute_node.meta["val"] = fake_mode.from_tensor(value)
-        nodes.append(attribute_node)
+        held = graph.get_attr(attribute)
+        lifted = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (held,))
+        lifted.meta["val"] = held.meta["val"] = fake_mode.from_tensor(value)
+        nodes.append(lifted)
     return nodes
 
 

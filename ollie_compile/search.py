@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ollie_compile.expr import Scope, canonical
 from ollie_compile.lower import is_lowerable
 from ollie_compile.matching import match_matmul, repair_convolution, repair_product
-from ollie_compile.rules import EXPLORATIVE, rewrites, simplify
+from ollie_compile.rules import EXPLORATIVE, RELATING, rewrites, simplify
 from ollie_compile.transforms import is_transform
 
 BEAM = 64
@@ -179,8 +179,8 @@ def work(scope: Scope) -> tuple[int, int]:
 
 
 def _explore(state: Derivation) -> Iterator[Derivation]:
-    for name, rule in EXPLORATIVE.items():
-        for scope in rewrites(state.scope, rule, _is_open):
+    for name, rule in (EXPLORATIVE | RELATING).items():
+        for scope in rewrites(state.scope, rule, _is_open if name in EXPLORATIVE else lambda _: True):
             yield state.then(name, scope, depth=state.depth + 1)
 
 

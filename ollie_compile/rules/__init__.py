@@ -1,7 +1,9 @@
 """Derivation rules: each turns a scope into scopes of equal value (OLLIE, section 4).
 
 A rule is a function from a scope to what it derives. Exploration applies the rules of `EXPLORATIVE` at
-every scope of an expression; `simplify` applies the others, which only ever remove work, to a fixpoint.
+every scope that no operator computes yet, and those of `RELATING`, which concern several contractions,
+everywhere; `simplify` applies the others, which only ever remove work, to a fixpoint. `register` adds a
+rule of the user's own.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,12 +12,13 @@ from ollie_compile.expr import Read, Scope
 from ollie_compile.rules.bilinear import bilinear_decomposition
 from ollie_compile.rules.boundary import boundary_tightening
 from ollie_compile.rules.layout import dimension_splitting, layout_transformation
+from ollie_compile.rules.linear import reassociation, shared_factor
 from ollie_compile.rules.merging import idle_iterator, traversal_merging, unit_iterator
 from ollie_compile.rules.substitution import variable_splitting, variable_substitution
 from ollie_compile.rules.summation import summation_splitting
 from ollie_compile.rules.windows import dilation_splitting, stride_splitting, tap_splitting
 
-__all__ = ["EXPLORATIVE", "SIMPLIFYING", "Rule", "rewrites", "simplify"]
+__all__ = ["EXPLORATIVE", "RELATING", "SIMPLIFYING", "Rule", "register", "rewrites", "simplify"]
 
 Rule = Callable[[Scope], Iterator[Scope]]
 
@@ -30,12 +33,27 @@ EXPLORATIVE: dict[str, Rule] = {
     "dimension splitting": dimension_splitting,
     "bilinear decomposition": bilinear_decomposition,
 }
+RELATING: dict[str, Rule] = {
+    "reassociation": reassociation,
+    "shared factor": shared_factor,
+}
 SIMPLIFYING: dict[str, Rule] = {
     "traversal merging": traversal_merging,
     "unit iterator": unit_iterator,
     "idle iterator": idle_iterator,
     "boundary tightening": boundary_tightening,
 }
+
+
+def register(name: str, rule: Rule) -> None:
+    """Add a rule to exploration; verification drops and names what it derives wrongly.
+
+    Raises:
+        ValueError: a rule of this name exists.
+    """
+    if name in EXPLORATIVE | RELATING | SIMPLIFYING:
+        raise ValueError(f"A rule must have a name of its own, got {name!r}: choose another.")
+    EXPLORATIVE[name] = rule
 
 
 def rewrites(scope: Scope, rule: Rule, where: Callable[[Scope], bool] = lambda _: True) -> Iterator[Scope]:

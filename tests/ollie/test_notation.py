@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollie_compile.expr import Affine, Input, evaluate, parse
-from ollie_compile.rules import EXPLORATIVE, SIMPLIFYING, rewrites
+from ollie_compile.rules import EXPLORATIVE, RELATING, SIMPLIFYING, rewrites
 from tests.ollie.strategies import convolutions
 
 A, B = Input("A", (4, 6)), Input("B", (6, 5))
@@ -18,7 +18,9 @@ TENSORS = {"A": A, "B": B}
 def test_derived_expressions_print_and_parse_to_themselves(operator, data):
     scope = operator.expression()
     for _ in range(4):
-        derived = [d for rule in (EXPLORATIVE | SIMPLIFYING).values() for d in rewrites(scope, rule)]
+        derived = [
+            d for rule in (EXPLORATIVE | RELATING | SIMPLIFYING).values() for d in rewrites(scope, rule)
+        ]
         scope = data.draw(st.sampled_from(derived)) if derived else scope
     tensors = scope.inputs() | scope.constants()
     parsed = parse(str(scope), tensors)

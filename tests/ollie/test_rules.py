@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollie_compile.expr import Affine, Input, Loop, Read, Scope, evaluate
-from ollie_compile.rules import EXPLORATIVE, SIMPLIFYING, rewrites, simplify
+from ollie_compile.rules import EXPLORATIVE, RELATING, SIMPLIFYING, rewrites, simplify
 from ollie_compile.rules.boundary import boundary_tightening
 from ollie_compile.rules.substitution import substitute
 from ollie_compile.verify import check_derivation
@@ -20,7 +20,7 @@ def v(name: str) -> Affine:
 @given(convolutions(), st.data())
 def test_random_rule_sequences_keep_the_value(operator, data):
     original = scope = operator.expression()
-    rules = EXPLORATIVE | SIMPLIFYING
+    rules = EXPLORATIVE | RELATING | SIMPLIFYING
     for _ in range(5):
         derived = [d for rule in rules.values() for d in rewrites(scope, rule)]
         if not derived:
