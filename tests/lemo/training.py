@@ -75,4 +75,4 @@ def save_model_and_text(folder: Path) -> None:
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 80)
