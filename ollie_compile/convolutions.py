@@ -66,8 +66,7 @@ def match_convolution(scope: Scope) -> ConvolutionMatch | None:
 
 def _match(scope: Scope, data: int) -> ConvolutionMatch | None:
     read, weight = scope.factors[data], scope.factors[1 - data]
-    loops = scope.traversal + scope.summation
-    if not is_view(weight, loops):
+    if not is_view(weight):
         return None
     traversal = [loop.name for loop in scope.traversal]
     summation = {loop.name for loop in scope.summation}

@@ -92,5 +92,31 @@ def transposed_convolution(
     )
 
 
+def banded_scores(batch: int, length: int, features: int, *, width: int, dilation: int = 1) -> Scope:
+    """G2BMM: O[b, m, w] = Sum[k] A[b, m, k] * B[b, m + dilation * (w - width), k].
+
+    Returns:
+        [batch, length, 2 * width + 1] over inputs "A" and "B" of shape [batch, length, features].
+    """
+    a, b = (Input(name, (batch, length, features)) for name in "AB")
+    n, m, k = Loop("b", 0, batch), Loop("m", 0, length), Loop("k", 0, features)
+    w = Loop("w", 0, 2 * width + 1)
+    key = _var(m) + (_var(w) - width) * dilation
+    return Scope((n, m, w), (k,), (Read(a, (_var(n), _var(m), _var(k))), Read(b, (_var(n), key, _var(k)))))
+
+
+def banded_values(batch: int, length: int, features: int, *, width: int, dilation: int = 1) -> Scope:
+    """GBMM: O[b, m, k] = Sum[w] A[b, m, w] * B[b, m + dilation * (w - width), k].
+
+    Returns:
+        [batch, length, features] over "A" [batch, length, 2 * width + 1] and "B" [batch, length, features].
+    """
+    a, b = Input("A", (batch, length, 2 * width + 1)), Input("B", (batch, length, features))
+    n, m, k = Loop("b", 0, batch), Loop("m", 0, length), Loop("k", 0, features)
+    w = Loop("w", 0, 2 * width + 1)
+    key = _var(m) + (_var(w) - width) * dilation
+    return Scope((n, m, k), (w,), (Read(a, (_var(n), _var(m), _var(w))), Read(b, (_var(n), key, _var(k)))))
+
+
 def _var(loop: Loop) -> Affine:
     return Affine.of(loop.name)

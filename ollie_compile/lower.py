@@ -141,11 +141,11 @@ def _combined(function: str, values: list[Tensor]) -> Tensor:
 
 def _is_eoperator(scope: Scope) -> bool:
     if is_transform(scope):
-        return is_view(transforms.data(scope), scope.traversal)
+        return is_view(transforms.data(scope))
     if any(isinstance(read.tensor, Constant) for read in scope.factors):
         return False
     taps = math.prod(loop.extent for loop in scope.summation)
-    return taps <= MAX_TAPS and all(is_view(read, scope.traversal) for read in scope.factors)
+    return taps <= MAX_TAPS and all(is_view(read) for read in scope.factors)
 
 
 class _Lowering:

@@ -123,7 +123,8 @@ def _compounds(scope: Scope) -> int:
 
 def _repair_layout(scope: Scope) -> tuple[str, Scope] | None:
     for position, read in enumerate(scope.factors):
-        if not isinstance(read.tensor, Scope) and any(index.compound for index in read.index):
+        rearranged = isinstance(read.tensor, Scope) and not read.tensor.is_view
+        if not rearranged and any(index.compound for index in read.index):
             return "layout transformation", rearrange(scope, position)
     return None
 

@@ -13,13 +13,10 @@ from ollie_compile.expr import Affine, Loop, Quotient, Ranges, Read, Remainder
 Box = tuple[tuple[int, int], ...]
 
 
-def is_view(read: Read, traversal: Sequence[Loop]) -> bool:
-    """Whether `Window` can take the read: no divisions but whole (quotient, remainder) pairs, and no
-    iterator of `traversal` twice."""
+def is_view(read: Read) -> bool:
+    """Whether `Window` can take the read: no divisions but whole (quotient, remainder) pairs."""
     _, index, _ = merge_pairs(read.index, read.tensor.box)
-    free = {loop.name for loop in traversal}
-    names = [name for i in index for name in i.iterators() if name in free]
-    return not any(True for i in index for _ in i.divisions()) and len(set(names)) == len(names)
+    return not any(True for i in index for _ in i.divisions())
 
 
 def merge_pairs(index: Sequence[Affine], box: Box) -> tuple[list[list[int]], list[Affine], Box]:
@@ -86,6 +83,10 @@ class Window:
         for index, (low, _) in zip(self.index, self.box, strict=True):
             value, taken = _take(value, len(names), index.substitute(known, extents), low, extents)
             names += taken
+        while repeated := next((name for name in names if names.count(name) > 1), None):
+            first, second = [place for place, name in enumerate(names) if name == repeated][:2]
+            value = value.diagonal(0, first, second)
+            names = [name for place, name in enumerate(names) if place not in (first, second)] + [repeated]
         used = [loop.name for loop in loops if loop.name in names]
         value = value.permute([names.index(name) for name in used])
         for place, loop in enumerate(loops):

@@ -9,6 +9,7 @@ rule of the user's own.
 from collections.abc import Callable, Iterator
 
 from ollie_compile.expr import Read, Scope
+from ollie_compile.rules.banding import band_tiling
 from ollie_compile.rules.bilinear import bilinear_decomposition
 from ollie_compile.rules.boundary import boundary_tightening
 from ollie_compile.rules.layout import dimension_splitting, layout_transformation
@@ -31,6 +32,7 @@ EXPLORATIVE: dict[str, Rule] = {
     "stride splitting": stride_splitting,
     "tap splitting": tap_splitting,
     "dimension splitting": dimension_splitting,
+    "band tiling": band_tiling,
     "bilinear decomposition": bilinear_decomposition,
 }
 RELATING: dict[str, Rule] = {

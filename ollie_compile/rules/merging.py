@@ -8,17 +8,32 @@ from ollie_compile.expr import Affine, Input, Ranges, Read, Scope
 def traversal_merging(scope: Scope) -> Iterator[Scope]:
     """A read of a rearranged intermediate becomes a read of the intermediate itself.
 
-    Rearranged inputs stay: they are what a layout transformation made.
+    Rearranged inputs stay, for they are what a layout transformation made, but are rearranged only once.
+    Diagonals stay too: they are views only as long as no index divides their iterators.
     """
     for position, read in enumerate(scope.factors):
         view = read.tensor
-        if not isinstance(view, Scope) or not view.is_view or isinstance(view.factors[0].tensor, Input):
+        if not isinstance(view, Scope) or not view.is_view or _is_diagonal(view):
+            continue
+        if _rearranges_input(view) and not scope.is_view:
             continue
         if _zero_outside(view, read, scope.ranges):
             at = dict(zip((loop.name for loop in view.traversal), read.index, strict=True))
             inner = view.factors[0]
             index = tuple(i.substitute(at, scope.ranges) for i in inner.index)
             yield scope.with_factor(position, Read(inner.tensor, index))
+
+
+def _rearranges_input(view: Scope) -> bool:
+    inner = view.factors[0].tensor
+    return view.is_view and (
+        isinstance(inner, Input) or (isinstance(inner, Scope) and _rearranges_input(inner))
+    )
+
+
+def _is_diagonal(view: Scope) -> bool:
+    names = [name for index in view.factors[0].index for name in index.iterators()]
+    return len(set(names)) < len(names) and not view.divisions()
 
 
 def _zero_outside(view: Scope, read: Read, ranges: Ranges) -> bool:
