@@ -154,6 +154,8 @@ def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int,
 
 def _leaving_out(wiring: Wiring, config: LemoConfig, first: nn.Module) -> EliminatingLayer | DetachingLayer:
     if config.mode == "detach":
+        if config.shared_blocks and getattr(getattr(first, "config", None), "layerdrop", 0):
+            raise ValueError("x")
         return DetachingLayer(wiring.architecture, config, first)
     return EliminatingLayer(wiring.architecture, config)
 
@@ -237,6 +239,11 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
             report.warn_of_logits()
             return forward(*args, **kwargs)
         if report.config.mode == "segments" and report.active:
+            if arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
+                raise ValueError(
+                    'mode="segments" makes the loss itself, and TRL makes its own from the log-probabilities '
+                    'of all tokens; use mode="detach", or transformers\' Trainer.'
+                )
             return forward_in_segments(
                 parts, with_loss, arguments, report.config.segment_tokens, report.choose_segments
             )

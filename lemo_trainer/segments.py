@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lemo_trainer.architectures import CausalLM
+from lemo_trainer.architectures import CausalLM, is_whole
 from lemo_trainer.checkpointing import without_graph
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness import without_dropout
@@ -195,8 +195,13 @@ def _check(given: dict[str, Any], labels: Tensor) -> None:
 
 
 def check_segments(parts: CausalLM) -> None:
-    """Raise ValueError unless the model gives the same hidden states in two segments as in one piece."""
+    """Raise ValueError unless two segments give the hidden states of one piece, and the weights are whole."""
     model = parts.model
+    if not all(weight.is_meta or is_whole(weight) for weight in model.parameters()):
+        raise ValueError(
+            'mode="segments" takes gradients with respect to whole weights, and these are sharded (FSDP, '
+            'ZeRO-3); use mode="detach", DDP or ZeRO-2.'
+        )
     embeddings = model.get_input_embeddings().weight
     if embeddings.is_meta:
         return

@@ -16,7 +16,7 @@ from scripts import finetune
 
 
 def load_model_for_fsdp(*arguments: Any) -> Any:
-    """accelerate gives FSDP to GPUs alone and takes DDP on the CPU without a word; let it take this for one."""
+    """accelerate keeps FSDP to GPUs and silently takes DDP on the CPU: let it take the CPU for one."""
     PartialState().distributed_type = DistributedType.MULTI_GPU
     return load_model(*arguments)
 

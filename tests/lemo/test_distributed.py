@@ -27,6 +27,7 @@ FSDP2 = {
 RUNS = {
     "ddp, everything": {"lemo_keep_ratio": 1.0},
     "ddp, half": {"lemo_keep_ratio": 0.5, "gradient_accumulation_steps": 2},
+    "ddp, segments": {"lemo_mode": "segments", "lemo_segment_tokens": 8, "lemo_keep_ratio": 1.0},
     "fsdp2, half": {
         "lemo_mode": "eliminate",
         "lemo_keep_ratio": 0.5,
@@ -86,7 +87,7 @@ def test_two_processes_train_as_one(tmp_path):
     runs = [flags(tmp_path, tmp_path / name, 2, **options) for name, options in RUNS.items()]
     runs[-1] += ["--fsdp", "full_shard auto_wrap", "--fsdp_config", json.dumps(FSDP2)]
     output = launch(runs)
-    assert output.count("layer class: LlamaDecoderLayer") == 4
+    assert output.count("layer class: LlamaDecoderLayer") == 6
     assert output.count("layer class: FSDPLlamaDecoderLayer") == 2
     for name, options in RUNS.items():
         check(name, tmp_path, options)

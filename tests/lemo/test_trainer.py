@@ -70,13 +70,14 @@ def test_compiling_changes_no_loss(tmp_path, caplog):
     ("wrap", "config"),
     [
         (lambda model: model, EVERYTHING),
+        (lambda model: model, LemoConfig(mode="segments", keep_ratio=1.0, loss_segment=16)),
         (lambda model: lora(model, use_dora=True), EVERYTHING),
         (lambda model: lora(model, use_rslora=True), EVERYTHING),
         (lambda model: lora(model, modules_to_save=["embed_tokens"]), EVERYTHING),
         (lambda model: lora(model, modules_to_save=["lm_head"]), ALL_LOGITS),
         (lambda model: lora(model, target_modules=["q_proj", "lm_head"]), ALL_LOGITS),
     ],
-    ids=["full", "DoRA", "rsLoRA", "embed_tokens", "lm_head saved", "lm_head LoRA"],
+    ids=["full", "full, segments", "DoRA", "rsLoRA", "embed_tokens", "lm_head saved", "lm_head LoRA"],
 )
 def test_every_kind_of_fine_tuning_equals_the_plain_one(tmp_path, wrap, config):
     trained = []
@@ -144,9 +145,7 @@ def test_a_base_in_4_bit_trains_as_without_lemo(tmp_path):
     assert runs["half"][0] == pytest.approx(runs["plain"][0], rel=1e-5)  # detach: the forward is exact
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_sft_trainer(tmp_path, packing):
-    """TRL's trainer makes its loss, entropy and accuracy by its own fused head."""
+def sft_trainer(folder, config, **options):
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
@@ -156,25 +155,46 @@ def test_sft_trainer(tmp_path, packing):
     labels = [[-100] * 5 + row[5:] for row in rows]  # as `assistant_only_loss` makes them
     data = Dataset.from_dict({"input_ids": rows, "labels": labels})
 
+    arguments = training_arguments(folder, max_length=48, bf16=False, **options)
+    with warnings.catch_warnings():  # TRL on what it deprecates itself
+        warnings.simplefilter("ignore")
+        return SFTTrainer(
+            lora(tiny_model()),
+            SFTConfig(**arguments),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[LemoCallback(config)] if config else [],
+        )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_trainer(tmp_path, packing):
+    """TRL's trainer makes its loss, entropy and accuracy by its own fused head."""
     runs = {}
     for name, config in (("plain", None), ("all", EVERYTHING), ("half", HALF)):
-        options = training_arguments(tmp_path, packing=packing, max_length=48, bf16=False)
-        with warnings.catch_warnings():  # TRL on what it deprecates itself
-            warnings.simplefilter("ignore")
-            trainer = SFTTrainer(
-                lora(tiny_model()),
-                SFTConfig(**options),
-                train_dataset=data,
-                processing_class=tokenizer,
-                callbacks=[LemoCallback(config)] if config else [],
-            )
-            trainer.train()
+        trainer = sft_trainer(tmp_path, config, packing=packing)
+        trainer.train()
         runs[name] = trainer.state.log_history[:3]
     for metric in ("loss", "entropy", "mean_token_accuracy", "grad_norm"):
         wanted = [entry[metric] for entry in runs["plain"]]
         assert [entry[metric] for entry in runs["all"]] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     assert runs["half"][0]["loss"] == pytest.approx(runs["plain"][0]["loss"], rel=1e-5)
     assert all(0.4 < entry["lemo_kept_share"] < 0.7 for entry in runs["half"])
+
+
+def test_sft_trainer_refuses_segments_before_a_step(tmp_path):
+    trainer = sft_trainer(tmp_path, LemoConfig(mode="segments"))
+    with pytest.raises(ValueError, match="TRL makes its own"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_segments_refuse_weights_that_are_sharded():
+    model = tiny_model()
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks them
+    with pytest.raises(ValueError, match='whole weights.*use mode="detach"'):
+        apply_lemo(model, LemoConfig(mode="segments"))
+    apply_lemo(model, HALF)
 
 
 def _tokenizer():
