@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lemo_trainer.architectures import CausalLM, is_whole
 from lemo_trainer.informativeness import without_dropout
 from lemo_trainer.loss import IGNORE_INDEX, segmented_cross_entropy, shift
-from lemo_trainer.probe import idle_layers
+from lemo_trainer.probe import dry_options, idle_layers
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def check_head(parts: CausalLM) -> None:
     if not is_whole(head.weight):
         return
     tokens = torch.arange(1, 9, device=model.get_input_embeddings().weight.device)[None]
-    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    inputs = {"input_ids": tokens, "labels": tokens, **dry_options(model)}
     loud = head.register_forward_pre_hook(lambda module, args: (32 * args[0], *args[1:]))  # caps show
     try:
         with torch.no_grad(), without_dropout(model), idle_layers(parts.layers):

@@ -127,6 +127,11 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         report = LemoReport(config, model_type, total, tuple(range(total)), None)
         patched = None
     else:
+        if config.shared_blocks and (layerdrop := getattr(parts.model.config, "layerdrop", 0)):
+            raise ValueError(
+                f"`shared_blocks` needs a model that runs all its layers, got {model_type} with layerdrop "
+                f"{layerdrop}, which may drop the layer that chooses; set either to none."
+            )
         wiring = find_wiring(parts)
         chosen = _chosen_layers(wiring, config, total)
         report = LemoReport(config, model_type, total, chosen, wiring)
@@ -154,8 +159,6 @@ def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int,
 
 def _leaving_out(wiring: Wiring, config: LemoConfig, first: nn.Module) -> EliminatingLayer | DetachingLayer:
     if config.mode == "detach":
-        if config.shared_blocks and getattr(getattr(first, "config", None), "layerdrop", 0):
-            raise ValueError("x")
         return DetachingLayer(wiring.architecture, config, first)
     return EliminatingLayer(wiring.architecture, config)
 

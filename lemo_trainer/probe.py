@@ -141,6 +141,14 @@ def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, 
                 vars(layer)["forward"] = forward
 
 
+def dry_options(model: Any) -> dict[str, bool]:
+    """What a forward with idle layers must be told: there is no cache to fill, and no router to ask."""
+    options = {"use_cache": False}
+    if hasattr(model.config, "output_router_logits"):
+        options["output_router_logits"] = False
+    return options
+
+
 def _probe(parts: CausalLM) -> tuple[Architecture, dict[int, str]]:
     name = f"{type(parts.model).__name__} (config.model_type {parts.model.config.model_type!r})"
     if not all(map(is_whole, parts.layers.parameters())):
@@ -152,7 +160,7 @@ def _probe(parts: CausalLM) -> tuple[Architecture, dict[int, str]]:
     tokens = torch.arange(1, TOKENS + 1, device=device).expand(2, -1)
     try:
         with torch.no_grad(), without_dropout(parts.model), idle_layers(parts.layers) as calls:
-            parts.model(input_ids=tokens, use_cache=False)
+            parts.model(input_ids=tokens, **dry_options(parts.model))
         assert len(calls) == len(parts.layers), f"{len(calls)} of {len(parts.layers)} layers were called"
     except Exception as error:
         raise ValueError(
