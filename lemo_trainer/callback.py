@@ -15,7 +15,8 @@ from transformers.trainer_callback import CallbackHandler
 from lemo_trainer.architectures import unwrap
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
-from lemo_trainer.patch import LemoReport, apply_lemo, remove_lemo
+from lemo_trainer.patch import apply_lemo, remove_lemo
+from lemo_trainer.report import LemoReport
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class LemoCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.report is not None
-        self.report.active = state.global_step >= self.config.warmup_steps
+        self.report.at_step(state.global_step)
         if self._meter is not None and self.report.active:
             self._meter.start(kwargs["model"])
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 Mode = Literal["segments", "detach", "eliminate"]
-Selector = Literal["informativeness", "norm", "random", "recency"]
+Selector = Literal["auto", "informativeness", "norm", "random", "recency"]
+LabelWeights = Literal["all", "kept", "share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,8 @@ class LemoConfig:
             checkpointing, and small models do not stand it. "segments": a sample goes forward and backward
             one segment of `segment_tokens` after the other, each meeting the keys and values of those before
             it as constants; `keep_ratio` is the share of the segments that carry gradient.
-        selector: how blocks are ranked. "informativeness": the paper's scores. "norm": length of the hidden
+        selector: how blocks are ranked. "auto": "random" for segments, else "informativeness", the paper's
+            scores. "norm": length of the hidden
             states. "random": a fresh draw. "recency": later blocks first.
         shared_blocks: the first patched layer chooses for all of them (`mode="detach"` only).
         keep_ratio: share of the tokens that a patched layer computes, above 0 and at most 1. 1 computes
@@ -36,11 +39,23 @@ class LemoConfig:
             "3,5,10-28", counted from 0, both ends included; a list of indices works too.
         sink_blocks: first blocks of each sample that are always kept.
         recent_blocks: last whole blocks of each sample that are always kept.
+        protect_labels: blocks that hold labels are kept before all others but the sink and recent blocks: in
+            chats the answers, and of the prompts the most informative blocks. Detach and eliminate only.
+        thresholds: layers and the score above which they keep a block, as "15:0.8,16-20:1.2" or a mapping;
+            a score of 1 is the mean over the sample's blocks. Where given, they say which layers are patched
+            and how much each keeps, and `layers` and `keep_ratio` do not; `lemo search-thresholds` finds
+            them.
+        causal_scores: a block's attention score counts the queries of that block only, not those of later
+            blocks, which inference does not know yet.
         mlp_score_tokens: tokens of each block, evenly spaced, on which the MLP's informativeness is measured;
             the block's mean is estimated from them. `block_size` measures all of them, at the price of two
             thirds of the MLP's forward.
         segment_tokens: consecutive tokens that go forward and backward together (`mode="segments"` only).
         warmup_steps: optimizer steps at the start that run dense.
+        ramp_steps: optimizer steps after the warm-up in which the kept share falls from 1 to `keep_ratio`.
+        label_weights: what the label that a token predicts weighs in the gradient (the loss value counts all
+            alike). "all": 1. "kept": 1 where the last patched layer kept the token, else 0; the head is then
+            not differentiated there. "share": the share of the choices that kept it. Detach and eliminate.
         loss_segment: labelled tokens that go through the language-model head at a time in training; 0 keeps
             the model's own loss and its logits.
         selective_checkpointing: without gradient checkpointing, a layer saves its matrix products only and
@@ -49,26 +64,33 @@ class LemoConfig:
     """
 
     mode: Mode = "detach"
-    selector: Selector = "informativeness"
+    selector: Selector = "auto"
     shared_blocks: bool = False
     keep_ratio: float = 0.5
     block_size: int = 64
     layers: str | tuple[int, ...] = "auto"
     sink_blocks: int = 1
     recent_blocks: int = 1
+    protect_labels: bool = False
+    thresholds: str = ""
+    causal_scores: bool = False
     mlp_score_tokens: int = 8
     segment_tokens: int = 512
     warmup_steps: int = 0
+    ramp_steps: int = 0
+    label_weights: LabelWeights = "all"
     loss_segment: int = 256
     selective_checkpointing: bool = True
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"`mode` must be one of {', '.join(get_args(Mode))}, got {self.mode!r}.")
-        if self.selector not in get_args(Selector):
-            raise ValueError(
-                f"`selector` must be one of {', '.join(get_args(Selector))}, got {self.selector!r}."
-            )
+        for name, known in (("mode", Mode), ("selector", Selector), ("label_weights", LabelWeights)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}."
+                )
+        for name in ("protect_labels", "causal_scores", "selective_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         if not isinstance(self.shared_blocks, bool) or (self.shared_blocks and self.mode != "detach"):
             raise ValueError(
                 f'`shared_blocks` must be true or false, and false unless `mode` is "detach", '
@@ -83,15 +105,49 @@ class LemoConfig:
             ("mlp_score_tokens", 1),
             ("segment_tokens", 1),
             ("warmup_steps", 0),
+            ("ramp_steps", 0),
             ("loss_segment", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        if self.label_weights != "all" and not self.loss_segment:
+            raise ValueError(
+                f"`label_weights` must be 'all' with loss_segment=0, got {self.label_weights!r}: the weights "
+                "are applied by the segment-wise loss."
+            )
+        if self.mode == "segments":
+            self._check_segments()
+        object.__setattr__(self, "thresholds", _write_thresholds(_parse_thresholds(self.thresholds)))
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers != "auto" and self.layers != "all":
             _parse_layers(self.layers)
+
+    def _check_segments(self) -> None:
+        without = {"protect_labels": False, "thresholds": "", "label_weights": "all", "layers": "auto"}
+        for name, value in without.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f'`{name}` must be {value!r} with mode="segments", which has no choice by layer, '
+                    f"got {getattr(self, name)!r}."
+                )
+        if self.resolved_selector not in ("random", "recency"):
+            raise ValueError(
+                f'`selector` must be auto, random or recency with mode="segments", got {self.selector!r}.'
+            )
+
+    @property
+    def resolved_selector(self) -> Selector:
+        """The selector that "auto" stands for."""
+        if self.selector != "auto":
+            return self.selector
+        return "random" if self.mode == "segments" else "informativeness"
+
+    @property
+    def layer_thresholds(self) -> dict[int, float]:
+        """`thresholds` by layer."""
+        return _parse_thresholds(self.thresholds)
 
     def resolve_layers(self, total: int) -> tuple[int, ...]:
         """Sorted indices of the patched layers of a model with `total` layers.
@@ -102,14 +158,18 @@ class LemoConfig:
         Raises:
             ValueError: an index is not below `total`.
         """
+        if self.thresholds:
+            return self._within(total, "thresholds", tuple(sorted(self.layer_thresholds)))
         if self.layers == "all":
             return tuple(range(total))
         if self.layers == "auto":
             return tuple(range(1 if self.mode == "detach" else total // 2, total - 1))
-        indices = _parse_layers(self.layers)
+        return self._within(total, "layers", _parse_layers(self.layers))
+
+    def _within(self, total: int, name: str, indices: tuple[int, ...]) -> tuple[int, ...]:
         if indices[-1] >= total:
             raise ValueError(
-                f"`layers` must name layers from 0 to {total - 1} in this model, got {self.layers!r}."
+                f"`{name}` must name layers from 0 to {total - 1} in this model, got {getattr(self, name)!r}."
             )
         return indices
 
@@ -168,3 +228,23 @@ def _parse_layers(layers: str | tuple[int, ...]) -> tuple[int, ...]:
     if not indices:
         raise ValueError(f'`layers` must be "auto", "all" or indices like "3,10-28", got {layers!r}.')
     return tuple(sorted(indices))
+
+
+def _parse_thresholds(thresholds: str | Mapping[int, float]) -> dict[int, float]:
+    values: dict[int, float] = {}
+    try:
+        if isinstance(thresholds, Mapping):
+            values = {int(layer): float(value) for layer, value in thresholds.items()}
+        else:
+            for part in thresholds.split(",") if thresholds else ():
+                layers, _, value = part.partition(":")
+                values |= dict.fromkeys(_parse_layers(layers), float(value))
+    except (TypeError, ValueError):
+        values = {-1: math.nan}
+    if not all(layer >= 0 and 0 <= value < math.inf for layer, value in values.items()):
+        raise ValueError(f'`thresholds` must be like "15:0.8,16-20:1.2", got {thresholds!r}.')
+    return values
+
+
+def _write_thresholds(values: Mapping[int, float]) -> str:
+    return ",".join(f"{layer}:{value:g}" for layer, value in sorted(values.items()))

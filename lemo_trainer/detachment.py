@@ -190,7 +190,7 @@ class DetachingLayer:
 
     def _scores_attention(self, layer: nn.Module) -> bool:
         """Whether the choice in `layer` needs the queries and keys of all tokens."""
-        return self.config.selector == "informativeness" and self._chooses(layer)
+        return self.config.resolved_selector == "informativeness" and self._chooses(layer)
 
     def _chooses(self, layer: nn.Module) -> bool:
         return layer is self.first or not self.config.shared_blocks
@@ -206,9 +206,18 @@ class DetachingLayer:
         if self._chooses(layer):
             valid_BS = valid_tokens(mask)
             if inputs is not None:
-                scores = attention_scores(inputs.query, inputs.key, inputs.scaling, mask, plan.block_size)
+                scores = attention_scores(
+                    inputs.query,
+                    inputs.key,
+                    inputs.scaling,
+                    mask,
+                    plan.block_size,
+                    causal_scores=self.config.causal_scores,
+                )
             else:
-                scores = cheap_scores(self.config.selector, x_BSD, valid_BS, plan)
+                scores = cheap_scores(self.config.resolved_selector, x_BSD, valid_BS, plan)
             self.shared_index_BK = select_tokens(scores, valid_BS, plan, self.config)
-        assert self.shared_index_BK is not None
+        else:
+            assert self.shared_index_BK is not None
+            plan.on_chosen(self.shared_index_BK)
         return self.shared_index_BK

@@ -97,20 +97,27 @@ class EliminatingLayer:
         mask: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
-        if self.config.selector != "informativeness":
-            return cheap_scores(self.config.selector, x_BSD, valid_BS, plan)
+        if self.config.resolved_selector != "informativeness":
+            return cheap_scores(self.config.resolved_selector, x_BSD, valid_BS, plan)
         inputs = attention_inputs(
             self.architecture.attention_of(layer),
             self.architecture.attention_input(layer, x_BSD),
             attention_mask=mask,
             **kwargs,
         )
-        return attention_scores(inputs.query, inputs.key, inputs.scaling, mask, plan.block_size)
+        return attention_scores(
+            inputs.query,
+            inputs.key,
+            inputs.scaling,
+            mask,
+            plan.block_size,
+            causal_scores=self.config.causal_scores,
+        )
 
     @without_graph()
     def _mlp_scores(self, layer: Any, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:
-        if self.config.selector != "informativeness":
-            return cheap_scores(self.config.selector, x_BSD, valid_BS, plan)
+        if self.config.resolved_selector != "informativeness":
+            return cheap_scores(self.config.resolved_selector, x_BSD, valid_BS, plan)
         sampled = score_positions(
             plan.blocks, plan.block_size, self.config.mlp_score_tokens, device=x_BSD.device
         )

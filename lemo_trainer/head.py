@@ -22,7 +22,9 @@ from lemo_trainer.probe import dry_options, idle_layers
 
 
 @contextlib.contextmanager
-def _segmented_loss(parts: CausalLM, segment: int) -> Iterator[None]:
+def _segmented_loss(
+    parts: CausalLM, segment: int, label_weights: Callable[[], Tensor | None] = lambda: None
+) -> Iterator[None]:
     model, head = parts.model, parts.head
     config = model.config
     seen: list[Tensor] = []
@@ -51,11 +53,13 @@ def _segmented_loss(parts: CausalLM, segment: int) -> Iterator[None]:
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_BSD.dtype
         shift_labels = shift(labels) if shift_labels is None else shift_labels
+        weights_BS = label_weights()
         return segmented_cross_entropy(
             hidden_BSD.flatten(0, 1).to(dtype),
             head.weight.to(dtype),
             shift_labels.flatten().to(device),
             bias_V=None if head.bias is None else head.bias.to(dtype),
+            weights_N=None if weights_BS is None else weights_BS.flatten(),
             segment=segment,
             num_items=num_items_in_batch,
             scale=getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
@@ -75,11 +79,21 @@ def _segmented_loss(parts: CausalLM, segment: int) -> Iterator[None]:
 
 
 def forward_with_segmented_loss(
-    parts: CausalLM, forward: Callable[..., Any], arguments: inspect.BoundArguments, segment: int
+    parts: CausalLM,
+    forward: Callable[..., Any],
+    arguments: inspect.BoundArguments,
+    segment: int,
+    label_weights: Callable[[], Tensor | None],
 ) -> Any:
-    """The model's own `forward` on `arguments`, with the segment-wise loss and without logits."""
+    """The model's own `forward` on `arguments`, with the segment-wise loss and without logits.
+
+    Args:
+        segment: labelled tokens that go through the head at a time.
+        label_weights: asked when the layers have run: what the label that each token predicts weighs in the
+            gradient, [B, S]; None is 1 for all.
+    """
     return_tuple = arguments.arguments.get("kwargs", {}).pop("return_dict", True) is False
-    with _segmented_loss(parts, segment):
+    with _segmented_loss(parts, segment, label_weights):
         output = forward(*arguments.args, **arguments.kwargs)
     output = type(output)(**{**output, "logits": None})
     return output.to_tuple() if return_tuple else output

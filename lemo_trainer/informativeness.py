@@ -164,12 +164,19 @@ def valid_tokens(mask_B1SS: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def attention_scores(
-    q_BHSd: Tensor, k_BGSd: Tensor, scaling: float, mask_B1SS: Tensor | None, block_size: int
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    scaling: float,
+    mask_B1SS: Tensor | None,
+    block_size: int,
+    *,
+    causal_scores: bool = False,
 ) -> Tensor:
     """score(n) of the module's docstring for each whole block: [B, N] float32.
 
     Args:
         mask_B1SS: the layer's attention mask, bool or additive; None is plain causal.
+        causal_scores: I(n, n) alone, without the queries of later blocks.
     """
     batch, heads, seq_len, width = q_BHSd.shape
     groups = k_BGSd.shape[1]
@@ -188,7 +195,11 @@ def attention_scores(
         pad = -stop % block_size  # only the last query rows and keys can be a part of a block
         map_Brs = nn.functional.pad(map_Brs, (0, pad, 0, pad))
         pooled = map_Brs.unflatten(1, (-1, block_size)).unflatten(3, (-1, block_size)).amax((2, 4))
-        scores_BN[:, : pooled.shape[2]] += pooled.sum(1)
+        if causal_scores:
+            own = slice(start // block_size, pooled.shape[2])
+            scores_BN[:, own] = pooled.diagonal(own.start, 1, 2)
+        else:
+            scores_BN[:, : pooled.shape[2]] += pooled.sum(1)
     return scores_BN[:, :blocks]
 
 

@@ -31,6 +31,7 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
         weight_VC: Tensor,
         bias_V: Tensor | None,
         labels_N: Tensor,
+        weights_N: Tensor | None,
         denominator: Tensor,
         segment: int,
         scale: float,
@@ -42,7 +43,11 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
         grad_bias_V = weight_VC.new_zeros(len(weight_VC), dtype=torch.float32) if want_bias else None
         total = hidden_NC.new_zeros((), dtype=torch.float32)
 
-        for rows in (labels_N != IGNORE_INDEX).nonzero().squeeze(1).split(segment):
+        labelled = labels_N != IGNORE_INDEX
+        weighty = labelled if weights_N is None else labelled & (weights_N > 0)
+        segments = [(rows, True) for rows in weighty.nonzero().squeeze(1).split(segment)]
+        segments += [(rows, False) for rows in (labelled & ~weighty).nonzero().squeeze(1).split(segment)]
+        for rows, differentiated in segments:
             h_nC = hidden_NC.index_select(0, rows)
             target_n1 = labels_N.index_select(0, rows).unsqueeze(1)
             logits_nV = nn.functional.linear(h_nC, weight_VC, bias_V).float()
@@ -56,9 +61,11 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
             target_logit_n1 = logits_nV.gather(1, target_n1)
             sum_n1 = logits_nV.exp_().sum(1, keepdim=True)
             total += (sum_n1.log() - target_logit_n1).sum()
-            if not any(ctx.needs_input_grad[:3]):
+            if not differentiated or not any(ctx.needs_input_grad[:3]):
                 continue
             factor = scale / denominator
+            if weights_N is not None:
+                factor = factor * weights_N.index_select(0, rows).unsqueeze(1)
             grad_nV = logits_nV.mul_(factor / sum_n1)
             grad_nV.scatter_add_(1, target_n1, -factor.expand_as(sum_n1))
             if slope_nV is not None:
@@ -85,7 +92,7 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
                 ctx.saved_tensors, (hidden_dtype, weight_dtype, weight_dtype), strict=True
             )
         )
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def segmented_cross_entropy(
@@ -94,6 +101,7 @@ def segmented_cross_entropy(
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
+    weights_N: Tensor | None = None,
     segment: int = 256,
     num_items: Tensor | int | None = None,
     scale: float = 1.0,
@@ -106,6 +114,8 @@ def segmented_cross_entropy(
         weight_VC: [V, C] in the dtype of `hidden_NC`.
         labels_N: [N] int64, already shifted; rows labelled -100 are neither computed nor counted.
         bias_V: [V] or None.
+        weights_N: [N] factors on the gradients of the rows' losses, at least 0; the value of the loss stays
+            the unweighted one. None is 1 for all.
         segment: rows whose logits exist at the same time.
         num_items: what the summed loss is divided by (the Trainer's `num_items_in_batch`); None divides by
             the number of labelled rows, as a mean.
@@ -119,7 +129,7 @@ def segmented_cross_entropy(
         num_items = (labels_N != IGNORE_INDEX).sum()
     denominator = torch.as_tensor(num_items, dtype=torch.float32, device=hidden_NC.device)
     loss: Tensor = _SegmentedCrossEntropy.apply(
-        hidden_NC, weight_VC, bias_V, labels_N, denominator, segment, scale, softcap
+        hidden_NC, weight_VC, bias_V, labels_N, weights_N, denominator, segment, scale, softcap
     )
     return loss
 

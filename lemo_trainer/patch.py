@@ -12,7 +12,6 @@ import inspect
 import logging
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,82 +24,10 @@ from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.elimination import EliminatingLayer
 from lemo_trainer.head import check_head, forward_with_segmented_loss
 from lemo_trainer.probe import CACHES, Wiring, find_wiring, layer_arguments, split_arguments
-from lemo_trainer.segments import SegmentCache, check_segments, choose_segments, forward_in_segments
-from lemo_trainer.selection import BlockPlan
+from lemo_trainer.report import LemoReport
+from lemo_trainer.segments import SegmentCache, check_segments, forward_in_segments
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class LemoReport:
-    """What was patched, and what the last training batch kept.
-
-    Args:
-        config: the configuration in force.
-        model_type: transformers' name of the architecture.
-        total_layers: decoder layers of the model.
-        patched_layers: indices of those that leave tokens out.
-        wiring: how its layers are wired, and which parts stay dense; None where that plays no part.
-        active: False runs dense although patched (warm-up).
-        seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
-        kept_tokens: how many of them each patched layer computed.
-        logits_made: a training batch without `labels` made all its logits, in spite of `loss_segment`: its
-            loss is computed outside the model (label smoothing, `compute_loss_func`).
-    """
-
-    config: LemoConfig
-    model_type: str
-    total_layers: int
-    patched_layers: tuple[int, ...]
-    wiring: Wiring | None
-    active: bool = True
-    seq_len: int = 0
-    kept_tokens: int = 0
-    logits_made: bool = False
-    undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
-
-    @property
-    def kept_share(self) -> float:
-        """Share of the tokens that a patched layer computed in the last training batch."""
-        return self.kept_tokens / self.seq_len if self.seq_len else 1.0
-
-    @property
-    def layer_shares(self) -> dict[int, float]:
-        """The same for each patched layer."""
-        return dict.fromkeys(self.patched_layers, self.kept_share)
-
-    def __str__(self) -> str:
-        text = f"LeMo patched {len(self.patched_layers)} of {self.total_layers} layers"
-        if self.wiring is None:
-            return f"{text}: segments of {self.config.segment_tokens} tokens"
-        return "; ".join([text, *self.notes])
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know about the patched layers and about those that cannot leave tokens out."""
-        return [] if self.wiring is None else self.wiring.notes(self.patched_layers)
-
-    def warn_of_logits(self) -> None:
-        if not self.logits_made:
-            self.logits_made = True
-            logger.warning(
-                "A training batch came without `labels` (label smoothing, a loss function of your own?): all "
-                "its logits are made, and LeMo's `loss_segment` saves nothing."
-            )
-
-    def choose_segments(self, seq_len: int) -> list[bool]:
-        """Which segments of a training batch carry gradient (`mode="segments"`)."""
-        size, chosen = self.config.segment_tokens, choose_segments(seq_len, self.config)
-        lengths = [min(size, seq_len - place * size) for place, kept in enumerate(chosen) if kept]
-        self.seq_len, self.kept_tokens = seq_len, sum(lengths)
-        return chosen
-
-    def plan(self, seq_len: int) -> BlockPlan | None:
-        """What a patched layer keeps of a training batch; None is everything."""
-        plan = BlockPlan.of(seq_len, self.config)
-        dense = plan.keeps_all or not self.active
-        self.seq_len, self.kept_tokens = seq_len, seq_len if dense else plan.kept_tokens
-        return None if dense else plan
 
 
 def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
@@ -193,7 +120,9 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
                 if name not in CACHES or isinstance(value, SegmentCache)
             }
         patched: Callable[..., Any] | None = self._lemo_layer
-        plan = self._lemo_report.plan(hidden_states.shape[1]) if self.training and patched else None
+        plan = None
+        if self.training and patched:
+            plan = self._lemo_report.plan(self._lemo_index, hidden_states.shape[1])
         if patched and plan:
             mask, positions, options = split_arguments(arguments)
             try:
@@ -236,6 +165,7 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
 
     def train(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs)
+        report.start_batch(arguments.arguments.get("labels"))
         if arguments.arguments.get("past_key_values") is not None:
             raise ValueError("LeMo trains on whole sequences: `past_key_values` must be None, got a cache.")
         if arguments.arguments.get("labels") is None:
@@ -256,7 +186,9 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
         if not report.config.loss_segment or arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
             # TRL's fused head makes its loss in pieces by itself
             return forward(*arguments.args, **arguments.kwargs)
-        return forward_with_segmented_loss(parts, forward, arguments, report.config.loss_segment)
+        return forward_with_segmented_loss(
+            parts, forward, arguments, report.config.loss_segment, report.label_weights
+        )
 
     # Inside torch.compile, the training step runs eagerly, and evaluation compiled.
     train = torch.compiler.disable(train)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lemo_trainer.config import LemoConfig, check_keys, read_yaml
-from lemo_trainer.patch import LemoReport, apply_lemo, remove_lemo
+from lemo_trainer.patch import apply_lemo, remove_lemo
+from lemo_trainer.report import LemoReport
 
 
 @dataclass(frozen=True, kw_only=True)

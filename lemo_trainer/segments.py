@@ -81,11 +81,11 @@ class _InSegments(torch.autograd.Function):
         return None, *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
 
 
-def choose_segments(seq_len: int, config: LemoConfig) -> list[bool]:
+def choose_segments(seq_len: int, config: LemoConfig, keep_ratio: float) -> list[bool]:
     """Which segments carry gradient: `keep_ratio` of them, at least one, drawn anew or the last ones."""
     count = -(-seq_len // config.segment_tokens)
-    kept = max(1, int(config.keep_ratio * count + 0.5))
-    order = range(count) if config.selector == "recency" else torch.randperm(count).tolist()
+    kept = max(1, int(keep_ratio * count + 0.5))
+    order = range(count) if config.resolved_selector == "recency" else torch.randperm(count).tolist()
     chosen = set(order[count - kept :])
     return [place in chosen for place in range(count)]
 

@@ -5,6 +5,7 @@ Shapes: B batch, S tokens, K kept tokens of a sample, N whole blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,27 +14,39 @@ from torch import Tensor
 from lemo_trainer.config import LemoConfig
 
 
+def _ignore(index_BK: Tensor) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     """How many blocks of a sequence are kept; one number for all samples, so that a batch stays a tensor.
 
     Args:
         blocks: whole blocks of the sequence.
-        kept_blocks: how many of them are kept.
+        kept_blocks: how many of them are kept; with a `threshold`, at least how many.
         tail: tokens of the last, partial block; they are always kept.
         block_size: tokens of a whole block.
+        threshold: keep the blocks whose score is this many times the sample's mean, or more; None keeps
+            `kept_blocks`. A batch keeps as many as its sample with the most.
+        labelled: bool [B, S], True where a token has a label, for `protect_labels`.
+        on_chosen: called with the positions [B, K] that were chosen.
     """
 
     blocks: int
     kept_blocks: int
     tail: int
     block_size: int
+    threshold: float | None = None
+    labelled: Tensor | None = None
+    on_chosen: Callable[[Tensor], None] = _ignore
 
     @classmethod
-    def of(cls, seq_len: int, config: LemoConfig) -> BlockPlan:
-        """The plan nearest to `keep_ratio` that keeps all protected blocks."""
+    def of(cls, seq_len: int, config: LemoConfig, keep_ratio: float | None = None) -> BlockPlan:
+        """The plan nearest to a kept share (that of `config` by default) that keeps all protected blocks."""
+        keep_ratio = config.keep_ratio if keep_ratio is None else keep_ratio
         blocks, tail = divmod(seq_len, config.block_size)
-        wanted = int((config.keep_ratio * seq_len - tail) / config.block_size + 0.5)
+        wanted = int((keep_ratio * seq_len - tail) / config.block_size + 0.5)
         kept = max(wanted, config.sink_blocks + config.recent_blocks, 0 if tail else 1)
         return cls(blocks, min(kept, blocks), tail, config.block_size)
 
@@ -43,14 +56,15 @@ class BlockPlan:
 
     @property
     def keeps_all(self) -> bool:
-        return self.kept_blocks == self.blocks
+        return self.kept_blocks == self.blocks and self.threshold is None
 
 
 def select_tokens(scores_BN: Tensor, valid_BS: Tensor | None, plan: BlockPlan, config: LemoConfig) -> Tensor:
     """Ascending positions [B, K] of the tokens of each sample's highest-scoring blocks.
 
     The first `sink_blocks` and the last `recent_blocks` whole blocks that hold tokens of the sample are kept
-    before any other, blocks of padding only after all others. Equal scores go to the earlier block.
+    before any other, then those with labels if the plan has labels, and blocks of padding after all others.
+    Equal scores go to the earlier block.
 
     Args:
         scores_BN: informativeness of the whole blocks.
@@ -62,19 +76,33 @@ def select_tokens(scores_BN: Tensor, valid_BS: Tensor | None, plan: BlockPlan, c
     if scores_BN.isnan().any():
         raise ValueError("Block scores must be numbers, got NaN: the hidden states of this batch hold NaN.")
     whole = plan.blocks * plan.block_size
-    if valid_BS is None:
-        filled_BN = torch.ones_like(scores_BN, dtype=torch.bool)
-    else:
-        filled_BN = valid_BS[:, :whole].unflatten(1, (plan.blocks, -1)).any(-1).expand_as(scores_BN)
+    filled_BN = torch.ones_like(scores_BN, dtype=torch.bool)
+    if valid_BS is not None:
+        filled_BN = _any_token(valid_BS, plan).expand_as(scores_BN)
     rank_BN = filled_BN.cumsum(1)
     protected_BN = (rank_BN <= config.sink_blocks) | (rank_BN > rank_BN[:, -1:] - config.recent_blocks)
-    scores_BN = scores_BN.masked_fill(protected_BN, torch.inf).masked_fill(~filled_BN, -torch.inf)
+    tier_BN = filled_BN.int() + (filled_BN & protected_BN) * 2
+    if plan.labelled is not None:
+        tier_BN += filled_BN & _any_token(plan.labelled, plan)
+    kept_blocks = plan.kept_blocks
+    if plan.threshold is not None:
+        mean_B1 = (scores_BN * filled_BN).sum(1, keepdim=True) / filled_BN.sum(1, keepdim=True).clamp(min=1)
+        above_BN = filled_BN & (scores_BN >= plan.threshold * mean_B1)
+        kept_blocks = max(kept_blocks, int((above_BN | (tier_BN > 1)).sum(1).max()))
     order_BN = scores_BN.sort(dim=1, descending=True, stable=True).indices
-    blocks_BK = order_BN[:, : plan.kept_blocks].sort(dim=1).values
+    tier_BN = tier_BN.gather(1, order_BN).sort(dim=1, descending=True, stable=True).indices
+    blocks_BK = order_BN.gather(1, tier_BN)[:, :kept_blocks].sort(dim=1).values
     offsets = torch.arange(plan.block_size, device=scores_BN.device)
     kept_BK = (blocks_BK[..., None] * plan.block_size + offsets).flatten(1)
     tail = torch.arange(whole, whole + plan.tail, device=scores_BN.device)
-    return torch.cat([kept_BK, tail.expand(len(kept_BK), -1)], dim=1)
+    index_BK = torch.cat([kept_BK, tail.expand(len(kept_BK), -1)], dim=1)
+    plan.on_chosen(index_BK)
+    return index_BK
+
+
+def _any_token(tokens_BS: Tensor, plan: BlockPlan) -> Tensor:
+    """Bool [B, N]: whether any token of the whole block is True."""
+    return tokens_BS[:, : plan.blocks * plan.block_size].unflatten(1, (plan.blocks, -1)).any(-1)
 
 
 def cheap_scores(selector: str, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:

@@ -28,6 +28,11 @@ from lemo_trainer import LemoConfig
         ("layers", "5-3"),
         ("layers", ()),
         ("layers", None),
+        ("label_weights", "some"),
+        ("protect_labels", 1),
+        ("thresholds", "3"),
+        ("thresholds", "3:-1"),
+        ("ramp_steps", 0.5),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
@@ -83,6 +88,38 @@ def test_yaml_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
         LemoConfig.from_yaml(path)
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         LemoConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_thresholds_read_as_text_and_as_a_mapping():
+    config = LemoConfig(mode="eliminate", thresholds={16: 1, 3: 0.25})
+    assert config.thresholds == "3:0.25,16:1"
+    assert LemoConfig(mode="eliminate", thresholds="3:0.25,15-16:1").layer_thresholds == {
+        3: 0.25,
+        15: 1,
+        16: 1,
+    }
+    assert config.resolve_layers(20) == (3, 15, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("protect_labels", True),
+        ("thresholds", "3:1"),
+        ("label_weights", "kept"),
+        ("layers", "3"),
+        ("selector", "norm"),
+        ("segment_tokens", 0),
+    ],
+)
+def test_what_means_nothing_for_segments_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must"):
+        LemoConfig(mode="segments", **{name: value})
+
+
+def test_label_weights_need_the_segmented_loss():
+    with pytest.raises(ValueError, match="loss_segment=0"):
+        LemoConfig(mode="detach", label_weights="kept", loss_segment=0)
 
 
 def test_the_config_is_frozen():

@@ -36,8 +36,9 @@ def naive_scores(q, k, scaling, allowed, block):
 
 @pytest.mark.parametrize("seq_len", [8, 40, 45, 61])
 @pytest.mark.parametrize("mask_kind", ["causal", "bool", "additive"])
+@pytest.mark.parametrize("causal_scores", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 256])
-def test_attention_scores_equal_the_full_map(monkeypatch, seq_len, mask_kind, rows):
+def test_attention_scores_equal_the_full_map(monkeypatch, seq_len, mask_kind, rows, causal_scores):
     monkeypatch.setattr(informativeness, "QUERY_ROWS", rows)
     torch.manual_seed(0)
     q, k = torch.randn(B, H, seq_len, D), torch.randn(B, G, seq_len, D)
@@ -49,7 +50,10 @@ def test_attention_scores_equal_the_full_map(monkeypatch, seq_len, mask_kind, ro
         mask = allowed[:, None]
         if mask_kind == "additive":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    got = attention_scores(q, k, 0.3, mask, 8)
+    got = attention_scores(q, k, 0.3, mask, 8, causal_scores=causal_scores)
+    if causal_scores:
+        block = torch.arange(seq_len) // 8
+        allowed = allowed & (block[:, None] == block)
     torch.testing.assert_close(got, naive_scores(q, k, 0.3, allowed, 8))
 
 

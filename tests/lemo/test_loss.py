@@ -54,6 +54,35 @@ def test_equals_the_loss_of_transformers(segment, num_items, scale, softcap):
     _compare(got, wanted, (hidden, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_weights_change_the_gradient_and_not_the_value(softcap):
+    hidden, weight, bias, labels = _problem()
+    weights = torch.randint(0, 3, (B, S)) / 2
+
+    def loss(weights_N):
+        return segmented_cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            shift(labels).flatten(),
+            bias_V=bias,
+            weights_N=weights_N,
+            segment=5,
+            softcap=softcap,
+        )
+
+    def weighted():
+        logits = hidden @ weight.T + bias
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        wanted = shift(labels).flatten()
+        rows = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
+        return (rows * weights.flatten()).sum() / (wanted != -100).sum()
+
+    torch.testing.assert_close(loss(weights.flatten()), loss(None))
+    got = torch.autograd.grad(loss(weights.flatten()), (hidden, weight, bias))
+    wanted = torch.autograd.grad(weighted(), (hidden, weight, bias))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_frozen_head_gets_no_gradient_and_the_upstream_gradient_is_applied():
     hidden, weight, _, labels = _problem()
     weight = weight.detach()

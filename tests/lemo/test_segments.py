@@ -118,7 +118,7 @@ def test_segments_without_gradient_count_in_the_loss_only():
 @pytest.mark.parametrize("selector", ["random", "recency"])
 def test_choice_of_segments(selector, keep, wanted):
     config = dataclasses.replace(CONFIG, selector=selector, keep_ratio=keep)
-    chosen = choose_segments(75, config)
+    chosen = choose_segments(75, config, keep)
     assert (len(chosen), sum(chosen)) == (5, wanted)
     assert selector == "random" or chosen == sorted(chosen)
 

@@ -60,6 +60,25 @@ def test_sink_and_recent_blocks_are_those_of_the_sample_and_padding_goes_first()
     assert (index[:, ::2] // 2).tolist() == [[2, 4, 5], [0, 2, 3]]
 
 
+def test_blocks_with_labels_go_before_those_without():
+    labelled = torch.zeros(2, 9, dtype=torch.bool)
+    labelled[0, 3] = labelled[0, 6] = labelled[1, 0] = True
+    plan = BlockPlan(4, 2, 1, 2, labelled=labelled)
+    index = select_tokens(torch.tensor([[9.0, 1, 8, 2], [0, 5, 7, 9]]), None, plan, UNPROTECTED)
+    assert (index[:, :4:2] // 2).tolist() == [[1, 3], [0, 3]]
+
+
+def test_a_threshold_keeps_what_the_sample_with_the_most_needs():
+    scores = torch.tensor([[4.0, 4, 0, 0], [1, 2, 9, 0]])
+    seen = []
+    plan = BlockPlan(4, 0, 0, 2, threshold=1.0, on_chosen=seen.append)
+    index = select_tokens(scores, None, plan, UNPROTECTED)
+    assert (index[:, ::2] // 2).tolist() == [[0, 1], [1, 2]]
+    assert torch.equal(seen[0], index)
+    everything = select_tokens(scores, None, BlockPlan(4, 0, 0, 2, threshold=0.0), UNPROTECTED)
+    assert everything.shape == (2, 8)
+
+
 def test_nan_scores_are_an_error():
     with pytest.raises(ValueError, match="NaN"):
         select_tokens(torch.tensor([[0.0, torch.nan]]), None, BlockPlan(2, 1, 0, 4), UNPROTECTED)
