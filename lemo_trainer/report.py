@@ -33,6 +33,7 @@ class LemoReport:
         wiring: how its layers are wired, and which parts stay dense; None where that plays no part.
         active: False runs dense although patched (warm-up).
         seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
+        thresholds: `config.layer_thresholds`, of which a search may change the values; 0 is dense.
         layer_kept: how many of them each patched layer kept, choice by choice.
         logits_made: a training batch without `labels` made all its logits, in spite of `loss_segment`: its
             loss is computed outside the model (label smoothing, `compute_loss_func`).
@@ -45,13 +46,14 @@ class LemoReport:
     wiring: Wiring | None
     active: bool = True
     seq_len: int = 0
+    thresholds: dict[int, float] = field(init=False)
     layer_kept: dict[int, list[int]] = field(default_factory=dict)
     logits_made: bool = False
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self._keep_ratio = self.config.keep_ratio
-        self._thresholds = self.config.layer_thresholds
+        self.thresholds = self.config.layer_thresholds
         self.start_batch(None)
 
     @property
@@ -115,7 +117,7 @@ class LemoReport:
     def plan(self, layer: int, seq_len: int) -> BlockPlan | None:
         """What patched layer number `layer` keeps of a training batch; None is everything."""
         self.seq_len = seq_len
-        threshold = self._thresholds.get(layer)
+        threshold = self.thresholds.get(layer)
         plan = BlockPlan.of(seq_len, self.config, self._keep_ratio if threshold is None else 0.0)
         plan = dataclasses.replace(
             plan,
@@ -123,7 +125,7 @@ class LemoReport:
             labelled=self._labelled_BS,
             on_chosen=functools.partial(self._note, layer),
         )
-        if self.active and not plan.keeps_all:
+        if self.active and not plan.keeps_all and threshold != 0:
             return plan
         self.layer_kept[layer] = [seq_len]
         return None

@@ -93,11 +93,8 @@ def test_yaml_that_is_no_mapping_or_no_yaml_is_refused(tmp_path):
 def test_thresholds_read_as_text_and_as_a_mapping():
     config = LemoConfig(mode="eliminate", thresholds={16: 1, 3: 0.25})
     assert config.thresholds == "3:0.25,16:1"
-    assert LemoConfig(mode="eliminate", thresholds="3:0.25,15-16:1").layer_thresholds == {
-        3: 0.25,
-        15: 1,
-        16: 1,
-    }
+    config = LemoConfig(mode="eliminate", thresholds="3:0.25,15-16:1")
+    assert config.layer_thresholds == {3: 0.25, 15: 1, 16: 1}
     assert config.resolve_layers(20) == (3, 15, 16)
 
 

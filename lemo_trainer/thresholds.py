@@ -1,0 +1,131 @@
+"""Thresholds of token elimination (LeMo, Algorithm 1), and the guard that decides which layers use them.
+
+A layer keeps the blocks whose score is at least `threshold` times the mean over the sample's blocks. From 1,
+the mean, Algorithm 1 moves each layer's threshold along the slope of the quality on held-out text,
+
+    T <- T + eta * (quality(T + eps) - quality(T - eps)) / (2 * eps),    quality = -loss,
+
+the other layers being dense. The slope alone knows no limit, so a guard follows, which the paper has not:
+layers are taken in, those that lose least for what they leave out first, while the loss with all of them
+stays within a budget. A layer for which there is no room stays dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.patch import apply_lemo, remove_lemo
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerThreshold:
+    """What the search found for one layer.
+
+    Args:
+        threshold: where Algorithm 1 left it.
+        kept_share: share of the tokens that the layer keeps with it.
+        loss_increase: by how much the held-out loss rises when this layer alone leaves tokens out.
+        used: whether the guard had room for it.
+    """
+
+    layer: int
+    threshold: float
+    kept_share: float
+    loss_increase: float
+    used: bool
+
+
+@dataclass(frozen=True)
+class ThresholdSearch:
+    """The result of `search_thresholds`; `thresholds` is what `LemoConfig` takes."""
+
+    dense_loss: float
+    loss: float
+    layers: tuple[LayerThreshold, ...]
+
+    @property
+    def thresholds(self) -> dict[int, float]:
+        return {row.layer: row.threshold for row in self.layers if row.used}
+
+
+def search_thresholds(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: LemoConfig,
+    *,
+    max_increase: float = 0.05,
+    rounds: int = 1,
+    eps: float = 0.25,
+    eta: float = 1.0,
+) -> ThresholdSearch:
+    """Find the thresholds of `mode="eliminate"` that cost at most `max_increase` of held-out loss together.
+
+    Args:
+        model: the model to fine-tune; it is left as it was.
+        batches: held-out batches with `input_ids` and `labels`.
+        config: layers, block size and selector; its `keep_ratio` plays no part.
+        max_increase: nats a token by which the loss may rise with all layers that leave tokens out.
+        rounds: steps of Algorithm 1; 0 stays at the mean.
+        eps: half the distance of its finite difference, in means.
+        eta: its step.
+
+    Raises:
+        ValueError: `config.mode` is another.
+    """
+    if config.mode != "eliminate":
+        raise ValueError(f'Thresholds are searched for `mode="eliminate"`, got {config.mode!r}.')
+    batches = list(batches)
+    training = model.training
+    report = apply_lemo(model, dataclasses.replace(config, keep_ratio=0.5, warmup_steps=0, thresholds=""))
+    layers = report.patched_layers
+    model.train()
+    try:
+        with tqdm(total=len(layers) * (2 * rounds + 2) + 1, desc="thresholds", unit="loss") as progress:
+
+            def loss(thresholds: dict[int, float]) -> float:
+                report.thresholds = dict.fromkeys(layers, 0.0) | thresholds
+                progress.update()
+                return _mean_loss(model, batches)
+
+            dense = loss({})
+            rows = []
+            for layer in layers:
+                threshold = 1.0
+                for _ in range(rounds):
+                    slope = (loss({layer: threshold - eps}) - loss({layer: threshold + eps})) / (2 * eps)
+                    threshold = max(threshold + eta * slope, 0.0)
+                increase = loss({layer: threshold}) - dense
+                rows.append(LayerThreshold(layer, threshold, report.layer_shares[layer], increase, False))
+            used: dict[int, float] = {}
+            now = dense
+            for row in sorted(rows, key=_price):
+                with_it = loss(used | {row.layer: row.threshold})
+                if row.kept_share < 1 and with_it - dense <= max_increase:
+                    used[row.layer], now = row.threshold, with_it
+            return ThresholdSearch(
+                dense, now, tuple(dataclasses.replace(row, used=row.layer in used) for row in rows)
+            )
+    finally:
+        remove_lemo(model)
+        model.train(training)
+
+
+def _price(row: LayerThreshold) -> float:
+    """Loss for each share of the tokens that the layer leaves out."""
+    return row.loss_increase / max(1 - row.kept_share, 1e-9)
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, batches: list[Batch]) -> float:
+    return statistics.mean(model(**batch).loss.item() for batch in batches)

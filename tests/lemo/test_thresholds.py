@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.thresholds import search_thresholds
+
+from .tiny import batch, tiny_model
+
+CONFIG = LemoConfig(mode="eliminate", block_size=4, layers="all", selector="norm", sink_blocks=0)
+
+
+def sparse_loss(model, inputs, thresholds):
+    apply_lemo(
+        model,
+        LemoConfig(mode="eliminate", block_size=4, selector="norm", sink_blocks=0, thresholds=thresholds),
+    )
+    loss = model(**inputs).loss.item()
+    remove_lemo(model)
+    return loss
+
+
+def test_the_guard_keeps_the_loss_within_its_budget():
+    model, inputs = tiny_model(layers=4), batch("plain")
+    dense = model(**inputs).loss.item()
+    found = search_thresholds(model, [inputs], CONFIG, max_increase=-0.05)
+    assert found.dense_loss == pytest.approx(dense, rel=1e-5)
+    assert [row.layer for row in found.layers] == [0, 1, 2, 3]
+    assert {row.layer for row in found.layers if row.used} == found.thresholds.keys()
+    assert found.loss == pytest.approx(sparse_loss(model, inputs, found.thresholds), rel=1e-5)
+    assert found.loss - dense <= -0.05
+    for row in found.layers:
+        alone = sparse_loss(model, inputs, {row.layer: row.threshold})
+        assert row.loss_increase == pytest.approx(alone - dense, abs=1e-4)
+
+
+def test_a_budget_below_all_costs_leaves_the_model_dense():
+    model, inputs = tiny_model(), batch("plain")
+    found = search_thresholds(model, [inputs], CONFIG, max_increase=-1.0, rounds=0)
+    assert found.thresholds == {}
+    assert found.loss == found.dense_loss
+    assert [row.threshold for row in found.layers] == [1.0, 1.0, 1.0]
+
+
+def test_the_model_is_left_as_it_was():
+    model, inputs = tiny_model(), batch("plain")
+    model.eval()
+    classes = [type(layer) for layer in model.model.layers]
+    search_thresholds(model, [inputs], CONFIG, rounds=0)
+    assert not model.training
+    assert [type(layer) for layer in model.model.layers] == classes
+    assert "forward" not in vars(model)
+
+
+def test_another_mode_is_refused():
+    with pytest.raises(ValueError, match="eliminate"):
+        search_thresholds(tiny_model(), [], LemoConfig(mode="detach"))
