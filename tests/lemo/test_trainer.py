@@ -192,7 +192,7 @@ def test_sft_trainer_refuses_segments_before_a_step(tmp_path):
 def test_segments_refuse_weights_that_are_sharded():
     model = tiny_model()
     model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks them
-    with pytest.raises(ValueError, match='whole weights.*use mode="detach"'):
+    with pytest.raises(ValueError, match="whole weights"):
         apply_lemo(model, LemoConfig(mode="segments"))
     apply_lemo(model, HALF)
 
