@@ -306,7 +306,7 @@ def is_wiring_of(architecture: Architecture, layer: Any, x_BSD: Tensor, argument
         return x_BSD + update + architecture.mlp_branch(layer, source)
 
     def detached() -> Tensor:
-        config = LemoConfig(selector="norm", keep_ratio=0.5, block_size=1)
+        config = LemoConfig(selector="recency", keep_ratio=0.5, block_size=1)
         plan = BlockPlan.of(TOKENS, config)
         return DetachingLayer(architecture, config, layer)(
             layer, x_BSD, mask, positions, plan, operator.call, **options
