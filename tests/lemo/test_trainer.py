@@ -246,3 +246,37 @@ def test_a_head_that_the_segmented_loss_cannot_read_is_refused_before_a_step(tmp
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LemoConfig(mode="detach", keep_ratio=0.5, block_size=4, layers="all"),
+        LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all"),
+        LemoConfig(mode="segments", keep_ratio=0.5, segment_tokens=8),
+    ],
+    ids=lambda config: config.mode,
+)
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_crash_inside_a_layer_leaves_everything_as_it_was(config, part):
+    model = lora(tiny_model())
+    sample = {name: values[None] for name, values in samples(1)[0].items()}
+
+    def state():
+        return [
+            (name, type(module), module.training, id(getattr(module, "config", None)), sorted(vars(module)))
+            for name, module in model.named_modules()
+        ]
+
+    def crash(*_):
+        raise RuntimeError("out of memory")
+
+    before, wanted = state(), model(**sample).loss
+    apply_lemo(model, config)
+    hook = model.get_base_model().model.layers[1].get_submodule(part).register_forward_hook(crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**sample)
+    hook.remove()
+    remove_lemo(model)
+    assert state() == before
+    torch.testing.assert_close(model(**sample).loss, wanted)
