@@ -110,6 +110,14 @@ REFUSED = {
         "whose output is not the sum of its input, self_attn and mlp",
     ),
     "own positions": (lambda: unusual("llama4_text", num_hidden_layers=1), "counts the positions"),
+    "encoder": (
+        lambda: tiny_model("gpt2", add_cross_attention=True),
+        "a causal decoder of text alone, got GPT2LMHeadModel",
+    ),
+    "both directions": (
+        lambda: tiny_model("gemma3_text", use_bidirectional_attention=True),
+        "a causal decoder of text alone, got Gemma3ForCausalLM",
+    ),
     "missing part": (
         lambda: without("post_attention_layernorm"),
         "looked for post_attention_layernorm in LlamaDecoderLayer and found self_attn .LlamaAttention",

@@ -58,7 +58,7 @@ def test_layers_that_are_no_attention_stay_dense_and_are_named(caplog):
     conv = model.model.layers[0]
     report = apply_lemo(model, leaving_out())
     assert report.patched_layers == (1, 2)
-    assert "dense are layers 0 (Lfm2DecoderLayer, none of whose parts " in str(report)
+    assert "layers 0 stay dense (Lfm2DecoderLayer, none of whose parts " in str(report)
     assert "conv (Lfm2ShortConv)" in caplog.text
     assert conv._lemo_layer is None
     remove_lemo(model)
