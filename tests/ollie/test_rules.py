@@ -1,7 +1,9 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ollie_compile.expr import Affine, Input, Loop, Read, Scope, evaluate
@@ -9,7 +11,7 @@ from ollie_compile.rules import EXPLORATIVE, RELATING, SIMPLIFYING, rewrites, si
 from ollie_compile.rules.boundary import boundary_tightening
 from ollie_compile.rules.substitution import substitute
 from ollie_compile.verify import check_derivation
-from tests.ollie.strategies import convolutions
+from tests.ollie.strategies import convolutions, expressions
 
 
 def v(name: str) -> Affine:
@@ -28,6 +30,25 @@ def test_random_rule_sequences_keep_the_value(operator, data):
         scope = data.draw(st.sampled_from(derived))
     assert check_derivation(original, scope, points=24) is None
     assert check_derivation(original, simplify(scope)[0], points=24) is None
+
+
+def every_rule_keeps_the_value(expression: Scope) -> None:
+    for name, rule in (EXPLORATIVE | RELATING | SIMPLIFYING).items():
+        for derived in itertools.islice(rewrites(expression, rule), 6):
+            assert check_derivation(expression, derived, points=12) is None, f"{name}: {derived}"
+
+
+@settings(max_examples=150, deadline=None)
+@given(expressions())
+def test_every_rule_keeps_the_value_of_any_expression(expression):
+    every_rule_keeps_the_value(expression)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(expressions())
+def test_every_rule_keeps_the_value_of_ten_thousand_expressions(expression):
+    every_rule_keeps_the_value(expression)
 
 
 @settings(max_examples=30, deadline=None)
