@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lemo_trainer import LemoCallback, LemoConfig, apply_lemo, remove_lemo
 from lemo_trainer.recipe import checkpointing_argument
 
-from .tiny import lora, tiny_model
+from .tiny import VOCAB, assert_same_step, lora, loss_and_gradients, tiny_model
 from .training import losses, samples, trainer_for, training_arguments
 
 CHECKPOINTING = checkpointing_argument()
@@ -182,8 +185,9 @@ def test_sft_trainer(tmp_path, packing):
     assert all(0.4 < entry["lemo_kept_share"] < 0.7 for entry in runs["half"])
 
 
-def test_sft_trainer_refuses_segments_before_a_step(tmp_path):
-    trainer = sft_trainer(tmp_path, LemoConfig(mode="segments"))
+@pytest.mark.parametrize("config", [LemoConfig(mode="segments"), LemoConfig(label_weights="kept")])
+def test_sft_trainer_refuses_losses_of_lemo_before_a_step(tmp_path, config):
+    trainer = sft_trainer(tmp_path, config)
     with pytest.raises(ValueError, match="TRL makes its own"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -200,7 +204,27 @@ def test_segments_refuse_weights_that_are_sharded():
 def _tokenizer():
     from tokenizers import Tokenizer, models
 
-    return Tokenizer(models.WordLevel({str(i): i for i in range(97)}, unk_token="0"))
+    return Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+
+
+def test_a_forward_with_a_loss_of_its_own_composes_and_refuses_label_weights():
+    """As `use_liger_kernel` binds one to the model, with the fused loss, when training starts."""
+
+    def fused(self, input_ids, labels, **kwargs):
+        hidden = self.model(input_ids=input_ids).last_hidden_state
+        loss = ForCausalLMLoss(hidden @ self.lm_head.weight.T, labels, VOCAB)
+        return CausalLMOutputWithPast(loss=loss)
+
+    sample = {name: values[None] for name, values in samples(1)[0].items()}
+    wanted = loss_and_gradients(tiny_model(), sample)
+    model = tiny_model()
+    model.forward = types.MethodType(fused, model)
+    apply_lemo(model, EVERYTHING)
+    assert_same_step(loss_and_gradients(model, sample), wanted)
+    remove_lemo(model)
+    apply_lemo(model, LemoConfig(keep_ratio=0.5, block_size=4, label_weights="kept"))
+    with pytest.raises(ValueError, match=r"`label_weights` must be 'all' .*LlamaForCausalLM"):
+        model(**sample)
 
 
 def test_embeddings_stand_in_for_ids():
