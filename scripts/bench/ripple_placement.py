@@ -103,7 +103,9 @@ def main(layers: list[BitSets], neurons: int, conditions: str) -> None:
     base = statistics.mean(reads["identity"])
     for name in contenders:
         mean = statistics.mean(reads[name])
-        table.add(name, reads=mean, of_identity=mean / base, CPU_seconds_a_layer=statistics.median(seconds[name]))
+        table.add(
+            name, reads=mean, of_identity=mean / base, CPU_seconds_a_layer=statistics.median(seconds[name])
+        )
     activity = statistics.mean(float(np.unpackbits(sets).mean()) for sets in layers)
     table.config += f"; {activity:.1%} active; sample of {quick} tokens of {whole - whole // HELD_BACK}"
     table.finish()
