@@ -235,8 +235,10 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
     name = f"{type(model).__name__} with config.model_type {getattr(config, 'model_type', None)!r}"
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise ValueError(f"LeMo needs a causal LM of transformers with an output head, got {name}.")
-    if config.is_encoder_decoder or config.get_text_config() is not config:
-        raise ValueError(f"LeMo needs a decoder of text alone, got {name}.")
+    multimodal = config.get_text_config() is not config
+    flags = ("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention")
+    if multimodal or any(getattr(config, flag, False) for flag in flags):
+        raise ValueError(f"LeMo needs a causal decoder of text alone, got {name}.")
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
     layers = next((part for part in lists if len(part) == config.num_hidden_layers), None)
     if layers is None:

@@ -23,7 +23,7 @@ def documented_fields(cls: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
-def _flag_type(hint: Any) -> Any:
+def flag_type(hint: Any) -> Any:
     """The type that a command line can give for a field: text where the field takes text or a sequence."""
     if get_origin(hint) is types.UnionType and str in get_args(hint):
         return str | None if type(None) in get_args(hint) else str
@@ -36,7 +36,7 @@ def _with_config_fields(cls: type[_T]) -> type[_T]:
     fields = [
         (
             PREFIX + known.name,
-            _flag_type(hints[known.name]),
+            flag_type(hints[known.name]),
             field(default=known.default, metadata={"help": documentation[known.name].replace("%", "%%")}),
         )
         for known in dataclasses.fields(LemoConfig)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Annotated, Any
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from lemo_trainer.arguments import documented_fields, flag_type
 from lemo_trainer.config import LemoConfig
 
 app = typer.Typer(
@@ -17,17 +21,6 @@ app = typer.Typer(
     help="Long-context fine-tuning that leaves redundant tokens out (LeMo).",
 )
 
-Mode = Annotated[str | None, typer.Option(help="what happens to an uninformative block: eliminate, detach")]
-Selector = Annotated[str | None, typer.Option(help="informativeness, norm, random or recency")]
-SharedBlocks = Annotated[bool | None, typer.Option(help="the first patched layer chooses for all")]
-KeepRatio = Annotated[float | None, typer.Option(help="share of the tokens that a patched layer computes")]
-BlockSize = Annotated[int | None, typer.Option(help="tokens that are kept or left out together")]
-Layers = Annotated[str | None, typer.Option(help='"auto", "all" or indices like "3,10-28"')]
-SinkBlocks = Annotated[int | None, typer.Option(help="first blocks that are always kept")]
-RecentBlocks = Annotated[int | None, typer.Option(help="last blocks that are always kept")]
-ScoreTokens = Annotated[int | None, typer.Option(help="tokens of a block that the MLP score is measured on")]
-WarmupSteps = Annotated[int | None, typer.Option(help="optimizer steps at the start that run dense")]
-LossSegment = Annotated[int | None, typer.Option(help="tokens that meet the head at a time; 0 = all at once")]
 SeqLen = Annotated[int | None, typer.Option(help="tokens of a sample")]
 
 
@@ -41,7 +34,37 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def _with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of `LemoConfig`; it gets those that were set as `lemo`."""
+    documentation, hints = documented_fields(LemoConfig), get_type_hints(LemoConfig)
+    options = {
+        field.name: inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                flag_type(hints[field.name]) | None,
+                typer.Option(help=documentation[field.name].partition(". ")[0].rstrip(".")),
+            ],
+        )
+        for field in dataclasses.fields(LemoConfig)
+    }
+
+    @functools.wraps(command)
+    def with_options(**arguments: Any) -> None:
+        lemo = {name: arguments.pop(name) for name in options}
+        command(**arguments, lemo={name: value for name, value in lemo.items() if value is not None})
+
+    own = dict(inspect.signature(command, eval_str=True).parameters)
+    del own["lemo"]
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (own | options).values()]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_options
+
+
 @app.command()
+@_with_config_options
 def train(
     recipe: Annotated[str, typer.Argument(help="YAML recipe, such as configs/lemo/smollm2_lora.yaml")],
     model: Annotated[str | None, typer.Option(help="model folder or hub id")] = None,
@@ -50,17 +73,8 @@ def train(
     seq_len: SeqLen = None,
     checkpointing: Annotated[bool | None, typer.Option(help="gradient checkpointing")] = None,
     max_steps: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
-    mode: Mode = None,
-    selector: Selector = None,
-    shared_blocks: SharedBlocks = None,
-    keep_ratio: KeepRatio = None,
-    block_size: BlockSize = None,
-    layers: Layers = None,
-    sink_blocks: SinkBlocks = None,
-    recent_blocks: RecentBlocks = None,
-    mlp_score_tokens: ScoreTokens = None,
-    warmup_steps: WarmupSteps = None,
-    loss_segment: LossSegment = None,
+    *,
+    lemo: dict[str, Any],
 ) -> None:
     """Fine-tune as a recipe says; options replace the recipe's values.
 
@@ -72,19 +86,6 @@ def train(
     """
     from lemo_trainer.recipe import Recipe, run
 
-    lemo = {
-        "mode": mode,
-        "selector": selector,
-        "shared_blocks": shared_blocks,
-        "keep_ratio": keep_ratio,
-        "block_size": block_size,
-        "layers": layers,
-        "sink_blocks": sink_blocks,
-        "recent_blocks": recent_blocks,
-        "mlp_score_tokens": mlp_score_tokens,
-        "warmup_steps": warmup_steps,
-        "loss_segment": loss_segment,
-    }
     with _user_errors():
         result = run(
             Recipe.from_yaml(
@@ -105,17 +106,13 @@ def train(
         typer.echo(f"held-out loss, dense: {result.held_out_before:.4f} -> {result.held_out_after:.4f}")
 
 
-@app.command()
-def inspect(
+@app.command(name="inspect")
+@_with_config_options
+def inspect_model(
     model: Annotated[str, typer.Argument(help="model folder or hub id; its weights are not loaded")],
     seq_len: Annotated[int, typer.Option(help="tokens of a sample")] = 2048,
-    mode: Mode = None,
-    keep_ratio: KeepRatio = None,
-    block_size: BlockSize = None,
-    layers: Layers = None,
-    sink_blocks: SinkBlocks = None,
-    recent_blocks: RecentBlocks = None,
-    loss_segment: LossSegment = None,
+    *,
+    lemo: dict[str, Any],
 ) -> None:
     """Show what LeMo would patch in a model and how many tokens it would keep, without training.
 
@@ -125,18 +122,8 @@ def inspect(
 
         lemo inspect .cache/assets/SmolLM2-135M-Instruct --seq-len 8192 --keep-ratio 0.4 --layers all
     """
-    options: dict[str, Any] = {
-        "mode": mode,
-        "keep_ratio": keep_ratio,
-        "block_size": block_size,
-        "layers": layers,
-        "sink_blocks": sink_blocks,
-        "recent_blocks": recent_blocks,
-        "loss_segment": loss_segment,
-    }
     with _user_errors():
-        config = LemoConfig.from_dict({name: value for name, value in options.items() if value is not None})
-        _inspect(model, seq_len, config)
+        _inspect(model, seq_len, LemoConfig.from_dict(lemo))
 
 
 def _inspect(name: str, seq_len: int, config: LemoConfig) -> None:

@@ -24,7 +24,8 @@ from lemo_trainer.probe import dry_options, idle_layers
 @contextlib.contextmanager
 def _segmented_loss(
     parts: CausalLM, segment: int, label_weights: Callable[[], Tensor | None] = lambda: None
-) -> Iterator[None]:
+) -> Iterator[list[Tensor]]:
+    """Yields the list that the hidden state comes into when the head is called."""
     model, head = parts.model, parts.head
     config = model.config
     seen: list[Tensor] = []
@@ -70,7 +71,7 @@ def _segmented_loss(
     hook = head.register_forward_pre_hook(keep_hidden_state)
     model.loss_function = loss_function
     try:
-        yield
+        yield seen
     finally:
         hook.remove()
         del model._loss_function
@@ -91,10 +92,19 @@ def forward_with_segmented_loss(
         segment: labelled tokens that go through the head at a time.
         label_weights: asked when the layers have run: what the label that each token predicts weighs in the
             gradient, [B, S]; None is 1 for all.
+
+    Raises:
+        ValueError: there are weights, and `forward` makes the loss past the head (Liger's fused one does).
     """
     return_tuple = arguments.arguments.get("kwargs", {}).pop("return_dict", True) is False
-    with _segmented_loss(parts, segment, label_weights):
+    with _segmented_loss(parts, segment, label_weights) as seen:
         output = forward(*arguments.args, **arguments.kwargs)
+    if not seen and label_weights() is not None:
+        raise ValueError(
+            "`label_weights` must be 'all' where somebody replaced the forward of "
+            f"{type(parts.model).__name__} by one with a loss of its own; with `use_liger_kernel`, "
+            'liger_kernel_config={"fused_linear_cross_entropy": False} keeps the head.'
+        )
     output = type(output)(**{**output, "logits": None})
     return output.to_tuple() if return_tuple else output
 

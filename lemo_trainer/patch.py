@@ -171,12 +171,14 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
         if arguments.arguments.get("labels") is None:
             report.warn_of_logits()
             return forward(*args, **kwargs)
+        makes_loss = report.config.mode == "segments" or report.config.label_weights != "all"
+        if makes_loss and arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
+            raise ValueError(
+                'mode="segments" and `label_weights` make the loss, and TRL makes its own from the '
+                'log-probabilities of all tokens; use mode="detach" and label_weights="all", or '
+                "transformers' Trainer."
+            )
         if report.config.mode == "segments" and report.active:
-            if arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
-                raise ValueError(
-                    'mode="segments" makes the loss itself, and TRL makes its own from the log-probabilities '
-                    'of all tokens; use mode="detach", or transformers\' Trainer.'
-                )
             return forward_in_segments(
                 parts, with_loss, arguments, report.config.segment_tokens, report.choose_segments
             )

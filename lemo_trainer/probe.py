@@ -53,7 +53,7 @@ class Wiring:
         notes = ["their wiring was found by a probe"] if self.probed else []
         for reason in dict.fromkeys(self.dense_layers.values()):
             indices = ", ".join(str(index) for index, why in self.dense_layers.items() if why == reason)
-            notes.append(f"dense are layers {indices} ({reason})")
+            notes.append(f"layers {indices} stay dense ({reason})")
         if experts := [str(index) for index in self.dense_mlps if index in patched_layers]:
             notes.append(f"the MLP of layers {', '.join(experts)} works on all tokens (mixture of experts)")
         return notes
@@ -306,14 +306,14 @@ def is_wiring_of(architecture: Architecture, layer: Any, x_BSD: Tensor, argument
         return x_BSD + update + architecture.mlp_branch(layer, source)
 
     def detached() -> Tensor:
-        config = LemoConfig(selector="norm", keep_ratio=0.5, block_size=1)
+        config = LemoConfig(selector="recency", keep_ratio=0.5, block_size=1)
         plan = BlockPlan.of(TOKENS, config)
         return DetachingLayer(architecture, config, layer)(
             layer, x_BSD, mask, positions, plan, operator.call, **options
         )
 
     with _in_training(layer):
-        if not _same(_seeded(own, x_BSD.device), _seeded(composed, x_BSD.device)):
+        if not _same(_from_present_seed(own, x_BSD.device), _from_present_seed(composed, x_BSD.device)):
             return False
     with without_dropout(layer):
         if not architecture.has_dense_mlp(layer):
@@ -338,10 +338,9 @@ def _in_training(layer: nn.Module) -> Iterator[None]:
             vars(layer)["gradient_checkpointing"] = checkpointing
 
 
-def _seeded(function: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """The result under a fixed seed, from a random generator that comes back."""
+def _from_present_seed(function: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """The result, with the random generators as they were before."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-        torch.manual_seed(0)
         return function()
 
 

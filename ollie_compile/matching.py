@@ -142,18 +142,15 @@ def repair_convolution(scope: Scope) -> tuple[str, Scope] | None:
         name = division.of.iterator
         if name in traversal and division.of.coefficient(name) == 1:
             return "variable splitting", split_variable(scope, name, division.by, division.of.const)
-    for name, rule in _TOWARDS_DENSE.items():
-        derived = next(rule(scope), None)
-        if derived is not None:
-            return name, derived
-    return _repair_nested_taps(scope)
-
-
-_TOWARDS_DENSE: dict[str, Rule] = {
-    "dimension splitting": dimension_splitting,
-    "dilation splitting": dilation_splitting,
-    "stride splitting": stride_splitting,
-}
+    split = next(dimension_splitting(scope), None)
+    if split is not None:
+        return "dimension splitting", split
+    nested = _repair_nested_taps(scope)
+    if nested is not None:
+        return nested
+    rules: dict[str, Rule] = {"dilation splitting": dilation_splitting, "stride splitting": stride_splitting}
+    steps = ((name, derived) for name, rule in rules.items() for derived in rule(scope))
+    return next(steps, None)
 
 
 def _repair_nested_taps(scope: Scope) -> tuple[str, Scope] | None:

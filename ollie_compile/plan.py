@@ -11,6 +11,7 @@ import torch
 
 from ollie_compile import cost, tune
 from ollie_compile.config import OllieConfig
+from ollie_compile.expr import Scope
 from ollie_compile.lower import Program, programs
 from ollie_compile.operators import Convolution
 from ollie_compile.search import Derivation, SearchStats, search, work
@@ -146,6 +147,7 @@ def _take_best(made: Plan, config: OllieConfig) -> list[Candidate]:
             wrong = check_derivation(expression, candidate.program.scope)
             wrong = wrong or check_program(made.operator, candidate.program)
         if wrong is not None:
+            wrong += _first_wrong_step(expression, candidate.derivation)
             candidate.rejected = f"wrong: {wrong}"
             logger.error("ollie: %s: dropped %s: it %s", made.operator, candidate.program.scope, wrong)
             continue
@@ -155,6 +157,13 @@ def _take_best(made: Plan, config: OllieConfig) -> list[Candidate]:
         else:
             best.append(candidate)
     return best
+
+
+def _first_wrong_step(expression: Scope, derivation: Derivation) -> str:
+    for step in derivation.steps:
+        if check_derivation(expression, step.scope) is not None:
+            return f", first after the rules {' + '.join(step.rules)}"
+    return ""
 
 
 def _measure(made: Plan, left: list[Candidate], config: OllieConfig, stop: float) -> None:

@@ -86,7 +86,7 @@ class _Search:
         self.start, self.budget_s = time.perf_counter(), budget_s
         self.fingerprints = fingerprints
         self.seen: set[str] = set()
-        self.most_products = MAX_GROWTH * max(1, _products(expression))
+        self.most_products = MAX_GROWTH * max(1, products(expression))
         self.result = SearchResult()
 
     @property
@@ -105,7 +105,7 @@ class _Search:
                 return False
             self.seen.add(fingerprint)
         stats.states += 1
-        if _products(state.scope) > self.most_products:
+        if products(state.scope) > self.most_products:
             stats.pruned += 1
             return False
         if is_lowerable(state.scope):
@@ -167,7 +167,7 @@ def _next_level(found: _Search, level: Sequence[Derivation]) -> list[Derivation]
     return deeper
 
 
-def _products(scope: Scope) -> int:
+def products(scope: Scope) -> int:
     """Multiplications in the contractions of an expression."""
     contractions = (inner for inner in set(scope.scopes()) if inner.is_contraction)
     return sum(math.prod(loop.extent for loop in inner.traversal + inner.summation) for inner in contractions)
@@ -175,7 +175,7 @@ def _products(scope: Scope) -> int:
 
 def work(scope: Scope) -> tuple[int, int]:
     """What ranks states: their products, then the elements that computing them makes."""
-    return _products(scope), sum(math.prod(inner.shape) for inner in set(scope.scopes()))
+    return products(scope), sum(math.prod(inner.shape) for inner in set(scope.scopes()))
 
 
 def _explore(state: Derivation) -> Iterator[Derivation]:

@@ -61,7 +61,7 @@ def working_on(out: Path) -> Iterator[Workspace]:
     """Yield a workspace beside `out`; on success its output stage is synced and becomes `out`.
 
     After Ctrl-C or kill -9 the workspace stays, and the next call goes on with it. After an error the output
-    goes, which may have filled the disk, and the rest stays unless the error is the user's to mend.
+    goes, which may have filled the disk, and the rest stays.
 
     Raises:
         FileExistsError: `out` exists, or another process is working on it.
@@ -81,9 +81,6 @@ def working_on(out: Path) -> Iterator[Workspace]:
             os.rename(output, out)
             sync(out.parent)
             shutil.rmtree(work.path)
-        except (ValueError, TypeError):
-            shutil.rmtree(work.path, ignore_errors=True)
-            raise
         except BaseException as error:
             if isinstance(error, Exception):
                 shutil.rmtree(work.path / Workspace.OUTPUT, ignore_errors=True)

@@ -150,7 +150,7 @@ class RippleConfig(QuantizationConfigMixin):
     Treat an instance as frozen; transformers' base class rules out `frozen=True`.
 
     Attributes:
-        dram_budget: most memory that Ripple holds for the streamed MLPs: buffers, resident gate rows, and the
+        dram_budget: most memory that Ripple holds for the streamed MLPs: buffers, sketches, and the
             neuron cache. Bytes, a size ("2GiB") or a share of the streamed weights ("25%"). What the rest of
             the model holds (embeddings, attention, KV cache) is not part of it.
         keep: share of each layer's neurons computed per token, those with the largest estimated contribution.

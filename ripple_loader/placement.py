@@ -71,18 +71,24 @@ class _Paths:
         return np.array(order, np.int64)
 
 
-def greedy_linking(activity: Activity, members: Order, partners: int) -> Order:
+def greedy_linking(activity: Activity, members: Order, partners: int, graph: CoActivation) -> Order:
     """Link the nearest neurons first, then, round by round, the nearest ends of the paths this leaves.
 
     Paths that nothing in the trace connects are chained in the model's own order.
+
+    Args:
+        activity: the layer's active sets.
+        members: the neurons to order, ascending.
+        partners: how many are kept of each path end, round by round.
+        graph: of the members, for the first round.
     """
     paths = _Paths(activity.neurons)
     ends = members
     while paths.links < len(members) - 1:
-        graph = coactivation(activity, max(partners, 2), ends)
         if not paths.link(zip(graph.first.tolist(), graph.second.tolist(), strict=True)):
             paths.link(itertools.pairwise(ends.tolist()))
         ends = paths.ends(members)
+        graph = coactivation(activity, max(partners, 2), ends)
     return paths.walk(members)
 
 
@@ -137,12 +143,13 @@ def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig) -> Pla
     if config.placement == "frequency":
         return Placed(by_frequency, hot)
     members = np.sort(by_frequency[hot:])
+    graph = coactivation(activity, config.partners, members)
     if config.placement == "spectral":
-        order = spectral_order(coactivation(activity, config.partners, members), members)
+        order = spectral_order(graph, members)
     else:
-        order = greedy_linking(activity, members, config.partners)
+        order = greedy_linking(activity, members, config.partners, graph)
     if config.two_opt:
-        order = two_opt(order, activity, coactivation(activity, config.partners, members))
+        order = two_opt(order, activity, graph)
     return Placed(np.concatenate([by_frequency[:hot], order]), hot)
 
 

@@ -61,12 +61,10 @@ def reorder(
     if (trace is None) == (calibration is None):
         got = "none" if trace is None else "both"
         raise ValueError(f"one of `calibration` and `trace` should be given, got {got}.")
+    found = _trace_of(source, Path(trace)) if trace is not None else None
+    sequences = cut_sequences(source, calibration, config) if calibration is not None else []
     with working_on(out) as work:
-        if trace is not None:
-            found = _trace_of(source, Path(trace))
-        else:
-            assert calibration is not None
-            sequences = cut_sequences(source, calibration, config)
+        if found is None:
             stage = work.stage("trace", trace_description(source, sequences, config))
             found = trace_source(source, sequences, config, stage)
         plan = plan_orders(source, found, config, work)

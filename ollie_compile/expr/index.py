@@ -61,10 +61,14 @@ class Affine:
     def __add__(self, other: Affine | int) -> Affine:
         if isinstance(other, int):
             return Affine(self.terms, self.const + other)
+        if not (self.terms and other.terms):
+            return Affine(self.terms or other.terms, self.const + other.const)
         return Affine.total(iter(self.terms + other.terms), self.const + other.const)
 
     def __mul__(self, factor: int) -> Affine:
-        return Affine.total(((a, c * factor) for a, c in self.terms), self.const * factor)
+        if not factor:
+            return Affine()
+        return Affine(tuple((a, c * factor) for a, c in self.terms), self.const * factor)
 
     def __sub__(self, other: Affine | int) -> Affine:
         return self + other * -1

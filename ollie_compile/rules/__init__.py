@@ -6,6 +6,7 @@ everywhere; `simplify` applies the others, which only ever remove work, to a fix
 rule of the user's own.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 from ollie_compile.expr import Read, Scope
@@ -58,14 +59,33 @@ def register(name: str, rule: Rule) -> None:
     EXPLORATIVE[name] = rule
 
 
-def rewrites(scope: Scope, rule: Rule, where: Callable[[Scope], bool] = lambda _: True) -> Iterator[Scope]:
-    """The expression with `rule` applied at one of its scopes that `where` admits, each way in turn."""
+def rewrites(
+    scope: Scope,
+    rule: Rule,
+    where: Callable[[Scope], bool] = lambda _: True,
+    prune: Callable[[Scope], bool] = lambda _: False,
+) -> Iterator[Scope]:
+    """The expression with `rule` applied at one of its scopes, each way in turn.
+
+    Args:
+        where: the scopes at which the rule may be applied.
+        prune: the scopes that are left out with all below them.
+    """
+    if prune(scope):
+        return
     if where(scope):
         yield from rule(scope)
     for position, read in enumerate(scope.factors):
         if isinstance(read.tensor, Scope):
-            for derived in rewrites(read.tensor, rule, where):
+            for derived in rewrites(read.tensor, rule, where, prune):
                 yield scope.with_factor(position, Read(derived, read.index))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _is_simple(scope: Scope) -> bool:
+    """Whether no simplifying rule applies to a scope or below; derived expressions share most scopes."""
+    below = (read.tensor for read in scope.factors if isinstance(read.tensor, Scope))
+    return all(map(_is_simple, below)) and not any(True for rule in SIMPLIFYING.values() for _ in rule(scope))
 
 
 def simplify(scope: Scope) -> tuple[Scope, list[str]]:
@@ -73,7 +93,7 @@ def simplify(scope: Scope) -> tuple[Scope, list[str]]:
     applied: list[str] = []
     while True:
         for name, rule in SIMPLIFYING.items():
-            derived = next(rewrites(scope, rule), None)
+            derived = next(rewrites(scope, rule, prune=_is_simple), None)
             if derived is not None:
                 scope = derived
                 applied.append(name)

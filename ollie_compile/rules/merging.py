@@ -9,11 +9,11 @@ def traversal_merging(scope: Scope) -> Iterator[Scope]:
     """A read of a rearranged intermediate becomes a read of the intermediate itself.
 
     Rearranged inputs stay, for they are what a layout transformation made, but are rearranged only once.
-    Diagonals stay too: they are views only as long as no index divides their iterators.
+    Diagonals that are read at a division stay too, for what they would become is no view.
     """
     for position, read in enumerate(scope.factors):
         view = read.tensor
-        if not isinstance(view, Scope) or not view.is_view or _is_diagonal(view):
+        if not isinstance(view, Scope) or not view.is_view or _divides_diagonal(view, read):
             continue
         if _rearranges_input(view) and not scope.is_view:
             continue
@@ -31,9 +31,12 @@ def _rearranges_input(view: Scope) -> bool:
     )
 
 
-def _is_diagonal(view: Scope) -> bool:
+def _divides_diagonal(view: Scope, read: Read) -> bool:
     names = [name for index in view.factors[0].index for name in index.iterators()]
-    return len(set(names)) < len(names) and not view.divisions()
+    return any(
+        names.count(loop.name) > 1 and any(True for _ in index.divisions())
+        for loop, index in zip(view.traversal, read.index, strict=True)
+    )
 
 
 def _zero_outside(view: Scope, read: Read, ranges: Ranges) -> bool:

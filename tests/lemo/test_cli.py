@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -124,6 +125,18 @@ def test_help_has_examples():
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
         assert f"lemo {command} " in result.output
+
+
+@pytest.mark.parametrize("command", ["train", "inspect"])
+def test_every_field_of_the_config_is_an_option(command):
+    from typer.main import get_command
+
+    from lemo_trainer import LemoConfig
+
+    parameters = {each.name: each for each in get_command(app).commands[command].params}
+    for field in dataclasses.fields(LemoConfig):
+        assert parameters[field.name].help
+        assert parameters[field.name].default is None
 
 
 def test_the_published_recipe_is_valid(monkeypatch):

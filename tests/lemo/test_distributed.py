@@ -27,7 +27,12 @@ FSDP2 = {
 RUNS = {
     "ddp, everything": {"lemo_keep_ratio": 1.0},
     "ddp, half": {"lemo_keep_ratio": 0.5, "gradient_accumulation_steps": 2},
-    "ddp, segments": {"lemo_mode": "segments", "lemo_segment_tokens": 8, "lemo_keep_ratio": 1.0},
+    "ddp, segments": {
+        "lemo_mode": "segments",
+        "lemo_segment_tokens": 8,
+        "lemo_keep_ratio": 1.0,
+        "lemo_layers": "auto",
+    },
     "fsdp2, half": {
         "lemo_mode": "eliminate",
         "lemo_keep_ratio": 0.5,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lemo_trainer import LemoCallback, LemoConfig, apply_lemo, remove_lemo
 from lemo_trainer.recipe import checkpointing_argument
 
-from .tiny import lora, tiny_model
+from .tiny import VOCAB, assert_same_step, lora, loss_and_gradients, tiny_model
 from .training import losses, samples, trainer_for, training_arguments
 
 CHECKPOINTING = checkpointing_argument()
@@ -182,8 +185,9 @@ def test_sft_trainer(tmp_path, packing):
     assert all(0.4 < entry["lemo_kept_share"] < 0.7 for entry in runs["half"])
 
 
-def test_sft_trainer_refuses_segments_before_a_step(tmp_path):
-    trainer = sft_trainer(tmp_path, LemoConfig(mode="segments"))
+@pytest.mark.parametrize("config", [LemoConfig(mode="segments"), LemoConfig(label_weights="kept")])
+def test_sft_trainer_refuses_losses_of_lemo_before_a_step(tmp_path, config):
+    trainer = sft_trainer(tmp_path, config)
     with pytest.raises(ValueError, match="TRL makes its own"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -192,7 +196,7 @@ def test_sft_trainer_refuses_segments_before_a_step(tmp_path):
 def test_segments_refuse_weights_that_are_sharded():
     model = tiny_model()
     model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks them
-    with pytest.raises(ValueError, match='whole weights.*use mode="detach"'):
+    with pytest.raises(ValueError, match="whole weights"):
         apply_lemo(model, LemoConfig(mode="segments"))
     apply_lemo(model, HALF)
 
@@ -200,7 +204,27 @@ def test_segments_refuse_weights_that_are_sharded():
 def _tokenizer():
     from tokenizers import Tokenizer, models
 
-    return Tokenizer(models.WordLevel({str(i): i for i in range(97)}, unk_token="0"))
+    return Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+
+
+def test_a_forward_with_a_loss_of_its_own_composes_and_refuses_label_weights():
+    """As `use_liger_kernel` binds one to the model, with the fused loss, when training starts."""
+
+    def fused(self, input_ids, labels, **kwargs):
+        hidden = self.model(input_ids=input_ids).last_hidden_state
+        loss = ForCausalLMLoss(hidden @ self.lm_head.weight.T, labels, VOCAB)
+        return CausalLMOutputWithPast(loss=loss)
+
+    sample = {name: values[None] for name, values in samples(1)[0].items()}
+    wanted = loss_and_gradients(tiny_model(), sample)
+    model = tiny_model()
+    model.forward = types.MethodType(fused, model)
+    apply_lemo(model, EVERYTHING)
+    assert_same_step(loss_and_gradients(model, sample), wanted)
+    remove_lemo(model)
+    apply_lemo(model, LemoConfig(keep_ratio=0.5, block_size=4, label_weights="kept"))
+    with pytest.raises(ValueError, match=r"`label_weights` must be 'all' .*LlamaForCausalLM"):
+        model(**sample)
 
 
 def test_embeddings_stand_in_for_ids():
@@ -246,3 +270,37 @@ def test_a_head_that_the_segmented_loss_cannot_read_is_refused_before_a_step(tmp
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LemoConfig(mode="detach", keep_ratio=0.5, block_size=4, layers="all"),
+        LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all"),
+        LemoConfig(mode="segments", keep_ratio=0.5, segment_tokens=8),
+    ],
+    ids=lambda config: config.mode,
+)
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_crash_inside_a_layer_leaves_everything_as_it_was(config, part):
+    model = lora(tiny_model())
+    sample = {name: values[None] for name, values in samples(1)[0].items()}
+
+    def state():
+        return [
+            (name, type(module), module.training, id(getattr(module, "config", None)), sorted(vars(module)))
+            for name, module in model.named_modules()
+        ]
+
+    def crash(*_):
+        raise RuntimeError("out of memory")
+
+    before, wanted = state(), model(**sample).loss
+    apply_lemo(model, config)
+    hook = model.get_base_model().model.layers[1].get_submodule(part).register_forward_hook(crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**sample)
+    hook.remove()
+    remove_lemo(model)
+    assert state() == before
+    torch.testing.assert_close(model(**sample).loss, wanted)

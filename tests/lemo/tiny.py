@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lemo_trainer import LemoConfig
 from lemo_trainer.architectures import ARCHITECTURES
 
 VOCAB = 97
+MODES = ("detach", "eliminate")
 BATCHES = ("plain", "left", "right", "packed")
 
 
@@ -49,9 +51,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "serial gpt_neox": {"use_parallel_residual": False},
 }
 KINDS = (*ARCHITECTURES, "post-norm opt", "serial gpt_neox")
-# Every kind of model with one kind of batch, and two of them with every kind.
+# Every kind of model with one kind of batch, and three of them with every kind.
 CASES = [(kind, "left") for kind in KINDS]
-CASES += [(kind, name) for kind in ("llama", "gpt_neox") for name in BATCHES if name != "left"]
+CASES += [(kind, name) for kind in ("llama", "gpt_neox", "gemma3_text") for name in BATCHES if name != "left"]
 EAGER = ("gemma2", "gpt_oss")  # soft caps and sinks, which SDPA lacks
 
 
@@ -79,6 +81,11 @@ def tiny_model(
     config = AutoConfig.for_model(model_type, **{**sizes, **own})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
+
+
+def leaving_out(mode: Any = "detach", **options: Any) -> LemoConfig:
+    """A config for the tiny models: blocks of four tokens, in all layers."""
+    return LemoConfig(**{"mode": mode, "keep_ratio": 0.4, "block_size": 4, "layers": "all", **options})
 
 
 def lora(model: Any, **options: Any) -> Any:

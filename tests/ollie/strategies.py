@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from ollie_compile.expr import Affine, Input, Loop, Read, Scope, quotient, remainder
 from ollie_compile.operators import Convolution, Layout
 
 
@@ -67,3 +68,40 @@ def convolutions(draw: st.DrawFn) -> Convolution:
         transposed=transposed,
         groups=groups,
     )
+
+
+@st.composite
+def expressions(draw: st.DrawFn, depth: int = 2) -> Scope:
+    """Any small scope: products, sums and functions of reads at affine indices with divisions, nested."""
+    loops = []
+    for name in ("a", "b", "c", "k", "r")[: draw(st.integers(1, 5))]:
+        low = draw(st.integers(-2, 2))
+        loops.append(Loop(name, low, low + draw(st.integers(1, 4))))
+    cut = draw(st.integers(1, len(loops)))
+    ranges = {loop.name: (loop.low, loop.high) for loop in loops}
+    function = draw(st.sampled_from(["*", "*", "*", "+", "relu", "sigmoid"]))
+    count = 1 if function in ("relu", "sigmoid") else draw(st.integers(1, 3))
+    factors = []
+    for place in range(count):
+        inner: Input | Scope
+        if depth and draw(st.integers(0, 3)) == 0:
+            inner = draw(expressions(depth=depth - 1))
+        else:
+            shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+            inner = Input(f"{'ABC'[place]}{depth}_{'x'.join(map(str, shape))}", shape)
+        index = tuple(draw(_indices(ranges)) for _ in inner.box)
+        factors.append(Read(inner, index))
+    return Scope(tuple(loops[:cut]), tuple(loops[cut:]), tuple(factors), function)
+
+
+@st.composite
+def _indices(draw: st.DrawFn, ranges: dict[str, tuple[int, int]]) -> Affine:
+    steps = st.sampled_from([1, 1, 1, -1, 2, 3])
+    names = draw(st.lists(st.sampled_from(sorted(ranges)), max_size=3, unique=True))
+    total = Affine(const=draw(st.integers(-2, 2)))
+    for name in names:
+        total += Affine.of(name) * draw(steps)
+    kind = draw(st.sampled_from(["affine", "affine", "affine", "quotient", "remainder"]))
+    if kind == "affine":
+        return total
+    return (quotient if kind == "quotient" else remainder)(total, draw(st.integers(2, 4)), ranges)

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import plan
+from ollie_compile import plan, rules
 from ollie_compile.config import OllieConfig
 from tests.ollie.strategies import operator
 
@@ -214,6 +215,26 @@ def test_a_wrong_candidate_is_dropped_and_named(monkeypatch, always_rewrite):
     report = ollie_compile.explain(net, x, **QUICK)
     assert report.rewritten == 0
     assert "wrong: differs over the integers" in str(report)
+
+
+def test_a_users_wrong_rule_is_dropped_and_named(monkeypatch, always_rewrite):
+    def shifted(scope):
+        if scope.is_contraction:
+            moved = tuple(index + 1 for index in scope.factors[0].index)
+            yield scope.with_factor(0, replace(scope.factors[0], index=moved))
+
+    monkeypatch.setattr("ollie_compile.rules.EXPLORATIVE", {})
+    monkeypatch.setattr("ollie_compile.search.EXPLORATIVE", rules.EXPLORATIVE)
+    rules.register("shifted by one", shifted)
+    report = ollie_compile.explain(small_net().eval(), torch.randn(1, 3, 8, 8), candidates=64, **QUICK)
+    assert "first after the rules shifted by one" in str(report)
+    assert all(
+        "shifted by one" not in step.rules
+        for _, made in report.plans
+        for step in (made.winner.derivation.steps if made.winner else ())
+    )
+    with pytest.raises(ValueError, match="must have a name of its own, got 'shifted by one'"):
+        rules.register("shifted by one", shifted)
 
 
 def test_a_model_without_convolutions_is_inductors(always_rewrite):

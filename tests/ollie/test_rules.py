@@ -1,15 +1,20 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ollie_compile.expr import Affine, Input, Loop, Read, Scope, evaluate
-from ollie_compile.rules import EXPLORATIVE, RELATING, SIMPLIFYING, rewrites, simplify
+from ollie_compile.expr import Affine, Input, Loop, Read, Scope, evaluate, parse
+from ollie_compile.rules import EXPLORATIVE, RELATING, SIMPLIFYING, register, rewrites, simplify
+from ollie_compile.rules.bilinear import correlations, decompose
 from ollie_compile.rules.boundary import boundary_tightening
+from ollie_compile.rules.cook_toom import LARGEST, amplification, matrices
 from ollie_compile.rules.substitution import substitute
+from ollie_compile.search import search
 from ollie_compile.verify import check_derivation
-from tests.ollie.strategies import convolutions
+from tests.ollie.strategies import convolutions, expressions
 
 
 def v(name: str) -> Affine:
@@ -28,6 +33,25 @@ def test_random_rule_sequences_keep_the_value(operator, data):
         scope = data.draw(st.sampled_from(derived))
     assert check_derivation(original, scope, points=24) is None
     assert check_derivation(original, simplify(scope)[0], points=24) is None
+
+
+def every_rule_keeps_the_value(expression: Scope) -> None:
+    for name, rule in (EXPLORATIVE | RELATING | SIMPLIFYING).items():
+        for derived in itertools.islice(rewrites(expression, rule), 6):
+            assert check_derivation(expression, derived, points=12) is None, f"{name}: {derived}"
+
+
+@settings(max_examples=150, deadline=None)
+@given(expressions())
+def test_every_rule_keeps_the_value_of_any_expression(expression):
+    every_rule_keeps_the_value(expression)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(expressions())
+def test_every_rule_keeps_the_value_of_ten_thousand_expressions(expression):
+    every_rule_keeps_the_value(expression)
 
 
 @settings(max_examples=30, deadline=None)
@@ -87,6 +111,58 @@ def test_substitution_refuses_what_has_no_integral_inverse(expression, name):
         (Read(a, (v("h") * 2 + v("r"), v("h") + v("k"))),),
     )
     assert substitute(scope, expression, name) is None
+
+
+def test_users_register_rules():
+    def swapped_factors(scope):
+        if scope.function == "*" and len(scope.factors) == 2:
+            yield scope.over(factors=scope.factors[::-1])
+
+    register("swapped factors", swapped_factors)
+    try:
+        found = search(conv(6, 3), max_depth=1, budget_s=10.0)
+    finally:
+        del EXPLORATIVE["swapped factors"]
+    assert found.stats.duplicates > 0  # fingerprints ignore the order of factors
+
+
+def test_cook_toom_matrices_are_exact_and_bounded():
+    for tile in range(1, 7):
+        for taps in range(2, 9 - tile):
+            at, g, bt = matrices(tile, taps)  # asserts the identity
+            assert (at.shape, g.shape, bt.shape[0]) == (
+                (tile, tile + taps - 1),
+                (tile + taps - 1, taps),
+                tile + taps - 1,
+            )
+            assert amplification(tile, taps) >= 1
+    with pytest.raises(ValueError, match=r"must be in \[2, 8\], got 6 \+ 4 - 1"):
+        matrices(6, 4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(convolutions(), st.integers(2, 4))
+def test_bilinear_forms_of_any_convolution_are_exact(operator, tile):
+    """Negative steps, odd sizes, any dimension: decomposed wherever the side conditions hold."""
+    for at in correlations(operator.expression()):
+        if tile + at.tap.extent - 1 <= LARGEST:
+            derived = decompose(operator.expression(), at, tile)
+            assert check_derivation(operator.expression(), derived, points=24) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("L[h:0..8] Sum[r:0..3] A[0, h + r] * K[0, r]", "nothing else is summed"),
+        ("L[h:0..4] Sum[c:0..2, r:0..3] A[c, 2*h + r] * K[c, r]", "a stride"),
+        ("L[h:0..4] Sum[c:0..2, r:0..3] A[c, h + 2*r] * K[c, r]", "dilation"),
+        ("L[h:0..2] Sum[c:0..2, r:0..3] A[c, h + r] * K[h, r]", "the weight depends on the place"),
+        ("L[h:0..8] Sum[c:0..2, r:0..3] A[c, h + r] + K[c, r]", "a sum"),
+    ],
+)
+def test_what_is_no_correlation_is_not_decomposed(text, why):
+    scope = parse(text, {"A": Input("A", (2, 10)), "K": Input("K", (2, 3))})
+    assert correlations(scope) == [], why
 
 
 def test_a_wrong_rule_is_caught():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from .conftest import load, relative_error, token_ids
 
-NAMES = ["llama", "opt", "gpt2"]
+NAMES = ["llama", "opt", "gpt2", "mixtral"]
 
 
 @pytest.fixture(params=NAMES)

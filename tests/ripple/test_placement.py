@@ -59,7 +59,8 @@ def test_linking_puts_groups_that_fire_together_side_by_side():
     groups = random.random((400, 12)) < 0.3
     active = groups.repeat(8, axis=1)[:, (shuffle := random.permutation(96))]
     sets = np.packbits(active, axis=1)
-    order = greedy_linking(Activity(sets, 96), np.arange(96), 8)
+    activity = Activity(sets, 96)
+    order = greedy_linking(activity, np.arange(96), 8, coactivation(activity, 8))
     linked = (shuffle // 8)[order]
     assert np.count_nonzero(np.diff(linked)) == 11  # each group in one piece
     assert expected_reads(sets, order) < 0.3 * expected_reads(sets, np.arange(96))
@@ -99,7 +100,7 @@ def test_a_sample_finds_nearly_the_same_order():
     activity = Activity(sets, 300)
     whole, sampled = (coactivation(activity, 12, sample=sample) for sample in (2000, 250))
     assert whole.count.sum() * 0.97 < sampled.count.sum()
-    reads = expected_reads(sets, greedy_linking(activity, everyone, 12))
+    reads = expected_reads(sets, greedy_linking(activity, everyone, 12, sampled))
     assert reads < 0.5 * expected_reads(sets, everyone)
 
 

@@ -263,3 +263,15 @@ def test_an_error_in_the_middle_of_a_layer_leaves_no_trace(reordered):
     for _ in range(3):
         assert relative_error(model(ids).logits, reference) < 1e-6
     del held
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_device_maps(device_map, name, saved, reordered):
+    stock = AutoModelForCausalLM.from_pretrained(saved(name))
+    config = RippleConfig(dram_budget="1MiB")
+    model = AutoModelForCausalLM.from_pretrained(
+        reordered(name), quantization_config=config, device_map=device_map
+    )
+    assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5

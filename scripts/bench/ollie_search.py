@@ -1,0 +1,99 @@
+"""Derivation search: time, states and steps, with guidance and fingerprints and without (ollie_search.csv).
+
+    python scripts/bench/ollie_search.py [--depth 7] [--beam 4] [--rounds 3] [--budget-s 60]
+
+A depth is a number of explorative steps. "best" is the least number of multiplications among the lowerable
+expressions found, relative to the original. The paper's artifact (C++, its own machine) searched to depth 7
+in 7.2, 54, 101 and 0.7 s. Nothing is run: searches depend on the shapes only. "products" are steps until
+every contraction is a matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from common import Table
+
+from ollie_compile import lift, rules
+from ollie_compile.expr import Scope, scope
+from ollie_compile.matching import match_matmul
+from ollie_compile.search import SearchResult, products, search
+
+ONE = (1, 1)
+OPERATORS: dict[str, Scope] = {
+    "Conv3x3": lift.convolution((1, 64, 56, 56), (64, 64, 3, 3), stride=ONE, padding=ONE, dilation=ONE),
+    "ConvTranspose": lift.transposed_convolution(
+        (1, 256, 4, 4), (256, 128, 4, 4), stride=(2, 2), padding=ONE, output_padding=(0, 0)
+    ),
+    "Conv5x5": lift.convolution((1, 32, 56, 56), (32, 32, 5, 5), stride=ONE, padding=(2, 2), dilation=ONE),
+    "G2BMM": lift.banded_scores(8, 10000, 64, width=1000, dilation=4),
+}
+MODES = {
+    "guided, fingerprints": {},
+    "without guidance": {"guided": False},
+    "without fingerprints": {"fingerprints": False},
+    "without both": {"guided": False, "fingerprints": False},
+}
+
+
+def forget() -> None:
+    """No search profits from what an earlier one has cached."""
+    rules._is_simple.cache_clear()
+    scope._canonical.cache_clear()
+
+
+def steps_to_operators(result: SearchResult) -> float:
+    """Steps of the first candidate whose contractions are all matrix products; nan where there is none."""
+    for derivation in result.derivations:
+        contractions = [inner for inner in derivation.scope.scopes() if inner.is_contraction]
+        if contractions and all(map(match_matmul, contractions)):
+            return float(len(derivation.steps))
+    return math.nan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--depth", type=int, default=7)
+    parser.add_argument("--beam", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget-s", type=float, default=60.0)
+    arguments = parser.parse_args()
+    config = f"depth {arguments.depth}, beam {arguments.beam}, budget {arguments.budget_s:.0f} s, "
+    config += f"medians of {arguments.rounds} interleaved rounds"
+    table = Table("ollie_search", "Derivation search", config)
+    for name, expression in OPERATORS.items():
+        results: dict[str, list[SearchResult]] = {mode: [] for mode in MODES}
+        for _ in range(arguments.rounds):
+            for mode, flags in MODES.items():
+                forget()
+                results[mode].append(
+                    search(
+                        expression,
+                        max_depth=arguments.depth,
+                        budget_s=arguments.budget_s,
+                        beam=arguments.beam,
+                        **flags,
+                    )
+                )
+        for mode, found in results.items():
+            stats = found[0].stats
+            best = min((products(d.scope) for d in found[0].derivations), default=0)
+            table.add(
+                f"{name}: {mode}",
+                seconds=sorted(result.stats.seconds for result in found)[len(found) // 2],
+                states=float(stats.states),
+                met_again=float(stats.duplicates),
+                pruned=float(stats.pruned),
+                candidates=float(stats.candidates),
+                steps_to_products=steps_to_operators(found[0]),
+                best=best / products(expression),
+                complete=str(stats.complete),
+            )
+    table.finish()
+
+
+if __name__ == "__main__":
+    main()
