@@ -29,11 +29,11 @@ class LemoConfig:
             one segment of `segment_tokens` after the other, each meeting the keys and values of those before
             it as constants; `keep_ratio` is the share of the segments that carry gradient.
         selector: how blocks are ranked. "auto": "random" for segments, else "informativeness", the paper's
-            scores. "norm": length of the hidden
-            states. "random": a fresh draw. "recency": later blocks first.
+            scores. "norm": length of the hidden states. "random": a fresh draw. "recency": later first.
         shared_blocks: the first patched layer chooses for all of them (`mode="detach"` only).
-        keep_ratio: share of the tokens that a patched layer computes, above 0 and at most 1. 1 computes
-            everything, by the model's own code. Rounded to whole blocks; the report shows what was kept.
+        keep_ratio: share of the tokens that a patched layer keeps, above 0 and at most 1. 1 keeps everything,
+            by the model's own code. Rounded to whole blocks; the report shows what was kept. None is 1 for
+            segments and 0.5 otherwise.
         block_size: consecutive tokens that are kept or left out together.
         layers: the patched layers: "auto" (see `resolve_layers`), "all", or indices like "10-28" or
             "3,5,10-28", counted from 0, both ends included; a list of indices works too.
@@ -66,7 +66,7 @@ class LemoConfig:
     mode: Mode = "detach"
     selector: Selector = "auto"
     shared_blocks: bool = False
-    keep_ratio: float = 0.5
+    keep_ratio: float | None = None
     block_size: int = 64
     layers: str | tuple[int, ...] = "auto"
     sink_blocks: int = 1
@@ -96,7 +96,7 @@ class LemoConfig:
                 f'`shared_blocks` must be true or false, and false unless `mode` is "detach", '
                 f"got {self.shared_blocks!r} with {self.mode!r}."
             )
-        if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
+        if not _is_number(self.resolved_keep_ratio) or not 0 < self.resolved_keep_ratio <= 1:
             raise ValueError(f"`keep_ratio` must be above 0 and at most 1, got {self.keep_ratio!r}.")
         for name, least in (
             ("block_size", 1),
@@ -136,6 +136,13 @@ class LemoConfig:
             raise ValueError(
                 f'`selector` must be auto, random or recency with mode="segments", got {self.selector!r}.'
             )
+
+    @property
+    def resolved_keep_ratio(self) -> float:
+        """The kept share that None stands for."""
+        if self.keep_ratio is not None:
+            return self.keep_ratio
+        return 1.0 if self.mode == "segments" else 0.5
 
     @property
     def resolved_selector(self) -> Selector:

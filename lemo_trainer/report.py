@@ -52,7 +52,7 @@ class LemoReport:
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        self._keep_ratio = self.config.keep_ratio
+        self._keep_ratio = self.config.resolved_keep_ratio
         self.thresholds = self.config.layer_thresholds
         self.start_batch(None)
 
@@ -96,7 +96,7 @@ class LemoReport:
         after = step - self.config.warmup_steps
         self.active = after >= 0
         ramp = min(1.0, (after + 1) / (self.config.ramp_steps + 1))
-        self._keep_ratio = 1 - (1 - self.config.keep_ratio) * ramp
+        self._keep_ratio = 1 - (1 - self.config.resolved_keep_ratio) * ramp
 
     def start_batch(self, labels_BS: Tensor | None) -> None:
         """Forget the last training batch; `labels_BS` are those of the new one."""

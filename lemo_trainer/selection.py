@@ -44,7 +44,7 @@ class BlockPlan:
     @classmethod
     def of(cls, seq_len: int, config: LemoConfig, keep_ratio: float | None = None) -> BlockPlan:
         """The plan nearest to a kept share (that of `config` by default) that keeps all protected blocks."""
-        keep_ratio = config.keep_ratio if keep_ratio is None else keep_ratio
+        keep_ratio = config.resolved_keep_ratio if keep_ratio is None else keep_ratio
         blocks, tail = divmod(seq_len, config.block_size)
         wanted = int((keep_ratio * seq_len - tail) / config.block_size + 0.5)
         kept = max(wanted, config.sink_blocks + config.recent_blocks, 0 if tail else 1)
