@@ -24,7 +24,7 @@ from ollie_compile.convolutions import (
     match_convolution,
     output_order,
 )
-from ollie_compile.expr import ELEMENTWISE, Constant, Input, Read, Scope
+from ollie_compile.expr import ELEMENTWISE, Read, Scope
 from ollie_compile.matching import Matmul, match_matmul
 from ollie_compile.transforms import is_transform
 from ollie_compile.views import Window, is_view
@@ -142,8 +142,6 @@ def _combined(function: str, values: list[Tensor]) -> Tensor:
 def _is_eoperator(scope: Scope) -> bool:
     if is_transform(scope):
         return is_view(transforms.data(scope))
-    if any(isinstance(read.tensor, Constant) for read in scope.factors):
-        return False
     taps = math.prod(loop.extent for loop in scope.summation)
     return taps <= MAX_TAPS and all(is_view(read) for read in scope.factors)
 
@@ -169,8 +167,7 @@ class _Lowering:
 
     def _tensor(self, read: Read) -> Tensor:
         tensor = read.tensor
-        assert not isinstance(tensor, Constant), "constants are read by transforms only"
-        return self.inputs[tensor.name] if isinstance(tensor, Input) else self.scope(tensor)
+        return self.scope(tensor) if isinstance(tensor, Scope) else self.inputs[tensor.name]
 
     def _window(self, read: Read, scope: Scope) -> Window:
         return Window.of(read.index, read.tensor.box, self._tensor(read), scope.ranges)

@@ -6,6 +6,7 @@ coefficients are non-zero, and a quotient or remainder holds only what its divis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -148,6 +149,10 @@ def quotient(of: Affine, by: int, ranges: Ranges) -> Affine:
     low, high = rest.bounds(ranges)
     if low // by == high // by:
         return whole + low // by
+    shared = _shared_factor(rest, by, ranges)
+    if shared is not None:
+        factor, large, _ = shared
+        return whole + quotient(large, by // factor, ranges)
     return whole + Affine.of(Quotient(rest, by))
 
 
@@ -157,7 +162,22 @@ def remainder(of: Affine, by: int, ranges: Ranges) -> Affine:
     low, high = rest.bounds(ranges)
     if low // by == high // by:
         return rest - low // by * by
+    shared = _shared_factor(rest, by, ranges)
+    if shared is not None:
+        factor, large, small = shared
+        return remainder(large, by // factor, ranges) * factor + small
     return Affine.of(Remainder(rest, by))
+
+
+def _shared_factor(of: Affine, by: int, ranges: Ranges) -> tuple[int, Affine, Affine] | None:
+    """(g, large, small) with of = g * large + small, g > 1 a divisor of `by` and small in [0, g)."""
+    for factor in sorted({math.gcd(c, by) for _, c in of.terms} - {1}, reverse=True):
+        large = Affine(tuple((a, c // factor) for a, c in of.terms if c % factor == 0), of.const // factor)
+        small = Affine(tuple((a, c) for a, c in of.terms if c % factor), of.const % factor)
+        low, high = small.bounds(ranges)
+        if low >= 0 and high < factor < by:
+            return factor, large, small
+    return None
 
 
 def _divide(of: Affine, by: int) -> tuple[Affine, Affine]:

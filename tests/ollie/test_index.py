@@ -59,3 +59,5 @@ def test_normal_form_drops_what_ranges_decide():
     assert str(quotient(b + 7, 4, RANGES)) == "((b + 3) // 4) + 1"
     assert str(quotient(b, 2, RANGES)) == "b // 2"
     assert b - b == Affine()
+    assert quotient(b * 12 + Affine.of("c"), 36, RANGES) == quotient(b, 3, RANGES)
+    assert remainder(b * 12 + Affine.of("c"), 36, RANGES) == remainder(b, 3, RANGES) * 12 + Affine.of("c")

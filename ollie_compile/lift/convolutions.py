@@ -1,4 +1,4 @@
-"""Lifting: aten operators as expressions over their inputs."""
+"""Lifting of convolutions and banded products."""
 
 from __future__ import annotations
 
