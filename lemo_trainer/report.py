@@ -88,7 +88,7 @@ class LemoReport:
             self.logits_made = True
             logger.warning(
                 "A training batch came without `labels` (label smoothing, a loss function of your own?): all "
-                "its logits are made, and LeMo's `loss_segment` and segments save nothing."
+                "its logits are made, so that `loss_segment` saves nothing, and in one segment."
             )
 
     def at_step(self, step: int) -> None:
