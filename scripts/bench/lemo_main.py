@@ -1,10 +1,10 @@
 """LeMo's main table: fine-tuning SmolLM2 with LoRA, with and without LeMo, at 2,048 tokens.
 
-    python scripts/bench/lemo_main.py [--steps 2] [--seq-len 2048] [--keep-ratio 0.4] [--layers auto]
+    python scripts/bench/lemo_main.py [--steps 2] [--seq-len 2048] [--contenders NAME ...]
 
 Each contender runs in a process of its own (peak memory is a process's), one after the other: `--steps` steps
-of `transformers.Trainer`, the first under the FLOP counter and the saved-tensor hooks, the others timed, then
-the dense held-out loss. All see the same samples in the same order from the same initial adapter.
+of `transformers.Trainer`, the first under the counters of bytes and operations, the others timed, then the
+dense held-out loss. All see the same samples in the same order from the same initial adapter.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from lemo_trainer.recipe import checkpointing_argument, pack
 import assets  # common.py puts its folder on the path
 
 # contender: (LeMo's options or None, gradient checkpointing)
-SEGMENTED: dict[str, Any] = {"keep_ratio": 1.0}
+SEGMENTED_LOSS: dict[str, Any] = {"keep_ratio": 1.0, "selective_checkpointing": False}
+DETACH: dict[str, Any] = {"mode": "detach", "keep_ratio": 0.5, "shared_blocks": True}
 CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "LoRA": (None, False),
-    "LoRA + segmented loss": (SEGMENTED, False),
+    "LoRA + segmented loss": (SEGMENTED_LOSS, False),
     "LoRA + checkpointing": (None, True),
-    "LoRA + checkpointing + segmented loss": (SEGMENTED, True),
-    "LeMo, eliminate": ({"mode": "eliminate"}, False),
-    "LeMo, eliminate + checkpointing": ({"mode": "eliminate"}, True),
-    "LeMo, detach": ({"mode": "detach"}, False),
-    "LeMo, detach + checkpointing": ({"mode": "detach"}, True),
+    "LoRA + checkpointing + segmented loss": (SEGMENTED_LOSS, True),
+    "LeMo, segments": ({"mode": "segments"}, False),
+    "LeMo, detach": (DETACH, False),
+    "LeMo, detach + checkpointing": (DETACH, True),
+    "LeMo, eliminate": ({"mode": "eliminate", "keep_ratio": 0.5}, False),
 }
-BASELINE = "LoRA"
 
 
 class StepMeter(TrainerCallback):
@@ -62,23 +62,22 @@ class StepMeter(TrainerCallback):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.seconds: list[float] = []
-        self.saved_bytes, self.flops, self.first_loss = 0, 0, 0.0
+        self.first_loss = 0.0
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.first_step = contextlib.ExitStack()
-            saved = self.first_step.enter_context(ActivationBytes())
+            self.activations = self.first_step.enter_context(ActivationBytes())
             self.counter = self.first_step.enter_context(FlopCounter())
 
             def after_forward(module: Any, inputs: Any, output: Any) -> None:
-                self.saved_bytes, self.first_loss = saved.bytes, output.loss.item()
+                self.first_loss = output.loss.item()
 
             self.first_step.callback(self.model.register_forward_hook(after_forward).remove)
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
-            self.flops = self.counter.flops
             self.first_step.close()
         else:
             self.seconds.append(time.perf_counter() - self.start)
@@ -98,8 +97,7 @@ def run_contender(name: str, options: argparse.Namespace) -> dict[str, float]:
     lemo, checkpointing = CONTENDERS[name]
     callbacks: list[TrainerCallback] = []
     if lemo is not None:
-        config = LemoConfig(**{"keep_ratio": options.keep_ratio, "layers": options.layers, **lemo})
-        callbacks.append(LemoCallback(config))
+        callbacks.append(LemoCallback(LemoConfig(**lemo)))
     meter = StepMeter(model)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -123,15 +121,17 @@ def run_contender(name: str, options: argparse.Namespace) -> dict[str, float]:
             model, arguments, train_dataset=train, eval_dataset=held_out, callbacks=[*callbacks, meter]
         )
         # A fresh adapter changes nothing, so the loss before is one number for all.
-        before = {"held_out_loss_before": trainer.evaluate()["eval_loss"]} if name == BASELINE else {}
+        before = (
+            {"held_out_loss_before": trainer.evaluate()["eval_loss"]} if name == options.contenders[0] else {}
+        )
         trainer.train()
         peak = peak_rss_bytes()
         return {
             "first_loss": meter.first_loss,
-            "saved_activations_MB": meter.saved_bytes / 1e6,
+            "saved_activations_MB": meter.activations.saved_bytes / 1e6,
             "peak_RSS_MB": peak / 1e6,
             "seconds_a_step": statistics.median(meter.seconds),
-            "GFLOP_a_step": meter.flops / 1e9,
+            "GFLOP_a_step": meter.counter.flops / 1e9,
             **before,
             "held_out_loss_after": trainer.evaluate()["eval_loss"],
         }
@@ -148,8 +148,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--held-out", type=int, default=1, help="held-out samples of the loss")
-    parser.add_argument("--keep-ratio", type=float, default=0.4)
-    parser.add_argument("--layers", default="auto")
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
@@ -164,8 +163,8 @@ def main() -> None:
         metrics: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
         return metrics
 
-    results = {name: measure(name) for name in tqdm(CONTENDERS, desc="lemo_main", unit="contender")}
-    before = results[BASELINE].pop("held_out_loss_before")
+    results = {name: measure(name) for name in tqdm(options.contenders, desc="lemo_main", unit="contender")}
+    before = results[options.contenders[0]].pop("held_out_loss_before")
     dense = {name: metrics.pop("first_loss") for name, metrics in results.items()}
     dense = {name: loss for name, loss in dense.items() if name.startswith("LoRA")}
     if max(dense.values()) - min(dense.values()) > 1e-4:
@@ -174,9 +173,9 @@ def main() -> None:
         "lemo_main",
         "LeMo: fine-tuning SmolLM2-135M with LoRA",
         f"float32, {options.seq_len} tokens, batch 1, {torch.get_num_threads()} threads; LoRA r 8 on all "
-        f"linear layers, lr 1e-3, {options.steps} steps; LeMo keeps {options.keep_ratio:.0%} in layers "
-        f"{options.layers}; held-out loss is dense, over {options.held_out * options.seq_len} tokens; freed "
-        f"blocks of 1 MiB or more go back to the system at once",
+        f"linear layers, lr 1e-3, {options.steps} steps; detach and eliminate keep 50%, segments are of 512 "
+        f"tokens; held-out loss is dense, over {options.held_out * options.seq_len} tokens; freed blocks of "
+        f"1 MiB or more go back to the system at once",
     )
     for name, metrics in results.items():
         after = metrics.pop("held_out_loss_after")
