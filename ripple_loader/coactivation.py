@@ -94,7 +94,7 @@ def coactivation(
     sample = sampled_tokens(T, M) if sample is None else min(sample, T)
     partners = min(partners, M - 1)
     wanted = partners if sample == T else min(_CANDIDATES * partners, M - 1)
-    if not wanted or not T:
+    if wanted < 1 or not T:
         nothing = np.empty(0, np.int64)
         return CoActivation(nothing, nothing, nothing)
     chosen = activity.sets[np.arange(sample) * T // sample]

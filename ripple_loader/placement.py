@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ripple_loader.coactivation import Activity, CoActivation, Indices, coactivation
 from ripple_loader.config import ReorderConfig
@@ -22,6 +23,7 @@ from ripple_loader.trace import BitSets, unpack
 from ripple_loader.two_opt import two_opt
 
 _TOKENS_AT_ONCE = 1024
+_LEAST_FOR_LOBPCG, _LOBPCG_ROUNDS = 6, 60
 
 Order = npt.NDArray[np.int64]
 """A permutation of one layer's neurons, shape (N,): the model's own index of the neuron at each place."""
@@ -97,22 +99,20 @@ def spectral_order(graph: CoActivation, members: Order) -> Order:
 
     Neurons without partners come last, in the model's own order.
     """
-    from scipy.sparse import coo_array, diags_array  # type: ignore[import-untyped]
-    from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
-
     first, second = np.searchsorted(members, graph.first), np.searchsorted(members, graph.second)
-    count, size = graph.count.astype(float), len(members)
-    weights = coo_array((count, (first, second)), shape=(size, size)).tocsr()
-    weights = weights + weights.T
-    degree = weights.sum(1)
+    ends, count = np.concatenate([[first, second], [second, first]], axis=1), np.tile(graph.count, 2)
+    degree = np.bincount(ends[0], weights=count, minlength=len(members))
     linked = np.flatnonzero(degree)
-    if len(linked) < 3:
+    if len(linked) < _LEAST_FOR_LOBPCG:
         return members
+    number = np.searchsorted(linked, ends)
     scale = 1 / np.sqrt(degree[linked])
-    normalised = diags_array(scale) @ weights[linked][:, linked] @ diags_array(scale)
-    start = np.random.default_rng(0).random(len(linked))
-    _, vectors = eigsh(normalised, k=2, which="LA", v0=start, tol=1e-3, maxiter=len(linked) * 10)
-    fiedler = vectors[:, 0] * scale
+    weights = torch.from_numpy(count * scale[number[0]] * scale[number[1]])
+    size = (len(linked), len(linked))
+    normalised = torch.sparse_coo_tensor(torch.from_numpy(number), weights, size, check_invariants=True)
+    start = np.stack([1 / scale, np.random.default_rng(0).standard_normal(len(linked))], axis=1)
+    _, vectors = torch.lobpcg(normalised.coalesce(), X=torch.from_numpy(start), niter=_LOBPCG_ROUNDS)
+    fiedler = vectors[:, 1].numpy() * scale
     alone = np.flatnonzero(degree == 0)
     return members[np.concatenate([linked[np.argsort(fiedler, kind="stable")], alone])]
 

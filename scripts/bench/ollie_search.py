@@ -80,7 +80,7 @@ def main() -> None:
                 )
         for mode, found in results.items():
             stats = found[0].stats
-            best = min((products(d.scope) for d in found[0].derivations), default=0)
+            best = min((float(products(d.scope)) for d in found[0].derivations), default=math.nan)
             table.add(
                 f"{name}: {mode}",
                 seconds=sorted(result.stats.seconds for result in found)[len(found) // 2],

@@ -3,7 +3,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ripple_loader import ReorderConfig
@@ -19,6 +19,8 @@ SETS = st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 1 << 30)
 
 @settings(max_examples=60)
 @given(SETS, st.sampled_from(get_args(Placement)), st.integers(1, 50), st.sampled_from([0.3, 1.0]))
+@example(np.array([[False], [True]]), "linked", 1, 0.3)
+@example(np.ones((3, 9), bool), "spectral", 2, 0.3)
 def test_every_placement_is_a_permutation_with_the_hot_neurons_first(active, placement, partners, hot_above):
     neurons = active.shape[1]
     config = ReorderConfig(placement=placement, partners=partners, hot_above=hot_above)
