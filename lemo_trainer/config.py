@@ -119,6 +119,12 @@ class LemoConfig:
         if self.mode == "segments":
             self._check_segments()
         object.__setattr__(self, "thresholds", _write_thresholds(_parse_thresholds(self.thresholds)))
+        for name in ("shared_blocks", "ramp_steps"):
+            if self.thresholds and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be left out with `thresholds`, which say what each layer keeps, "
+                    f"got {getattr(self, name)!r}."
+                )
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers != "auto" and self.layers != "all":

@@ -25,7 +25,7 @@ from lemo_trainer.elimination import EliminatingLayer
 from lemo_trainer.head import check_head, forward_with_segmented_loss
 from lemo_trainer.probe import CACHES, Wiring, find_wiring, layer_arguments, split_arguments
 from lemo_trainer.report import LemoReport
-from lemo_trainer.segments import SegmentCache, check_segments, forward_in_segments
+from lemo_trainer.segments import SegmentCache, check_batch, check_segments, forward_in_segments
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,15 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         patched = _leaving_out(wiring, config, parts.layers[chosen[0]])
     if config.loss_segment:
         check_head(parts)
-    for index, layer in enumerate(parts.layers):
-        leaves_out = patched is not None and index in report.patched_layers
-        if leaves_out or config.selective_checkpointing or config.mode == "segments":
-            _patch_layer(index, layer, patched if leaves_out else None, report)
-    _patch_causal_lm(parts, report)
+    try:
+        for index, layer in enumerate(parts.layers):
+            leaves_out = patched is not None and index in report.patched_layers
+            if leaves_out or config.selective_checkpointing or config.mode == "segments":
+                _patch_layer(index, layer, patched if leaves_out else None, report)
+        _patch_causal_lm(parts, report)
+    except BaseException:
+        _undo(report)
+        raise
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return report
 
@@ -93,7 +97,12 @@ def _leaving_out(wiring: Wiring, config: LemoConfig, first: nn.Module) -> Elimin
 def remove_lemo(model: nn.Module) -> None:
     """Give every patched part of `model` its own class and `forward` back; an unpatched model stays so."""
     report = getattr(unwrap(model), "_lemo", None)
-    while report is not None and report.undo:
+    if report is not None:
+        _undo(report)
+
+
+def _undo(report: LemoReport) -> None:
+    while report.undo:
         report.undo.pop()()
 
 
@@ -178,10 +187,12 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
                 'log-probabilities of all tokens; use mode="detach" and label_weights="all", or '
                 "transformers' Trainer."
             )
-        if report.config.mode == "segments" and report.active:
-            return forward_in_segments(
-                parts, with_loss, arguments, report.config.segment_tokens, report.choose_segments
-            )
+        if report.config.mode == "segments":
+            check_batch(parts, arguments)  # in the warm-up too, so that nothing is refused after it
+            if report.active:
+                return forward_in_segments(
+                    parts, with_loss, arguments, report.config.segment_tokens, report.choose_segments
+                )
         return with_loss(arguments)
 
     def with_loss(arguments: inspect.BoundArguments) -> Any:
@@ -198,7 +209,8 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
     @functools.partial(torch.compiler.disable, recursive=False)
     @functools.wraps(forward)
     def lemo_forward(*args: Any, **kwargs: Any) -> Any:
-        run = train if model.training and hasattr(model, "_lemo") else forward
+        # One that an earlier apply_lemo left inside somebody's wrapper hands every call on.
+        run = train if model.training and getattr(model, "_lemo", None) is report else forward
         return run(*args, **kwargs)
 
     model.forward = lemo_forward

@@ -103,14 +103,11 @@ def forward_in_segments(
         forward: the training forward of the causal LM on bound arguments.
         arguments: those of the whole sample.
         choose: which segments of so many tokens carry gradient.
-
-    Raises:
-        ValueError: an argument that cannot be cut into segments (see `_check`).
     """
     given = arguments.arguments
     extra = given.setdefault("kwargs", {})
     labels = given["labels"]
-    _check(given, labels)
+    return_tuple = extra.pop("return_dict", True) is False
     shift_labels = extra.pop("shift_labels", None)
     if shift_labels is None:
         shift_labels = shift(labels)
@@ -143,7 +140,8 @@ def forward_in_segments(
 
     trained = [p for p in parts.model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     loss = _InSegments.apply(run, *trained)
-    return type(outputs[0])(loss=loss)
+    output = type(outputs[0])(loss=loss)
+    return output.to_tuple() if return_tuple else output
 
 
 def _sum(old: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -164,7 +162,10 @@ def _segment(arguments: inspect.BoundArguments, start: int, stop: int) -> inspec
     return segment
 
 
-def _check(given: dict[str, Any], labels: Tensor) -> None:
+def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
+    """Raise ValueError unless the arguments of a training forward can be cut into segments."""
+    given = arguments.arguments
+    labels = given["labels"]
     mask, positions, embeddings = (given.get(n) for n in ("attention_mask", "position_ids", "inputs_embeds"))
     whole = given["input_ids"] if embeddings is None else embeddings
     if labels.shape != whole.shape[:2]:
@@ -179,6 +180,12 @@ def _check(given: dict[str, Any], labels: Tensor) -> None:
         raise ValueError(
             'mode="segments" does not know packed documents (`position_ids` that start anew); '
             'use mode="detach", or pad instead of packing.'
+        )
+    routers = {**given.get("kwargs", {}), **given}.get("output_router_logits")
+    if getattr(parts.model.config, "output_router_logits", False) if routers is None else routers:
+        raise ValueError(
+            'mode="segments" has no balancing loss of the experts, which is that of a whole sample, got '
+            'output_router_logits=True; set it to False, or use mode="detach".'
         )
     if embeddings is not None and embeddings.requires_grad:
         raise ValueError(

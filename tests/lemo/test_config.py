@@ -127,3 +127,9 @@ def test_the_config_is_frozen():
 def test_eliminating_layers_choose_for_themselves():
     with pytest.raises(ValueError, match=r"`shared_blocks` must be .*'eliminate'"):
         LemoConfig(mode="eliminate", shared_blocks=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("shared_blocks", True), ("ramp_steps", 5)])
+def test_thresholds_leave_no_room_for_a_kept_share(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be left out with `thresholds`.*got {value}"):
+        LemoConfig(thresholds="3:0.8", **{name: value})

@@ -157,6 +157,32 @@ def test_after_removal_a_wrapper_around_the_patch_runs_dense():
     assert model(**inputs).logits is not None
 
 
+@pytest.mark.parametrize("mode", ["detach", "segments"])
+def test_a_wrapper_around_an_earlier_patch_leaves_the_next_one_alone(mode):
+    model, inputs = tiny_model(), batch("plain")
+    config = LemoConfig(mode=mode, keep_ratio=1.0, block_size=4, loss_segment=16)
+    old = apply_lemo(model, config)
+    wanted = loss_and_gradients(model, inputs)
+    patched = model.forward
+    model.forward = lambda *args, **kwargs: patched(*args, **kwargs)
+    remove_lemo(model)
+    old.seq_len = 0
+    apply_lemo(model, config)
+    assert_same_step(loss_and_gradients(model, inputs), wanted)
+    assert (old.seq_len, old.logits_made) == (0, False)
+
+
+def test_a_failure_while_patching_leaves_the_model_unpatched(monkeypatch):
+    model, inputs = tiny_model(), batch("plain")
+    before, wanted = snapshot(model), loss_and_gradients(model, inputs)
+    monkeypatch.setattr(inspect, "signature", lambda function: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        apply_lemo(model, CONFIG)
+    monkeypatch.undo()
+    assert snapshot(model) == before
+    assert_same_step(loss_and_gradients(model, inputs), wanted)
+
+
 def test_a_crash_inside_leaves_the_model_restorable():
     model = tiny_model()
     inputs = batch("plain")

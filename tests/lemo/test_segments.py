@@ -151,6 +151,43 @@ def test_what_cannot_be_cut_is_refused(change, message):
         model(**{**batch("plain"), **change})
 
 
+def test_what_cannot_be_cut_is_refused_in_the_warm_up_already():
+    model = tiny_model()
+    apply_lemo(model, dataclasses.replace(CONFIG, warmup_steps=10)).at_step(0)
+    with pytest.raises(ValueError, match="packed documents"):
+        model(**batch("packed"))
+
+
+def test_a_balancing_loss_of_experts_is_refused():
+    model = tiny_model("mixtral", output_router_logits=True)
+    apply_lemo(model, CONFIG)
+    with pytest.raises(ValueError, match="output_router_logits"):
+        model(**batch("left"))
+    model.config.output_router_logits = False
+    with pytest.raises(ValueError, match="output_router_logits"):
+        model(**batch("left"), output_router_logits=True)
+
+
+def test_a_tuple_is_returned_where_one_is_asked_for():
+    model, inputs = tiny_model(), batch("plain")
+    apply_lemo(model, CONFIG)
+    (loss,) = model(**inputs, return_dict=False)
+    assert loss == model(**inputs).loss
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_segments_of_padding_alone_change_nothing(implementation):
+    model, inputs = tiny_model(implementation=implementation), batch("left")
+    inputs["attention_mask"][:, :20] = 0
+    inputs["labels"][:, :21] = -100
+    with torch.no_grad():
+        wanted = model(**inputs).loss
+    apply_lemo(model, dataclasses.replace(CONFIG, segment_tokens=8))
+    loss, gradients = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 def test_float16_autocast_is_refused():
     model = tiny_model()
     apply_lemo(model, CONFIG)
