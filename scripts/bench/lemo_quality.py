@@ -24,10 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.recipe import pack
+from lemo_trainer.thresholds import search_thresholds
 
 # isort: split
 import assets  # common.py puts its folder on the path
 
+SEARCHED = "searched"  # stands for what `search_thresholds` finds on other held-out text
 SEGMENTS = {"mode": "segments", "segment_tokens": 128, "selector": "random"}
 DETACH = {"mode": "detach", "keep_ratio": 0.5}
 SHARED = {**DETACH, "shared_blocks": True}
@@ -48,6 +50,7 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "eliminate, informativeness, 50%": ELIMINATE,
     "eliminate, random, 50%": {**ELIMINATE, "selector": "random"},
     "eliminate, informativeness, 50%, labels by kept share": {**ELIMINATE, "label_weights": "share"},
+    "eliminate, thresholds searched for +0.05": {"mode": "eliminate", "thresholds": SEARCHED},
 }
 
 
@@ -78,6 +81,17 @@ def train(config: LemoConfig, samples: list[dict[str, list[int]]], lr: float, se
     return model, activations.saved_bytes / 1e6
 
 
+def searched_thresholds(samples: list[dict[str, list[int]]]) -> str:
+    """The thresholds of elimination in all layers that cost 0.05 nats together, before any training."""
+    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.bfloat16)
+    config = LemoConfig(mode="eliminate", layers="all")
+    found = search_thresholds(model, [batch(sample) for sample in samples], config, max_increase=0.05)
+    tqdm.write(f"thresholds {found.thresholds}: held-out loss {found.dense_loss:.4f} -> {found.loss:.4f}")
+    for row in found.layers:
+        tqdm.write(str(row))
+    return LemoConfig(mode="eliminate", thresholds=found.thresholds).thresholds  # type: ignore[arg-type]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,13 +108,16 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
     text = pack(assets.texts("train"), tokenizer, options.seq_len)
-    held_out = pack(assets.texts("held_out"), tokenizer, options.seq_len)[: options.held_out]
+    held_out = pack(assets.texts("held_out"), tokenizer, options.seq_len)
+    held_out, for_search = held_out[: options.held_out], held_out[options.held_out :][:2]
     losses: dict[str, list[float]] = {name: [] for name in options.contenders}
     saved: dict[str, float] = {}
     runs = [(seed, name) for seed in range(options.seeds) for name in options.contenders]
     for seed, name in tqdm(runs, desc="lemo_quality", unit="run"):
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))[: options.steps]
         lemo = CONTENDERS[name]
+        if lemo and lemo.get("thresholds") == SEARCHED:
+            lemo["thresholds"] = searched_thresholds(for_search)
         samples = [] if lemo is None else [text[i] for i in order.tolist()]
         config = LemoConfig(**(lemo or {}))
         model, saved[name] = train(config, samples, options.lr, seed)
