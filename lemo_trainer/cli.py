@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -136,6 +137,7 @@ def _inspect(name: str, seq_len: int, config: LemoConfig) -> None:
     from lemo_trainer.recipe import check_model
     from lemo_trainer.selection import BlockPlan
 
+    _check_least("seq_len", seq_len, 1)
     check_model(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
@@ -173,7 +175,7 @@ def plan(
 ) -> None:
     """Predict memory and time of a training step: dense, checkpointed, with LeMo and with both.
 
-    Runs steps of models with one to four layers of the same shapes. Memory is that of tensors, weights and
+    Runs steps of models with one to five layers of the same shapes. Memory is that of tensors, weights and
     optimizer included.
 
     Examples:
@@ -236,6 +238,11 @@ def _plan(
     Console().print(table)
 
 
+def _check_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"`{option}` must be at least {least}, got {value}.")
+
+
 def _bytes(text: str) -> float:
     """ "12GiB" as a number of bytes."""
     units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -292,6 +299,10 @@ def _search_thresholds(
     from lemo_trainer.recipe import check_model, pack, read_texts
     from lemo_trainer.thresholds import search_thresholds as search
 
+    for option, value, least in (("seq_len", seq_len, 2), ("samples", samples, 1), ("rounds", rounds, 0)):
+        _check_least(option, value, least)
+    if not Path(output).absolute().parent.is_dir():
+        raise ValueError(f"`output` must lie in a folder that exists, got {output!r}.")
     check_model(name)
     texts = read_texts(data)
     blocks = pack(texts, AutoTokenizer.from_pretrained(name), seq_len)[:samples]

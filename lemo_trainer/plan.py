@@ -1,6 +1,6 @@
 """What a training step will cost, before the model is loaded: `lemo plan`.
 
-The step itself runs, forward, backward and optimizer, on models of the same shapes with one to four layers
+The step itself runs, forward, backward and optimizer, on models of the same shapes with one to five layers
 and random weights. Bytes, operations and seconds of the whole model follow from those on a line,
 
     cost = fixed + dense layers * cost of a dense layer + patched layers * cost of a patched layer
@@ -54,6 +54,9 @@ class Setup:
         lora: fields of `peft.LoraConfig`; None trains all weights.
         dtype: of the weights.
         device: where the short models run.
+
+    Raises:
+        ValueError: `seq_len` below 2 or `batch_size` below 1.
     """
 
     model_config: Any
@@ -63,33 +66,58 @@ class Setup:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+
 
 def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repeats: int = 2) -> StepCost:
     """The cost of a step with LeMo (None: without), with or without gradient checkpointing.
 
+    Where segments are drawn at random, the last ones, which cost most, stand for them.
+
     Args:
-        repeats: timed steps of each short model, of which the fastest counts.
+        repeats: timed steps of each short model, of which the fastest counts; 0 gives 0 seconds.
+
+    Raises:
+        ValueError: `lemo` has thresholds, or the model has fewer positions than `setup.seq_len`.
     """
+    if lemo is not None and lemo.thresholds:
+        raise ValueError(
+            "What `thresholds` keep depends on weights and text, which a prediction has not; give `layers` "
+            f"and `keep_ratio` instead, got thresholds {lemo.thresholds!r}."
+        )
     total = setup.model_config.num_hidden_layers
-    by_layer = lemo is not None and lemo.mode != "segments"
-    patched = len(lemo.resolve_layers(total)) if lemo is not None and by_layer else 0
+    if lemo is not None and lemo.mode == "segments":
+        lemo = dataclasses.replace(lemo, selector="recency")
+    chosen = lemo.resolve_layers(total) if lemo is not None and lemo.mode != "segments" else ()
+    patched = len(chosen)
 
-    def measure(dense: int, patched: int) -> StepCost:
-        layers = tuple(range(dense, dense + patched))
+    def measure(layers: int, patched: tuple[int, ...]) -> StepCost:
         short = lemo
-        if lemo is not None and by_layer:
+        if lemo is not None and chosen:
             # A model without patched layers still has LeMo's loss and its selective checkpointing.
-            short = dataclasses.replace(lemo, thresholds="", layers=layers or (0,))
-            short = short if layers else dataclasses.replace(short, keep_ratio=1.0)
-        return _measure(setup, dense + patched, short, checkpointing, repeats)
+            short = dataclasses.replace(lemo, layers=patched or (0,))
+            short = short if patched else dataclasses.replace(short, keep_ratio=1.0)
+        return _measure(setup, layers, short, checkpointing, repeats)
 
-    at_one, at_four = measure(1, 0), measure(4, 0)
-    with_patched = measure(1, 3) if patched else at_four
+    if patched == total:
+        one, four = measure(1, (0,)), measure(4, (0, 1, 2, 3))
+        weighted = [(one, 1 - (total - 1) / 3), (four, (total - 1) / 3)]
+    else:
+        # The ends are as in the model: they decide what else is saved, and how high the peak rises above it.
+        first = 0 if 0 in chosen else 1
+        beside = max(1, first + (total - 1 not in chosen))  # dense layers of the mixed model
+        dense = total - 1 - patched - (beside - 1) * patched / 3
+        one, four = measure(1, ()), measure(4, ())
+        weighted = [(one, 1 - (patched + dense) / 3), (four, dense / 3)]
+        if patched:
+            mixed = measure(3 + beside, tuple(range(first, first + 3)))
+            weighted.append((mixed, patched / 3))
 
     def cost(name: str) -> float:
-        fixed, dense, mixed = (getattr(at, name) for at in (at_one, at_four, with_patched))
-        a_dense, a_patched = (dense - fixed) / 3, (mixed - fixed) / 3
-        return float(fixed + (total - patched - 1) * a_dense + patched * a_patched)
+        return float(sum(weight * getattr(step, name) for step, weight in weighted))
 
     step = StepCost(*(cost(field.name) for field in dataclasses.fields(StepCost)))
     return dataclasses.replace(step, peak_bytes=step.peak_bytes + _state_bytes(setup, total))
@@ -103,15 +131,20 @@ def fit(
     memory: float | None = None,
     flops_share: float | None = None,
 ) -> LemoConfig:
-    """`lemo` with what makes a step fit: the largest `segment_tokens`, or in other modes the `keep_ratio`.
+    """`lemo` with what makes a step fit, by prediction.
+
+    To fit memory in `mode="segments"` that is `segment_tokens`, halved until it fits; else it is a
+    `keep_ratio` of at least 0.1.
 
     Args:
-        memory: bytes that `peak_bytes` must stay within.
+        memory: bytes that `peak_bytes` must stay within; give this or `flops_share`.
         flops_share: share of the operations of the dense step with the same checkpointing.
 
     Raises:
-        ValueError: there is no such value.
+        ValueError: there is no such value, or not one limit is given.
     """
+    if (memory is None) == (flops_share is None):
+        raise ValueError(f"Give one of `memory` and `flops_share`, got {memory} and {flops_share}.")
     if memory is not None and lemo.mode == "segments":
         tokens = min(lemo.segment_tokens, setup.seq_len)
         while tokens >= 32:
@@ -126,30 +159,35 @@ def fit(
         assert flops_share is not None
         dense = predict(setup, None, checkpointing=checkpointing, repeats=0)
         limit, name = flops_share * dense.flops, "flops"
-    low, high = 0.1, 1.0
 
     def cost(keep_ratio: float) -> float:
         tried = dataclasses.replace(lemo, keep_ratio=keep_ratio)
         return float(getattr(predict(setup, tried, checkpointing=checkpointing, repeats=0), name))
 
+    if cost(1.0) <= limit:
+        return dataclasses.replace(lemo, keep_ratio=1.0)
+    low, high = 0.1, 0.9  # at 1 the model's own code runs, which may cost less
     least, most = cost(low), cost(high)
     if least > limit:
         raise ValueError(
             f"Keeping a tenth of the tokens still takes {least:.3g} {name}, more than {limit:.3g}: take "
             "checkpointing, shorter samples or a smaller batch."
         )
-    share = 1.0 if most <= limit else low + (high - low) * (limit - least) / (most - least)
-    return dataclasses.replace(lemo, keep_ratio=int(share * 100) / 100)
+    share = high if most <= limit else low + (high - low) * (limit - least) / (most - least)
+    share = int(share * 100) / 100
+    while share > low and cost(share) > limit:  # whole blocks make steps of the line
+        share = max(low, round(share - 0.05, 2))
+    return dataclasses.replace(lemo, keep_ratio=share)
 
 
 def _short_config(config: Any, layers: int) -> Any:
-    """`config` with so many layers, and the lists that say something of each layer cut accordingly."""
+    """`config` with so many layers; lists that say something of each layer are cut, or begin anew."""
     config = copy.deepcopy(config)
     total = config.num_hidden_layers
     config.num_hidden_layers = layers
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == total:
-            setattr(config, name, value[:layers])
+            setattr(config, name, [value[index % total] for index in range(layers)])
     return config
 
 
@@ -194,8 +232,14 @@ def _measure(
 
     for parameter in optimizer.param_groups[0]["params"]:  # so that the step makes none of its own
         parameter.grad = torch.zeros_like(parameter)
-    with ActivationBytes() as activations, FlopCounter() as counter:
-        step()
+    try:
+        with ActivationBytes() as activations, FlopCounter() as counter:
+            step()
+    except IndexError as error:
+        raise ValueError(
+            f"`seq_len` must be within the model's positions, "
+            f"{getattr(setup.model_config, 'max_position_embeddings', 'unknown')}, got {setup.seq_len}."
+        ) from error
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

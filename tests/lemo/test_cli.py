@@ -127,6 +127,22 @@ def test_help_has_examples():
         assert f"lemo {command} " in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seq-len", "0"], "`seq_len` must be at least 2, got 0"),
+        (["--batch-size", "0"], "`batch_size` must be at least 1, got 0"),
+        (["--dtype", "int8"], "`dtype` must be float32, bfloat16 or float16, got 'int8'"),
+        (["--fit-memory", "lots"], "`fit_memory` must be like"),
+        (["--fit-memory", "1GiB", "--fit-flops", "0.5"], "not both"),
+    ],
+)
+def test_plan_names_what_is_wrong(options, message):
+    result = CliRunner().invoke(app, ["plan", str(MODEL), *options])
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("command", ["train", "inspect"])
 def test_every_field_of_the_config_is_an_option(command):
     from typer.main import get_command

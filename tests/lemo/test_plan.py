@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lemo_trainer import LemoConfig, apply_lemo
+from lemo_trainer.measure import ActivationBytes, FlopCounter
+from lemo_trainer.plan import Setup, StepCost, fit, predict
+
+from .tiny import checkpointing, lora, tiny_model
+
+# peft 0.21 still reads transformers' old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+LAYERS, SEQ_LEN = 6, 96
+LORA = {"r": 2, "target_modules": "all-linear"}
+LEMOS = {
+    "none": None,
+    "segments": LemoConfig(mode="segments", segment_tokens=32),
+    "detach": LemoConfig(mode="detach", keep_ratio=0.4, block_size=8),
+    "detach in all layers": LemoConfig(mode="detach", keep_ratio=0.4, block_size=8, layers="all"),
+    "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.4, block_size=8),
+}
+
+
+def setup_of(model_type="llama", *, seq_len=SEQ_LEN, layers=LAYERS, lora=LORA, **options):
+    config = tiny_model(model_type, layers=layers, **options).config
+    return Setup(model_config=config, seq_len=seq_len, lora=lora)
+
+
+def measured(lemo, recomputing, *, with_lora=True):
+    """Saved bytes, peak above the weights, and FLOPs of a step of the whole model."""
+    model = tiny_model(layers=LAYERS)
+    base = model
+    if with_lora:
+        model = lora(model)
+    if recomputing:
+        checkpointing(base, reentrant=False)
+    if lemo is not None:
+        apply_lemo(model, lemo)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.randint(97, (1, SEQ_LEN))
+    with ActivationBytes() as activations, FlopCounter() as counter:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    states = sum(p.nbytes for p in model.parameters()) + 3 * sum(p.nbytes for p in trained)
+    return StepCost(activations.saved_bytes, activations.peak_bytes + states, counter.flops, 0.0)
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+@pytest.mark.parametrize("name", LEMOS)
+def test_a_prediction_is_what_is_measured(name, recomputing):
+    got = predict(setup_of(), LEMOS[name], checkpointing=recomputing, repeats=0)
+    wanted = measured(LEMOS[name], recomputing)
+    assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(wanted), rel=0.02)
+
+
+def test_a_prediction_of_full_fine_tuning_has_gradients_and_optimizer_states():
+    got = predict(setup_of(lora=None), LEMOS["detach"], checkpointing=False, repeats=0)
+    wanted = measured(LEMOS["detach"], False, with_lora=False)
+    assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(wanted), rel=0.02)
+
+
+def test_time_is_measured_on_request():
+    assert predict(setup_of(seq_len=8), None, checkpointing=False, repeats=1).seconds > 0
+
+
+def test_segments_that_are_drawn_are_predicted_without_chance():
+    lemo = dataclasses.replace(LEMOS["segments"], keep_ratio=0.4)
+    costs = [predict(setup_of(), lemo, checkpointing=False, repeats=0) for _ in range(3)]
+    assert costs[0] == costs[1] == costs[2]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("gpt2", {}),
+        ("opt", {}),
+        ("mixtral", {}),
+        ("gemma3_text", {"layers": 2, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("llama", {"layers": 1}),
+    ],
+)
+def test_other_architectures_and_small_models(model_type, options):
+    setup = setup_of(model_type, seq_len=32, lora=None, **options)
+    lemo = LemoConfig(keep_ratio=0.4, block_size=4, layers="all")
+    dense, sparse = (predict(setup, each, checkpointing=False, repeats=0) for each in (None, lemo))
+    assert 0 < sparse.saved_bytes < dense.saved_bytes
+
+
+@pytest.mark.parametrize("mode", ["detach", "eliminate"])
+def test_a_kept_share_that_fits_the_memory(mode):
+    lemo = LemoConfig(mode=mode, block_size=8, layers="all")
+    costs = [
+        predict(setup_of(), dataclasses.replace(lemo, keep_ratio=share), checkpointing=False, repeats=0)
+        for share in (0.1, 1.0)
+    ]
+    memory = 0.5 * (costs[0].peak_bytes + costs[1].peak_bytes)
+    fitting = fit(setup_of(), lemo, checkpointing=False, memory=memory)
+    assert 0.1 < fitting.keep_ratio < 1
+    assert measured(fitting, False).peak_bytes <= 1.02 * memory
+    assert fit(setup_of(), lemo, checkpointing=False, memory=math.inf).keep_ratio == 1.0
