@@ -17,6 +17,7 @@ from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.patch import apply_lemo, remove_lemo
 from lemo_trainer.report import LemoReport
+from lemo_trainer.segments import FLOAT16
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class LemoCallback(TrainerCallback):
         _come_first(self)  # one that was added after the Trainer was made saw no `on_init_end`
         if self.report is not None:  # the last train() was interrupted
             self._restore(kwargs["model"])
+        if args.fp16 and self.config.mode == "segments":
+            raise ValueError(FLOAT16)
         self.report = apply_lemo(kwargs["model"], self.config)
         if args.torch_compile:
             logger.warning("`torch_compile` compiles evaluation only: LeMo's training steps run eagerly.")

@@ -138,6 +138,7 @@ class DetachingLayer:
                 rest = project(x_BRD, take_arguments(positions, rest_BR))
             else:
                 rest = everything.take(rest_BR)
+            del everything
 
         def attention_update(x_BTD: Tensor, index_BT: Tensor, lemo_attend: Callable[..., Tensor]) -> Tensor:
             with attention_function(attention, _KEPT):

@@ -28,6 +28,10 @@ from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness import without_dropout
 from lemo_trainer.loss import IGNORE_INDEX, shift
 
+FLOAT16 = (
+    'mode="segments" makes its gradients before a loss scaler can scale them: train in bfloat16 or float32, '
+    'or use mode="detach".'
+)
 Forward = Callable[[inspect.BoundArguments], Any]
 
 
@@ -195,15 +199,19 @@ def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
     if torch.is_autocast_enabled(labels.device.type) and (
         torch.get_autocast_dtype(labels.device.type) == torch.float16
     ):
-        raise ValueError(
-            'mode="segments" makes its gradients before a loss scaler can scale them: train in bfloat16 or '
-            'float32, or use mode="detach".'
-        )
+        raise ValueError(FLOAT16)
 
 
 def check_segments(parts: CausalLM) -> None:
-    """Raise ValueError unless two segments give the hidden states of one piece, and the weights are whole."""
+    """Raise ValueError unless two segments give the hidden states and the loss of one, from whole weights."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
     model = parts.model
+    if model.loss_function is not ForCausalLMLoss:
+        raise ValueError(
+            f'mode="segments" needs transformers\' ForCausalLMLoss, whose parts add up, and '
+            f'{type(model).__name__} has a loss of its own; use mode="detach".'
+        )
     if not all(weight.is_meta or is_whole(weight) for weight in model.parameters()):
         raise ValueError(
             'mode="segments" takes gradients with respect to whole weights, and these are sharded (FSDP, '

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lemo_trainer.architectures import find_causal_lm
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.patch import apply_lemo, remove_lemo
 
@@ -86,10 +87,10 @@ def search_thresholds(
     if config.mode != "eliminate":
         raise ValueError(f'Thresholds are searched for `mode="eliminate"`, got {config.mode!r}.')
     batches = list(batches)
-    training = model.training
     report = apply_lemo(model, dataclasses.replace(config, keep_ratio=0.5, warmup_steps=0, thresholds=""))
     layers = report.patched_layers
-    model.train()
+    modes = {part: part.training for part in model.modules()}
+    _train_without_dropout(model)
     try:
         with tqdm(total=len(layers) * (2 * rounds + 2) + 1, desc="thresholds", unit="loss") as progress:
 
@@ -118,7 +119,16 @@ def search_thresholds(
             )
     finally:
         remove_lemo(model)
-        model.train(training)
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _train_without_dropout(model: nn.Module) -> None:
+    """Training mode where LeMo looks for it, in the causal LM and its layers, and nowhere else."""
+    parts = find_causal_lm(model)
+    model.eval()
+    for part in (parts.model, *parts.layers):
+        part.training = True
 
 
 def _price(row: LayerThreshold) -> float:

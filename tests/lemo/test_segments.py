@@ -198,3 +198,10 @@ def test_float16_autocast_is_refused():
 def test_a_model_without_keys_and_values_is_refused():
     with pytest.raises(ValueError, match="two pieces"):
         apply_lemo(tiny_model("mamba", implementation="eager"), CONFIG)
+
+
+def test_a_loss_of_its_own_is_refused():
+    model = tiny_model()
+    model.loss_function = lambda **kwargs: None
+    with pytest.raises(ValueError, match="ForCausalLMLoss"):
+        apply_lemo(model, dataclasses.replace(CONFIG, loss_segment=0))

@@ -52,6 +52,17 @@ def test_the_model_is_left_as_it_was():
     assert "forward" not in vars(model)
 
 
+def test_dropout_is_off():
+    inputs = batch("plain")
+    losses = [
+        search_thresholds(
+            tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5), [inputs], CONFIG, rounds=0
+        ).loss
+        for _ in range(2)
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_another_mode_is_refused():
     with pytest.raises(ValueError, match="eliminate"):
         search_thresholds(tiny_model(), [], LemoConfig(mode="detach"))

@@ -121,6 +121,14 @@ def test_a_trainer_does_what_an_own_loop_does(tmp_path, mode):
     torch.testing.assert_close(trainer.model.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+def test_float16_is_refused_for_segments_before_a_step(tmp_path):
+    trainer = trainer_for(tiny_model(), tmp_path, [LemoCallback(LemoConfig(mode="segments"))])
+    trainer.args.fp16 = True
+    with pytest.raises(ValueError, match="loss scaler"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_a_loss_from_logits_is_made_known_once(tmp_path, caplog):
     callback = LemoCallback(HALF)
     trainer_for(tiny_model(), tmp_path, [callback], label_smoothing_factor=0.1).train()
