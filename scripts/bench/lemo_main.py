@@ -54,6 +54,11 @@ CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "LeMo, detach + checkpointing": (DETACH, True),
     "LeMo, eliminate": ({"mode": "eliminate", "keep_ratio": 0.5}, False),
 }
+DEFAULT = list(CONTENDERS)
+CONTENDERS |= {  # named by --contenders only, for the demo's time
+    "LeMo, segments, nothing recomputed": ({"mode": "segments", "selective_checkpointing": False}, False),
+    "LeMo, detach, 40% + checkpointing": ({**DETACH, "keep_ratio": 0.4}, True),
+}
 
 
 class StepMeter(TrainerCallback):
@@ -148,7 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--held-out", type=int, default=1, help="held-out samples of the loss")
-    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=DEFAULT)
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
