@@ -102,6 +102,7 @@ def test_inspect_shows_what_would_be_patched():
     [
         (["./nowhere"], "./nowhere must exist"),
         ([str(MODEL), "--block-size", "0"], "`block_size` must be a whole number of at least 1, got 0"),
+        ([str(MODEL), "--seq-len", "0"], "`seq_len` must be at least 1, got 0"),
         ([str(MODEL), "--layers", "30"], "from 0 to 29 in this model, got '30'"),
     ],
 )
@@ -121,10 +122,19 @@ def test_an_unsupported_architecture_is_named(tmp_path):
 
 
 def test_help_has_examples():
-    for command in ("train", "inspect"):
+    for command in ("train", "inspect", "plan", "search-thresholds"):
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
         assert f"lemo {command} " in result.output
+
+
+def test_plan_compares_four_ways_of_a_step(tmp_path):
+    save_model_and_text(tmp_path)
+    options = ["--seq-len", "32", "--block-size", "4", "--fit-memory", "1 GiB"]
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), *options])
+    assert result.exit_code == 0, result.output
+    for fact in ("keep_ratio: 1.0", "without LeMo + checkpointing", "LeMo + checkpointing", "peak, MB"):
+        assert fact in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -141,6 +151,40 @@ def test_plan_names_what_is_wrong(options, message):
     result = CliRunner().invoke(app, ["plan", str(MODEL), *options])
     assert result.exit_code == 2
     assert message in result.stderr.splitlines()[-1]
+
+
+def search(folder, *options):
+    arguments = ["search-thresholds", str(folder / "model"), "--data", str(folder / "text.txt")]
+    arguments += ["--output", str(folder / "found.yaml"), "--seq-len", "32", "--block-size", "4"]
+    return CliRunner().invoke(app, [*arguments, "--rounds", "0", *options])
+
+
+def test_search_thresholds_writes_a_config(tmp_path):
+    from lemo_trainer import LemoConfig
+
+    save_model_and_text(tmp_path)
+    result = search(tmp_path, "--max-increase", "100")
+    assert result.exit_code == 0, result.output
+    assert LemoConfig.from_yaml(tmp_path / "found.yaml").layer_thresholds == {1: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "0"], "`samples` must be at least 1, got 0"),
+        (["--seq-len", "1"], "`seq_len` must be at least 2, got 1"),
+        (["--rounds", "-1"], "`rounds` must be at least 0, got -1"),
+        (["--output", "no/such/folder/found.yaml"], "must lie in a folder that exists"),
+        (["--mode", "detach"], 'mode="eliminate"'),
+        (["--max-increase", "-100"], "No layer can leave tokens out within -100.0 nats"),
+    ],
+)
+def test_search_thresholds_names_what_is_wrong_and_writes_nothing(tmp_path, options, message):
+    save_model_and_text(tmp_path)
+    result = search(tmp_path, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "found.yaml").exists()
 
 
 @pytest.mark.parametrize("command", ["train", "inspect"])

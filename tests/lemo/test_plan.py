@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes, FlopCounter
@@ -104,3 +105,45 @@ def test_a_kept_share_that_fits_the_memory(mode):
     assert 0.1 < fitting.keep_ratio < 1
     assert measured(fitting, False).peak_bytes <= 1.02 * memory
     assert fit(setup_of(), lemo, checkpointing=False, memory=math.inf).keep_ratio == 1.0
+
+
+def test_a_kept_share_that_fits_the_operations():
+    lemo, share = LemoConfig(mode="eliminate", selector="norm", block_size=8, layers="all"), 0.7
+    fitting = fit(setup_of(), lemo, checkpointing=False, flops_share=share)
+    assert 0.1 < fitting.keep_ratio < 1
+    assert measured(fitting, False).flops <= 1.02 * share * measured(None, False).flops
+
+
+def test_segments_that_fit_the_memory():
+    lemo = LemoConfig(mode="segments")
+    dense = predict(setup_of(), None, checkpointing=False, repeats=0)
+    states = predict(setup_of(), dataclasses.replace(lemo, segment_tokens=48), checkpointing=False, repeats=0)
+    memory = 0.5 * (dense.peak_bytes + states.peak_bytes)
+    fitting = fit(setup_of(), lemo, checkpointing=False, memory=memory)
+    assert measured(fitting, False).peak_bytes <= 1.02 * memory
+    with pytest.raises(ValueError, match="No segment of 32 tokens or more fits"):
+        fit(setup_of(), lemo, checkpointing=False, memory=1.0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, "Give one of `memory` and `flops_share`, got None and None"),
+        ({"memory": 1e6, "flops_share": 0.5}, "Give one of"),
+        ({"memory": 1e3}, "a tenth of the tokens still takes .* peak_bytes"),
+        ({"flops_share": 0.01}, "a tenth of the tokens still takes .* flops"),
+    ],
+)
+def test_what_cannot_fit_is_said(limits, message):
+    with pytest.raises(ValueError, match=message):
+        fit(setup_of(seq_len=32), LEMOS["detach"], checkpointing=False, **limits)
+
+
+def test_what_cannot_be_predicted_is_said():
+    with pytest.raises(ValueError, match="thresholds '1:0\\.8'"):
+        predict(setup_of(), LemoConfig(thresholds="1:0.8"), checkpointing=False)
+    with pytest.raises(ValueError, match="`seq_len` must be within the model's positions, 128, got 129"):
+        predict(setup_of("gpt2", seq_len=129), None, checkpointing=False)
+    for name, value in (("seq_len", 1), ("batch_size", 0)):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least .*got {value}"):
+            Setup(model_config=AutoConfig.for_model("llama"), **{"seq_len": 8, name: value})
