@@ -28,7 +28,6 @@ from lemo_trainer.informativeness import (
     AttentionInputs,
     attention_function,
     attention_inputs,
-    attention_scores,
     valid_tokens,
     without_dropout,
 )
@@ -207,14 +206,7 @@ class DetachingLayer:
         if self._chooses(layer):
             valid_BS = valid_tokens(mask)
             if inputs is not None:
-                scores = attention_scores(
-                    inputs.query,
-                    inputs.key,
-                    inputs.scaling,
-                    mask,
-                    plan.block_size,
-                    causal_scores=self.config.causal_scores,
-                )
+                scores = inputs.block_scores(mask, plan.block_size, causal_scores=self.config.causal_scores)
             else:
                 scores = cheap_scores(self.config.resolved_selector, x_BSD, valid_BS, plan)
             self.shared_index_BK = select_tokens(scores, valid_BS, plan, self.config)

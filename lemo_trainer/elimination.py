@@ -20,7 +20,6 @@ from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness import (
     attention_function,
     attention_inputs,
-    attention_scores,
     mlp_intermediate,
     mlp_scores,
     score_positions,
@@ -105,14 +104,7 @@ class EliminatingLayer:
             attention_mask=mask,
             **kwargs,
         )
-        return attention_scores(
-            inputs.query,
-            inputs.key,
-            inputs.scaling,
-            mask,
-            plan.block_size,
-            causal_scores=self.config.causal_scores,
-        )
+        return inputs.block_scores(mask, plan.block_size, causal_scores=self.config.causal_scores)
 
     @without_graph()
     def _mlp_scores(self, layer: Any, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:

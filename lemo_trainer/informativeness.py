@@ -58,6 +58,12 @@ class AttentionInputs:
         query, key, value = (take_heads(x, index_BK) for x in (self.query, self.key, self.value))
         return dataclasses.replace(self, query=query, key=key, value=value)
 
+    def block_scores(self, mask_B1SS: Tensor | None, block_size: int, *, causal_scores: bool) -> Tensor:
+        """`attention_scores` of these queries and keys."""
+        return attention_scores(
+            self.query, self.key, self.scaling, mask_B1SS, block_size, causal_scores=causal_scores
+        )
+
 
 def _capture_attention(
     module: nn.Module,
