@@ -148,6 +148,9 @@ def _inspect(name: str, seq_len: int, config: LemoConfig) -> None:
     if config.mode == "segments":
         chosen = report.choose_segments(seq_len)
         table.add_row("segments with gradient", f"{sum(chosen)} of {len(chosen)}")
+    elif config.thresholds:
+        table.add_row("thresholds, in mean scores", config.thresholds)
+        table.add_row("tokens in a patched layer", "those above, text by text")
     else:
         blocks = BlockPlan.of(seq_len, config)
         of_blocks = f"{blocks.kept_blocks} of {blocks.blocks} x {blocks.block_size} tokens, + {blocks.tail}"
@@ -204,7 +207,7 @@ def _plan(
     from rich.table import Table
     from transformers import AutoConfig
 
-    from lemo_trainer.plan import Setup, fit, predict
+    from lemo_trainer.plan import Setup, check_predictable, fit, predict
     from lemo_trainer.recipe import check_model
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -212,6 +215,7 @@ def _plan(
     if fit_memory is not None and fit_flops is not None:
         raise ValueError("Give one of `fit_memory` and `fit_flops`, not both.")
     config = LemoConfig.from_dict(lemo)
+    check_predictable(config)
     memory = None if fit_memory is None else _bytes(fit_memory)
     check_model(name)
     setup = Setup(
@@ -297,8 +301,10 @@ def _search_thresholds(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lemo_trainer.recipe import check_model, pack, read_texts
+    from lemo_trainer.thresholds import check_search
     from lemo_trainer.thresholds import search_thresholds as search
 
+    check_search(config, max_increase)
     for option, value, least in (("seq_len", seq_len, 2), ("samples", samples, 1), ("rounds", rounds, 0)):
         _check_least(option, value, least)
     if not Path(output).absolute().parent.is_dir():
@@ -306,6 +312,8 @@ def _search_thresholds(
     check_model(name)
     texts = read_texts(data)
     blocks = pack(texts, AutoTokenizer.from_pretrained(name), seq_len)[:samples]
+    if len(blocks) < samples:
+        raise ValueError(f"{data} holds {len(blocks)} samples of {seq_len} tokens, fewer than {samples}.")
     batches = [{key: torch.tensor([tokens]) for key, tokens in block.items()} for block in blocks]
     model = AutoModelForCausalLM.from_pretrained(name)
     found = search(model, batches, config, max_increase=max_increase, rounds=rounds)

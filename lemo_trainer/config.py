@@ -235,7 +235,10 @@ def _parse_layers(layers: str | tuple[int, ...]) -> tuple[int, ...]:
     try:
         for part in layers.split(",") if isinstance(layers, str) else layers:
             first, _, last = str(part).strip().partition("-")
-            indices.update(range(int(first), int(last or first) + 1))
+            run = range(int(first), int(last or first) + 1)
+            if not run:
+                raise ValueError
+            indices.update(run)
     except (TypeError, ValueError):
         indices = set()
     if not indices:

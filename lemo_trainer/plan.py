@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,14 +84,34 @@ def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repea
     Raises:
         ValueError: `lemo` has thresholds, or the model has fewer positions than `setup.seq_len`.
     """
-    if lemo is not None and lemo.thresholds:
+    if lemo is not None:
+        check_predictable(lemo)
+        if lemo.mode == "segments":
+            lemo = dataclasses.replace(lemo, selector="recency")
+    kinds = _layer_kinds(setup.model_config)
+    cost = dict.fromkeys((field.name for field in dataclasses.fields(StepCost)), 0.0)
+    for kind, count in Counter(kinds).items():
+        alike = dataclasses.replace(setup, model_config=_alike(setup.model_config, kinds.index(kind)))
+        for name, value in _predict_alike(alike, lemo, checkpointing, repeats).items():
+            cost[name] += value * count / len(kinds)
+    cost["peak_bytes"] += _state_bytes(setup, len(kinds))
+    return StepCost(**cost)
+
+
+def check_predictable(lemo: LemoConfig) -> None:
+    """Raise ValueError for thresholds."""
+    if lemo.thresholds:
         raise ValueError(
             "What `thresholds` keep depends on weights and text, which a prediction has not; give `layers` "
             f"and `keep_ratio` instead, got thresholds {lemo.thresholds!r}."
         )
+
+
+def _predict_alike(
+    setup: Setup, lemo: LemoConfig | None, checkpointing: bool, repeats: int
+) -> dict[str, float]:
+    """The fields of `StepCost` for a model whose layers are all alike; the peak is without its states."""
     total = setup.model_config.num_hidden_layers
-    if lemo is not None and lemo.mode == "segments":
-        lemo = dataclasses.replace(lemo, selector="recency")
     chosen = lemo.resolve_layers(total) if lemo is not None and lemo.mode != "segments" else ()
     patched = len(chosen)
 
@@ -116,11 +137,10 @@ def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repea
             mixed = measure(3 + beside, tuple(range(first, first + 3)))
             weighted.append((mixed, patched / 3))
 
-    def cost(name: str) -> float:
-        return float(sum(weight * getattr(step, name) for step, weight in weighted))
-
-    step = StepCost(*(cost(field.name) for field in dataclasses.fields(StepCost)))
-    return dataclasses.replace(step, peak_bytes=step.peak_bytes + _state_bytes(setup, total))
+    return {
+        field.name: float(sum(weight * getattr(step, field.name) for step, weight in weighted))
+        for field in dataclasses.fields(StepCost)
+    }
 
 
 def fit(
@@ -180,15 +200,36 @@ def fit(
     return dataclasses.replace(lemo, keep_ratio=share)
 
 
+def _by_layer(config: Any) -> dict[str, list[Any]]:
+    """The fields of `config` that say something of each layer, such as `layer_types`."""
+    return {
+        name: list(value)
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+    }
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """What sort of layer each is; those of one sort cost the same."""
+    fields = _by_layer(config).values()
+    return [repr([values[layer] for values in fields]) for layer in range(config.num_hidden_layers)]
+
+
+def _alike(config: Any, layer: int) -> Any:
+    """`config` with all layers like this one."""
+    alike = copy.deepcopy(config)
+    for name, values in _by_layer(config).items():
+        setattr(alike, name, [values[layer]] * len(values))
+    return alike
+
+
 def _short_config(config: Any, layers: int) -> Any:
-    """`config` with so many layers; lists that say something of each layer are cut, or begin anew."""
-    config = copy.deepcopy(config)
-    total = config.num_hidden_layers
-    config.num_hidden_layers = layers
-    for name, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == total:
-            setattr(config, name, [value[index % total] for index in range(layers)])
-    return config
+    """`config` with so many layers, those that are too many left out or the first ones again."""
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = layers
+    for name, values in _by_layer(config).items():
+        setattr(short, name, [values[index % len(values)] for index in range(layers)])
+    return short
 
 
 def _build(setup: Setup, layers: int, device: str) -> nn.Module:

@@ -104,7 +104,7 @@ class LemoReport:
         self._labelled_BS = None
         if self.config.protect_labels and labels_BS is not None:
             self._labelled_BS = labels_BS != IGNORE_INDEX
-        self._kept_BS: list[Tensor] = []
+        self._label_weights: list[Tensor | float] = []
 
     def choose_segments(self, seq_len: int) -> list[bool]:
         """Which segments of a training batch carry gradient (`mode="segments"`)."""
@@ -128,18 +128,19 @@ class LemoReport:
         if self.active and not plan.keeps_all and threshold != 0:
             return plan
         self.layer_kept[layer] = [seq_len]
+        self._label_weights.append(1.0)
         return None
 
     def label_weights(self) -> Tensor | None:
         """What the label that each token predicts weighs in the gradient, [B, S]; None is 1 for all."""
-        if self.config.label_weights == "all" or not self._kept_BS:
+        if self.config.label_weights == "all" or not self._label_weights:
             return None
-        return (
-            self._kept_BS[-1] if self.config.label_weights == "kept" else torch.stack(self._kept_BS).mean(0)
-        )
+        counted = self._label_weights[-1:] if self.config.label_weights == "kept" else self._label_weights
+        weight_BS = sum(counted) / len(counted)
+        return weight_BS if isinstance(weight_BS, Tensor) else None
 
     def _note(self, layer: int, index_BK: Tensor) -> None:
         self.layer_kept.setdefault(layer, []).append(index_BK.shape[1])
         if self.config.label_weights != "all":
             kept_BS = torch.zeros(len(index_BK), self.seq_len, device=index_BK.device)
-            self._kept_BS.append(kept_BS.scatter_(1, index_BK, 1.0))
+            self._label_weights.append(kept_BS.scatter_(1, index_BK, 1.0))

@@ -13,6 +13,7 @@ stays within a budget. A layer for which there is no room stays dense.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -76,42 +77,56 @@ def search_thresholds(
         model: the model to fine-tune; it is left as it was.
         batches: held-out batches with `input_ids` and `labels`.
         config: layers, block size and selector; its `keep_ratio` plays no part.
-        max_increase: nats a token by which the loss may rise with all layers that leave tokens out.
+        max_increase: nats a token by which the loss may rise with all layers that leave tokens out; below 0
+            it must fall.
         rounds: steps of Algorithm 1; 0 stays at the mean.
         eps: half the distance of its finite difference, in means.
         eta: its step.
 
     Raises:
-        ValueError: `config.mode` is another.
+        ValueError: `config` has another mode, or a selector without scores of the text; there are no batches,
+            or one is shorter than a block; `max_increase` is not a number.
     """
-    if config.mode != "eliminate":
-        raise ValueError(f'Thresholds are searched for `mode="eliminate"`, got {config.mode!r}.')
     batches = list(batches)
+    check_search(config, max_increase)
+    if not batches or any(batch["input_ids"].shape[1] < config.block_size for batch in batches):
+        lengths = [batch["input_ids"].shape[1] for batch in batches]
+        raise ValueError(
+            f"Thresholds need held-out batches of at least one block of {config.block_size} tokens, got "
+            f"batches of {lengths} tokens."
+        )
     report = apply_lemo(model, dataclasses.replace(config, keep_ratio=0.5, warmup_steps=0, thresholds=""))
     layers = report.patched_layers
     modes = {part: part.training for part in model.modules()}
     _train_without_dropout(model)
+    losses = len(layers) * (2 * rounds + 2) + 1
     try:
-        with tqdm(total=len(layers) * (2 * rounds + 2) + 1, desc="thresholds", unit="loss") as progress:
+        with torch.no_grad(), tqdm(total=losses, desc="thresholds", unit="loss") as progress:
 
-            def loss(thresholds: dict[int, float]) -> float:
+            def loss(thresholds: dict[int, float]) -> tuple[float, dict[int, float]]:
+                """Mean loss over the batches, and the share of the tokens that each layer kept."""
                 report.thresholds = dict.fromkeys(layers, 0.0) | thresholds
                 progress.update()
-                return _mean_loss(model, batches)
+                values, kept = [], []
+                for batch in batches:
+                    values.append(model(**batch).loss.item())
+                    kept.append(report.layer_shares)
+                shares = {layer: statistics.mean(each[layer] for each in kept) for layer in layers}
+                return statistics.mean(values), shares
 
-            dense = loss({})
+            dense, _ = loss({})
             rows = []
             for layer in layers:
                 threshold = 1.0
                 for _ in range(rounds):
-                    slope = (loss({layer: threshold - eps}) - loss({layer: threshold + eps})) / (2 * eps)
-                    threshold = max(threshold + eta * slope, 0.0)
-                increase = loss({layer: threshold}) - dense
-                rows.append(LayerThreshold(layer, threshold, report.layer_shares[layer], increase, False))
+                    (below, _), (above, _) = (loss({layer: threshold + step}) for step in (-eps, eps))
+                    threshold = max(threshold + eta * (below - above) / (2 * eps), 0.0)
+                alone, shares = loss({layer: threshold})
+                rows.append(LayerThreshold(layer, threshold, shares[layer], alone - dense, False))
             used: dict[int, float] = {}
             now = dense
             for row in sorted(rows, key=_price):
-                with_it = loss(used | {row.layer: row.threshold})
+                with_it, _ = loss(used | {row.layer: row.threshold})
                 if row.kept_share < 1 and with_it - dense <= max_increase:
                     used[row.layer], now = row.threshold, with_it
             return ThresholdSearch(
@@ -121,6 +136,19 @@ def search_thresholds(
         remove_lemo(model)
         for part, mode in modes.items():
             part.training = mode
+
+
+def check_search(config: LemoConfig, max_increase: float) -> None:
+    """Raise ValueError for what no search can use, before a model is loaded."""
+    if config.mode != "eliminate":
+        raise ValueError(f'Thresholds are searched for `mode="eliminate"`, got {config.mode!r}.')
+    if config.resolved_selector not in ("informativeness", "norm"):
+        raise ValueError(
+            f"`selector` must be auto, informativeness or norm in a search of thresholds, got "
+            f"{config.selector!r}: its scores do not tell one text from another."
+        )
+    if not math.isfinite(max_increase):
+        raise ValueError(f"`max_increase` must be a number of nats, got {max_increase}.")
 
 
 def _train_without_dropout(model: nn.Module) -> None:
@@ -134,8 +162,3 @@ def _train_without_dropout(model: nn.Module) -> None:
 def _price(row: LayerThreshold) -> float:
     """Loss for each share of the tokens that the layer leaves out."""
     return row.loss_increase / max(1 - row.kept_share, 1e-9)
-
-
-@torch.no_grad()
-def _mean_loss(model: nn.Module, batches: list[Batch]) -> float:
-    return statistics.mean(model(**batch).loss.item() for batch in batches)

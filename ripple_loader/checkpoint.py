@@ -99,10 +99,11 @@ def read_shards(directory: Path) -> list[Shard]:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} should map tensors to files under `weight_map`, but does not.") from None
+    held = {path.name for path in directory.iterdir() if path.is_file()}
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} should name files in its own directory, got {name!r}.")
-        if not (directory / name).is_file():
+        if name not in held:
             raise FileNotFoundError(
                 f"{index} names {name}, but {directory} does not hold it: fetch it again."
             )

@@ -46,6 +46,8 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "detach, random, 50%": {**DETACH, "selector": "random"},
     "detach, informativeness, shared, 50%": SHARED,
     "detach, informativeness, 50%": DETACH,
+    "detach, informativeness, shared, 50%, causal scores": {**SHARED, "causal_scores": True},
+    "detach, informativeness, shared, 50%, falling over 8 steps": {**SHARED, "ramp_steps": 8},
     "detach, random tokens, shared (as TokenTune), 50%": {**SHARED, "selector": "random", "block_size": 1},
     "eliminate, informativeness, 50%": ELIMINATE,
     "eliminate, random, 50%": {**ELIMINATE, "selector": "random"},

@@ -97,6 +97,13 @@ def test_inspect_shows_what_would_be_patched():
         assert fact in result.output
 
 
+def test_inspect_shows_thresholds_in_the_place_of_a_kept_share():
+    result = CliRunner().invoke(app, ["inspect", str(MODEL), "--thresholds", "20-21:0.8"])
+    assert result.exit_code == 0, result.output
+    assert "20:0.8,21:0.8" in result.output
+    assert "%" not in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -144,6 +151,7 @@ def test_plan_compares_four_ways_of_a_step(tmp_path):
         (["--batch-size", "0"], "`batch_size` must be at least 1, got 0"),
         (["--dtype", "int8"], "`dtype` must be float32, bfloat16 or float16, got 'int8'"),
         (["--fit-memory", "lots"], "`fit_memory` must be like"),
+        (["--thresholds", "1:0.8"], "got thresholds '1:0.8'"),
         (["--fit-memory", "1GiB", "--fit-flops", "0.5"], "not both"),
     ],
 )
@@ -176,6 +184,9 @@ def test_search_thresholds_writes_a_config(tmp_path):
         (["--rounds", "-1"], "`rounds` must be at least 0, got -1"),
         (["--output", "no/such/folder/found.yaml"], "must lie in a folder that exists"),
         (["--mode", "detach"], 'mode="eliminate"'),
+        (["--selector", "recency"], "got 'recency'"),
+        (["--max-increase", "nan"], "`max_increase` must be a number of nats, got nan"),
+        (["--samples", "100000"], "fewer than 100000"),
         (["--max-increase", "-100"], "No layer can leave tokens out within -100.0 nats"),
     ],
 )

@@ -25,7 +25,7 @@ from lemo_trainer import LemoConfig
         ("warmup_steps", -1),
         ("loss_segment", -1),
         ("layers", "most"),
-        ("layers", "5-3"),
+        ("layers", "5-3,7"),
         ("layers", ()),
         ("layers", None),
         ("label_weights", "some"),

@@ -32,9 +32,9 @@ def setup_of(model_type="llama", *, seq_len=SEQ_LEN, layers=LAYERS, lora=LORA, *
     return Setup(model_config=config, seq_len=seq_len, lora=lora)
 
 
-def measured(lemo, recomputing, *, with_lora=True):
+def measured(lemo, recomputing, *, model_type="llama", with_lora=True, **options):
     """Saved bytes, peak above the weights, and FLOPs of a step of the whole model."""
-    model = tiny_model(layers=LAYERS)
+    model = tiny_model(model_type, layers=LAYERS, **options)
     base = model
     if with_lora:
         model = lora(model)
@@ -64,6 +64,15 @@ def test_a_prediction_of_full_fine_tuning_has_gradients_and_optimizer_states():
     got = predict(setup_of(lora=None), LEMOS["detach"], checkpointing=False, repeats=0)
     wanted = measured(LEMOS["detach"], False, with_lora=False)
     assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(wanted), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["none", "detach"])
+def test_a_prediction_of_a_hybrid_model_counts_each_kind_of_layer(name):
+    """With SDPA a layer whose window is shorter than the sample needs a mask, another does not."""
+    options = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "sliding_window": 11}
+    got = predict(setup_of("gemma3_text", **options), LEMOS[name], checkpointing=False, repeats=0)
+    wanted = measured(LEMOS[name], False, model_type="gemma3_text", **options)
+    assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(wanted), rel=0.05)
 
 
 def test_time_is_measured_on_request():

@@ -32,6 +32,15 @@ def test_thresholds_say_how_much_each_layer_keeps():
     assert 0.1 < shares[2] < 0.9
 
 
+def test_a_last_layer_that_keeps_everything_counts_all_labels():
+    config = dataclasses.replace(CONFIG, mode="eliminate", label_weights="kept")
+    for thresholds, counted in (("0:1.2", False), ("0:1.2,2:0", True)):
+        model, inputs = tiny_model(), batch("plain", seq_len=64)
+        report = apply_lemo(model, dataclasses.replace(config, thresholds=thresholds))
+        model(**inputs)
+        assert (report.label_weights() is None) == counted
+
+
 @pytest.mark.parametrize("mode", ["detach", "eliminate"])
 def test_label_weights_follow_the_choices(mode):
     model, inputs = tiny_model(), batch("plain")

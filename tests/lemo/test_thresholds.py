@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
@@ -63,6 +65,35 @@ def test_dropout_is_off():
     assert losses[0] == losses[1]
 
 
-def test_another_mode_is_refused():
-    with pytest.raises(ValueError, match="eliminate"):
-        search_thresholds(tiny_model(), [], LemoConfig(mode="detach"))
+def test_the_kept_share_is_that_of_all_batches():
+    inputs = [batch("plain"), batch("plain", seq_len=64)]
+    shares = [
+        search_thresholds(tiny_model(), batches, CONFIG, max_increase=10.0, rounds=0).layers[0].kept_share
+        for batches in (inputs[:1], inputs[1:], inputs)
+    ]
+    assert shares[0] != shares[1]
+    assert shares[2] == pytest.approx((shares[0] + shares[1]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "max_increase", "message"),
+    [
+        ({"mode": "detach"}, 1, 0.05, "eliminate"),
+        ({"selector": "random"}, 1, 0.05, "`selector` must be .* got 'random'"),
+        ({}, 1, float("nan"), "`max_increase` must be .* got nan"),
+        ({}, 0, 0.05, r"got batches of \[\]"),
+        ({"block_size": 64}, 1, 0.05, r"one block of 64 tokens, got batches of \[45\]"),
+    ],
+)
+def test_what_no_search_can_use_is_refused_before_the_model_is_touched(
+    options, batches, max_increase, message
+):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        search_thresholds(
+            model,
+            [batch("plain")] * batches,
+            dataclasses.replace(CONFIG, **options),
+            max_increase=max_increase,
+        )
+    assert "forward" not in vars(model)
