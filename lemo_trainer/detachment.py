@@ -92,7 +92,7 @@ class DetachingLayer:
     Args:
         architecture: how the layer is wired.
         config: which tokens are chosen.
-        first: the layer that chooses for all when `config.shared_blocks`.
+        first: the layer that chooses for all when blocks are shared.
     """
 
     def __init__(self, architecture: Architecture, config: LemoConfig, first: nn.Module) -> None:
@@ -193,7 +193,7 @@ class DetachingLayer:
         return self.config.resolved_selector == "informativeness" and self._chooses(layer)
 
     def _chooses(self, layer: nn.Module) -> bool:
-        return layer is self.first or not self.config.shared_blocks
+        return layer is self.first or not self.config.resolved_shared_blocks
 
     def _select(
         self,

@@ -7,6 +7,7 @@ checkpointing. The causal LM gets an instance `forward` with the segment-wise lo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -54,11 +55,13 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         report = LemoReport(config, model_type, total, tuple(range(total)), None)
         patched = None
     else:
-        if config.shared_blocks and (layerdrop := getattr(parts.model.config, "layerdrop", 0)):
-            raise ValueError(
-                f"`shared_blocks` needs a model that runs all its layers, got {model_type} with layerdrop "
-                f"{layerdrop}, which may drop the layer that chooses; set either to none."
-            )
+        if layerdrop := getattr(parts.model.config, "layerdrop", 0):
+            if config.shared_blocks:
+                raise ValueError(
+                    f"`shared_blocks` needs a model that runs all its layers, got {model_type} with "
+                    f"layerdrop {layerdrop}, which may drop the layer that chooses; set either to none."
+                )
+            config = dataclasses.replace(config, shared_blocks=False)
         wiring = find_wiring(parts)
         chosen = _chosen_layers(wiring, config, total)
         report = LemoReport(config, model_type, total, chosen, wiring)

@@ -43,7 +43,7 @@ import assets  # common.py puts its folder on the path
 
 # contender: (LeMo's options or None, gradient checkpointing)
 SEGMENTED_LOSS: dict[str, Any] = {"keep_ratio": 1.0, "selective_checkpointing": False}
-DETACH: dict[str, Any] = {"mode": "detach", "keep_ratio": 0.5, "shared_blocks": True}
+DETACH: dict[str, Any] = {"mode": "detach", "keep_ratio": 0.5}
 CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "LoRA": (None, False),
     "LoRA + segmented loss": (SEGMENTED_LOSS, False),

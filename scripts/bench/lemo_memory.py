@@ -30,7 +30,7 @@ import assets  # common.py puts its folder on the path
 LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
 SEGMENTED_LOSS = LemoConfig(mode="detach", keep_ratio=1.0, selective_checkpointing=False)
 SELECTIVE = LemoConfig(mode="detach", keep_ratio=1.0)
-DETACH = LemoConfig(mode="detach", keep_ratio=0.5, shared_blocks=True)
+DETACH = LemoConfig(mode="detach", keep_ratio=0.5)
 CONTENDERS: dict[str, tuple[LemoConfig | None, bool]] = {
     "LoRA": (None, False),
     "LoRA + segmented loss": (SEGMENTED_LOSS, False),

@@ -31,8 +31,8 @@ import assets  # common.py puts its folder on the path
 
 SEARCHED = "searched"  # stands for what `search_thresholds` finds on other held-out text
 SEGMENTS = {"mode": "segments", "segment_tokens": 128, "selector": "random"}
-DETACH = {"mode": "detach", "keep_ratio": 0.5}
-SHARED = {**DETACH, "shared_blocks": True}
+SHARED = {"mode": "detach", "keep_ratio": 0.5}
+DETACH = {**SHARED, "shared_blocks": False}
 ELIMINATE = {"mode": "eliminate", "keep_ratio": 0.5}
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "untouched": None,

@@ -17,7 +17,9 @@ from lemo_trainer.selection import select_tokens
 
 from .tiny import CASES, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
-CONFIG = LemoConfig(mode="detach", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16)
+CONFIG = LemoConfig(
+    mode="detach", shared_blocks=False, keep_ratio=0.4, block_size=4, layers="all", loss_segment=16
+)
 
 
 def cut(x, keep):
@@ -118,9 +120,12 @@ def test_the_first_layer_chooses_for_all(monkeypatch):
     chosen: list[torch.Tensor] = []
     spy_on_selection(monkeypatch, chosen)
     model = tiny_model()
-    apply_lemo(model, dataclasses.replace(CONFIG, shared_blocks=True, selector="random"))
-    loss_and_gradients(model, batch("plain"))
-    assert len(chosen) == 1
+    for shared_blocks, choices in ((None, 1), (True, 1), (False, 3)):
+        apply_lemo(model, dataclasses.replace(CONFIG, shared_blocks=shared_blocks, selector="random"))
+        loss_and_gradients(model, batch("plain"))
+        remove_lemo(model)
+        assert len(chosen) == choices
+        chosen.clear()
 
 
 def test_saved_bytes_and_operations_fall_with_the_kept_share(monkeypatch):
