@@ -6,13 +6,17 @@ No trained ReLU model can be had offline, so this makes one: CPython's help topi
 sources of the running interpreter's standard library, a byte-level BPE tokenizer of their own, AdamW, and an
 L1 penalty on the activations whose weight follows the share of zeros. The seed is fixed; the text, and with
 it the numbers, depends on the Python version. The model lies in .cache/relu-lm; losses and zeros are appended
-to docs/results/relu_lm.csv. Call it "trained here": it shows sparsity, not quality.
+to docs/results/relu_lm.csv. Call it "trained here": it shows sparsity, not quality. A run that was killed is
+gone on with by the next one with the same arguments, to the same numbers: see .cache/relu-lm.partial.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import os
+import shutil
 import statistics
 import sys
 import sysconfig
@@ -28,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from common import ROOT, Table  # also makes `assets` importable
 
 OUT = ROOT / ".cache" / "relu-lm"
+PARTIAL = OUT.with_suffix(".partial")  # the last checkpoint of a run that is not finished
 SEED, VOCABULARY, LENGTH, BATCH = 0, 4096, 256, 8
 SHAPE = {"hidden_size": 384, "ffn_dim": 3072, "num_hidden_layers": 4, "num_attention_heads": 6}
 LEARNING_RATE, WARM_UP = 1e-3, 50
@@ -118,6 +123,51 @@ def evaluate(
     return statistics.mean(losses), [statistics.mean(layer) for layer in zip(*zeros, strict=True)]
 
 
+class Checkpoint:
+    """Everything that changes while training, in one file that is replaced as a whole.
+
+    Args:
+        path: the file.
+        key: what the run depends on; a file of another run is ignored.
+        parts: have a `state_dict` that is restored in place.
+    """
+
+    def __init__(self, path: Path, key: str, **parts: Any) -> None:
+        self.path, self.key, self.parts = path, key, parts
+
+    def load(self) -> dict[str, Any] | None:
+        """Restore the parts; returns what else was saved, or None where there is nothing to go on with."""
+        if not self.path.exists():
+            return None
+        saved = torch.load(self.path)
+        if saved["key"] != self.key:
+            print(f"{self.path} is of a run with other arguments and will be replaced", file=sys.stderr)
+            return None
+        for name, part in self.parts.items():
+            part.load_state_dict(saved["parts"][name])
+        return saved["more"]
+
+    def save(self, **more: Any) -> None:
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        written = self.path.with_suffix(".new")
+        with written.open("wb") as file:
+            torch.save({"key": self.key, "parts": parts, "more": more}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(written, self.path)
+
+
+def save_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Replace the directory `out` once all of it is written."""
+    written = out.with_suffix(".new")
+    shutil.rmtree(written, ignore_errors=True)
+    model.eval().save_pretrained(written)
+    tokenizer.save_pretrained(written)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(written, out)
+
+
 def main(steps: int, target: float) -> None:
     from transformers import OPTConfig, OPTForCausalLM
     from transformers import get_cosine_schedule_with_warmup as cosine
@@ -146,9 +196,14 @@ def main(steps: int, target: float) -> None:
         config=f"OPT {SHAPE}, {VOCABULARY} tokens, {len(stream):,} of text, {steps} steps of "
         f"{BATCH} x {LENGTH}, bfloat16 autocast, seed {SEED}, target {target:.0%} zeros",
     )
-    penalty, start = PENALTY, time.monotonic()
+    checkpoint = Checkpoint(PARTIAL, table.config, model=model, optimizer=optimizer, schedule=schedule)
+    done, penalty, seconds = 0, PENALTY, 0.0
+    if saved := checkpoint.load():
+        done, penalty, seconds, table.rows = (saved[name] for name in ("step", "penalty", "seconds", "rows"))
+        print(f"going on after step {done}", flush=True)
+    start = time.monotonic() - seconds
     losses: list[float] = []
-    for step, ids in enumerate(batches(stream, steps), 1):
+    for step, ids in enumerate(itertools.islice(batches(stream, steps), done, None), done + 1):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(ids, labels=ids).loss
         mean_activation, by_layer = activations.take()
@@ -171,12 +226,13 @@ def main(steps: int, target: float) -> None:
                 flush=True,
             )
             losses = []
+            checkpoint.save(step=step, penalty=penalty, seconds=seconds, rows=table.rows)
     loss_, by_layer = evaluate(model, activations, held_out_stream)
     shares = {f"zeros_layer_{layer}": share for layer, share in enumerate(by_layer)}
     table.add("held out", loss=loss_, perplexity=math.exp(loss_), zeros=statistics.mean(by_layer), **shares)
-    model.eval().save_pretrained(OUT)
-    tokenizer.save_pretrained(OUT)
+    save_model(model, tokenizer, OUT)
     table.finish()
+    PARTIAL.unlink()
     print(OUT)
 
 
