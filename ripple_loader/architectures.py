@@ -22,7 +22,7 @@ class Projection:
     """One linear map of an MLP.
 
     Attributes:
-        linear: name of its weight in the checkpoint and, but for experts, of the module that holds it.
+        linear: its name in the checkpoint and, but for experts, that of the module that holds it.
         neuron_axis: axis of the weight along which neurons lie.
         half: which half of that axis is meant, where one weight holds two projections.
     """
@@ -48,6 +48,8 @@ class Architecture:
         selector, up, down: the projections; `up` is None for a plain two-layer MLP.
         activation: name of the activation module beside the linears.
         expert: pattern of an expert's name in the checkpoint, with its number as a group; None if dense.
+        stacked: whether the checkpoint holds a layer's experts in one tensor for each linear, expert by
+            expert, without an ending such as ".weight".
     """
 
     layers: str
@@ -57,6 +59,14 @@ class Architecture:
     down: Projection
     activation: str
     expert: str | None = None
+    stacked: bool = False
+
+    def forms(self) -> tuple[Architecture, ...]:
+        """How checkpoints may store it: as this entry says or, for experts, as transformers 5 stacks them."""
+        if self.expert is None:
+            return (self,)
+        gate, up = (Projection("gate_up_proj", 0, half=half) for half in (0, 1))
+        return self, replace(self, selector=gate, up=up, down=Projection("down_proj", 1), stacked=True)
 
     @property
     def projections(self) -> dict[Role, Projection]:
@@ -71,19 +81,19 @@ class Architecture:
     def tensor_pattern(self) -> re.Pattern[str]:
         """Matches the checkpoint's names of MLP tensors.
 
-        Its groups are the layer, the expert ("" if dense), the linear, and "weight" or "bias".
+        Its groups are the layer, the expert ("" if dense or stacked), the linear, and "weight" or "bias" (""
+        if stacked).
         """
         linears = "|".join(sorted({projection.linear for projection in self.projections.values()}))
-        inner = self.expert or (re.escape(self.mlp) + "()" if self.mlp else "()")
+        one_expert = None if self.stacked else self.expert
+        inner = one_expert or (re.escape(self.mlp) + "()" if self.mlp else "()")
         dot = r"\." if self.mlp else ""
-        return re.compile(rf"(?:^|.*\.){self.layers}\.(\d+)\.{inner}{dot}({linears})\.(weight|bias)$")
+        end = "()" if self.stacked else r"\.(weight|bias)"
+        return re.compile(rf"(?:^|.*\.){self.layers}\.(\d+)\.{inner}{dot}({linears}){end}$")
 
     def streamed_names(self) -> set[str]:
         """Patterns of the tensors that a streaming model does not load, as transformers names them."""
-        names = {self.tensor_pattern().pattern}
-        if self.expert is not None:
-            names.add(rf"(?:^|.*\.){self.layers}\.\d+\.{re.escape(self.mlp)}\.(gate_up_proj|down_proj)$")
-        return names
+        return {form.tensor_pattern().pattern for form in self.forms()}
 
     def find(self, model: nn.Module) -> list[MLPSite]:
         """The modules of `model` to replace, layer by layer."""
@@ -168,7 +178,7 @@ _GPT_NEOX = replace(
     activation="act",
 )
 _STARCODER2 = replace(_PLAIN, selector=Projection("c_fc", 0), down=Projection("c_proj", 1), activation="act")
-# transformers 5 stacks experts when it loads them; the checkpoint keeps each one's linears.
+# transformers 5 stacks experts when it loads them; most checkpoints keep each one's linears.
 _EXPERTS = replace(_GATED, mlp="mlp.experts", expert=r"mlp\.experts\.(\d+)")
 _MIXTRAL = replace(
     _EXPERTS,

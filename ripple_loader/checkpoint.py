@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ class TensorSpot:
         """Load it whole, for the dtypes of `encoding.DTYPES`."""
         data = np.fromfile(self.path, np.uint8, self.stop - self.start, offset=self.start)
         return torch.from_numpy(data).view(DTYPES[self.dtype]).view(self.shape)
+
+    def slices(self) -> list[TensorSpot]:
+        """Where each entry of its first axis lies."""
+        count = self.shape[0] if self.shape else 0
+        size = (self.stop - self.start) // max(1, count)
+        starts = (self.start + number * size for number in range(count))
+        return [replace(self, start=start, stop=start + size, shape=self.shape[1:]) for start in starts]
 
     def raw_chunks(self) -> Iterator[bytes]:
         """Its bytes, a few MiB at a time."""

@@ -69,13 +69,14 @@ def _check_bundles(sidecar: Sidecar, copy: SourceModel, layer: int) -> None:
 
 
 def _check_tensors(source: SourceModel, copy: SourceModel, orders: list[Tensor]) -> None:
-    mlp = {name: (layer, key) for layer, names in enumerate(source.mlp) for key, name in names.items()}
     for name, spot in source.spots.items():
         if name not in copy.spots:
             raise ValueError(f"{copy.directory} should hold the tensor {name}, but does not.")
-        if name in mlp:
-            layer, (linear, _) = mlp[name]
-            same = torch.equal(permuted(source, spot.read(), linear, orders[layer]), copy.spots[name].read())
+        if name in source.pieces:
+            same = all(
+                torch.equal(permuted(source, a.spot.read(), a.linear, orders[a.mlp]), b.spot.read())
+                for a, b in zip(source.pieces[name], copy.pieces[name], strict=True)
+            )
         else:
             same = all(a == b for a, b in zip(spot.raw_chunks(), copy.spots[name].raw_chunks(), strict=True))
         if not same:

@@ -114,7 +114,6 @@ def _write_shard(source: SourceModel, plan: Plan, shard: Shard, path: Path, bar:
     Returns:
         The SHA-256 of the original file.
     """
-    mlp = {name: (layer, key) for layer, names in enumerate(source.mlp) for key, name in names.items()}
     if path.exists():
         bar.update(path.stat().st_size)
         return sha256(shard.path)
@@ -122,16 +121,15 @@ def _write_shard(source: SourceModel, plan: Plan, shard: Shard, path: Path, bar:
     with whole_file(path) as partial, partial.open("wb") as file:
         file.write(shard.header)
         for name, spot in shard.tensors.items():
-            if name not in mlp:
+            if name not in source.pieces:
                 for chunk in spot.raw_chunks():
                     digest.update(chunk)
                     file.write(chunk)
-            else:
-                layer, (linear, _) = mlp[name]
-                tensor = spot.read()
+            for piece in source.pieces.get(name, ()):
+                tensor = piece.spot.read()
                 digest.update(_bytes_of(tensor))
-                order = torch.from_numpy(plan.orders[layer])
-                file.write(_bytes_of(permuted(source, tensor, linear, order)))
+                order = torch.from_numpy(plan.orders[piece.mlp])
+                file.write(_bytes_of(permuted(source, tensor, piece.linear, order)))
             bar.update(spot.stop - spot.start)
     return digest.hexdigest()
 

@@ -5,25 +5,29 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader.bundles import Sidecar
+from ripple_loader.checkpoint import read_shards
 from ripple_loader.reorder import open_reorderable
+from ripple_loader.verify import verify
 
 from .conftest import load, relative_error, token_ids
 
 NAMES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+STACKED = {"save_original_format": False}  # a layer's experts in one tensor, as transformers 5 holds them
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("save", [{}, STACKED], ids=["one by one", "stacked"])
 @pytest.mark.parametrize("name", NAMES)
-def test_only_routed_experts_are_read(name, reordered, monkeypatch):
-    model = load(reordered(name), dram_budget="200KiB", buffer=1 << 14)
+def test_only_routed_experts_are_read(name, save, reordered, monkeypatch):
+    model = load(reordered(name, **save), dram_budget="200KiB", buffer=1 << 14)
     routers = [module for path, module in model.named_modules() if path.endswith("mlp.gate")]
     routed: list[set[int]] = []
     for router in routers:
         router.register_forward_hook(lambda *args: routed.append(set(args[2][2].flatten().tolist())))
-    sidecar = Sidecar(reordered(name))
+    sidecar = Sidecar(reordered(name, **save))
     header, read, real = sidecar.header, set(), os.preadv
 
     def noted(descriptor, views, offset):
@@ -79,3 +83,41 @@ def test_dense_layers_and_shared_experts_stay_with_the_model(reordered):
         for layer in (0, 2)
         for kind in ("gate_up_proj", "down_proj")
     }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [*((name, STACKED) for name in NAMES), ("qwen2_moe", STACKED | {"max_shard_size": "20KB"})],
+)
+def test_experts_in_one_tensor_stream_as_experts_one_by_one(name, save, saved, reordered):
+    stacked, sidecar = Sidecar(reordered(name, **save)), Sidecar(reordered(name))
+    held = {tensor for shard in read_shards(reordered(name, **save)) for tensor in shard.tensors}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in held
+    assert not any(".experts.0." in tensor for tensor in held)
+    assert stacked.header.experts == sidecar.header.experts
+    for mlp in range(sidecar.header.layers):
+        assert torch.equal(stacked.bundles(mlp), sidecar.bundles(mlp))
+    assert len(dict(verify(reordered(name, **save), saved(name, **save)))) == 6
+    stock = AutoModelForCausalLM.from_pretrained(saved(name))
+    assert relative_error(load(reordered(name, **save))(token_ids()).logits, stock(token_ids()).logits) < 1e-5
+
+
+def test_experts_stacked_in_a_layout_that_is_not_known_are_refused(saved, tmp_path):
+    for file in saved("qwen3_moe", **STACKED).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("gate_up_proj"):
+            tensors[name] = tensor.transpose(1, 2).contiguous()
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"gate_up_proj in .* should be \(96, 32\).* got \(32, 96\)"):
+        open_reorderable(tmp_path)
+
+
+def test_experts_with_a_gate_of_their_own_kind_are_refused(tmp_path):
+    AutoConfig.for_model("gpt_oss", num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="looked for the model type 'gpt_oss' and knows"):
+        open_reorderable(tmp_path)
