@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ollie_compile.convolutions import match_convolution
-from ollie_compile.expr import Affine, Read, Scope
+from ollie_compile.expr import Affine, Read, Scope, once
 from ollie_compile.rules import Rule, simplify
 from ollie_compile.rules.layout import dimension_splitting, rearrange
 from ollie_compile.rules.substitution import split_variable, substitute
@@ -35,6 +35,7 @@ class Matmul:
     contracted: tuple[str, ...]
 
 
+@once
 def match_matmul(scope: Scope) -> Matmul | None:
     """The matrix product that `scope` is, or None."""
     if not scope.is_contraction or len(scope.factors) != 2:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ollie_compile.expr import Scope, canonical
+from ollie_compile.expr import Scope, canonical, once
 from ollie_compile.lower import is_lowerable
 from ollie_compile.matching import match_matmul, repair_convolution, repair_product
 from ollie_compile.rules import EXPLORATIVE, RELATING, rewrites, simplify
@@ -23,6 +23,7 @@ BEAM = 64
 MAX_GROWTH = 4  # times the products of the original; more than this is never won back by faster operators
 
 Repair = Callable[[Scope], tuple[str, Scope] | None]
+REPAIRS: tuple[Repair, ...] = (repair_product, repair_convolution)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,7 @@ class Derivation:
 
     def then(self, rule: str, scope: Scope, *, depth: int) -> Derivation:
         scope, simplified = simplify(scope)
-        rules = (rule, *dict.fromkeys(simplified))
-        return Derivation(scope, (*self.steps, Step(rules, scope)), depth)
+        return Derivation(scope, (*self.steps, Step((rule, *simplified), scope)), depth)
 
 
 @dataclass(slots=True)
@@ -86,6 +86,7 @@ class _Search:
         self.start, self.budget_s = time.perf_counter(), budget_s
         self.fingerprints = fingerprints
         self.seen: set[str] = set()
+        self.completed: set[tuple[Repair, str]] = set()
         self.most_products = MAX_GROWTH * max(1, products(expression))
         self.result = SearchResult()
 
@@ -112,6 +113,18 @@ class _Search:
             self.result.derivations.append(state)
         return True
 
+    def completions(self, state: Derivation, repair: Repair) -> Iterator[Derivation]:
+        """The states on the way to one in which every contraction is an operator's."""
+        met = self.completed if self.fingerprints else set()
+        while (key := (repair, canonical(state.scope))) not in met:
+            met.add(key)
+            step = next(_repairs(state.scope, repair), None)
+            if step is None:
+                return
+            name, target, repaired = step
+            state = state.then(name, _replaced(state.scope, target, repaired), depth=state.depth)
+            yield state
+
 
 def search(
     expression: Scope,
@@ -134,13 +147,12 @@ def search(
     """
     found = _Search(expression, budget_s, fingerprints=fingerprints)
     scope, simplified = simplify(expression)
-    steps = (Step(tuple(dict.fromkeys(simplified)), scope),) if simplified else ()
+    steps = (Step(simplified, scope),) if simplified else ()
     level = [Derivation(scope, steps)]
     found.visit(level[0])
     for depth in range(max_depth + 1):
-        for completed in itertools.chain.from_iterable(map(_guided, list(level))) if guided else ():
-            if found.visit(completed):
-                level.append(completed)
+        for state, repair in itertools.product(list(level), REPAIRS if guided else ()):
+            level += filter(found.visit, found.completions(state, repair))
             if not found.in_time:
                 break
         if depth == max_depth or not found.in_time:
@@ -167,15 +179,17 @@ def _next_level(found: _Search, level: Sequence[Derivation]) -> list[Derivation]
     return deeper
 
 
+@once
 def products(scope: Scope) -> int:
     """Multiplications in the contractions of an expression."""
-    contractions = (inner for inner in set(scope.scopes()) if inner.is_contraction)
+    contractions = (inner for inner in scope.scopes() if inner.is_contraction)
     return sum(math.prod(loop.extent for loop in inner.traversal + inner.summation) for inner in contractions)
 
 
+@once
 def work(scope: Scope) -> tuple[int, int]:
     """What ranks states: their products, then the elements that computing them makes."""
-    return products(scope), sum(math.prod(inner.shape) for inner in set(scope.scopes()))
+    return products(scope), sum(math.prod(inner.shape) for inner in scope.scopes())
 
 
 def _explore(state: Derivation) -> Iterator[Derivation]:
@@ -187,19 +201,6 @@ def _explore(state: Derivation) -> Iterator[Derivation]:
 def _is_open(scope: Scope) -> bool:
     """Whether exploration may change a scope: views are settled, and so is what an operator computes."""
     return not (scope.is_view or is_transform(scope) or match_matmul(scope) is not None)
-
-
-def _guided(state: Derivation) -> Iterator[Derivation]:
-    """The states on the way to one in which every contraction is an operator's, for each kind of it."""
-    for repair in (repair_product, repair_convolution):
-        reached, met = state, {canonical(state.scope)}
-        while step := next(_repairs(reached.scope, repair), None):
-            name, target, repaired = step
-            reached = reached.then(name, _replaced(reached.scope, target, repaired), depth=state.depth)
-            if canonical(reached.scope) in met:  # a repair that simplifies back to what it repaired
-                break
-            met.add(canonical(reached.scope))
-            yield reached
 
 
 def _repairs(scope: Scope, repair: Repair) -> Iterator[tuple[str, Scope, Scope]]:

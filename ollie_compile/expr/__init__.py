@@ -4,7 +4,7 @@ from ollie_compile.expr.elementwise import ELEMENTWISE
 from ollie_compile.expr.index import Affine, Quotient, Ranges, Remainder, quotient, remainder
 from ollie_compile.expr.interpret import evaluate
 from ollie_compile.expr.notation import parse
-from ollie_compile.expr.scope import Constant, Input, Loop, Read, Scope, Tensor, canonical, ranges_of
+from ollie_compile.expr.scope import Constant, Input, Loop, Read, Scope, Tensor, canonical, once, ranges_of
 
 __all__ = [
     "ELEMENTWISE",
@@ -20,6 +20,7 @@ __all__ = [
     "Tensor",
     "canonical",
     "evaluate",
+    "once",
     "parse",
     "quotient",
     "ranges_of",

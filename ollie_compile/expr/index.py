@@ -56,8 +56,10 @@ class Affine:
         coefficients: dict[Atom, int] = {}
         for atom, coefficient in terms:
             coefficients[atom] = coefficients.get(atom, 0) + coefficient
-        kept = [(atom, value) for atom, value in coefficients.items() if value]
-        return cls(tuple(sorted(kept, key=lambda term: str(term[0]))), const)
+        kept = [term for term in coefficients.items() if term[1]]
+        if len(kept) > 1:
+            kept.sort(key=_term_order)
+        return cls(tuple(kept), const)
 
     def __add__(self, other: Affine | int) -> Affine:
         if isinstance(other, int):
@@ -117,15 +119,20 @@ class Affine:
 
     def substitute(self, values: Mapping[str, Affine], ranges: Ranges) -> Affine:
         """Replace iterators by expressions; `ranges` are those of the iterators in `values`' expressions."""
-        result = Affine(const=self.const)
+        const = self.const
+        terms: list[tuple[Atom, int]] = []
         for atom, coefficient in self.terms:
             if isinstance(atom, str):
-                term = values.get(atom) or Affine.of(atom)
+                if atom not in values:
+                    terms.append((atom, coefficient))
+                    continue
+                term = values[atom]
             else:
                 simplify = quotient if isinstance(atom, Quotient) else remainder
                 term = simplify(atom.of.substitute(values, ranges), atom.by, ranges)
-            result += term * coefficient
-        return result
+            const += term.const * coefficient
+            terms += [(inner, c * coefficient) for inner, c in term.terms]
+        return Affine.total(iter(terms), const)
 
     def __str__(self) -> str:
         text = ""
@@ -137,6 +144,10 @@ class Affine:
         if self.const or not text:
             text += f" - {-self.const}" if self.const < 0 else f" + {self.const}"
         return text[3:] if text.startswith(" + ") else "-" + text[3:]
+
+
+def _term_order(term: tuple[Atom, int]) -> str:
+    return str(term[0])
 
 
 def _operand(of: Affine) -> str:

@@ -6,11 +6,13 @@ padding its meaning and makes every change of a scope's range a question about z
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 from ollie_compile.expr.index import Affine, Quotient, Remainder
 
@@ -92,41 +94,68 @@ class Read:
         return f"{name}[{', '.join(map(str, self.index))}]"
 
 
-@dataclass(frozen=True)
 class Scope:
     """L[traversal] Sum[summation] factors[0] * factors[1] * ...
 
     Its box is the ranges of the traversal iterators. Iterators are local: an inner scope sees none of
     the outer ones, it is a tensor that is read. `function` combines the factors: "*" multiplies them,
     "+" adds them, and a name of `ELEMENTWISE` applies that function.
+
+    Scopes are immutable and hash-consed: equal scopes are one object, which remembers what was found out
+    about it (`once`).
     """
 
+    __slots__ = (
+        "__weakref__",
+        "box",
+        "factors",
+        "function",
+        "is_contraction",
+        "is_view",
+        "memo",
+        "ranges",
+        "summation",
+        "traversal",
+    )
     traversal: tuple[Loop, ...]
     summation: tuple[Loop, ...]
     factors: tuple[Read, ...]
-    function: str = "*"
+    function: str
+    box: tuple[tuple[int, int], ...]
+    ranges: dict[str, tuple[int, int]]
+    is_view: bool
+    is_contraction: bool
+    memo: dict[Callable[[Scope], Any], Any]
 
-    @property
-    def box(self) -> tuple[tuple[int, int], ...]:
-        return tuple((loop.low, loop.high) for loop in self.traversal)
+    def __new__(
+        cls,
+        traversal: tuple[Loop, ...],
+        summation: tuple[Loop, ...],
+        factors: tuple[Read, ...],
+        function: str = "*",
+    ) -> Scope:
+        key = (traversal, summation, factors, function)
+        known = _SCOPES.get(key)
+        if known is not None:
+            return known
+        scope = super().__new__(cls)
+        scope.traversal, scope.summation, scope.factors, scope.function = key
+        scope.box = tuple((loop.low, loop.high) for loop in traversal)
+        scope.ranges = ranges_of(traversal + summation)
+        # Whether this only rearranges one tensor.
+        scope.is_view = not summation and len(factors) == 1 and function == "*"
+        # Whether products are summed: what a library operator should do.
+        scope.is_contraction = bool(summation) and function == "*" and scope.terms() > 1
+        scope.memo = {}
+        _SCOPES[key] = scope
+        return scope
+
+    def __reduce__(self) -> tuple[type[Scope], tuple[Any, ...]]:
+        return Scope, (self.traversal, self.summation, self.factors, self.function)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(loop.extent for loop in self.traversal)
-
-    @cached_property
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        return ranges_of(self.traversal + self.summation)
-
-    @property
-    def is_view(self) -> bool:
-        """Whether this only rearranges one tensor."""
-        return not self.summation and len(self.factors) == 1 and self.function == "*"
-
-    @property
-    def is_contraction(self) -> bool:
-        """Whether products are summed: what a library operator should do."""
-        return bool(self.summation) and self.function == "*" and self.terms() > 1
 
     def terms(self) -> int:
         """How many factors are not constants."""
@@ -151,16 +180,28 @@ class Scope:
     def with_factor(self, position: int, read: Read) -> Scope:
         return self.over(factors=(*self.factors[:position], read, *self.factors[position + 1 :]))
 
-    def over(self, **changes: Any) -> Scope:
+    def over(
+        self,
+        *,
+        traversal: tuple[Loop, ...] | None = None,
+        summation: tuple[Loop, ...] | None = None,
+        factors: tuple[Read, ...] | None = None,
+    ) -> Scope:
         """This scope with other loops or factors."""
-        return replace(self, **changes)
+        return Scope(
+            self.traversal if traversal is None else traversal,
+            self.summation if summation is None else summation,
+            self.factors if factors is None else factors,
+            self.function,
+        )
+
+    def below(self) -> Iterator[Scope]:
+        """The scopes that this one reads."""
+        return (read.tensor for read in self.factors if isinstance(read.tensor, Scope))
 
     def scopes(self) -> Iterator[Scope]:
-        """This scope and all below it, the innermost first."""
-        for read in self.factors:
-            if isinstance(read.tensor, Scope):
-                yield from read.tensor.scopes()
-        yield self
+        """This scope and all below it, each once, the innermost first."""
+        return iter(_scopes(self))
 
     def inputs(self) -> dict[str, Input]:
         """The tensors from outside that this scope depends on, by name."""
@@ -173,13 +214,6 @@ class Scope:
     def _leaves(self) -> Iterator[Tensor]:
         return (read.tensor for scope in self.scopes() for read in scope.factors)
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.traversal, self.summation, self.factors, self.function))
-
-    def __hash__(self) -> int:
-        return self._hash
-
     def __str__(self) -> str:
         loops = f"L[{', '.join(map(str, self.traversal))}] "
         if self.summation:
@@ -187,6 +221,34 @@ class Scope:
         if self.function in "*+":
             return loops + f" {self.function} ".join(map(str, self.factors))
         return loops + f"{self.function}({', '.join(map(str, self.factors))})"
+
+    def __repr__(self) -> str:
+        return f"<Scope {self}>"
+
+
+_SCOPES: weakref.WeakValueDictionary[Any, Scope] = weakref.WeakValueDictionary()
+
+Known = TypeVar("Known")
+
+
+def once(function: Callable[[Scope], Known]) -> Callable[[Scope], Known]:
+    """Remember the value of a function of one scope, for as long as the scope lives."""
+
+    @functools.wraps(function)
+    def remembered(scope: Scope) -> Known:
+        memo = scope.memo
+        if function not in memo:
+            memo[function] = function(scope)
+        value: Known = memo[function]
+        return value
+
+    return remembered
+
+
+@once
+def _scopes(scope: Scope) -> tuple[Scope, ...]:
+    found = dict.fromkeys(inner for below in scope.below() for inner in _scopes(below))
+    return (*found, scope)
 
 
 Tensor = Input | Constant | Scope
@@ -196,25 +258,38 @@ def ranges_of(loops: tuple[Loop, ...]) -> dict[str, tuple[int, int]]:
     return {loop.name: (loop.low, loop.high) for loop in loops}
 
 
+@once
 def canonical(scope: Scope) -> str:
     """The fingerprint of a scope: equal for scopes that differ in iterators' names and in the order of
     summations, factors and inner traversals only. It is a full description, so it never collides."""
     return _canonical(scope, tuple(range(len(scope.traversal))))
 
 
-@lru_cache(maxsize=1 << 14)
 def _canonical(scope: Scope, order: tuple[int, ...]) -> str:
     """`order`: the traversal loops in the order in which they are named and listed."""
+    known = _descriptions(scope)
+    if order not in known:
+        known[order] = _described(scope, order)
+    return known[order]
+
+
+@once
+def _descriptions(scope: Scope) -> dict[tuple[int, ...], str]:
+    """The fingerprints of a scope for orders of its traversal, as far as they are known."""
+    return {}
+
+
+def _described(scope: Scope, order: tuple[int, ...]) -> str:
     names = {scope.traversal[at].name: f"i{place}" for place, at in enumerate(order)}
-    sums = sorted(scope.summation, key=lambda loop: (_role(scope, loop.name, names), loop.low, loop.high))
+    sums = scope.summation
+    if len(sums) > 1:
+        sums = tuple(sorted(sums, key=lambda loop: (_role(scope, loop.name, names), loop.low, loop.high)))
     names |= {loop.name: f"k{place}" for place, loop in enumerate(sums)}
-    renamed = {old: Affine.of(new) for old, new in names.items()}
-    ranges = {names[name]: bounds for name, bounds in scope.ranges.items()}
     factors = []
     for read in scope.factors:
-        index = [str(i.substitute(renamed, ranges)) for i in read.index]
+        index = [_renamed(i, names) for i in read.index]
         if isinstance(read.tensor, Scope):
-            inner = tuple(sorted(range(len(index)), key=lambda at: index[at]))
+            inner = tuple(sorted(range(len(index)), key=index.__getitem__))
             factors.append(f"{{{_canonical(read.tensor, inner)}}}{[index[at] for at in inner]}")
         else:
             factors.append(f"{read.tensor.name}{read.tensor.shape}{index}")
@@ -225,20 +300,26 @@ def _canonical(scope: Scope, order: tuple[int, ...]) -> str:
     return f"{loops}{bounds}{scope.function}{factors}"
 
 
+def _renamed(index: Affine, names: Mapping[str, str]) -> str:
+    """An index with other names for its iterators, in a form that does not depend on the old names."""
+    terms = []
+    for atom, coefficient in index.terms:
+        if isinstance(atom, str):
+            terms.append(f"{coefficient}{names[atom]}")
+        else:
+            sign = "/" if isinstance(atom, Quotient) else "%"
+            terms.append(f"{coefficient}({_renamed(atom.of, names)}{sign}{atom.by})")
+    terms.sort()
+    return f"{'+'.join(terms)}+{index.const}"
+
+
 def _role(scope: Scope, name: str, names: Mapping[str, str]) -> str:
-    """Where an iterator occurs, written without the names of the summation iterators."""
-    marks = {loop.name: Affine.of("?") for loop in scope.summation}
-    marks |= {old: Affine.of(new) for old, new in names.items()}
-    marks[name] = Affine.of("*")
-    ranges = {**{new: scope.ranges[old] for old, new in names.items()}, "*": scope.ranges[name]}
-    ranges["?"] = (
-        min(loop.low for loop in scope.summation),
-        max(loop.high for loop in scope.summation),
-    )
+    """Where a summed iterator occurs, written without the names of the summation iterators."""
+    marks = {**names, **{loop.name: "?" for loop in scope.summation}, name: "*"}
     occurrences = []
     for read in scope.factors:
         for place, index in enumerate(read.index):
             if name in index.iterators():
                 where = "{}" if isinstance(read.tensor, Scope) else f"{read.tensor.name}.{place}"
-                occurrences.append(f"{where}:{index.substitute(marks, ranges)}")
+                occurrences.append(f"{where}:{_renamed(index, marks)}")
     return "|".join(sorted(occurrences))

@@ -6,10 +6,9 @@ everywhere; `simplify` applies the others, which only ever remove work, to a fix
 rule of the user's own.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 
-from ollie_compile.expr import Read, Scope
+from ollie_compile.expr import Read, Scope, once
 from ollie_compile.rules.banding import band_tiling
 from ollie_compile.rules.bilinear import bilinear_decomposition
 from ollie_compile.rules.boundary import boundary_tightening
@@ -59,44 +58,41 @@ def register(name: str, rule: Rule) -> None:
     EXPLORATIVE[name] = rule
 
 
-def rewrites(
-    scope: Scope,
-    rule: Rule,
-    where: Callable[[Scope], bool] = lambda _: True,
-    prune: Callable[[Scope], bool] = lambda _: False,
-) -> Iterator[Scope]:
+def rewrites(scope: Scope, rule: Rule, where: Callable[[Scope], bool] = lambda _: True) -> Iterator[Scope]:
     """The expression with `rule` applied at one of its scopes, each way in turn.
 
     Args:
         where: the scopes at which the rule may be applied.
-        prune: the scopes that are left out with all below them.
     """
-    if prune(scope):
-        return
     if where(scope):
-        yield from rule(scope)
+        yield from applied(scope, rule)
     for position, read in enumerate(scope.factors):
         if isinstance(read.tensor, Scope):
-            for derived in rewrites(read.tensor, rule, where, prune):
+            for derived in rewrites(read.tensor, rule, where):
                 yield scope.with_factor(position, Read(derived, read.index))
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def _is_simple(scope: Scope) -> bool:
-    """Whether no simplifying rule applies to a scope or below; derived expressions share most scopes."""
-    below = (read.tensor for read in scope.factors if isinstance(read.tensor, Scope))
-    return all(map(_is_simple, below)) and not any(True for rule in SIMPLIFYING.values() for _ in rule(scope))
+def applied(scope: Scope, rule: Rule) -> tuple[Scope, ...]:
+    """What a rule derives from a scope; derived expressions share most scopes, so this is remembered."""
+    if rule not in scope.memo:
+        scope.memo[rule] = tuple(rule(scope))
+    derived: tuple[Scope, ...] = scope.memo[rule]
+    return derived
 
 
-def simplify(scope: Scope) -> tuple[Scope, list[str]]:
+@once
+def simplify(scope: Scope) -> tuple[Scope, tuple[str, ...]]:
     """Apply the simplifying rules until none applies; returns the scope and the rules that did."""
-    applied: list[str] = []
-    while True:
-        for name, rule in SIMPLIFYING.items():
-            derived = next(rewrites(scope, rule, prune=_is_simple), None)
-            if derived is not None:
-                scope = derived
-                applied.append(name)
-                break
-        else:
-            return scope, applied
+    names: list[str] = []
+    for position, read in enumerate(scope.factors):
+        if isinstance(read.tensor, Scope):
+            inner, below = simplify(read.tensor)
+            names += below
+            if inner is not read.tensor:
+                scope = scope.with_factor(position, Read(inner, read.index))
+    for name, rule in SIMPLIFYING.items():
+        derived = next(rule(scope), None)
+        if derived is not None:
+            simple, further = simplify(derived)
+            return simple, tuple(dict.fromkeys((*names, name, *further)))
+    return scope, tuple(dict.fromkeys(names))

@@ -1,8 +1,10 @@
-"""Boundary tightening: iterations that only read zeros are left out (OLLIE, table 2)."""
+"""Boundaries: where expressions are 0, and iterations left out for it (OLLIE, table 2)."""
 
 from collections.abc import Iterator
 
-from ollie_compile.expr import Affine, Loop, Read, Scope
+from ollie_compile.expr import ELEMENTWISE, Affine, Loop, Ranges, Read, Scope
+
+UNBOUNDED = 2**60
 
 
 def boundary_tightening(scope: Scope) -> Iterator[Scope]:
@@ -22,14 +24,49 @@ def boundary_tightening(scope: Scope) -> Iterator[Scope]:
 def _tightened(scope: Scope, loop: Loop) -> Loop:
     low, high = loop.low, loop.high
     for read in scope.factors:
-        for index, (first, last) in zip(read.index, read.tensor.box, strict=True):
+        for index, box in zip(read.index, read.tensor.box, strict=True):
             if index.iterator != loop.name:
                 continue
-            # first <= step * i + const < last, solved for i in exact integer arithmetic.
-            step = index.coefficient(loop.name)
-            bounds = (first - index.const, last - 1 - index.const)
-            least, most = bounds if step > 0 else (-bounds[1], -bounds[0])
-            low = max(low, -(-least // abs(step)))
-            high = min(high, most // abs(step) + 1)
+            least, most = _inside(index, loop.name, box)
+            low, high = max(low, least), min(high, most + 1)
     # A range with nothing in it would be a tensor of no size: leave the zeros to be computed.
     return Loop(loop.name, low, high) if low < high else loop
+
+
+def vanishes(read: Read, ranges: Ranges, name: str, low: int = -UNBOUNDED, high: int = UNBOUNDED) -> bool:
+    """Whether `read` is provably 0 wherever the iterator `name` is outside [low, high).
+
+    It is where an index then leaves its tensor's box, or where the expression that is read is itself 0.
+
+    Args:
+        ranges: of the iterators that the read uses.
+    """
+    return _vanishes(read, {**ranges, name: (-UNBOUNDED, UNBOUNDED)}, name, (low, high), "'")
+
+
+def _vanishes(read: Read, ranges: Ranges, name: str, within: tuple[int, int], mark: str) -> bool:
+    for index, box in zip(read.index, read.tensor.box, strict=True):
+        if index.iterator == name:
+            least, most = _inside(index, name, box)
+            if within[0] <= least and most < within[1]:
+                return True
+    inner = read.tensor
+    if not isinstance(inner, Scope):
+        return False
+    # Summed iterators are marked by their depth, for an inner scope may use a name of an outer one.
+    values = dict(zip((loop.name for loop in inner.traversal), read.index, strict=True))
+    values |= {loop.name: Affine.of(mark + loop.name) for loop in inner.summation}
+    ranges = {**ranges, **{mark + loop.name: (loop.low, loop.high) for loop in inner.summation}}
+    factors = inner.map_index(lambda index: index.substitute(values, ranges))
+    zeros = (_vanishes(factor, ranges, name, within, mark + "'") for factor in factors)
+    if inner.function == "*":
+        return any(zeros)
+    return (inner.function == "+" or ELEMENTWISE[inner.function].keeps_zero) and all(zeros)
+
+
+def _inside(index: Affine, name: str, box: tuple[int, int]) -> tuple[int, int]:
+    """The smallest and largest value of `name` at which index = step * name + const is inside `box`."""
+    step = index.coefficient(name)
+    bounds = (box[0] - index.const, box[1] - 1 - index.const)
+    least, most = bounds if step > 0 else (-bounds[1], -bounds[0])
+    return -(-least // abs(step)), most // abs(step)

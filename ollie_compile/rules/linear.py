@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ollie_compile.expr import Affine, Loop, Read, Scope, ranges_of
+from ollie_compile.rules.boundary import vanishes
 
 
 def reassociation(scope: Scope) -> Iterator[Scope]:
@@ -154,21 +155,13 @@ def _as_term(scope: Scope, read: Read) -> Scope | None:
         return None
     for loop, index in zip(inner.traversal, read.index, strict=True):
         low, high = index.bounds(scope.ranges)
-        if (low < loop.low or high >= loop.high) and not _confined(inner, loop):
+        outside = low < loop.low or high >= loop.high
+        if outside and not any(
+            vanishes(factor, inner.ranges, loop.name, loop.low, loop.high) for factor in inner.factors
+        ):
             return None
     values = {loop.name: index for loop, index in zip(inner.traversal, read.index, strict=True)}
     return _inlined(inner, scope, values)
-
-
-def _confined(scope: Scope, loop: Loop) -> bool:
-    """Whether some factor is 0 wherever `loop` leaves its range."""
-    for read in scope.factors:
-        for index, (first, last) in zip(read.index, read.tensor.box, strict=True):
-            if index.iterator == loop.name and (step := index.coefficient(loop.name)) > 0:
-                before, after = step * (loop.low - 1) + index.const, step * loop.high + index.const
-                if before < first and after >= last:
-                    return True
-    return False
 
 
 def _inlined(inner: Scope, outer: Scope, values: Mapping[str, Affine]) -> Scope:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from ollie_compile.expr import Affine, Input, Ranges, Read, Scope
+from ollie_compile.rules.boundary import vanishes
 
 
 def traversal_merging(scope: Scope) -> Iterator[Scope]:
@@ -11,6 +12,10 @@ def traversal_merging(scope: Scope) -> Iterator[Scope]:
     Rearranged inputs stay, for they are what a layout transformation made, but are rearranged only once.
     Diagonals that are read at a division stay too, for what they would become is no view.
     """
+    whole = _read_in_place(scope)
+    if whole is not None:
+        yield whole
+        return
     for position, read in enumerate(scope.factors):
         view = read.tensor
         if not isinstance(view, Scope) or not view.is_view or _divides_diagonal(view, read):
@@ -22,6 +27,15 @@ def traversal_merging(scope: Scope) -> Iterator[Scope]:
             inner = view.factors[0]
             index = tuple(i.substitute(at, scope.ranges) for i in inner.index)
             yield scope.with_factor(position, Read(inner.tensor, index))
+
+
+def _read_in_place(scope: Scope) -> Scope | None:
+    """The scope that `scope` is, where it reads one of its own box as it lies, else None."""
+    inner, index = scope.factors[0].tensor, scope.factors[0].index
+    if not scope.is_view or not isinstance(inner, Scope) or inner.box != scope.box:
+        return None
+    in_place = all(i == Affine.of(loop.name) for i, loop in zip(index, scope.traversal, strict=True))
+    return inner if in_place else None
 
 
 def _rearranges_input(view: Scope) -> bool:
@@ -40,24 +54,22 @@ def _divides_diagonal(view: Scope, read: Read) -> bool:
 
 
 def _zero_outside(view: Scope, read: Read, ranges: Ranges) -> bool:
-    """Whether `read`, where it leaves the view's box, would leave the box of the tensor below as well."""
-    inner = view.factors[0]
-    below = dict(zip(inner.index, inner.tensor.box, strict=True))
+    """Whether `read`, where it leaves the view's box, would read a 0 below it as well."""
     for loop, index in zip(view.traversal, read.index, strict=True):
         first, last = index.bounds(ranges)
-        if loop.low <= first and last < loop.high:
-            continue
-        low, high = below.get(Affine.of(loop.name), (first, last + 1))
-        if low < loop.low or high > loop.high:
+        inside = loop.low <= first and last < loop.high
+        if not inside and not vanishes(view.factors[0], view.ranges, loop.name, loop.low, loop.high):
             return False
     return True
 
 
 def idle_iterator(scope: Scope) -> Iterator[Scope]:
     """A traversal iterator that no read uses leaves the computation: its values are all the same."""
+    if scope.is_view:
+        return
     used = scope.used()
     busy = tuple(loop for loop in scope.traversal if loop.name in used)
-    if not scope.is_view and len(busy) < len(scope.traversal):
+    if len(busy) < len(scope.traversal):
         inner = scope.over(traversal=busy)
         yield Scope(scope.traversal, (), (Read(inner, tuple(Affine.of(loop.name) for loop in busy)),))
 
@@ -65,7 +77,7 @@ def idle_iterator(scope: Scope) -> Iterator[Scope]:
 def unit_iterator(scope: Scope) -> Iterator[Scope]:
     """An iterator with a single value is that value; a sum over it has a single term."""
     unit = {loop.name: Affine.of(loop.low) for loop in scope.traversal + scope.summation if loop.extent == 1}
-    if unit.keys() & (scope.used() | {loop.name for loop in scope.summation}):
+    if unit and unit.keys() & (scope.used() | {loop.name for loop in scope.summation}):
         summation = tuple(loop for loop in scope.summation if loop.name not in unit)
         factors = scope.map_index(lambda index: index.substitute(unit, scope.ranges))
         yield scope.over(summation=summation, factors=factors)

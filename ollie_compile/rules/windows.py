@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from ollie_compile.expr import Affine, Loop, Ranges, Read, Scope
+from ollie_compile.rules.boundary import vanishes
 from ollie_compile.rules.substitution import split_variable
 
 WINDOWS = (2, 3)  # taps of the small windows that a large one is split into
@@ -68,15 +69,9 @@ def split_summed(scope: Scope, by: Mapping[str, int]) -> Scope | None:
 
 def _ends_with_zeros(scope: Scope, loop: Loop) -> bool:
     """Whether some factor of a product is 0 for all values of `loop` beyond its end."""
-    if scope.function != "*":
-        return False
-    for read in scope.factors:
-        for index, (first, last) in zip(read.index, read.tensor.box, strict=True):
-            if index.iterator == loop.name:
-                end = index.coefficient(loop.name) * loop.high + index.const
-                if end >= last if index.coefficient(loop.name) > 0 else end < first:
-                    return True
-    return False
+    return scope.function == "*" and any(
+        vanishes(read, scope.ranges, loop.name, high=loop.high) for read in scope.factors
+    )
 
 
 def _unused(prefix: str, ranges: Ranges) -> str:

