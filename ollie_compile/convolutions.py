@@ -76,6 +76,9 @@ def _match(scope: Scope, data: int) -> ConvolutionMatch | None:
     plain: list[tuple[int, str]] = []
     for place, index in enumerate(read.index):
         if index.iterator is not None and index == Affine.of(index.iterator):
+            (low, high), (first, stop) = read.tensor.box[place], scope.ranges[index.iterator]
+            if first < low or stop > high:
+                return None
             plain.append((place, index.iterator))
         elif index.terms:
             found = _spatial(index, set(traversal) - by_weight, summation & by_weight)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ from ollie_compile.convolutions import (
     match_convolution,
     output_order,
 )
+from ollie_compile.eoperators import Banded, SelectiveAdd, match_banded, match_selective_add
 from ollie_compile.expr import ELEMENTWISE, Read, Scope
 from ollie_compile.matching import Matmul, match_matmul
 from ollie_compile.transforms import is_transform
@@ -38,6 +39,10 @@ the library's convolution for what is one, on contiguous or channels-last data, 
 
 CONVOLVED = ("convolution", "channels last")
 
+Kernels = Literal["aten", "fold", "triton"]
+"""How eOperators are written: as plain aten; selective additions as torch's `fold`; or these and banded
+products by the Triton kernels of `kernels`, which are for CUDA."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -48,6 +53,7 @@ class Program:
 
     scope: Scope
     layout: Layout
+    kernels: Kernels = "aten"
 
     def constants(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The constants of the expression by name."""
@@ -59,30 +65,47 @@ class Program:
         }
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return _Lowering(inputs, self.layout).scope(self.scope)
+        return _Lowering(inputs, self).scope(self.scope)
 
 
 def is_lowerable(scope: Scope) -> bool:
-    """Whether every scope is a matrix product, a convolution or an eOperator of at most `MAX_TAPS` taps."""
+    """Whether every scope is a matrix product, a convolution, a banded product or an eOperator of at most
+    `MAX_TAPS` taps."""
     return all(
-        match_matmul(inner) is not None or match_convolution(inner) is not None or _is_eoperator(inner)
+        match_matmul(inner) is not None
+        or match_convolution(inner) is not None
+        or _is_eoperator(inner)
+        or match_banded(inner) is not None
         for inner in scope.scopes()
     )
 
 
-def programs(scope: Scope) -> list[Program]:
-    """The different ways to write a lowerable expression."""
+def programs(scope: Scope, device: torch.device) -> list[Program]:
+    """The different ways to write a lowerable expression; on a CPU none that needs a Triton kernel."""
     scopes = list(scope.scopes())
     matches = [(inner, match) for inner in scopes if (match := match_matmul(inner))]
+    written = [bool(match_matmul(inner)) or _is_eoperator(inner) for inner in scopes]
+    convolved = [match_convolution(inner) for inner in scopes]
+    banded = [device.type == "cuda" and match_banded(inner) is not None for inner in scopes]
     layouts: list[Layout] = []
-    if all(match_matmul(inner) or _is_eoperator(inner) for inner in scopes):
+    if all(map(any, zip(written, banded, strict=True))):
         layouts += ["rows", "columns"] if matches else ["rows"]
         layouts += ["batched"] if any(_batched(inner, match) for inner, match in matches) else []
-    convolved = [found for inner in scopes if (found := match_convolution(inner))]
-    if convolved:
+    if any(convolved) and all(map(any, zip(written, banded, convolved, strict=True))):
         layouts += ["convolution"]
-        layouts += ["channels last"] if any(len(found.spatial) > 1 for found in convolved) else []
-    return [Program(scope, layout) for layout in layouts]
+        layouts += ["channels last"] if any(len(found.spatial) > 1 for found in convolved if found) else []
+    plain = all(map(any, zip(written, convolved, strict=True)))
+    return [Program(scope, layout, "aten" if plain else "triton") for layout in layouts]
+
+
+def with_kernels(program: Program, device: torch.device) -> list[Program]:
+    """`program` with its selective additions and banded products by the other kernels for them."""
+    scopes = list(program.scope.scopes())
+    additions = [found for inner in scopes if (found := match_selective_add(inner))]
+    kernels: list[Kernels] = ["fold"] if any(found.folds for found in additions) else []
+    if device.type == "cuda" and (additions or any(map(match_banded, scopes))):
+        kernels.append("triton")
+    return [replace(program, kernels=name) for name in kernels if program.kernels == "aten"]
 
 
 def _batched(scope: Scope, match: Matmul) -> bool:
@@ -147,8 +170,8 @@ def _is_eoperator(scope: Scope) -> bool:
 
 
 class _Lowering:
-    def __init__(self, inputs: Mapping[str, Tensor], layout: Layout) -> None:
-        self.inputs, self.layout = inputs, layout
+    def __init__(self, inputs: Mapping[str, Tensor], program: Program) -> None:
+        self.inputs, self.layout, self.kernels = inputs, program.layout, program.kernels
         self.done: dict[Scope, Tensor] = {}
 
     def scope(self, scope: Scope) -> Tensor:
@@ -163,6 +186,11 @@ class _Lowering:
             return self._product(scope, operator)
         if operator is not None:
             return self._convolution(scope, operator)
+        if self.kernels == "triton" and (banded := match_banded(scope)):
+            return self._banded(scope, banded)
+        add = match_selective_add(scope) if self.kernels != "aten" else None
+        if add is not None and (self.kernels == "triton" or add.folds):
+            return self._selective_add(scope, add)
         return self._transform(scope) if is_transform(scope) else self._eoperator(scope)
 
     def _tensor(self, read: Read) -> Tensor:
@@ -190,7 +218,11 @@ class _Lowering:
     def _convolution(self, scope: Scope, match: ConvolutionMatch) -> Tensor:
         read, other = scope.factors[match.data], scope.factors[1 - match.data]
         call = ConvolutionCall.of(scope, match)
-        x = self._tensor(read).permute(data_order(read, match)).reshape(call.unpadded_shape)
+        x = self._tensor(read)
+        for place in set(range(x.dim())) - set(match.places):
+            first, stop = scope.ranges[read.index[place].iterator or ""]
+            x = x.narrow(place, first - read.tensor.box[place][0], stop - first)
+        x = x.permute(data_order(read, match)).reshape(call.unpadded_shape)
         loops = {loop.name: loop for loop in scope.traversal + scope.summation}
         names = (*match.groups, *match.outputs, *match.channels, *match.taps)
         weight = self._window(other, scope).at({}, [loops[name] for name in names]).reshape(call.weight_shape)
@@ -211,6 +243,57 @@ class _Lowering:
             total = term if total is None else total + term
         assert total is not None, "a summation has at least one tap"
         return total.expand(scope.shape)
+
+    def _selective_add(self, scope: Scope, add: SelectiveAdd) -> Tensor:
+        from ollie_compile import kernels
+
+        names = [name for name, _ in add.plain]
+        order = [*(place for _, place in add.plain), *(o.tap for o in add.overlaps)]
+        value = self._tensor(add.read).permute([*order, *(o.position for o in add.overlaps)])
+        dims = len(add.overlaps)
+        taps, lengths = value.shape[-2 * dims : -dims], value.shape[-dims:]
+        last = extents(scope, names[-1:])
+        lead = [math.prod(extents(scope, names[:-1])), *(last or [1])]
+        sizes = extents(scope, [overlap.out for overlap in add.overlaps])
+        stride, offset, step = (
+            [getattr(o, key) for o in add.overlaps] for key in ("stride", "offset", "step")
+        )
+        if self.kernels == "fold":
+            total = kernels.folded(value.reshape(*lead, *taps, *lengths), sizes, stride, offset, step)
+        else:
+            # One dimension is two, the second with one tap and one position.
+            one = [1] * (2 - dims)
+            value = value.reshape(*lead, *taps, *one, *lengths, *one)
+            total = kernels.selective_add(
+                value, [*sizes, *one], [*stride, *one], [*offset, *(0 for _ in one)], [*step, *one]
+            )
+        found = [*names, *(overlap.out for overlap in add.overlaps)]
+        return total.reshape(extents(scope, found)).permute(
+            [found.index(loop.name) for loop in scope.traversal]
+        )
+
+    def _banded(self, scope: Scope, banded: Banded) -> Tensor:
+        from ollie_compile import kernels
+
+        of_a, of_b = scope.factors[banded.first], scope.factors[1 - banded.first]
+        names = [index.iterator for index in of_a.index]
+        summed, kept = banded.feature, banded.place
+        if not banded.scores:
+            summed, kept = kept, summed
+        a = self._tensor(of_a).permute([names.index(name) for name in (*banded.batch, banded.row, summed)])
+        names = [None if at == banded.key else index.iterator for at, index in enumerate(of_b.index)]
+        b = self._tensor(of_b).permute([names.index(name) for name in (*banded.batch, None, banded.feature)])
+        batch = math.prod(extents(scope, banded.batch))
+        a, b = (x.reshape(batch, *x.shape[-2:]) for x in (a, b))
+        if banded.scores:
+            (places,) = extents(scope, (banded.place,))
+            value = kernels.banded_scores(a, b, places, banded.dilation, banded.offset)
+        else:
+            value = kernels.banded_values(a, b, banded.dilation, banded.offset)
+        found = (*banded.batch, banded.row, kept)
+        return value.reshape(extents(scope, found)).permute(
+            [found.index(loop.name) for loop in scope.traversal]
+        )
 
     def _product(self, scope: Scope, product: Product) -> Tensor:
         left, right = reversed(scope.factors) if product.swapped else scope.factors

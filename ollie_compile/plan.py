@@ -94,7 +94,7 @@ def _make(operator: Convolution, config: OllieConfig, budget_s: float) -> Plan:
     made.candidates = [
         Candidate(program, derivation)
         for derivation in found.derivations
-        for program in programs(derivation.scope)
+        for program in programs(derivation.scope, operator.device)
     ]
     _bound(made, config, stop)
     left = _take_best(made, config)

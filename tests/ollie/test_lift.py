@@ -10,6 +10,7 @@ from ollie_compile.expr import Input, evaluate
 from ollie_compile.lower import is_lowerable, programs
 from ollie_compile.verify import PRIME
 
+CPU = torch.device("cpu")
 X, Y, Z = (Input(name, shape) for name, shape in (("X", (2, 3, 6, 4)), ("Y", (2, 3, 4, 5)), ("Z", (3, 4, 5))))
 W, B = Input("W", (7, 4)), Input("B", (7,))
 
@@ -61,8 +62,8 @@ def test_lifted_equals_torch(name):
         assert not is_lowerable(scope)
         return
     assert is_lowerable(scope)
-    for program in programs(scope):
-        lowered = program(values | program.constants(torch.float64, torch.device("cpu")))
+    for program in programs(scope, CPU):
+        lowered = program(values | program.constants(torch.float64, CPU))
         torch.testing.assert_close(lowered, want)
 
 

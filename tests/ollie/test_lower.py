@@ -1,21 +1,32 @@
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
-from ollie_compile.lower import Program, is_lowerable, programs
+from ollie_compile import lift
+from ollie_compile.eoperators import match_banded, match_selective_add
+from ollie_compile.expr import Input, evaluate
+from ollie_compile.lower import Program, is_lowerable, programs, with_kernels
 from ollie_compile.search import search
 from ollie_compile.verify import check_program
 from tests.ollie.strategies import convolutions, operator
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # naming a device needs none
+
 
 @settings(max_examples=40, deadline=None)
 @given(convolutions())
+@example(  # the second tensor is the data, of which a part is read
+    operator(torch.zeros(1, 2, 1, 2), torch.zeros(2, 2, 3, 4), stride=(2, 1), padding=(0, 2), transposed=True)
+)
 def test_every_program_found_equals_torch(conv):
     found = search(conv.expression(), max_depth=1, budget_s=2.0)
     assert found.derivations
     for derivation in found.derivations[:12]:
-        for program in programs(derivation.scope):
-            assert check_program(conv, program) is None
+        for program in programs(derivation.scope, CPU):
+            # On this CPU "triton" computes by the kernels' references.
+            for written in (program, *with_kernels(program, CUDA)):
+                assert check_program(conv, written) is None
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -24,7 +35,7 @@ def test_results_have_the_strides_of_torch(memory_format):
     weight = torch.randn(3, 4, 3, 3).contiguous(memory_format=memory_format)
     conv = operator(x, weight, padding=1)
     for derivation in search(conv.expression(), max_depth=0, budget_s=2.0).derivations:
-        for program in programs(derivation.scope):
+        for program in programs(derivation.scope, CPU):
             got = conv.finished(program)(x, weight)
             assert got.stride() == conv.output.stride
             torch.testing.assert_close(got, conv.reference(x, weight), rtol=1e-4, atol=1e-4)
@@ -51,3 +62,48 @@ def test_a_wrong_program_is_caught():
     assert other.output.shape == padded.output.shape
     scope = search(other.expression(), max_depth=0, budget_s=1.0).derivations[-1].scope
     assert "differs by" in (check_program(plain, Program(scope, "rows")) or "")
+
+
+@pytest.mark.parametrize(
+    ("weight", "settings"),
+    [
+        ((6, 4, 3, 4), {"padding": (0, 2)}),
+        ((4, 6, 3, 4), {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True}),
+        ((4, 6, 3, 4), {"stride": (1, 3), "transposed": True}),
+    ],
+    ids=["OffsetAdd", "selective add", "both"],
+)
+def test_overlapping_additions_are_written_as_fold_too(weight, settings):
+    conv = operator(torch.zeros(2, 4, 6, 7), torch.zeros(weight), **settings)
+    found = search(conv.expression(), max_depth=0, budget_s=20.0).derivations
+    written = [p for d in found for program in programs(d.scope, CPU) for p in with_kernels(program, CPU)]
+    assert {program.kernels for program in written} == {"fold"}
+    x, k = conv.example_inputs()
+    for program in written:
+        torch.testing.assert_close(conv.finished(program)(x, k), conv.reference(x, k), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pooling_window_is_no_selective_addition():
+    depthwise = operator(torch.zeros(1, 6, 8, 8), torch.zeros(6, 1, 3, 3), groups=6)
+    assert match_selective_add(depthwise.expression()) is None
+    assert (
+        match_selective_add(
+            lift.average_pool(Input("X", (1, 2, 6, 6)), (2, 2), stride=(2, 2), padding=(0, 0))
+        )
+        is None
+    )
+
+
+@pytest.mark.parametrize("write", [lift.banded_scores, lift.banded_values])
+def test_banded_products_are_kernels_on_a_gpu_and_nothing_elsewhere(write):
+    scope = write(2, 9, 200, width=70, dilation=2)
+    assert match_banded(scope) is not None
+    assert programs(scope, CPU) == []
+    (program,) = programs(scope, CUDA)
+    assert program.kernels == "triton"
+    generator = np.random.default_rng(0)
+    arrays = {tensor.name: generator.integers(-8, 9, tensor.shape) for tensor in scope.inputs().values()}
+    points = np.stack(np.meshgrid(*map(np.arange, scope.shape), indexing="ij"), -1).reshape(-1, 3)
+    want = evaluate(scope, arrays, points, None).reshape(scope.shape)
+    got = program({name: torch.tensor(array).double() for name, array in arrays.items()})
+    assert got.tolist() == want.tolist()

@@ -1,0 +1,167 @@
+"""Operators of the library "ollie" that eOperators may be lowered to, with their references in torch.
+
+On CUDA they run the Triton kernels of `triton_kernels.py`; elsewhere the reference. Their results are
+contiguous, sums are taken in float32 or wider, and their inputs may have any strides.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@torch.library.custom_op("ollie::selective_add", mutates_args=())
+def selective_add(
+    x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]
+) -> Tensor:
+    """Overlapping planes added up: OffsetAdd, and with strides the selective addition of transposed convs.
+
+    With t = stride * r + (h + offset) % stride and l = (h + offset) // stride + step * r in each dimension,
+    O[n, f, h1, h2] = Sum[r1, r2] X[n, f, t1, t2, l1, l2], where what lies outside of X is 0.
+
+    Args:
+        x: [batch, channels, taps1, taps2, length1, length2], a floating dtype.
+        size: of the result's last two dimensions.
+
+    Returns:
+        [batch, channels, *size] in the dtype of `x`.
+    """
+    batch, channels, *taps, first, second = x.shape
+    wide = x if x.dtype == torch.float64 else x.float()
+    total = wide.new_zeros(batch, channels, *size)
+    for tap1, places1 in _places(taps[0], first, size[0], stride[0], offset[0], step[0], x.device):
+        for tap2, places2 in _places(taps[1], second, size[1], stride[1], offset[1], step[1], x.device):
+            plane = wide[:, :, tap1, tap2]
+            rows = plane.index_select(2, places1[1]).index_select(3, places2[1])
+            total[:, :, places1[0][:, None], places2[0]] += rows
+    return total.to(x.dtype)
+
+
+def _places(
+    taps: int, length: int, size: int, stride: int, offset: int, step: int, device: torch.device
+) -> list[tuple[int, tuple[Tensor, Tensor]]]:
+    """For each tap the places of the result that it is added to, and the positions they read."""
+    h = torch.arange(size, device=device) + offset
+    found = []
+    for tap in range(taps):
+        position = h // stride + step * (tap // stride)
+        valid = (h % stride == tap % stride) & (position >= 0) & (position < length)
+        found.append((tap, (h[valid] - offset, position[valid])))
+    return found
+
+
+@torch.library.custom_op("ollie::banded_scores", mutates_args=())
+def banded_scores(a: Tensor, b: Tensor, places: int, dilation: int, offset: int) -> Tensor:
+    """G2BMM: O[n, m, w] = Sum[k] A[n, m, k] * B[n, m + dilation * w + offset, k], zeros outside of B.
+
+    Args:
+        a, b: [batch, length, features] and [batch, keys, features] of one floating dtype.
+        places: how many keys each row meets.
+
+    Returns:
+        [batch, length, places] in their dtype.
+    """
+    wide = a.dtype if a.dtype == torch.float64 else torch.float32
+    window = _window(b.to(wide), a.shape[1], places, dilation, offset)
+    return torch.einsum("nmk,nmwk->nmw", a.to(wide), window).to(a.dtype)
+
+
+@torch.library.custom_op("ollie::banded_values", mutates_args=())
+def banded_values(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
+    """GBMM: O[n, m, k] = Sum[w] A[n, m, w] * B[n, m + dilation * w + offset, k], zeros outside of B.
+
+    Args:
+        a, b: [batch, length, places] and [batch, keys, features] of one floating dtype.
+
+    Returns:
+        [batch, length, features] in their dtype.
+    """
+    wide = a.dtype if a.dtype == torch.float64 else torch.float32
+    window = _window(b.to(wide), a.shape[1], a.shape[2], dilation, offset)
+    return torch.einsum("nmw,nmwk->nmk", a.to(wide), window).to(a.dtype)
+
+
+def _window(b: Tensor, length: int, places: int, dilation: int, offset: int) -> Tensor:
+    """[batch, length, places, features]: the rows of B that each row meets."""
+    reach = length + dilation * (places - 1)
+    padded = functional.pad(b, (0, 0, -offset, reach + offset - b.shape[1]))
+    return padded.unfold(1, reach - length + 1, 1)[..., ::dilation].transpose(2, 3)
+
+
+@selective_add.register_fake
+def _(x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]) -> Tensor:
+    return x.new_empty(*x.shape[:2], *size)
+
+
+@banded_scores.register_fake
+def _(a: Tensor, b: Tensor, places: int, dilation: int, offset: int) -> Tensor:
+    return a.new_empty(*a.shape[:2], places)
+
+
+@banded_values.register_fake
+def _(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
+    return a.new_empty(*a.shape[:2], b.shape[2])
+
+
+@selective_add.register_kernel("cuda")
+def _(x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]) -> Tensor:
+    from ollie_compile import triton_kernels
+
+    return triton_kernels.selective_add(x, size, stride, offset, step)
+
+
+@banded_scores.register_kernel("cuda")
+def _(a: Tensor, b: Tensor, places: int, dilation: int, offset: int) -> Tensor:
+    from ollie_compile import triton_kernels
+
+    return triton_kernels.banded_scores(a, b, places, dilation, offset)
+
+
+@banded_values.register_kernel("cuda")
+def _(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
+    from ollie_compile import triton_kernels
+
+    return triton_kernels.banded_values(a, b, dilation, offset)
+
+
+def folded(x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]) -> Tensor:
+    """`selective_add` by torch's fold, of one or two dimensions.
+
+    Args:
+        x: [batch, channels, taps .., lengths ..]; `step` is -1 where `stride` is above 1.
+    """
+    dims = len(size)
+    lead, taps, lengths = x.shape[:2], list(x.shape[2 : 2 + dims]), list(x.shape[2 + dims :])
+    # fold adds tap t of position l at stride * l + dilation * t; a positive step reverses the taps.
+    reversed_dims = [2 + at for at, by in enumerate(step) if by > 0]
+    x = x.flip(reversed_dims) if reversed_dims else x
+    start = [o + by * (t - 1) if by > 0 else o for o, by, t in zip(offset, step, taps, strict=True)]
+    dilation = list(map(abs, step))
+    full = [s * (n - 1) + d * (t - 1) + 1 for s, n, d, t in zip(stride, lengths, dilation, taps, strict=True)]
+    one = [1] * (2 - dims)
+    x = x.reshape(-1, math.prod(taps), math.prod(lengths))
+    total = fold(x, [*full, *one], [*taps, *one], [*stride, *one], [*dilation, *one]).reshape(*lead, *full)
+    ends = zip(start, full, size, strict=True)
+    pads = [(-first, first + wanted - whole) for first, whole, wanted in ends]
+    return functional.pad(total, [side for pad in reversed(pads) for side in pad])
+
+
+@torch.library.custom_op("ollie::fold", mutates_args=())
+def fold(x: Tensor, size: list[int], taps: list[int], stride: list[int], dilation: list[int]) -> Tensor:
+    """torch.nn.functional.fold without padding, which Inductor takes as it is: it would write out aten's.
+
+    Args:
+        x: [batch, channels * taps, positions].
+
+    Returns:
+        [batch, channels, *size].
+    """
+    return functional.fold(x, size, taps, dilation, 0, stride)
+
+
+@fold.register_fake
+def _(x: Tensor, size: list[int], taps: list[int], stride: list[int], dilation: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // (taps[0] * taps[1]), *size)
