@@ -14,7 +14,6 @@ from ripple_loader.encoding import FloatEncoding
 from ripple_loader.engine import Engine
 from ripple_loader.quantizer import matching_sites
 from ripple_loader.report import RippleReport
-from ripple_loader.streaming import stream
 
 _ROUNDED_AWAY = 0.3  # of a row's norm; 4-bit integers round away a tenth
 
@@ -34,6 +33,8 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
         FileNotFoundError: the directory has no sidecar.
         ValueError: the sidecar was made from other weights, or the budget is too small.
     """
+    from ripple_loader.streaming import stream
+
     sidecar = Sidecar(directory or model.config.name_or_path)
     sites = matching_sites(model, sidecar)
     weights = [weight_NH for site in sites for weight_NH in site.down_weights()]

@@ -131,7 +131,7 @@ class Engine:
         S, N = self.header.rows - 1, self.header.neurons
         floats = self._scratch.view(torch.float32)
         floats = floats[: len(floats) // self.header.hidden * self.header.hidden].view(-1, self.header.hidden)
-        estimate = torch.empty(len(x_TH), S * N)
+        estimate = torch.empty(len(x_TH), S * N, device="cpu")
         start = 0
         for rows in self._sketch_batches(layer):
             for part in rows.split(len(floats)):

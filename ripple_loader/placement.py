@@ -109,7 +109,9 @@ def spectral_order(graph: CoActivation, members: Order) -> Order:
     scale = 1 / np.sqrt(degree[linked])
     weights = torch.from_numpy(count * scale[number[0]] * scale[number[1]])
     size = (len(linked), len(linked))
-    normalised = torch.sparse_coo_tensor(torch.from_numpy(number), weights, size, check_invariants=True)
+    normalised = torch.sparse_coo_tensor(
+        torch.from_numpy(number), weights, size, device="cpu", check_invariants=True
+    )
     start = np.stack([1 / scale, np.random.default_rng(0).standard_normal(len(linked))], axis=1)
     _, vectors = torch.lobpcg(normalised.coalesce(), X=torch.from_numpy(start), niter=_LOBPCG_ROUNDS)
     fiedler = vectors[:, 1].numpy() * scale

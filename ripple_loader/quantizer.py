@@ -7,7 +7,7 @@ model before the weights are read.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -17,7 +17,9 @@ from ripple_loader.architectures import MLPSite, architecture_of
 from ripple_loader.bundles import Sidecar
 from ripple_loader.config import RippleConfig
 from ripple_loader.engine import Engine
-from ripple_loader.streaming import Backend, stream
+
+if TYPE_CHECKING:
+    from ripple_loader.streaming import Backend
 
 register_quantization_config("ripple")(RippleConfig)
 
@@ -37,6 +39,8 @@ class StreamingQuantizer(HfQuantizer):
                 "Ripple should load from a reordered directory, got a model without checkpoint files: "
                 "use `from_pretrained(directory, quantization_config=...)`."
             )
+        from ripple_loader.streaming import stream
+
         sites, backend = self.streamed(model, [Path(file) for file in checkpoint_files])
         stream(model, sites, backend)
         model._keys_to_ignore_on_load_unexpected = {

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from ripple_loader.encoding import ENCODINGS, Encoding
 
 SIDECAR = "neurons.ripple"
-VERSION = 2
+VERSION = 3
 BLOCK = 4096
 CHECKSUM_CHUNK = 1 << 20
 
@@ -55,6 +55,7 @@ class SidecarHeader:
         exact_zeros: whether the activation zeroes inactive neurons, which makes sparse reads exact.
         hot: for each MLP, how many of its first places hold neurons that are nearly always active.
         checkpoint: fingerprint of the weight files beside the sidecar.
+        files: SHA-256 of each of these weight files.
         base: SHA-256 of each weight file of the model that was reordered.
         profile: how the order was found: placement, calibration tokens, activity, expected reads.
         version: of this format.
@@ -69,6 +70,7 @@ class SidecarHeader:
     exact_zeros: bool
     hot: list[int]
     checkpoint: str
+    files: dict[str, str]
     base: dict[str, str]
     experts: int | None = None
     profile: dict[str, Any] = field(default_factory=dict)

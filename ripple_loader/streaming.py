@@ -1,5 +1,8 @@
 """The modules that take an MLP's place: no parameters, their neurons come from a backend.
 
+They are opaque to torch.compile: a compiled model has a graph break at each. Import this file where a model
+is loaded, for `torch.compiler.disable` brings in Dynamo, as loading does anyway.
+
 Dimension key: T tokens, H hidden, K experts a token is routed to.
 """
 
@@ -37,6 +40,7 @@ class StreamingMLP(nn.Module):
         super().__init__()
         self.backend, self.layer, self.following, self.activation = backend, layer, following, activation
 
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Hidden states to hidden states, shape (..., H), for inference only."""
         return _InferenceOnly.apply(hidden_states, self)
@@ -66,6 +70,7 @@ class StreamingExperts(nn.Module):
         super().__init__()
         self.backend, self.first, self.experts, self.activation = backend, first, experts, activation
 
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum of the routed experts' outputs, shape (T, H), for inference only.
 

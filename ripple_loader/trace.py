@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,9 @@ from ripple_loader.checkpoint import fingerprint
 from ripple_loader.config import ActiveRule, ReorderConfig
 from ripple_loader.quantizer import StreamingQuantizer
 from ripple_loader.source import SourceModel
-from ripple_loader.streaming import Backend
+
+if TYPE_CHECKING:
+    from ripple_loader.streaming import Backend
 
 BitSets = npt.NDArray[np.uint8]
 """Active sets of one MLP: shape (tokens, ceil(N / 8)), as `numpy.packbits` packs them."""
@@ -59,7 +61,7 @@ def calibration_sequences(
     """
     if isinstance(calibration, str):
         raise TypeError("`calibration` should be a list of texts, got one str: put it in a list.")
-    pending, left = torch.empty(0, dtype=torch.int64), tokens
+    pending, left = torch.empty(0, dtype=torch.int64, device="cpu"), tokens
     for item in calibration:
         pending = torch.cat([pending, _token_ids(item, tokenizer)])
         while len(pending) >= sequence_length and left > 0:
@@ -80,7 +82,7 @@ def _token_ids(item: Any, tokenizer: Callable[[], Any]) -> Tensor:
     if isinstance(item, str):
         item = tokenizer()(item).input_ids
     if isinstance(item, Tensor) or (isinstance(item, list) and item and isinstance(item[0], int)):
-        return torch.as_tensor(item, dtype=torch.int64).flatten()
+        return torch.as_tensor(item, dtype=torch.int64, device="cpu").flatten()
     raise TypeError(
         "`calibration` should hold texts, rows with a `text` or `input_ids` column, or tensors of token ids, "
         f"got {type(item).__name__}."
@@ -209,8 +211,8 @@ def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderCo
     mine = range(state.process_index, len(sequences), state.num_processes)
     missing = [number for number in mine if not _is_whole(_sequence_file(out, number))]
     if missing:
-        tracer = _Tracer(source, config)
-        model = _load(tracer, state.device)
+        tracer = Tracer(source, config)
+        model = load_traced(tracer, state.device)
         with tqdm(
             total=sum(sequences[number].shape[1] for number in mine),
             initial=sum(sequences[number].shape[1] for number in set(mine) - set(missing)),
@@ -227,14 +229,14 @@ def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderCo
     return Trace(out)
 
 
-class _Tracer:
+class Tracer:
     """A backend that reads each MLP from the checkpoint, computes all of it and notes what was active."""
 
     def __init__(self, source: SourceModel, config: ReorderConfig) -> None:
         self.source, self.config = source, config
         self._found: dict[int, BitSets] = {}
 
-    def __deepcopy__(self, memo: Any) -> _Tracer:
+    def __deepcopy__(self, memo: Any) -> Tracer:
         return self  # transformers copies the config that brings the tracer to the model
 
     def begin(self, tokens: int) -> None:
@@ -270,7 +272,7 @@ class _Tracer:
 class _TraceConfig(QuantizationConfigMixin):
     """Loads a model with its MLPs computed by a tracer."""
 
-    tracer: _Tracer
+    tracer: Tracer
     quant_method: str = "ripple_trace"
 
 
@@ -281,7 +283,8 @@ class _TraceQuantizer(StreamingQuantizer):
         return tracer.source.architecture.find(model), tracer
 
 
-def _load(tracer: _Tracer, device: torch.device) -> Any:
+def load_traced(tracer: Tracer, device: torch.device) -> Any:
+    """The tracer's model; memory is that of the model without its MLPs, and of one MLP when it runs."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(

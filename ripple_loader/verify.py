@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ripple_loader.bundles import Sidecar, pack_bundles
 from ripple_loader.checkpoint import sha256
-from ripple_loader.config import RippleConfig
+from ripple_loader.config import ReorderConfig, RippleConfig
+from ripple_loader.encoding import DTYPES
 from ripple_loader.source import SourceModel, open_source
+from ripple_loader.trace import Tracer, load_traced
 from ripple_loader.writing import permuted
 
 _TOKENS = 32
@@ -33,8 +35,14 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
     sidecar = Sidecar(directory)
     sidecar.verify()
     yield "checksums", f"{sidecar.layout.checksums} hold"
-    sidecar.check_weights()
     copy = open_source(Path(directory))
+    for shard in copy.shards:
+        if sha256(shard.path) != sidecar.header.files.get(shard.path.name):
+            raise ValueError(
+                f"{shard.path} should be as `ripple reorder` wrote it, but it was changed or damaged: "
+                "reorder the model again."
+            )
+    yield "files", f"SHA-256 of {len(copy.shards)} weight files as written"
     orders = [_order(sidecar, layer) for layer in range(sidecar.header.layers)]
     for layer in range(copy.layers):
         _check_bundles(sidecar, copy, layer)
@@ -51,12 +59,12 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
     _check_tensors(source, copy, orders)
     yield "tensors", f"{len(source.spots)} equal the original's, MLPs up to the order of their neurons"
     rounded = sidecar.header.dtype != source.down.dtype
-    yield from _check_logits(source, Path(directory), sidecar.header.dtype if rounded else None)
+    yield from _check_logits(source, copy, sidecar.header.dtype if rounded else None)
 
 
 def _order(sidecar: Sidecar, layer: int) -> Tensor:
     order = torch.from_numpy(sidecar.permutation(layer)).long()
-    if not torch.equal(order.sort().values, torch.arange(sidecar.header.neurons)):
+    if not torch.equal(order.sort().values, torch.arange(sidecar.header.neurons, device="cpu")):
         raise ValueError(f"{sidecar.path} should order each neuron of layer {layer} once, but does not.")
     return order
 
@@ -83,28 +91,41 @@ def _check_tensors(source: SourceModel, copy: SourceModel, orders: list[Tensor])
             raise ValueError(f"{copy.directory} should hold the original's {name}, but it differs.")
 
 
-@torch.no_grad()
-def _check_logits(source: SourceModel, directory: Path, rounded_to: str | None) -> Iterator[tuple[str, str]]:
-    """Compare the original's logits with those of the copy, loaded plainly and streamed.
+def _check_logits(
+    source: SourceModel, copy: SourceModel, rounded_to: str | None
+) -> Iterator[tuple[str, str]]:
+    """Compare the original's logits with those of the copy, from its weight files and from the sidecar.
 
-    Where the bundles are rounded, the difference of the streamed logits is told, not checked.
+    No model is ever whole in memory. Where the bundles are rounded, the difference of the streamed logits is
+    told, not checked.
     """
-    from transformers import AutoModelForCausalLM
-
-    original = AutoModelForCausalLM.from_pretrained(source.directory, dtype="auto")
-    ids = torch.randint(original.config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
-    reference = original(ids).logits.float()
-    tolerance = _TOLERANCE[original.dtype]
-    del original
-    for kind, config in {"logits": None, "streamed logits": RippleConfig(dram_budget=_BUDGET)}.items():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", quantization_config=config)
-        error = ((model(ids).logits.float() - reference).abs().max() / reference.abs().max()).item()
-        if rounded_to is not None and config is not None:
+    reference = _logits(source)
+    tolerance = _TOLERANCE[DTYPES[source.down.dtype]]
+    for kind, options in {"logits": None, "streamed logits": RippleConfig(dram_budget=_BUDGET)}.items():
+        error = ((_logits(copy, options) - reference).abs().max() / reference.abs().max()).item()
+        if rounded_to is not None and options is not None:
             yield kind, f"differ by {error:.1e} (relative), for the bundles are rounded to {rounded_to}"
             continue
         if not error <= tolerance:
             raise ValueError(
-                f"the {kind} of {directory} should be within {tolerance:.0e} of the original's, "
+                f"the {kind} of {copy.directory} should be within {tolerance:.0e} of the original's, "
                 f"got {error:.1e}."
             )
         yield kind, f"within {error:.1e} of the original's (relative, {_TOKENS} random tokens)"
+
+
+@torch.no_grad()
+def _logits(source: SourceModel, config: RippleConfig | None = None) -> Tensor:
+    """Logits of random tokens, float32, streamed by `config` or straight from the weight files."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("cpu"):
+        if config is None:
+            model = load_traced(Tracer(source, ReorderConfig()), torch.device("cpu"))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.directory, dtype="auto", quantization_config=config
+            )
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.get_text_config().vocab_size, (1, _TOKENS), generator=generator)
+        return model(ids).logits.float()

@@ -44,12 +44,12 @@ def write_copy(source: SourceModel, plan: Plan, out: Path) -> None:
         if path.is_file() and path.suffix not in _WEIGHT_FILES:
             shutil.copyfile(path, out / path.name)
     with tqdm(total=shards + sidecar, unit="B", unit_scale=True, desc="write") as bar:
-        base = {}
+        base, files = {}, {}
         for shard in source.shards:
-            base[shard.path.name] = _write_shard(source, plan, shard, out / shard.path.name, bar)
-        header = _sidecar_header(
-            source, plan, checkpoint=fingerprint([out / name for name in base]), base=base
-        )
+            path = out / shard.path.name
+            base[path.name], files[path.name] = _write_shard(source, plan, shard, path, bar)
+        checkpoint = fingerprint([out / name for name in files])
+        header = _sidecar_header(source, plan, checkpoint=checkpoint, files=files, base=base)
         with whole_file(out / SIDECAR) as partial, SidecarWriter(partial, header) as writer:
             for layer, order in enumerate(plan.orders):
                 writer.write_layer(*_bundle_parts(source, layer, order), order)
@@ -60,12 +60,12 @@ def output_bytes(source: SourceModel, bundles: str) -> tuple[int, int]:
     """Bytes of the weight files and of the sidecar, up to what the profile adds to its header."""
     base = {shard.path.name: "0" * 64 for shard in source.shards}
     plan = Plan(orders=[], hot=[0] * source.layers, exact_zeros=False, bundles=bundles, profile={})
-    header = _sidecar_header(source, plan, checkpoint="0" * 64, base=base)
+    header = _sidecar_header(source, plan, checkpoint="0" * 64, files=base, base=base)
     return sum(shard.path.stat().st_size for shard in source.shards), header.layout().file_bytes
 
 
 def _sidecar_header(
-    source: SourceModel, plan: Plan, *, checkpoint: str, base: dict[str, str]
+    source: SourceModel, plan: Plan, *, checkpoint: str, files: dict[str, str], base: dict[str, str]
 ) -> SidecarHeader:
     dtype = _STORED.get(plan.bundles, source.down.dtype)
     lost = {}
@@ -82,6 +82,7 @@ def _sidecar_header(
         exact_zeros=plan.exact_zeros,
         hot=plan.hot,
         checkpoint=checkpoint,
+        files=files,
         base=base,
         profile=plan.profile | lost,
     )
@@ -108,30 +109,35 @@ def _bundle_parts(source: SourceModel, layer: int, order: Order) -> tuple[list[T
     return rows, biases
 
 
-def _write_shard(source: SourceModel, plan: Plan, shard: Shard, path: Path, bar: Any) -> str:
+def _write_shard(source: SourceModel, plan: Plan, shard: Shard, path: Path, bar: Any) -> tuple[str, str]:
     """Copy a weight file with its MLP tensors permuted, unless `path` is written already.
 
     Returns:
-        The SHA-256 of the original file.
+        The SHA-256 of the original file and of the copy.
     """
     if path.exists():
         bar.update(path.stat().st_size)
-        return sha256(shard.path)
-    digest = hashlib.sha256(shard.header)
+        return sha256(shard.path), sha256(path)
+    before, after = hashlib.sha256(shard.header), hashlib.sha256(shard.header)
+
+    def write(part: Any) -> None:
+        after.update(part)
+        file.write(part)
+
     with whole_file(path) as partial, partial.open("wb") as file:
         file.write(shard.header)
         for name, spot in shard.tensors.items():
             if name not in source.pieces:
                 for chunk in spot.raw_chunks():
-                    digest.update(chunk)
-                    file.write(chunk)
+                    before.update(chunk)
+                    write(chunk)
             for piece in source.pieces.get(name, ()):
                 tensor = piece.spot.read()
-                digest.update(_bytes_of(tensor))
+                before.update(_bytes_of(tensor))
                 order = torch.from_numpy(plan.orders[piece.mlp])
-                file.write(_bytes_of(permuted(source, tensor, piece.linear, order)))
+                write(_bytes_of(permuted(source, tensor, piece.linear, order)))
             bar.update(spot.stop - spot.start)
-    return digest.hexdigest()
+    return before.hexdigest(), after.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

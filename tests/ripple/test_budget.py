@@ -14,7 +14,7 @@ from .conftest import make_model
 
 HEADERS = st.builds(
     lambda **sizes: SidecarHeader(
-        model_type="llama", checkpoint="", base={}, hot=[0] * sizes["layers"], **sizes
+        model_type="llama", checkpoint="", files={}, base={}, hot=[0] * sizes["layers"], **sizes
     ),
     layers=st.integers(1, 40),
     neurons=st.integers(1, 5000),
@@ -49,7 +49,7 @@ def test_an_allocation_never_exceeds_the_budget(header, budget, keep, buffer, dt
 
 def test_a_share_is_of_the_streamed_weights():
     sizes = {"model_type": "x", "layers": 10, "neurons": 1000, "hidden": 1000, "rows": 3, "dtype": "F32"}
-    header = SidecarHeader(**sizes, exact_zeros=False, hot=[0] * 10, checkpoint="", base={})
+    header = SidecarHeader(**sizes, exact_zeros=False, hot=[0] * 10, checkpoint="", files={}, base={})
     assert allocate(header, RippleConfig(dram_budget="25%"), torch.float32).budget == 30_000_000
 
 

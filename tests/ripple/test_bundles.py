@@ -43,7 +43,8 @@ def test_round_trip(shape, tmp_path):
         exact_zeros=False,
         hot=[0] * layers,
         checkpoint="0" * 64,
-        base={"model.safetensors": "1" * 64},
+        files={"model.safetensors": "1" * 64},
+        base={"model.safetensors": "2" * 64},
         profile={"placement": "linked"},
     )
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def test_reorder_inspect_generate(saved, text, tmp_path):
     assert json.loads(result.stdout)["profile"]["tokens"] == 64
     result = run("verify", out, "--original", saved("llama"))
     assert result.exit_code == 0, result.output
-    assert len(result.stdout.splitlines()) == 6
+    assert len(result.stdout.splitlines()) == 7
     result = run("generate", out, "hello", "--dram-budget", "1MiB", "--max-new-tokens", 3)
     assert result.exit_code == 0, result.output
     assert len(result.stdout.split()) == len("hello") + 3

@@ -98,7 +98,7 @@ def test_experts_in_one_tensor_stream_as_experts_one_by_one(name, save, saved, r
     assert stacked.header.experts == sidecar.header.experts
     for mlp in range(sidecar.header.layers):
         assert torch.equal(stacked.bundles(mlp), sidecar.bundles(mlp))
-    assert len(dict(verify(reordered(name, **save), saved(name, **save)))) == 6
+    assert len(dict(verify(reordered(name, **save), saved(name, **save)))) == 7
     stock = AutoModelForCausalLM.from_pretrained(saved(name))
     assert relative_error(load(reordered(name, **save))(token_ids()).logits, stock(token_ids()).logits) < 1e-5
 

@@ -289,7 +289,7 @@ def test_a_run_killed_in_any_stage_is_gone_on_with(stage, saved, tmp_path, monke
     assert stage != "sidecar" or any(name.startswith("model-") for name in kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "ready"]
     assert not list((tmp_path / "out").glob(".*"))
-    assert len(dict(verify(tmp_path / "out", sharded))) == 6
+    assert len(dict(verify(tmp_path / "out", sharded))) == 7
 
 
 def test_another_run_to_the_same_directory_does_not_take_what_was_left(saved, tmp_path, monkeypatch):
@@ -299,7 +299,7 @@ def test_another_run_to_the_same_directory_does_not_take_what_was_left(saved, tm
             run(saved("llama"), tmp_path / "out")
     assert (tmp_path / ".out.partial" / Workspace.OUTPUT / "model.safetensors").exists()
     run(saved("mistral"), tmp_path / "out")
-    assert len(dict(verify(tmp_path / "out", saved("mistral")))) == 6
+    assert len(dict(verify(tmp_path / "out", saved("mistral")))) == 7
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ from .conftest import MODELS
 @pytest.mark.parametrize("name", MODELS)
 def test_every_check_holds_for_a_fresh_copy(name, saved, reordered):
     checks = dict(verify(reordered(name), saved(name)))
-    assert list(checks) == ["checksums", "bundles", "original", "tensors", "logits", "streamed logits"]
-    assert list(dict(verify(reordered(name)))) == ["checksums", "bundles"]
+    alone = ["checksums", "files", "bundles"]
+    assert list(checks) == [*alone, "original", "tensors", "logits", "streamed logits"]
+    assert list(dict(verify(reordered(name)))) == alone
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_shards(dtype, saved, reordered):
-    assert len(dict(verify(reordered("phi3", dtype), saved("phi3", dtype)))) == 6
+    assert len(dict(verify(reordered("phi3", dtype), saved("phi3", dtype)))) == 7
     sharded = {"max_shard_size": "20KB"}
     assert (
         "files as recorded"
@@ -48,11 +49,18 @@ def test_another_original_is_found(saved, reordered, tmp_path):
         ("model.layers.0.self_attn.q_proj.weight", "original's model.layers.0.self_attn.q_proj.weight"),
     ],
 )
-def test_weights_changed_beyond_the_fingerprint_are_found(
+def test_changed_weights_are_found_by_their_file_and_by_comparing(
     name, message, saved, reordered, tmp_path, monkeypatch
 ):
-    shutil.copytree(reordered("llama"), tmp_path / "copy")
-    changed(tmp_path / "copy" / "model.safetensors", name, lambda t: t.view(-1)[-1:].add_(1))
-    monkeypatch.setattr(Sidecar, "check_weights", lambda self: None)
+    copy, header = tmp_path / "copy", Sidecar(reordered("llama")).header
+    shutil.copytree(reordered("llama"), copy)
+    changed(copy / "model.safetensors", name, lambda t: t.view(-1)[-1:].add_(1))
+    with pytest.raises(ValueError, match=r"copy/model\.safetensors should be as `ripple reorder` wrote it"):
+        list(verify(copy))
+
+    def recorded(path):
+        return (header.files if path.parent == copy else header.base)[path.name]
+
+    monkeypatch.setattr("ripple_loader.verify.sha256", recorded)
     with pytest.raises(ValueError, match=message):
-        list(verify(tmp_path / "copy", saved("llama")))
+        list(verify(copy, saved("llama")))
