@@ -15,7 +15,8 @@ from ollie_compile.rules.boundary import boundary_tightening
 from ollie_compile.rules.layout import dimension_splitting, layout_transformation
 from ollie_compile.rules.linear import reassociation, shared_factor
 from ollie_compile.rules.merging import idle_iterator, traversal_merging, unit_iterator
-from ollie_compile.rules.substitution import variable_splitting, variable_substitution
+from ollie_compile.rules.splitting import distribution, expression_merging, expression_splitting
+from ollie_compile.rules.substitution import skewing, variable_splitting, variable_substitution
 from ollie_compile.rules.summation import summation_splitting
 from ollie_compile.rules.windows import dilation_splitting, stride_splitting, tap_splitting
 
@@ -27,6 +28,7 @@ EXPLORATIVE: dict[str, Rule] = {
     "summation splitting": summation_splitting,
     "variable substitution": variable_substitution,
     "variable splitting": variable_splitting,
+    "skewing": skewing,
     "layout transformation": layout_transformation,
     "dilation splitting": dilation_splitting,
     "stride splitting": stride_splitting,
@@ -38,6 +40,9 @@ EXPLORATIVE: dict[str, Rule] = {
 RELATING: dict[str, Rule] = {
     "reassociation": reassociation,
     "shared factor": shared_factor,
+    "distribution": distribution,
+    "expression splitting": expression_splitting,
+    "expression merging": expression_merging,
 }
 SIMPLIFYING: dict[str, Rule] = {
     "traversal merging": traversal_merging,

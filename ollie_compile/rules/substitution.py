@@ -1,8 +1,8 @@
-"""Variable substitution: a traversal iterator is replaced by an index expression (OLLIE, table 2).
+"""Variable substitution: an iterator is replaced by an index expression (OLLIE, table 2).
 
-Both rules write S = L[x] S'[phi(x)]: S' is traversed by the new iterators, and phi says where the old
-ones are found in it. S' may hold values that nobody reads (boundary relaxing is implied); phi never
-leaves its box. Traversal merging then moves phi into the surrounding scope.
+The rules for traversal iterators write S = L[x] S'[phi(x)]: S' is traversed by the new iterators, and phi
+says where the old ones are found in it. S' may hold values that nobody reads (boundary relaxing is
+implied); phi never leaves its box. Traversal merging then moves phi into the surrounding scope.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ollie_compile.expr import Affine, Loop, Read, Scope, quotient, remainder
+from ollie_compile.rules.boundary import vanishes
+
+MAX_SKEW = 4  # times the products; more is never won back
 
 
 def substitute(scope: Scope, expression: Affine, name: str) -> Scope | None:
@@ -72,6 +75,48 @@ def variable_splitting(scope: Scope) -> Iterator[Scope]:
             seen.add((name, division.by, offset))
     for name, by, offset in sorted(seen):
         yield split_variable(scope, name, by, offset)
+
+
+def skew(scope: Scope, expression: Affine, name: str) -> Scope | None:
+    """Sum over t = expression instead of over `name`, or None where that changes the sum.
+
+    `expression` must be name + terms or -name + terms of other iterators: a unimodular change of variables.
+    Then t also meets values outside the range of `name`, for which some factor must be provably 0. The
+    inverse is to skew by the value of `name`, and to tighten.
+    """
+    loop = next((loop for loop in scope.summation if loop.name == name), None)
+    step = expression.coefficient(name)
+    rest = expression - Affine.of(name) * step
+    if loop is None or abs(step) != 1 or scope.function != "*" or name in rest.iterators():
+        return None
+    if not any(vanishes(read, scope.ranges, name, loop.low, loop.high) for read in scope.factors):
+        return None
+    low, high = expression.bounds(scope.ranges)
+    new = Loop(scope.fresh("t"), low, high + 1)
+    ranges = {**scope.ranges, new.name: (new.low, new.high)}
+    value = (Affine.of(new.name) - rest) * step
+    factors = scope.map_index(lambda index: index.substitute({name: value}, ranges))
+    summation = tuple(new if other == loop else other for other in scope.summation)
+    return scope.over(summation=summation, factors=factors)
+
+
+def skewing(scope: Scope) -> Iterator[Scope]:
+    """The windows of a contraction as sums over the places that are read: the weights then form bands.
+
+    All dimensions at once in which the places are few: at most `MAX_SKEW` times the taps.
+    """
+    if not scope.is_contraction:
+        return
+    derived = scope
+    extents = {loop.name: loop.extent for loop in scope.summation}
+    expressions = {index for read in scope.factors for index in read.index if len(index.terms) > 1}
+    for expression in sorted(expressions, key=str):
+        low, high = expression.bounds(scope.ranges)
+        for name in sorted(extents.keys() & set(expression.iterators())):
+            if high - low < MAX_SKEW * extents[name]:
+                derived = skew(derived, expression, name) or derived
+    if derived is not scope:
+        yield derived
 
 
 def _traversed_by(
