@@ -79,13 +79,19 @@ def setup(seq_len: int) -> Setup:
 
 
 def longest(name: str, limit: float) -> int:
-    """The most tokens, in steps of 256, whose peak stays within `limit` bytes, if it grows on a line."""
+    """The most tokens, in steps of 256, whose predicted peak stays within `limit` bytes.
+
+    The next length to try lies on the line through the last two, until that is a length already tried.
+    """
     lemo, checkpointing = CONTENDERS[name]
-    few, more = (
-        predict(setup(tokens), lemo, checkpointing=checkpointing, repeats=0).peak_bytes
-        for tokens in (1024, 2048)
-    )
-    return int((1024 + (limit - few) / (more - few) * 1024) / 256) * 256
+    peaks: dict[int, float] = {}
+    last, tokens = 1024, 2048
+    while tokens not in peaks:
+        for tried in {last, tokens} - peaks.keys():
+            peaks[tried] = predict(setup(tried), lemo, checkpointing=checkpointing, repeats=0).peak_bytes
+        slope = (peaks[tokens] - peaks[last]) / (tokens - last)
+        last, tokens = tokens, max(256, int((tokens + (limit - peaks[tokens]) / slope) / 256) * 256)
+    return max(tokens for tokens, peak in peaks.items() if peak <= limit)
 
 
 def main() -> None:
@@ -129,8 +135,8 @@ def main() -> None:
         table = common.Table(
             "lemo_longest",
             f"LeMo: the longest sample whose step fits {options.limit:g} GiB, SmolLM2-135M with LoRA",
-            f"float32, batch 1, in steps of 256 tokens; limit {options.limit:g} GiB on the tensors' peak, on "
-            "a line through those predicted at 1,024 and 2,048 tokens, then measured at the length found",
+            f"float32, batch 1, in steps of 256 tokens; limit {options.limit:g} GiB on the tensors' peak as "
+            "predicted, then measured at the length found",
         )
         for name in tqdm(LONGEST, desc="longest", unit="contender"):
             tokens = longest(name, limit)
