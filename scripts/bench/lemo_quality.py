@@ -72,10 +72,11 @@ def train(config: LemoConfig, samples: list[dict[str, list[int]]], lr: float, se
     model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.bfloat16)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    apply_lemo(model, config)
+    report = apply_lemo(model, config)
     model.train()
     activations = ActivationBytes()
     for step, sample in enumerate(samples):
+        report.at_step(step)
         with activations if step == 0 else contextlib.nullcontext():
             model(**batch(sample)).loss.backward()
         optimizer.step()
