@@ -37,6 +37,7 @@ ELIMINATE = {"mode": "eliminate", "keep_ratio": 0.5}
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "untouched": None,
     "dense LoRA": {"keep_ratio": 1.0, "selective_checkpointing": False},
+    "nothing left out": {"keep_ratio": 1.0},
     "segments of 256": {**SEGMENTS, "segment_tokens": 256, "keep_ratio": 1.0},
     "segments of 128": {**SEGMENTS, "keep_ratio": 1.0},
     "segments of 128, 75%": {**SEGMENTS, "keep_ratio": 0.75},
