@@ -8,33 +8,28 @@ and an operator: a matrix product, a dense convolution. What can be lowered on t
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ollie_compile.expr import Scope, canonical, once
-from ollie_compile.lower import is_lowerable
-from ollie_compile.matching import match_matmul, repair_convolution, repair_product
-from ollie_compile.rules import EXPLORATIVE, RELATING, rewrites, simplify
-from ollie_compile.transforms import is_transform
+from ollie_compile.expansion import (
+    COMPLETIONS,
+    Expand,
+    Expansion,
+    Step,
+    expanding,
+    explored,
+    is_candidate,
+    products,
+    work,
+)
+from ollie_compile.expr import Scope, canonical
+from ollie_compile.rules import simplify
 
 BEAM = 64
 MAX_GROWTH = 4  # times the products of the original; more than this is never won back by faster operators
 
-Repair = Callable[[Scope], tuple[str, Scope] | None]
-REPAIRS: tuple[Repair, ...] = (repair_product, repair_convolution)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One derivation step: the rules applied and the expression after them."""
-
-    rules: tuple[str, ...]
-    scope: Scope
-
-    def __str__(self) -> str:
-        return f"{' + '.join(self.rules)}\n    {self.scope}"
+__all__ = ["BEAM", "Derivation", "SearchResult", "SearchStats", "Step", "products", "search", "work"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +40,8 @@ class Derivation:
     steps: tuple[Step, ...] = ()
     depth: int = 0
 
-    def then(self, rule: str, scope: Scope, *, depth: int) -> Derivation:
-        scope, simplified = simplify(scope)
-        return Derivation(scope, (*self.steps, Step((rule, *simplified), scope)), depth)
+    def then(self, step: Step, *, depth: int) -> Derivation:
+        return Derivation(step.scope, (*self.steps, step), depth)
 
 
 @dataclass(slots=True)
@@ -82,11 +76,11 @@ class SearchResult:
 class _Search:
     """The states of one search, met so far and still to be explored."""
 
-    def __init__(self, expression: Scope, budget_s: float, *, fingerprints: bool) -> None:
+    def __init__(self, expression: Scope, budget_s: float, expand: Expand, *, fingerprints: bool) -> None:
         self.start, self.budget_s = time.perf_counter(), budget_s
-        self.fingerprints = fingerprints
+        self.expand, self.fingerprints = expand, fingerprints
         self.seen: set[str] = set()
-        self.completed: set[tuple[Repair, str]] = set()
+        self.completed: set[tuple[Expansion, str]] = set()
         self.most_products = MAX_GROWTH * max(1, products(expression))
         self.result = SearchResult()
 
@@ -109,21 +103,33 @@ class _Search:
         if products(state.scope) > self.most_products:
             stats.pruned += 1
             return False
-        if is_lowerable(state.scope):
+        if is_candidate(state.scope):
             self.result.derivations.append(state)
         return True
 
-    def completions(self, state: Derivation, repair: Repair) -> Iterator[Derivation]:
-        """The states on the way to one in which every contraction is an operator's."""
-        met = self.completed if self.fingerprints else set()
-        while (key := (repair, canonical(state.scope))) not in met:
-            met.add(key)
-            step = next(_repairs(state.scope, repair), None)
-            if step is None:
-                return
-            name, target, repaired = step
-            state = state.then(name, _replaced(state.scope, target, repaired), depth=state.depth)
-            yield state
+    def completed_states(self, level: Sequence[Derivation]) -> Iterator[Derivation]:
+        """The states on the way to those in which every contraction is an operator's."""
+        tasks = [(repair, state) for state in level for repair in COMPLETIONS]
+        expanded = self.expand([(repair, state.scope) for repair, state in tasks])
+        for (repair, state), steps in zip(tasks, expanded, strict=True):
+            met = self.completed if self.fingerprints else set()
+            left = iter(steps)
+            # From a state that was completed before, only what was met would follow.
+            while (key := (repair, canonical(state.scope))) not in met and (step := next(left, None)):
+                met.add(key)
+                state = state.then(step, depth=state.depth)
+                yield state
+
+    def explored_states(self, level: Sequence[Derivation]) -> Iterator[Derivation]:
+        """The states one explorative step further."""
+        expanded = self.expand([(explored, state.scope) for state in level])
+        for state, steps in zip(level, expanded, strict=True):
+            for step in steps:
+                yield state.then(step, depth=state.depth + 1)
+
+    def new(self, states: Iterator[Derivation]) -> list[Derivation]:
+        """The states that are to be explored further, until the budget is spent."""
+        return [state for state in itertools.takewhile(lambda _: self.in_time, states) if self.visit(state)]
 
 
 def search(
@@ -134,6 +140,7 @@ def search(
     beam: int = BEAM,
     guided: bool = True,
     fingerprints: bool = True,
+    workers: int = 1,
 ) -> SearchResult:
     """Derive lowerable expressions equal to `expression`; equal arguments give equal results.
 
@@ -144,76 +151,26 @@ def search(
         beam: how many states of one depth are explored further, those with the least work first.
         guided: repair mismatches at every state; False leaves everything to exploration.
         fingerprints: never explore two equal states; False is there to see what they save.
+        workers: processes that derive side by side; they pay in searches of seconds. Within the budget
+            the result is the same for any number of them.
+
+    Raises:
+        ValueError: `workers` is not positive, or above 1 where processes cannot be forked.
     """
-    found = _Search(expression, budget_s, fingerprints=fingerprints)
-    scope, simplified = simplify(expression)
-    steps = (Step(simplified, scope),) if simplified else ()
-    level = [Derivation(scope, steps)]
-    found.visit(level[0])
-    for depth in range(max_depth + 1):
-        for state, repair in itertools.product(list(level), REPAIRS if guided else ()):
-            level += filter(found.visit, found.completions(state, repair))
-            if not found.in_time:
+    with expanding(workers) as expand:
+        found = _Search(expression, budget_s, expand, fingerprints=fingerprints)
+        scope, simplified = simplify(expression)
+        level = [Derivation(scope, (Step(simplified, scope),) if simplified else ())]
+        found.visit(level[0])
+        for depth in range(max_depth + 1):
+            if guided:
+                level += found.new(found.completed_states(level))
+            if depth == max_depth or not level or not found.in_time:
                 break
-        if depth == max_depth or not found.in_time:
-            break
-        level = sorted(level, key=lambda state: work(state.scope))
-        found.result.stats.pruned += len(level[beam:])
-        level = _next_level(found, level[:beam])
-        if not level:
-            break
+            level = sorted(level, key=lambda state: work(state.scope))
+            found.result.stats.pruned += len(level[beam:])
+            level = found.new(found.explored_states(level[:beam]))
     stats = found.result.stats
     stats.candidates = len(found.result.derivations)
     stats.seconds = time.perf_counter() - found.start
     return found.result
-
-
-def _next_level(found: _Search, level: Sequence[Derivation]) -> list[Derivation]:
-    deeper = []
-    for state in level:
-        for derived in _explore(state):
-            if found.visit(derived):
-                deeper.append(derived)
-            if not found.in_time:
-                return deeper
-    return deeper
-
-
-@once
-def products(scope: Scope) -> int:
-    """Multiplications in the contractions of an expression."""
-    contractions = (inner for inner in scope.scopes() if inner.is_contraction)
-    return sum(math.prod(loop.extent for loop in inner.traversal + inner.summation) for inner in contractions)
-
-
-@once
-def work(scope: Scope) -> tuple[int, int]:
-    """What ranks states: their products, then the elements that computing them makes."""
-    return products(scope), sum(math.prod(inner.shape) for inner in scope.scopes())
-
-
-def _explore(state: Derivation) -> Iterator[Derivation]:
-    for name, rule in (EXPLORATIVE | RELATING).items():
-        for scope in rewrites(state.scope, rule, _is_open if name in EXPLORATIVE else lambda _: True):
-            yield state.then(name, scope, depth=state.depth + 1)
-
-
-def _is_open(scope: Scope) -> bool:
-    """Whether exploration may change a scope: views are settled, and so is what an operator computes."""
-    return not (scope.is_view or is_transform(scope) or match_matmul(scope) is not None)
-
-
-def _repairs(scope: Scope, repair: Repair) -> Iterator[tuple[str, Scope, Scope]]:
-    for target in scope.scopes():
-        if _wants_repair(target) and (step := repair(target)) is not None:
-            yield step[0], target, step[1]
-
-
-def _wants_repair(scope: Scope) -> bool:
-    """Whether a product is neither an operator's nor plainly elementwise."""
-    unsettled = scope.summation or scope.divisions()
-    return scope.terms() > 1 and scope.function == "*" and bool(unsettled) and match_matmul(scope) is None
-
-
-def _replaced(scope: Scope, target: Scope, repaired: Scope) -> Scope:
-    return next(rewrites(scope, lambda _: iter((repaired,)), lambda inner: inner is target))

@@ -10,6 +10,9 @@ from ripple_loader.cache import INDEX_BYTES
 from ripple_loader.config import RippleConfig, parse_size
 from ripple_loader.sidecar import BLOCK, SidecarHeader, Vectors, align
 
+_BUFFER_SHARE = 8
+"""A read buffer takes at most an eighth of the budget: the two and their working copies, a half of it."""
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -52,17 +55,19 @@ def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) ->
         ValueError: the budget does not hold the buffers.
     """
     budget = parse_size(config.dram_budget, "dram_budget", total=header.weight_bytes)
+    vectors = header.layers * 4 * Vectors.size(header.rows, header.neurons, header.hidden)
     smallest = align(header.bundle_bytes) + 2 * BLOCK
     largest = header.section_bytes()["bundles"] + 2 * BLOCK
-    buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest)))
     decoded = header.rows * header.hidden * dtype.itemsize
-    rows = min(header.neurons, max(1, buffer // max(header.bundle_bytes, decoded)))
     converted = 0 if header.encoding.stores(dtype) else decoded
+    affordable = (budget - vectors - align(converted)) // _BUFFER_SHARE
+    buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest, affordable)))
+    rows = min(header.neurons, max(1, buffer // max(header.bundle_bytes, decoded)))
     scratch = align(rows * header.bundle_bytes) + align(rows * converted)
     sketching = needs_sketch(header, config)
     resident = {
         "buffers": 2 * buffer + scratch,
-        "vectors": header.layers * 4 * Vectors.size(header.rows, header.neurons, header.hidden),
+        "vectors": vectors,
         "sketch": 0,
         "index": 0,
         "cache": 0,
@@ -70,8 +75,8 @@ def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) ->
     left = budget - sum(resident.values())
     if left < 0:
         raise ValueError(
-            f"`dram_budget` should be at least {sum(resident.values())} bytes for this model and a `buffer` "
-            f"of {buffer} bytes, got {budget}: raise it, or lower `buffer` (at least {smallest} bytes)."
+            f"`dram_budget` should be at least {sum(resident.values())} bytes for this model, got {budget}: "
+            "raise it."
         )
     sketch_bytes = header.section_bytes()["sketch"]
     sketch_layers = min(header.layers, left // sketch_bytes) if sketching else 0

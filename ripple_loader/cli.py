@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -42,26 +42,60 @@ def _section(recipe: Path | None, name: str, options: dict[str, Any]) -> dict[st
     return (read_recipe(recipe).get(name, {}) if recipe else {}) | given
 
 
-def _texts(path: str) -> list[str]:
-    """Documents of a .jsonl file (its `text` fields) or of a text file (one document)."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"`calibration` should be a .jsonl or text file, but {path} does not exist.")
-    if file.suffix != ".jsonl":
-        return [file.read_text("utf-8")]
-    texts = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        try:
-            texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f'{path} should have {{"text": ...}} on each line, not so line {number}.'
-            ) from None
-    return texts
+def _calibration(path: str) -> Iterable[Any]:
+    """What a calibration set holds, read as far as it is asked for: rows of a dataset, or texts."""
+    if path.startswith("hub:") or Path(path).is_dir():
+        return _dataset(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"`calibration` should be a .jsonl or text file, a saved dataset or hub:NAME, but {path} does "
+            "not exist."
+        )
+    return _jsonl(path) if path.endswith(".jsonl") else _text(path)
+
+
+def _dataset(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"`calibration` {path} needs Hugging Face datasets: pip install datasets.") from None
+    if path.startswith("hub:"):
+        name, _, split = path.removeprefix("hub:").partition(":")
+        return datasets.load_dataset(name, split=split or "train", streaming=True)
+    found = datasets.load_from_disk(path)
+    if isinstance(found, datasets.DatasetDict):
+        raise ValueError(
+            f"`calibration` should be one split, but {path} holds {', '.join(found)}: give the folder of one."
+        )
+    return found
+
+
+def _jsonl(path: str) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f'{path} should have {{"text": ...}} on each line, not so line {number}.'
+                ) from None
+
+
+def _text(path: str) -> Iterator[str]:
+    """Pieces of whole lines, of about a MiB."""
+    with open(path, encoding="utf-8") as file:
+        while lines := file.readlines(1 << 20):
+            yield "".join(lines)
 
 
 Model = Annotated[str | None, typer.Argument(help="Model directory with safetensors weights.")]
-Calibration = Annotated[str | None, typer.Option(help="Text to trace: .jsonl with `text`, or a text file.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to trace: .jsonl with `text`, a text file, a folder that `Dataset.save_to_disk` made, or "
+        "hub:NAME[:SPLIT]."
+    ),
+]
 Out = Annotated[str | None, typer.Option(help="Directory to make.")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
@@ -109,7 +143,7 @@ def trace(
 
         settings, paths = _settings(given.pop("config"), given, ("model", "calibration", "out"))
         source = open_reorderable(Path(paths["model"]))
-        sequences = cut_sequences(source, _texts(paths["calibration"]), settings)
+        sequences = cut_sequences(source, _calibration(paths["calibration"]), settings)
         trace_source(source, sequences, settings, Path(paths["out"]))
         typer.echo(paths["out"])
 
@@ -152,8 +186,8 @@ def reorder(
         from ripple_loader.reorder import reorder as run
 
         settings, paths = _settings(given.pop("config"), given, ("model", "out"))
-        texts = None if paths["calibration"] is None else _texts(paths["calibration"])
-        run(paths["model"], paths["out"], texts, settings, trace=paths["trace"])
+        found = None if paths["calibration"] is None else _calibration(paths["calibration"])
+        run(paths["model"], paths["out"], found, settings, trace=paths["trace"])
         typer.echo(paths["out"])
 
 

@@ -156,7 +156,7 @@ class RippleConfig(QuantizationConfigMixin):
         keep: share of each layer's neurons computed per token, those with the largest estimated contribution.
             1.0 is exact: a ReLU model then reads only its active neurons, others read all of them.
         merge_gap: unneeded bytes worth reading to join two reads; about the drive's bandwidth / IOPS.
-        buffer: size of one read buffer; there are two.
+        buffer: most bytes of one read buffer; there are two, each at most an eighth of the budget.
         io_threads: reads in flight.
         cache: eviction policy of the neuron cache; "s3fifo" admits long runs rarely, "lru" admits everything.
         verify: check every checksum of the sidecar before loading (reads it once).

@@ -129,9 +129,8 @@ class Trace:
             raise FileNotFoundError(f"{directory} should hold a trace, but has no {_DESCRIPTION}.")
         self.description = _read_description(path)
         count = self.description["sequences"]
-        self._files = [_sequence_file(directory, number) for number in range(count)]
-        missing = sum(not _is_whole(file) for file in self._files)
-        if missing:
+        self._files = sorted(filter(_is_whole, directory.glob("sequence-*.safetensors")))[:count]
+        if missing := count - len(self._files):
             raise ValueError(
                 f"{directory} should hold {count} sequences, but {missing} are missing: run the trace again."
             )
@@ -302,9 +301,9 @@ def _sequence_file(directory: Path, number: int) -> Path:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-        if found.keys() >= {"sequences", "exact_zeros"}:
+        if found.keys() >= {"tokens", "exact_zeros"} and type(found["sequences"]) is int:
             return found
-    except (ValueError, AttributeError):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{path} should describe a trace, but is damaged: remove {path.parent} and trace again.")
 

@@ -134,12 +134,15 @@ class Scope:
         factors: tuple[Read, ...],
         function: str = "*",
     ) -> Scope:
-        key = (traversal, summation, factors, function)
+        # By their identity, for a key that held scopes would keep them, and through them itself, alive.
+        read = (id(r.tensor) if isinstance(r.tensor, Scope) else r.tensor for r in factors)
+        key = (traversal, summation, function, *read, *(r.index for r in factors))
         known = _SCOPES.get(key)
         if known is not None:
             return known
         scope = super().__new__(cls)
-        scope.traversal, scope.summation, scope.factors, scope.function = key
+        scope.traversal, scope.summation = traversal, summation
+        scope.factors, scope.function = factors, function
         scope.box = tuple((loop.low, loop.high) for loop in traversal)
         scope.ranges = ranges_of(traversal + summation)
         # Whether this only rearranges one tensor.
@@ -237,9 +240,9 @@ def once(function: Callable[[Scope], Known]) -> Callable[[Scope], Known]:
     @functools.wraps(function)
     def remembered(scope: Scope) -> Known:
         memo = scope.memo
-        if function not in memo:
-            memo[function] = function(scope)
-        value: Known = memo[function]
+        if remembered not in memo:
+            memo[remembered] = function(scope)
+        value: Known = memo[remembered]
         return value
 
     return remembered

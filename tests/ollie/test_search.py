@@ -1,8 +1,13 @@
 """The search: what it finds, what it leaves out, where it ends."""
 
+import gc
+import pickle
+
+import pytest
 import torch
 
-from ollie_compile.expr import canonical
+from ollie_compile.expr import Input, canonical, parse
+from ollie_compile.expr.scope import _SCOPES
 from ollie_compile.matching import match_matmul
 from ollie_compile.search import products, search
 from tests.ollie.strategies import operator
@@ -89,3 +94,39 @@ def test_states_with_too_many_products_are_pruned():
     found = search(conv.expression(), max_depth=2, budget_s=60.0, beam=2)
     assert found.stats.pruned > 0
     assert all(products(d.scope) <= 4 * products(conv.expression()) for d in found.derivations)
+
+
+def test_workers_find_the_same():
+    expression = operator(torch.zeros(1, 200, 4, 4), torch.zeros(4, 200, 3, 3), padding=1).expression()
+    alone, together = (
+        search(expression, max_depth=1, budget_s=60.0, beam=4, workers=workers) for workers in (1, 2)
+    )
+    assert together.derivations == alone.derivations
+    together.stats.seconds = alone.stats.seconds
+    assert together.stats == alone.stats
+
+
+def test_workers_that_cannot_be_are_refused():
+    expression = operator(torch.zeros(1, 2, 4), torch.zeros(2, 2, 3)).expression()
+    with pytest.raises(ValueError, match="`workers` must be 1 or more, got 0"):
+        search(expression, max_depth=1, budget_s=1.0, workers=0)
+
+
+def test_equal_scopes_are_one_object_that_other_processes_find_again():
+    conv = operator(torch.zeros(1, 2, 4), torch.zeros(2, 2, 3))
+    scope = conv.expression()
+    assert conv.expression() is scope
+    assert pickle.loads(pickle.dumps(scope)) is scope
+
+
+def test_what_is_known_about_a_scope_goes_with_it():
+    def known() -> int:
+        gc.collect()
+        return sum("Fleeting" in scope.inputs() for scope in list(_SCOPES.values()))
+
+    tensors = {"Fleeting": Input("Fleeting", (2, 5)), "K": Input("K", (2, 3))}
+    scope = parse("L[h:0..3] Sum[c:0..2, r:0..3] Fleeting[c, h + r] * K[c, r]", tensors)
+    result = search(scope, max_depth=1, budget_s=60.0)
+    assert known() > result.stats.states
+    del scope, result
+    assert known() == 0

@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ripple_loader.access import plan_reads, waves
@@ -25,6 +25,7 @@ def check(plan, base, width, block):
         assert spot + width <= plan.targets[request] + plan.lengths[request]
 
 
+@settings(deadline=None)
 @given(PLACES, WIDTHS, BLOCKS, GAPS)
 def test_reads_cover_every_neuron(places, width, block, gap):
     plan = plan_reads(places, base=8192, width=width, block=block, merge_gap=gap)
@@ -34,6 +35,7 @@ def test_reads_cover_every_neuron(places, width, block, gap):
     assert (gaps > gap).all()
 
 
+@settings(deadline=None)
 @given(PLACES, WIDTHS, BLOCKS, GAPS, st.integers(0, 20))
 def test_waves_fit_the_buffer_and_cover_every_neuron(places, width, block, gap, blocks):
     capacity = -(-width // block) * block + (2 + blocks) * block

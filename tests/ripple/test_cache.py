@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ripple_loader.cache import INDEX_BYTES, make_cache
@@ -12,6 +12,7 @@ STEPS = st.lists(
 
 
 @pytest.mark.parametrize("policy", ["s3fifo", "lru"])
+@settings(deadline=None)
 @given(steps=STEPS, capacity=st.integers(1, 40), pinned=st.integers(0, 40))
 def test_slots_always_hold_the_neuron_they_are_said_to_hold(policy, steps, capacity, pinned):
     pinned = min(pinned, capacity)

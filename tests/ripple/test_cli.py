@@ -1,11 +1,13 @@
 import json
 
+import datasets
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from ripple_loader.cli import app
 from ripple_loader.sidecar import SIDECAR
+from ripple_loader.trace import Trace
 
 
 class Tokenizer:
@@ -117,3 +119,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(saved, reordered, text, tmp_p
     text.write_text('{"txt": 1}\n')
     assert "line 1" in bad("reorder", model, "--calibration", text, "--out", out)
     assert not out.exists()
+
+
+def test_calibration_from_datasets_and_long_files(saved, tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_list([{"text": f"row {number} " * 4} for number in range(20)])
+    rows.save_to_disk(tmp_path / "rows")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "long.txt").write_text("a line of text\n" * 200_000)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
+    for number, calibration in enumerate([tmp_path / "rows", tmp_path / "long.txt", "hub:org/name:test"]):
+        out = tmp_path / f"trace-{number}"
+        result = run("trace", saved("llama"), "--calibration", calibration, "--out", out, "--tokens", 64)
+        assert result.exit_code == 0, result.output
+        assert len(Trace(out).sets(0)) == 64
+    assert asked == [(("org/name",), {"split": "test", "streaming": True})]
+    options = ("--out", tmp_path / "no")
+    assert "holds train" in bad("trace", saved("llama"), "--calibration", tmp_path / "splits", *options)
+    assert "Dataset" in bad("trace", saved("llama"), "--calibration", saved("llama"), *options)

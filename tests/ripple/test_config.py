@@ -1,11 +1,12 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ripple_loader import ReorderConfig, RippleConfig
 from ripple_loader.config import parse_size
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1 << 50))
 def test_sizes_in_bytes_round_trip(size):
     assert parse_size(size, "x") == parse_size(str(size), "x") == parse_size(f"{size} B", "x") == size

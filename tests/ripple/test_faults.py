@@ -1,5 +1,6 @@
 """Damage to any file of a directory, and drives that misbehave: an error that names the file, or no harm."""
 
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,17 @@ def test_a_trace_cut_short_is_refused(file, share, traced, tmp_path):
     path = linked_copy(traced, tmp_path / "copy", file)
     os.truncate(path, int(path.stat().st_size * share))
     with pytest.raises(ValueError, match=str(tmp_path / "copy")):
+        Trace(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "change", [{"sequences": 10**15}, {"sequences": "4"}, {"sequences": None}, {"exact_zeros": ...}]
+)
+def test_a_trace_that_describes_itself_wrongly_is_refused(change, traced, tmp_path):
+    path = linked_copy(traced, tmp_path / "copy", "trace.json")
+    description = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in description.items() if value is not ...}))
+    with pytest.raises(ValueError, match=r"are missing|is damaged"):
         Trace(tmp_path / "copy")
 
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StoppingCriteria, pipeline
 
 from .conftest import load, relative_error, token_ids
 
@@ -78,6 +79,53 @@ def test_pipeline(pair):
     assert results[0] == results[1]
 
 
+@torch.no_grad()
+def log_likelihoods(model, requests):
+    """What lm-evaluation-harness asks of a causal model: one batch, padded on the right, without a mask.
+
+    Returns:
+        For each request (context, continuation) the log-likelihood and whether it is the greedy text.
+    """
+    longest = max(len(context) + len(continuation) for context, continuation in requests) - 1
+    rows = [torch.tensor([*context, *continuation][:-1]) for context, continuation in requests]
+    logits = model(torch.stack([pad(row, (0, longest - len(row))) for row in rows])).logits.log_softmax(-1)
+    found = []
+    for row, ids, (_, continuation) in zip(logits, rows, requests, strict=True):
+        wanted = torch.tensor(continuation)
+        part = row[len(ids) - len(wanted) : len(ids)]
+        greedy = torch.equal(part.argmax(-1), wanted)
+        found.append((part.gather(1, wanted[:, None]).sum().item(), greedy))
+    return found
+
+
+def test_log_likelihoods_as_an_evaluation_asks_for_them(pair):
+    stock, model = pair
+    context = token_ids(9)[0].tolist()
+    greedy = stock.generate(torch.tensor([context]), max_new_tokens=4, do_sample=False)[0, 9:].tolist()
+    requests = [(context, greedy), (context[:3], [7, 9]), ([1], context), (context, [5])]
+    got, wanted = (log_likelihoods(each, requests) for each in (model, stock))
+    assert wanted[0][1]
+    for (value, is_greedy), (other, other_is_greedy) in zip(got, wanted, strict=True):
+        assert value == pytest.approx(other, rel=1e-4)
+        assert is_greedy == other_is_greedy
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **_):
+        return input_ids[:, -1] == self.token
+
+
+def test_stopping_criteria(pair):
+    ids, options = token_ids(12), {"max_new_tokens": 10, "do_sample": False}
+    stop = int(pair[0].generate(ids, **options)[0, 15])
+    outputs = [each.generate(ids, stopping_criteria=[StopAt(stop)], **options) for each in pair]
+    assert outputs[0].shape[1] <= 16
+    assert torch.equal(*outputs)
+
+
 TWO_PROCESSES = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -95,7 +143,7 @@ def test_two_processes_read_one_directory(saved, reordered, tmp_path):
     outputs = [tmp_path / "first", tmp_path / "second"]
     command = [sys.executable, "-c", TWO_PROCESSES, str(reordered("llama"))]
     processes = [subprocess.Popen([*command, str(output)]) for output in outputs]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     reference = AutoModelForCausalLM.from_pretrained(saved("llama"))(torch.arange(3, 27)[None]).logits
     for output in outputs:
         assert relative_error(torch.load(output), reference) < 1e-5

@@ -18,6 +18,7 @@ SETS = st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 1 << 30)
 
 
 @settings(max_examples=60)
+@settings(deadline=None)
 @given(SETS, st.sampled_from(get_args(Placement)), st.integers(1, 50), st.sampled_from([0.3, 1.0]))
 @example(np.array([[False], [True]]), "linked", 1, 0.3)
 @example(np.ones((3, 9), bool), "spectral", 2, 0.3)
@@ -33,6 +34,7 @@ def test_every_placement_is_a_permutation_with_the_hot_neurons_first(active, pla
         assert set(placed.order[: placed.hot].tolist()) == set(hot.tolist())
 
 
+@settings(deadline=None)
 @given(SETS, st.integers(1, 50))
 def test_coactivation_counts_pairs(active, partners):
     graph = coactivation(Activity(np.packbits(active, axis=1), active.shape[1]), partners)
@@ -47,6 +49,7 @@ def test_coactivation_counts_pairs(active, partners):
         assert pairs == both
 
 
+@settings(deadline=None)
 @given(SETS)
 def test_expected_reads_are_runs(active):
     neurons = active.shape[1]
@@ -82,6 +85,7 @@ def test_random_orders_differ_between_layers_and_repeat_with_the_seed():
     assert (first != other).any()
 
 
+@settings(deadline=None)
 @given(SETS, st.integers(2, 8))
 def test_a_sample_of_the_tokens_only_proposes_partners(active, partners):
     neurons = active.shape[1]
@@ -106,6 +110,7 @@ def test_a_sample_finds_nearly_the_same_order():
     assert reads < 0.5 * expected_reads(sets, everyone)
 
 
+@settings(deadline=None)
 @given(SETS, st.integers(1, 20))
 def test_two_opt_never_adds_reads_to_what_it_was_given(active, partners):
     neurons = active.shape[1]

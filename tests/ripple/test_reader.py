@@ -1,6 +1,9 @@
 import errno
 import os
+import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +135,22 @@ def test_a_whole_model_runs_without_o_direct(reordered, monkeypatch):
         warnings.simplefilter("error")
         assert relative_error(model(token_ids()).logits, reference) < 1e-6
     assert len(model.ripple_report.fallbacks) == 1
+
+
+def test_a_directory_in_memory(reordered):
+    """tmpfs takes O_DIRECT on newer kernels only; either has to work and be reported."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        copy = Path(shutil.copytree(reordered("llama"), Path(scratch) / "copy"))
+        model = load(copy, dram_budget="150KiB")
+        said = [warning for warning in seen if "O_DIRECT" in str(warning.message)]
+        assert len(said) == len(model.ripple_report.fallbacks) == (not model_reader(model).direct)
+        ids = token_ids()
+        assert relative_error(model(ids).logits, load(reordered("llama"))(ids).logits) < 1e-6
+
+
+def model_reader(model):
+    return model.model.layers[0].mlp.backend._reader
 
 
 def test_a_model_survives_an_error_of_the_drive(reordered, monkeypatch):

@@ -12,6 +12,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -44,6 +45,31 @@ def test_the_copy_is_the_same_model_to_everyone(name, saved, reordered):
     assert relative_error(copy(ids).logits, original(ids).logits) < 1e-5
     options = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(copy.generate(ids, **options), original.generate(ids, **options))
+
+
+STOCK = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    ids = model.generate(torch.arange(3, 27)[None], max_new_tokens=12, do_sample=False)
+    print(json.dumps(ids.tolist()))
+assert "ripple_loader" not in sys.modules
+"""
+
+
+def test_transformers_alone_gives_the_same_text(saved, reordered, tmp_path):
+    for file in reordered("llama").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    config = AutoConfig.from_pretrained(reordered("llama"))
+    config.quantization_config = {"quant_method": "ripple", "dram_budget": "1MiB"}
+    config.save_pretrained(tmp_path)
+    directories = [str(saved("llama")), str(reordered("llama")), str(tmp_path)]
+    run = subprocess.run([sys.executable, "-c", STOCK, *directories], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    original, copy, naming_ripple = run.stdout.splitlines()
+    assert original == copy == naming_ripple
 
 
 def test_only_mlp_tensors_change_and_headers_stay(saved, reordered):
@@ -93,6 +119,8 @@ class Tokenizer:
         ([{"input_ids": [5, 6, 7]}], 3),
         ([torch.tensor([[5, 6]])], 2),
         ([torch.ones(300, dtype=torch.int64)], SMALL.tokens),
+        (Dataset.from_list([{"text": "a dataset"}, {"text": "of two"}]), 15),
+        (Dataset.from_list([{"input_ids": [5, 6, 7]}] * 200).to_iterable_dataset(), SMALL.tokens),
     ],
 )
 def test_kinds_of_calibration(calibration, tokens, saved, tmp_path, monkeypatch):
