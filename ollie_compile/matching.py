@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ollie_compile.convolutions import match_convolution
 from ollie_compile.expr import Affine, Read, Scope, once
-from ollie_compile.rules import Rule, simplify
+from ollie_compile.rules import Rule, applied, simplify
 from ollie_compile.rules.layout import dimension_splitting, rearrange
 from ollie_compile.rules.substitution import split_variable, substitute
 from ollie_compile.rules.summation import split_summation
@@ -64,6 +64,7 @@ def _iterators(read: Read) -> list[str] | None:
     return [name for name in names if name is not None]
 
 
+@once
 def repair_product(scope: Scope) -> tuple[str, Scope] | None:
     """The derivation that removes the first mismatch between a contraction and a matrix product.
 
@@ -130,6 +131,7 @@ def _repair_layout(scope: Scope) -> tuple[str, Scope] | None:
     return None
 
 
+@once
 def repair_convolution(scope: Scope) -> tuple[str, Scope] | None:
     """The derivation that removes the first mismatch between a contraction and a dense convolution.
 
@@ -143,14 +145,14 @@ def repair_convolution(scope: Scope) -> tuple[str, Scope] | None:
         name = division.of.iterator
         if name in traversal and division.of.coefficient(name) == 1:
             return "variable splitting", split_variable(scope, name, division.by, division.of.const)
-    split = next(dimension_splitting(scope), None)
-    if split is not None:
-        return "dimension splitting", split
+    split = applied(scope, dimension_splitting)
+    if split:
+        return "dimension splitting", split[0]
     nested = _repair_nested_taps(scope)
     if nested is not None:
         return nested
     rules: dict[str, Rule] = {"dilation splitting": dilation_splitting, "stride splitting": stride_splitting}
-    steps = ((name, derived) for name, rule in rules.items() for derived in rule(scope))
+    steps = ((name, derived) for name, rule in rules.items() for derived in applied(scope, rule))
     return next(steps, None)
 
 
