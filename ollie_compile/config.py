@@ -16,7 +16,8 @@ class OllieConfig:
     """How far to derive, what to measure and what to check.
 
     Args:
-        max_depth: explorative derivation steps; repairs of guided derivations do not count.
+        max_depth: explorative derivation steps; repairs of guided derivations do not count, and n products
+            that are derived together may take n - 1 times as many.
         budget_s: seconds of search and measurement for one compiled graph; 0 derives nothing.
         tune: "measure" compiles the best candidates and times them against the original on this device;
             "model" trusts the cost bound, which is quick and can lose.
@@ -24,7 +25,8 @@ class OllieConfig:
             float64; one that fails is dropped and named in the report.
         candidates: how many programs of one operator are compiled and timed.
         tolerance: largest error that a candidate may have in the operator's own dtype, relative to the
-            largest value of the result; bilinear decompositions round more than direct sums.
+            largest value of the result; bilinear decompositions round more than direct sums. Where the
+            original rounds more than half of it, as in half precision, twice that error is allowed.
         margin: share by which a candidate must beat the original to replace it.
         freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
             weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the
