@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ollie_compile.lower import Program
-from ollie_compile.operators import Operator, Tensors
+from ollie_compile.operators import Operator, Subprogram, Tensors
 
 # Reordered sums of n terms differ by about n * 1e-16; indices that are wrong differ by about 1.
 LIMIT = 1e-10
@@ -42,14 +42,24 @@ def rounding_error(operator: Operator, program: Program | None) -> float:
 
 
 def reproducer(operator: Operator, program: Program) -> str:
-    """Python source that checks a program of an operator again and prints what is wrong with it."""
+    """Python source that checks a program of an operator again and prints what is wrong with it.
+
+    The operators of a subprogram stand in it as a comment: its derivation is checked, and its program is
+    where a right derivation leaves the fault.
+    """
     expression, derived = operator.expression(), program.scope
     tensors = [f"    {t.name!r}: {t!r}," for t in {**expression.inputs(), **derived.inputs()}.values()]
     tensors += [f"    {constant.name!r}: {constant!r}," for constant in derived.constants().values()]
     lines = [
         "from fractions import Fraction",
         "",
+        "import torch",
+        "from torch import device",
+        "",
         "from ollie_compile.expr import Constant, Input, parse",
+        "from ollie_compile.lower import Program",
+        "from ollie_compile.numeric import check_program",
+        "from ollie_compile.operators import Convolution, Layout",
         "from ollie_compile.verify import check_derivation",
         "",
         f"# {operator}, products as {program.layout}, eOperators as {program.kernels}",
@@ -58,9 +68,14 @@ def reproducer(operator: Operator, program: Program) -> str:
         "}",
         f'original = parse("{expression}", tensors)',
         f'derived = parse("{derived}", tensors)',
-        'print(check_derivation(original, derived) or "the derivation is right: the lowered program is not")',
+        'print("derivation:", check_derivation(original, derived))',
     ]
-    return "\n".join(lines)
+    if isinstance(operator, Subprogram):
+        return "\n".join([*lines, *(f"# {line}" for line in operator.graph.code.strip().split("\n"))])
+    written = f"Program(derived, {program.layout!r}, {program.kernels!r})"
+    return "\n".join(
+        [*lines, f"operator = {operator!r}", f'print("program:", check_program(operator, {written}))']
+    )
 
 
 def _run(operator: Operator, program: Program, inputs: tuple[Tensor, ...]) -> Tensors:

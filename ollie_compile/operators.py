@@ -41,7 +41,9 @@ class Layout:
         return base.to(device).as_strided(self.shape, self.stride)
 
     def give(self, value: Tensor) -> Tensor:
-        """A tensor of this shape in this layout, copied where it has another."""
+        """A tensor in this layout, copied where it has another; one of another shape stays as it is."""
+        if value.shape != self.shape:
+            return value
         order = sorted(range(value.dim()), key=lambda place: -self.stride[place])
         value = value.permute(order).contiguous().permute([order.index(place) for place in range(len(order))])
         # Strides of dimensions of size 1 are free, and torch chooses them differently.
