@@ -25,8 +25,8 @@ class OllieConfig:
             float64; one that fails is dropped and named in the report.
         candidates: how many programs of one operator are compiled and timed.
         tolerance: largest error that a candidate may have in the operator's own dtype, relative to the
-            largest value of the result; bilinear decompositions round more than direct sums. Where the
-            original rounds more than half of it, as in half precision, twice that error is allowed.
+            largest value of the result; bilinear decompositions round more than direct sums. In half
+            precision twice the error of the original is allowed where that is more.
         margin: share by which a candidate must beat the original to replace it.
         freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
             weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the

@@ -162,7 +162,9 @@ def _take_best(made: Plan, config: OllieConfig) -> list[Candidate]:
 
     The best with eOperators that have other kernels is taken with those as well.
     """
-    limit = max(config.tolerance, HALF_SLACK * rounding_error(made.operator, None))
+    limit = config.tolerance
+    if made.operator.dtype.itemsize < 4:
+        limit = max(limit, HALF_SLACK * rounding_error(made.operator, None))
     best: list[Candidate] = []
     others: list[Candidate] = []
     for candidate in made.candidates:
