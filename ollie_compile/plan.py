@@ -96,7 +96,10 @@ def _make(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
         return made
     stop = time.perf_counter() + budget_s
     found = search(
-        operator.expression(), max_depth=config.max_depth * operator.steps, budget_s=budget_s * SEARCH_SHARE
+        operator.expression(),
+        max_depth=config.max_depth * operator.steps,
+        budget_s=budget_s * SEARCH_SHARE,
+        workers=config.workers,
     )
     made.stats = found.stats
     inputs = operator.example_inputs()
