@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached call its operators
 from ollie_compile import plan as plans
+from ollie_compile import subprograms
 from ollie_compile.config import OllieConfig
 from ollie_compile.lower import Program
-from ollie_compile.operators import Convolution, recognize
+from ollie_compile.operators import Convolution, Operator, Subprogram, recognize
 from ollie_compile.report import Report
 
 logger = logging.getLogger(__name__)
@@ -29,10 +32,11 @@ _SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.rglob("*.py"
 
 
 class DerivationPass(CustomGraphPass):
-    """Replaces the convolutions of an aten graph by their best derived programs.
+    """Replaces convolutions, and subprograms of several products, by their best derived programs.
 
-    As Inductor's `joint_custom_pre_pass` it runs before the partitioner in training, whose backward it
-    leaves untouched, and before constant folding in inference. `before` are the user's own passes.
+    As Inductor's `joint_custom_pre_pass` it runs before constant folding in inference, and before the
+    partitioner in training, where convolutions of the forward are all that it rewrites. `before` are the
+    user's own passes.
     """
 
     def __init__(
@@ -48,65 +52,151 @@ class DerivationPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for custom in self.before:
             custom(graph)
-        found = [
-            (node, recognize(node))
-            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
-        ]
-        distinct = dict.fromkeys(lifted for _, lifted in found if isinstance(lifted, Convolution))
-        stop = time.perf_counter() + self.config.budget_s
-        made: dict[Convolution, plans.Plan] = {}
-        failed: dict[Convolution, str] = {}
-        for done, operator in enumerate(distinct):
-            # What an operator leaves of its share goes to those after it.
-            share = (stop - time.perf_counter()) / (len(distinct) - done)
-            try:
-                made[operator] = plans.plan(operator, self.config, share)
-            except Exception as error:  # a fault in planning must not take the user's model with it
-                logger.warning("ollie: %s: left as it is, planning failed", operator, exc_info=True)
-                failed[operator] = f"planning failed: {error}"
-        for node, lifted in found:
-            if isinstance(lifted, str) or lifted in failed:
-                self.report.left(node.name, lifted if isinstance(lifted, str) else failed[lifted])
+        targets = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+        together = [] if _is_training(graph) else self._subprograms(graph)
+        convolutions = _convolutions(graph)
+        count = len({operator for operator, _ in together} | {c for _, c in convolutions})
+        budget = _Budget(self.config, count)
+        replaced: dict[fx.Node, fx.Node] = {}
+        for operator, place in together:
+            made = budget.plan(operator)
+            if isinstance(made, str):
+                self.report.left(place.roots[0].name, made)
                 continue
-            self.report.planned(node.name, made[lifted])
-            winner = made[lifted].winner
-            if winner is not None:
-                _splice(graph, node, lifted, winner.program)
+            self.report.planned(", ".join(root.name for root in place.roots), made)
+            targets.subtract(str(node.target) for node in place.nodes)
+            if made.winner is not None:
+                inputs = [replaced.get(source, source) for source in place.inputs]
+                results = _splice(graph, operator, place.roots, inputs, made.winner.program)
+                replaced.update(zip(place.roots, results, strict=True))
+        # Once more: those that a winner holds are new, those that it replaced are gone.
+        for node, lifted in _convolutions(graph):
+            made = lifted if isinstance(lifted, str) else budget.plan(lifted)
+            targets[str(node.target)] -= 1
+            if isinstance(made, str):
+                self.report.left(node.name, made)
+                continue
+            self.report.planned(node.name, made)
+            if made.winner is not None:
+                _splice(graph, made.operator, [node], node.args[:2], made.winner.program)
+        self.report.others.update(+targets)
         logger.info("ollie: %s", self.report.summary)
 
+    def _subprograms(self, graph: fx.Graph) -> list[tuple[Subprogram, subprograms.Place]]:
+        try:
+            return subprograms.find(graph, _fixed(graph))
+        except Exception as error:  # as in planning: the convolutions are left to be derived
+            logger.warning("ollie: no subprograms are derived: finding them failed", exc_info=True)
+            self.report.left("subprograms", f"finding them failed: {error}")
+            return []
 
-def _splice(graph: fx.Graph, node: fx.Node, operator: Convolution, program: Program) -> None:
-    """Put the aten calls of `program` in the place of a convolution."""
+
+class _Budget:
+    """Plans operators, each with its share of the time; what one leaves goes to those after it."""
+
+    def __init__(self, config: OllieConfig, operators: int) -> None:
+        self.config, self.left = config, operators
+        self.stop = time.perf_counter() + config.budget_s
+        self.made: dict[Operator, plans.Plan | str] = {}
+
+    def plan(self, operator: Operator) -> plans.Plan | str:
+        """The plan of an operator, or why planning failed."""
+        if operator not in self.made:
+            share = (self.stop - time.perf_counter()) / max(1, self.left)
+            self.left -= 1
+            try:
+                self.made[operator] = plans.plan(operator, self.config, share)
+            except Exception as error:  # a fault in planning must not take the user's model with it
+                logger.warning("ollie: %s: left as it is, planning failed", operator, exc_info=True)
+                self.made[operator] = f"planning failed: {error}"
+        return self.made[operator]
+
+
+def _convolutions(graph: fx.Graph) -> list[tuple[fx.Node, Convolution | str]]:
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
+    return [(node, recognize(node)) for node in nodes]
+
+
+def _is_training(graph: fx.Graph) -> bool:
+    """Whether this is a joint graph: values of its forward are used by its backward too."""
+    return any("tangents" in node.name for node in graph.find_nodes(op="placeholder"))
+
+
+def _fixed(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Parameters and buffers, and what is computed from them alone."""
+    context = torch._guards.TracingContext.try_get()
+    places = context.fw_metadata.static_input_indices if context and context.fw_metadata else []
+    placeholders = graph.find_nodes(op="placeholder")
+    fixed = {placeholders[place] for place in places if place < len(placeholders)}
+    fixed.update(graph.find_nodes(op="get_attr"))
+    for node in graph.nodes:
+        if node.op == "call_function" and node.all_input_nodes and set(node.all_input_nodes) <= fixed:
+            fixed.add(node)
+    return frozenset(fixed)
+
+
+def _splice(
+    graph: fx.Graph,
+    operator: Operator,
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    program: Program,
+) -> Sequence[fx.Node]:
+    """Put the aten calls of `program` in the place of the nodes that give an operator's results.
+
+    Returns:
+        what now gives them.
+    """
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
     finished = operator.finished(program)
+    bias = nodes[0].args[2] if isinstance(operator, Convolution) else None
 
-    def with_bias(x: Tensor, weight: Tensor, bias: Tensor | None, *constants: Tensor) -> Tensor:
-        result = finished(x, weight, *constants)
-        return result if bias is None else result + bias.view(-1, *[1] * len(operator.stride))
+    def results(*values: Tensor) -> tuple[Tensor, ...]:
+        if bias is None:
+            made = finished(*values)
+            return made if isinstance(made, tuple) else (made,)
+        result = finished(*values[1:])
+        assert isinstance(result, Tensor), "a convolution has one result"
+        return (result + values[0].view(-1, *[1] * (result.dim() - 2)),)
 
-    with graph.inserting_before(node):
-        before = node.prev
-        constants = _constants(graph, operator, program, node.meta["val"].fake_mode)
-        operands = [*node.args[:3], *constants]
-        values = [None if operand is None else operand.meta["val"] for operand in operands]
-        with node.meta["val"].fake_mode:
-            traced = make_fx(with_bias, decomposition_table=select_decomp_table())(*values)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    first = min(nodes, key=order.__getitem__)
+    with graph.inserting_before(first):
+        before = first.prev
+        fake_mode = first.meta["val"].fake_mode
+        constants = _constants(graph, operator, program, fake_mode)
+        operands = [*([] if bias is None else [bias]), *inputs, *constants]
+        with fake_mode:
+            traced = make_fx(results, decomposition_table=select_decomp_table())(
+                *(operand.meta["val"] for operand in operands)
+            )
         places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
-        result = graph.graph_copy(traced.graph, places)
+        made = graph.graph_copy(traced.graph, places)
     # Recomputation tags, source lines and module names hold for all that stands in the node's place.
-    inherited = {key: value for key, value in node.meta.items() if key not in _OWN_META}
+    inherited = {key: value for key, value in first.meta.items() if key not in _OWN_META}
     new = before.next
-    while new is not node:
+    while new is not first:
         new.meta = {**new.meta, **inherited}
         new = new.next
-    node.replace_all_uses_with(result, propagate_meta=False)
-    graph.erase_node(node)
+    for node, result in zip(nodes, made, strict=True):
+        node.replace_all_uses_with(result, propagate_meta=False)
+        _erase(node)
+    return made
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node and what only it used."""
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        if not source.users and source.op == "call_function":
+            _erase(source)
 
 
 def _constants(
-    graph: fx.Graph, operator: Convolution, program: Program, fake_mode: FakeTensorMode
+    graph: fx.Graph, operator: Operator, program: Program, fake_mode: FakeTensorMode
 ) -> list[fx.Node]:
     """Nodes for the constants of `program`, held by the graph's module as torch.tensor literals are."""
     module = graph.owning_module

@@ -31,6 +31,7 @@ def explain(
     input_shape: Annotated[str | None, typer.Option(help="For example 1x1x32x32.")] = None,
     max_depth: Annotated[int | None, typer.Option(help="Explorative derivation steps.")] = None,
     budget_s: Annotated[float | None, typer.Option(help="Seconds of search and measurement.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that derive side by side.")] = None,
     tune: Annotated[str | None, typer.Option(help='"measure" or "model".')] = None,
     verify: Annotated[bool | None, typer.Option(help="Check every candidate three ways.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Programs measured for one operator.")] = None,
@@ -48,6 +49,7 @@ def explain(
     given = {
         "max_depth": max_depth,
         "budget_s": budget_s,
+        "workers": workers,
         "tune": tune,
         "verify": verify,
         "candidates": candidates,

@@ -16,15 +16,19 @@ class OllieConfig:
     """How far to derive, what to measure and what to check.
 
     Args:
-        max_depth: explorative derivation steps; repairs of guided derivations do not count.
+        max_depth: explorative derivation steps; repairs of guided derivations do not count, and n products
+            that are derived together may take n - 1 times as many.
         budget_s: seconds of search and measurement for one compiled graph; 0 derives nothing.
+        workers: processes that derive the candidates of one operator side by side; they pay where a search
+            takes seconds, and more than 1 needs a system that forks processes.
         tune: "measure" compiles the best candidates and times them against the original on this device;
             "model" trusts the cost bound, which is quick and can lose.
         verify: check every candidate that could be used, over the integers, over a prime field and in
             float64; one that fails is dropped and named in the report.
         candidates: how many programs of one operator are compiled and timed.
         tolerance: largest error that a candidate may have in the operator's own dtype, relative to the
-            largest value of the result; bilinear decompositions round more than direct sums.
+            largest value of the result; bilinear decompositions round more than direct sums. In half
+            precision twice the error of the original is allowed where that is more.
         margin: share by which a candidate must beat the original to replace it.
         freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
             weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the
@@ -33,6 +37,7 @@ class OllieConfig:
 
     max_depth: int = 1
     budget_s: float = 60.0
+    workers: int = 1
     tune: str = "measure"
     verify: bool = True
     candidates: int = 4
@@ -44,6 +49,7 @@ class OllieConfig:
         for name, kinds, valid, must in (
             ("max_depth", (int,), lambda value: value >= 0, "a whole number, 0 or more"),
             ("budget_s", (int, float), lambda value: value >= 0, "0 or more seconds"),
+            ("workers", (int,), lambda value: value >= 1, "a whole number, 1 or more"),
             ("tune", (str,), lambda value: value in ("measure", "model"), '"measure" or "model"'),
             ("verify", (bool,), lambda value: True, "true or false"),
             ("candidates", (int,), lambda value: value >= 1, "a whole number, 1 or more"),

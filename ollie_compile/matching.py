@@ -1,8 +1,8 @@
 """Operator matching with iterator mapping tables (OLLIE, section 4.3).
 
-Each iterator of a contraction has a role by the tensors it occurs in. A scope is a (batched) matrix
-product when every dimension that its factors read is one iterator; otherwise the first mismatch says
-which derivation repairs it.
+Each iterator of a contraction has a role by the tensors it occurs in, its row of the table. A scope is a
+(batched) matrix product when every dimension that its factors read is one iterator; otherwise the first
+mismatch says which derivation repairs it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ollie_compile.convolutions import match_convolution
 from ollie_compile.expr import Affine, Read, Scope, once
-from ollie_compile.rules import Rule, simplify
+from ollie_compile.rules import Rule, applied, simplify
 from ollie_compile.rules.layout import dimension_splitting, rearrange
 from ollie_compile.rules.substitution import split_variable, substitute
 from ollie_compile.rules.summation import split_summation
@@ -35,25 +35,43 @@ class Matmul:
     contracted: tuple[str, ...]
 
 
+OUTPUT = -1  # beside the positions of the factors
+
+_ROLES = {
+    frozenset((0, 1, OUTPUT)): "batch",
+    frozenset((0, OUTPUT)): "rows",
+    frozenset((1, OUTPUT)): "columns",
+    frozenset((0, 1)): "contracted",
+}
+
+
+def mapping_table(scope: Scope) -> dict[str, frozenset[int]]:
+    """For each iterator the factors it occurs in, by position, and `OUTPUT` where it is traversed."""
+    table = {loop.name: {OUTPUT} for loop in scope.traversal} | {loop.name: set() for loop in scope.summation}
+    for position, read in enumerate(scope.factors):
+        for index in read.index:
+            for name in index.iterators():
+                table[name].add(position)
+    return {name: frozenset(row) for name, row in table.items()}
+
+
 @once
 def match_matmul(scope: Scope) -> Matmul | None:
     """The matrix product that `scope` is, or None."""
     if not scope.is_contraction or len(scope.factors) != 2:
         return None
-    tables = [_iterators(read) for read in scope.factors]
-    if any(table is None for table in tables):
+    first, second = map(_iterators, scope.factors)
+    if first is None or second is None:
         return None
-    first, second = (set(table or ()) for table in tables)
-    traversal = [loop.name for loop in scope.traversal]
-    contracted = tuple(loop.name for loop in scope.summation)
-    if not set(contracted) <= first & second or not set(traversal) <= first | second:
+    roles = {name: _ROLES.get(row) for name, row in mapping_table(scope).items()}
+    if None in roles.values():
         return None
-    return Matmul(
-        batch=tuple(name for name in traversal if name in first & second),
-        rows=tuple(name for name in tables[0] or () if name not in second),
-        columns=tuple(name for name in traversal if name not in first),
-        contracted=contracted,
+    by_first = {name: place for place, name in enumerate(first)}
+    rows = sorted((name for name in roles if roles[name] == "rows"), key=by_first.__getitem__)
+    batch, columns, contracted = (
+        tuple(name for name in roles if roles[name] == role) for role in ("batch", "columns", "contracted")
     )
+    return Matmul(batch, tuple(rows), columns, contracted)
 
 
 def _iterators(read: Read) -> list[str] | None:
@@ -64,6 +82,7 @@ def _iterators(read: Read) -> list[str] | None:
     return [name for name in names if name is not None]
 
 
+@once
 def repair_product(scope: Scope) -> tuple[str, Scope] | None:
     """The derivation that removes the first mismatch between a contraction and a matrix product.
 
@@ -130,6 +149,7 @@ def _repair_layout(scope: Scope) -> tuple[str, Scope] | None:
     return None
 
 
+@once
 def repair_convolution(scope: Scope) -> tuple[str, Scope] | None:
     """The derivation that removes the first mismatch between a contraction and a dense convolution.
 
@@ -143,14 +163,14 @@ def repair_convolution(scope: Scope) -> tuple[str, Scope] | None:
         name = division.of.iterator
         if name in traversal and division.of.coefficient(name) == 1:
             return "variable splitting", split_variable(scope, name, division.by, division.of.const)
-    split = next(dimension_splitting(scope), None)
-    if split is not None:
-        return "dimension splitting", split
+    split = applied(scope, dimension_splitting)
+    if split:
+        return "dimension splitting", split[0]
     nested = _repair_nested_taps(scope)
     if nested is not None:
         return nested
     rules: dict[str, Rule] = {"dilation splitting": dilation_splitting, "stride splitting": stride_splitting}
-    steps = ((name, derived) for name, rule in rules.items() for derived in rule(scope))
+    steps = ((name, derived) for name, rule in rules.items() for derived in applied(scope, rule))
     return next(steps, None)
 
 

@@ -5,29 +5,36 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ollie_compile import cost, tune
 from ollie_compile.config import OllieConfig
-from ollie_compile.expr import Scope
-from ollie_compile.lower import Program, programs
-from ollie_compile.operators import Convolution
+from ollie_compile.expr import Input, Read, Scope
+from ollie_compile.lower import Program, programs, with_kernels
+from ollie_compile.numeric import check_program, reproducer, rounding_error
+from ollie_compile.operators import Operator
 from ollie_compile.search import Derivation, SearchStats, search, work
-from ollie_compile.verify import check_derivation, check_program, rounding_error
+from ollie_compile.verify import check_derivation
 
 logger = logging.getLogger(__name__)
 
 SEARCH_SHARE = 0.3  # of an operator's budget; the rest compiles and measures
 MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
 MAX_BOUNDED = 64  # candidates of one operator whose cost is bounded, those with the least work first
+HALF_SLACK = (
+    2.0  # times the rounding of the original that a candidate may have where it is above the tolerance
+)
 OUT_OF_TIME = "no time left in the budget"
 
 
 @dataclass(slots=True)
 class Candidate:
-    """A program with what is known about it; times in seconds, `error` relative to the largest output."""
+    """A program with what is known about it; times in seconds, `error` relative to the largest output.
+
+    `reproducer` is Python source that shows again what is wrong with it.
+    """
 
     program: Program
     derivation: Derivation
@@ -35,13 +42,14 @@ class Candidate:
     measured_s: float | None = None
     error: float | None = None
     rejected: str | None = None
+    reproducer: str | None = None
 
 
 @dataclass(slots=True)
 class Plan:
     """What was found for one operator; `winner` None keeps the original."""
 
-    operator: Convolution
+    operator: Operator
     winner: Candidate | None = None
     reason: str = ""
     original_s: float | None = None
@@ -56,7 +64,7 @@ class Plan:
         return self.stats.complete and not cut and self.reason != OUT_OF_TIME
 
 
-_plans: dict[tuple[Convolution, OllieConfig, int], Plan] = {}
+_plans: dict[tuple[Operator, OllieConfig, int], Plan] = {}
 
 
 def reset() -> None:
@@ -64,7 +72,7 @@ def reset() -> None:
     _plans.clear()
 
 
-def plan(operator: Convolution, config: OllieConfig, budget_s: float) -> Plan:
+def plan(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
     """The plan for an operator, made once a process for each configuration and number of threads.
 
     A plan that the budget cut short is made anew when it is asked for again.
@@ -81,16 +89,21 @@ def plan(operator: Convolution, config: OllieConfig, budget_s: float) -> Plan:
     return made
 
 
-def _make(operator: Convolution, config: OllieConfig, budget_s: float) -> Plan:
+def _make(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
     made = Plan(operator)
     if budget_s <= 0:
         made.reason = OUT_OF_TIME
         return made
     stop = time.perf_counter() + budget_s
-    found = search(operator.expression(), max_depth=config.max_depth, budget_s=budget_s * SEARCH_SHARE)
+    found = search(
+        operator.expression(),
+        max_depth=config.max_depth * operator.steps,
+        budget_s=budget_s * SEARCH_SHARE,
+        workers=config.workers,
+    )
     made.stats = found.stats
-    x, weight = operator.example_inputs()
-    made.original_s = cost.median_seconds(lambda: operator.reference(x, weight), budget_s=0.05)
+    inputs = operator.example_inputs()
+    made.original_s = cost.median_seconds(lambda: operator.reference(*inputs), budget_s=0.05)
     made.candidates = [
         Candidate(program, derivation)
         for derivation in found.derivations
@@ -111,7 +124,7 @@ def _make(operator: Convolution, config: OllieConfig, budget_s: float) -> Plan:
 def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
     """Bound every candidate's time, reject what cannot win, and sort by the bound."""
     operator = made.operator
-    layouts = (operator.input, operator.weight, operator.output)
+    layouts = (*operator.inputs.values(), *operator.outputs)
     limit = MAX_GROWTH * sum(math.prod(layout.shape) for layout in layouts)
     assert made.original_s is not None
     made.candidates.sort(key=lambda candidate: work(candidate.program.scope))
@@ -124,39 +137,72 @@ def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
         elif (largest := cost.largest_elements(program.scope)) > limit:
             candidate.rejected = f"needs {largest * operator.dtype.itemsize / 2**30:.2g} GiB in one tensor"
         else:
+            ahead = _ahead(program.scope, operator.parameters) if config.freeze else program.scope
             candidate.bound_s = cost.bound_seconds(
-                program, operator.dtype, operator.device, frozen=config.freeze
+                replace(program, scope=ahead), operator.dtype, operator.device, frozen=False
             )
             if candidate.bound_s > made.original_s * (1 - config.margin):
                 candidate.rejected = "its cost bound does not beat the original"
     made.candidates.sort(key=lambda candidate: candidate.bound_s)
 
 
+def _ahead(scope: Scope, parameters: tuple[str, ...]) -> Scope:
+    """The expression with an input in the place of whatever depends on parameters alone."""
+    factors = []
+    for place, read in enumerate(scope.factors):
+        inner = read.tensor
+        if isinstance(inner, Scope) and inner.inputs().keys() <= set(parameters):
+            index = tuple(i - low for i, (low, _) in zip(read.index, inner.box, strict=True))
+            factors.append(Read(Input(f"ahead_{place}", inner.shape), index))
+        else:
+            new = _ahead(inner, parameters) if isinstance(inner, Scope) else inner
+            factors.append(Read(new, read.index))
+    return scope.over(factors=tuple(factors))
+
+
 def _take_best(made: Plan, config: OllieConfig) -> list[Candidate]:
-    """The first `config.candidates` of those left that pass the checks; the others are rejected."""
-    expression = made.operator.expression()
+    """The first `config.candidates` of those left that pass the checks; the others are rejected.
+
+    The best with eOperators that have other kernels is taken with those as well.
+    """
+    limit = config.tolerance
+    if made.operator.dtype.itemsize < 4:
+        limit = max(limit, HALF_SLACK * rounding_error(made.operator, None))
     best: list[Candidate] = []
+    others: list[Candidate] = []
     for candidate in made.candidates:
         if candidate.rejected is not None:
             continue
         if len(best) == config.candidates:
             candidate.rejected = "cheaper candidates came first"
-            continue
-        wrong = None
-        if config.verify:
-            wrong = check_derivation(expression, candidate.program.scope)
-            wrong = wrong or check_program(made.operator, candidate.program)
+        elif _passes(candidate, made.operator, config, limit):
+            best.append(candidate)
+            if not others:
+                written = with_kernels(candidate.program, made.operator.device)
+                others = [replace(candidate, program=program) for program in written]
+    made.candidates += others
+    return best + [candidate for candidate in others if _passes(candidate, made.operator, config, limit)]
+
+
+def _passes(candidate: Candidate, operator: Operator, config: OllieConfig, limit: float) -> bool:
+    """Whether a candidate is right and rounds no more than `limit`; otherwise it is rejected."""
+    expression = operator.expression()
+    if config.verify:
+        wrong = check_derivation(expression, candidate.program.scope)
+        wrong = wrong or check_program(operator, candidate.program)
         if wrong is not None:
             wrong += _first_wrong_step(expression, candidate.derivation)
             candidate.rejected = f"wrong: {wrong}"
-            logger.error("ollie: %s: dropped %s: it %s", made.operator, candidate.program.scope, wrong)
-            continue
-        candidate.error = rounding_error(made.operator, candidate.program)
-        if candidate.error > config.tolerance:
-            candidate.rejected = f"its rounding error {candidate.error:.1e} is above the tolerance"
-        else:
-            best.append(candidate)
-    return best
+            candidate.reproducer = reproducer(operator, candidate.program)
+            logger.error(
+                "ollie: %s: dropped, it %s; to see it again:\n%s", operator, wrong, candidate.reproducer
+            )
+            return False
+    candidate.error = rounding_error(operator, candidate.program)
+    if not candidate.error <= limit:
+        candidate.rejected = f"its rounding error {candidate.error:.1e} is above the tolerance {limit:.1e}"
+        return False
+    return True
 
 
 def _first_wrong_step(expression: Scope, derivation: Derivation) -> str:
@@ -169,7 +215,8 @@ def _first_wrong_step(expression: Scope, derivation: Derivation) -> str:
 def _measure(made: Plan, left: list[Candidate], config: OllieConfig, stop: float) -> None:
     operator = made.operator
     inputs = operator.example_inputs()
-    constant = 1 if config.freeze else None
+    names = list(operator.inputs)
+    constant = [names.index(name) for name in operator.parameters if name in names] if config.freeze else []
     calls = []
     timed = []
     slowest = 0.0
@@ -190,7 +237,7 @@ def _measure(made: Plan, left: list[Candidate], config: OllieConfig, stop: float
     if not timed:
         made.reason = "no candidate is left"
         return
-    calls.append(tune.compiled(operator.reference, inputs, constant=None))
+    calls.append(tune.compiled(operator.reference, inputs, constant=()))
     *times, made.original_s = tune.measure(calls)
     for candidate, seconds in zip(timed, times, strict=True):
         candidate.measured_s = seconds

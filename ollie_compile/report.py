@@ -18,11 +18,13 @@ class Report:
 
     Attributes:
         plans: (names of the nodes, their common plan) of the operators that were lifted.
-        untouched: (node name, reason) of every convolution that was not.
+        untouched: (node name, reason) of convolutions and subprograms that were not.
+        others: how often each other operator occurs; they are Inductor's.
     """
 
     plans: list[tuple[list[str], Plan]] = field(default_factory=list)
     untouched: list[tuple[str, str]] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
 
     def planned(self, node: str, plan: Plan) -> None:
         for nodes, known in self.plans:
@@ -42,7 +44,7 @@ class Report:
     @property
     def summary(self) -> str:
         total = sum(len(nodes) for nodes, _ in self.plans) + len(self.untouched)
-        return f"{self.rewritten} of {total} convolutions rewritten"
+        return f"{self.rewritten} of {total} convolutions and subprograms rewritten"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: operators with expressions, steps, candidates, times in seconds."""
@@ -50,6 +52,7 @@ class Report:
             "rewritten": self.rewritten,
             "operators": [{"nodes": nodes, **_plan_dict(plan)} for nodes, plan in self.plans],
             "untouched": [{"node": node, "reason": reason} for node, reason in self.untouched],
+            "others": dict(self.others),
         }
 
     def to_json(self) -> str:
@@ -60,6 +63,9 @@ class Report:
         for nodes, plan in self.plans:
             lines += ["", f"{', '.join(nodes)}: {plan.operator}", *_plan_lines(plan)]
         lines += [f"\n{node}: left as it is: {reason}" for node, reason in self.untouched]
+        if self.others:
+            counted = ", ".join(f"{name} {count}" for name, count in self.others.most_common())
+            lines += [f"\nleft to Inductor: {counted}"]
         return "\n".join(lines)
 
 
@@ -83,9 +89,7 @@ def _plan_lines(plan: Plan) -> list[str]:
     )
     if plan.original_s is not None:
         lines.append(f"  original: {_ms(plan.original_s)}")
-    chosen = (
-        "original kept" if plan.winner is None else f"rewritten, products as {plan.winner.program.layout}"
-    )
+    chosen = "original kept" if plan.winner is None else f"rewritten, products as {_written(plan.winner)}"
     lines.append(f"  {chosen}: {plan.reason}")
     if plan.winner is not None:
         lines += [f"    {line}" for step in plan.winner.derivation.steps for line in str(step).split("\n")]
@@ -108,8 +112,13 @@ def _candidate_line(candidate: Candidate) -> str:
     growth = amplification(candidate.program.scope)
     if candidate.error is not None and growth > 1:
         rounding = f", error {candidate.error:.1e} (terms up to {growth:.0f} times larger)"
+    return f"[{_written(candidate)}] {steps}: bound {_ms(candidate.bound_s)}{measured}{rounding}: {verdict}"
+
+
+def _written(candidate: Candidate) -> str:
+    program = candidate.program
     return (
-        f"[{candidate.program.layout}] {steps}: bound {_ms(candidate.bound_s)}{measured}{rounding}: {verdict}"
+        program.layout if program.kernels == "aten" else f"{program.layout}, additions as {program.kernels}"
     )
 
 
@@ -137,7 +146,9 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
         "measured_s": candidate.measured_s,
         "error": candidate.error,
         "amplification": amplification(candidate.program.scope),
+        "kernels": candidate.program.kernels,
         "rejected": candidate.rejected,
+        "reproducer": candidate.reproducer,
     }
 
 

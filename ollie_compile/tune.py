@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -27,49 +28,51 @@ def outside_compilation() -> Iterator[None]:
         yield
 
 
-def compiled(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, constant: int | None) -> Call:
+def compiled(
+    function: Callable[..., Any], inputs: Sequence[Tensor], *, constant: int | Collection[int]
+) -> Call:
     """A call of `function(*inputs)` through Inductor.
 
     Args:
-        constant: position of an input whose transforms are done ahead of the call, or None.
+        constant: position or positions of inputs whose transforms are done ahead of the call.
     """
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph = make_fx(lambda *values: function(*values))(*inputs)  # a bound method is not traced
     values = list(inputs)
-    if constant is not None:
-        graph, values = _fold(graph, values, constant)
+    places = (constant,) if isinstance(constant, int) else constant
+    if places:
+        graph, values = _fold(graph, values, places)
     call = compile_fx(graph, values, config_patches={"joint_custom_pre_pass": None})
     return lambda: call(*values)
 
 
-def _fold(graph: fx.GraphModule, values: list[Tensor], constant: int) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Compute what depends on input `constant` alone; the results become inputs in its place."""
-    folded: dict[fx.Node, Tensor] = {}
+def _fold(
+    graph: fx.GraphModule, values: list[Tensor], constant: Collection[int]
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Compute what depends on the inputs at `constant` alone; the results become the first inputs."""
     interpreter = fx.Interpreter(graph)
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    folded[placeholders[constant]] = values[constant]
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    folded: dict[fx.Node, Tensor] = {placeholders[place]: values[place] for place in constant}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes and set(node.all_input_nodes) <= folded.keys():
+        if node.op == "call_function" and set(node.all_input_nodes) <= folded.keys():
             arguments, named = fx.map_arg((node.args, node.kwargs), folded.__getitem__)
             folded[node] = interpreter.call_function(node.target, arguments, named)
-    new_values = [value for place, value in enumerate(values) if place != constant]
+    kept = [value for place, value in enumerate(values) if place not in constant]
+    made: list[Tensor] = []
     for node, value in folded.items():
-        if all(user in folded for user in node.users):
-            continue
-        with graph.graph.inserting_before(placeholders[0]):
-            name = graph.graph.placeholder(f"folded_{len(new_values)}")
-        placeholders[0].prepend(name)
-        for user in [user for user in node.users if user not in folded]:
-            user.replace_input_with(node, name)
-        new_values.insert(0, value)
-        placeholders.insert(0, name)
+        late = [user for user in node.users if user not in folded]
+        if late:
+            with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
+                name = graph.graph.placeholder(f"folded_{len(made)}")
+            for user in late:
+                user.replace_input_with(node, name)
+            made.insert(0, value)
     for node in reversed(folded):
-        if not node.users:
-            graph.graph.erase_node(node)
+        graph.graph.erase_node(node)
     graph.recompile()
-    return graph, new_values
+    return graph, made + kept
 
 
 def measure(calls: Sequence[Call]) -> list[float]:

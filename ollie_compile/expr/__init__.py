@@ -1,5 +1,6 @@
 """Tensor algebra expressions: index arithmetic, scopes, and their exact interpretation."""
 
+from ollie_compile.expr.assignment import parse_assignment
 from ollie_compile.expr.elementwise import ELEMENTWISE
 from ollie_compile.expr.index import Affine, Quotient, Ranges, Remainder, quotient, remainder
 from ollie_compile.expr.interpret import evaluate
@@ -22,6 +23,7 @@ __all__ = [
     "evaluate",
     "once",
     "parse",
+    "parse_assignment",
     "quotient",
     "ranges_of",
     "remainder",

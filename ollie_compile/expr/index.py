@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Ranges = Mapping[str, tuple[int, int]]
 """Half-open range [low, high) of each iterator."""
@@ -39,8 +40,7 @@ class Remainder:
 Atom = str | Quotient | Remainder
 
 
-@dataclass(frozen=True, slots=True)
-class Affine:
+class Affine(NamedTuple):
     """const + sum of coefficient * atom; an atom is an iterator's name, a Quotient or a Remainder."""
 
     terms: tuple[tuple[Atom, int], ...] = ()
@@ -61,14 +61,14 @@ class Affine:
             kept.sort(key=_term_order)
         return cls(tuple(kept), const)
 
-    def __add__(self, other: Affine | int) -> Affine:
+    def __add__(self, other: Affine | int) -> Affine:  # type: ignore[override]
         if isinstance(other, int):
             return Affine(self.terms, self.const + other)
         if not (self.terms and other.terms):
             return Affine(self.terms or other.terms, self.const + other.const)
         return Affine.total(iter(self.terms + other.terms), self.const + other.const)
 
-    def __mul__(self, factor: int) -> Affine:
+    def __mul__(self, factor: int) -> Affine:  # type: ignore[override]
         if not factor:
             return Affine()
         return Affine(tuple((a, c * factor) for a, c in self.terms), self.const * factor)

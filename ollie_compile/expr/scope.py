@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ollie_compile.expr.index import Affine, Quotient, Remainder
 
 
-@dataclass(frozen=True, slots=True)
-class Loop:
+class Loop(NamedTuple):
     """An iterator with its half-open range [low, high)."""
 
     name: str
@@ -82,12 +81,11 @@ class Constant:
         return self.name
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """A tensor read at an index, one expression for each dimension."""
 
     tensor: Tensor
-    index: tuple[Affine, ...]
+    index: tuple[Affine, ...]  # type: ignore[assignment]
 
     def __str__(self) -> str:
         name = f"{{{self.tensor}}}" if isinstance(self.tensor, Scope) else str(self.tensor)

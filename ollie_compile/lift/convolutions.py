@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ollie_compile.expr import Affine, Input, Loop, Read, Scope, quotient, remainder
+from ollie_compile.expr import Affine, Input, Loop, Read, Scope, Tensor, quotient, ranges_of, remainder
 
 
 def convolution(
@@ -56,23 +56,30 @@ def transposed_convolution(
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],
+    dilation: Sequence[int] | None = None,
+    groups: int = 1,
 ) -> Scope:
     """The sub-pixel form: with y' = y + padding and the taps of one phase r,
     O[n, f, y..] = Sum[c, r..] A[n, c, y' // stride - r ..] K[c, f, stride * r + y' % stride ..].
 
     Args:
         input_shape: [batch, channels, *spatial], one to three spatial dimensions.
-        weight_shape: [channels, out channels, *taps]; one group, no dilation.
+        weight_shape: [channels, out channels / groups, *taps].
+        dilation: None is 1. A dilated weight is read as one with zeros between its taps.
 
     Returns:
         the expression over inputs "A" and "K"; phases without a tap read outside K, which gives 0.
     """
     a, k = Input("A", tuple(input_shape)), Input("K", tuple(weight_shape))
-    n, f = Loop("n", 0, a.shape[0]), Loop("f", 0, k.shape[1])
-    c = Loop("c", 0, k.shape[0])
+    weight, sizes = _dilated(k, dilation or [1] * len(stride))
+    n, f = Loop("n", 0, a.shape[0]), Loop("f", 0, k.shape[1] * groups)
+    c = Loop("c", 0, k.shape[0] // groups)
+    group = quotient(_var(f), k.shape[1], {f.name: (f.low, f.high)}) if groups > 1 else Affine()
+    output = remainder(_var(f), k.shape[1], {f.name: (f.low, f.high)}) if groups > 1 else _var(f)
+    channel = group * c.extent + _var(c)
     spatial, taps, positions, weights = [], [], [], []
     for place, (size, tap, s, p, extra) in enumerate(
-        zip(a.shape[2:], k.shape[2:], stride, padding, output_padding, strict=True), start=1
+        zip(a.shape[2:], sizes, stride, padding, output_padding, strict=True), start=1
     ):
         out = Loop(f"h{place}", 0, (size - 1) * s - 2 * p + tap + extra)
         window = Loop(f"r{place}", 0, -(-tap // s))
@@ -86,10 +93,37 @@ def transposed_convolution(
         (n, f, *spatial),
         (c, *taps),
         (
-            Read(a, (_var(n), _var(c), *positions)),
-            Read(k, (_var(c), _var(f), *weights)),
+            Read(a, (_var(n), channel, *positions)),
+            Read(weight, (channel, output, *weights)),
         ),
     )
+
+
+def _dilated(k: Input, dilation: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """A weight with zeros between its taps, and its taps with those.
+
+    Tap t is K at t // d where t % d is 0: elsewhere it reads outside a dimension of size 1.
+    """
+    sizes = [d * (tap - 1) + 1 for tap, d in zip(k.shape[2:], dilation, strict=True)]
+    if max(dilation) == 1:
+        return k, sizes
+    lead = [Loop("c", 0, k.shape[0]), Loop("f", 0, k.shape[1])]
+    whole = [Loop(f"t{place}", 0, tap) for place, tap in enumerate(k.shape[2:], start=1)]
+    rest = [Loop(f"x{place}", 0, 1) for place in range(1, len(sizes) + 1)]
+    loops = (*lead, *(loop for pair in zip(whole, rest, strict=True) for loop in pair))
+    spread = Scope(loops, (), (Read(k, tuple(map(_var, (*lead, *whole)))),))
+    stuffed = [Loop(f"t{place}", 0, size) for place, size in enumerate(sizes, start=1)]
+    ranges = ranges_of((*lead, *stuffed))
+    index = [
+        part
+        for loop, d in zip(stuffed, dilation, strict=True)
+        for part in (
+            (quotient(_var(loop), d, ranges), remainder(_var(loop), d, ranges))
+            if d > 1
+            else (_var(loop), Affine())
+        )
+    ]
+    return Scope((*lead, *stuffed), (), (Read(spread, (*map(_var, lead), *index)),)), sizes
 
 
 def banded_scores(batch: int, length: int, features: int, *, width: int, dilation: int = 1) -> Scope:

@@ -69,11 +69,17 @@ def view(x: Tensor, shape: Sequence[int]) -> Scope:
     old = shape_of(x)
     if math.prod(old) != math.prod(shape):
         raise ValueError(f"`shape` must hold {math.prod(old)} elements, got {list(shape)}.")
+    return strided(x, shape, [math.prod(shape[place + 1 :]) for place in range(len(shape))], 0)
+
+
+def strided(x: Tensor, shape: Sequence[int], stride: Sequence[int], offset: int) -> Scope:
+    """aten.as_strided of a tensor in row-major order, with strides that are not negative."""
+    old = shape_of(x)
     loops = _loops(shape)
     ranges = ranges_of(tuple(loops))
-    position = Affine()
-    for place, loop in enumerate(loops):
-        position += var(loop) * math.prod(shape[place + 1 :])
+    position = Affine(const=offset)
+    for loop, step in zip(loops, stride, strict=True):
+        position += var(loop) * step
     index = []
     for place, size in enumerate(old):
         below = math.prod(old[place + 1 :])

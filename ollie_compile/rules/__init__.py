@@ -20,7 +20,7 @@ from ollie_compile.rules.substitution import skewing, variable_splitting, variab
 from ollie_compile.rules.summation import summation_splitting
 from ollie_compile.rules.windows import dilation_splitting, stride_splitting, tap_splitting
 
-__all__ = ["EXPLORATIVE", "RELATING", "SIMPLIFYING", "Rule", "register", "rewrites", "simplify"]
+__all__ = ["EXPLORATIVE", "RELATING", "SIMPLIFYING", "Rule", "applied", "register", "rewrites", "simplify"]
 
 Rule = Callable[[Scope], Iterator[Scope]]
 

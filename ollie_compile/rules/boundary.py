@@ -14,23 +14,21 @@ def boundary_tightening(scope: Scope) -> Iterator[Scope]:
     """
     if scope.is_view or scope.function != "*":
         return
-    traversal = tuple(_tightened(scope, loop) for loop in scope.traversal)
-    summation = tuple(_tightened(scope, loop) for loop in scope.summation)
+    within = {name: list(bounds) for name, bounds in scope.ranges.items()}
+    for read in scope.factors:
+        for index, box in zip(read.index, read.tensor.box, strict=True):
+            name = index.iterator
+            if name is not None:
+                least, most = _inside(index, name, box)
+                bounds = within[name]
+                bounds[0], bounds[1] = max(bounds[0], least), min(bounds[1], most + 1)
+    # A range with nothing in it would be a tensor of no size: leave the zeros to be computed.
+    loops = {name: Loop(name, low, high) for name, (low, high) in within.items() if low < high}
+    traversal = tuple(loops.get(loop.name, loop) for loop in scope.traversal)
+    summation = tuple(loops.get(loop.name, loop) for loop in scope.summation)
     if (traversal, summation) != (scope.traversal, scope.summation):
         inner = Scope(traversal, summation, scope.factors)
         yield Scope(scope.traversal, (), (Read(inner, tuple(Affine.of(loop.name) for loop in traversal)),))
-
-
-def _tightened(scope: Scope, loop: Loop) -> Loop:
-    low, high = loop.low, loop.high
-    for read in scope.factors:
-        for index, box in zip(read.index, read.tensor.box, strict=True):
-            if index.iterator != loop.name:
-                continue
-            least, most = _inside(index, loop.name, box)
-            low, high = max(low, least), min(high, most + 1)
-    # A range with nothing in it would be a tensor of no size: leave the zeros to be computed.
-    return Loop(loop.name, low, high) if low < high else loop
 
 
 def vanishes(read: Read, ranges: Ranges, name: str, low: int = -UNBOUNDED, high: int = UNBOUNDED) -> bool:

@@ -68,15 +68,15 @@ def idle_iterator(scope: Scope) -> Iterator[Scope]:
     if scope.is_view:
         return
     used = scope.used()
-    busy = tuple(loop for loop in scope.traversal if loop.name in used)
-    if len(busy) < len(scope.traversal):
+    if any(loop.name not in used for loop in scope.traversal):
+        busy = tuple(loop for loop in scope.traversal if loop.name in used)
         inner = scope.over(traversal=busy)
         yield Scope(scope.traversal, (), (Read(inner, tuple(Affine.of(loop.name) for loop in busy)),))
 
 
 def unit_iterator(scope: Scope) -> Iterator[Scope]:
     """An iterator with a single value is that value; a sum over it has a single term."""
-    unit = {loop.name: Affine.of(loop.low) for loop in scope.traversal + scope.summation if loop.extent == 1}
+    unit = {name: Affine.of(low) for name, (low, high) in scope.ranges.items() if high - low == 1}
     if unit and unit.keys() & (scope.used() | {loop.name for loop in scope.summation}):
         summation = tuple(loop for loop in scope.summation if loop.name not in unit)
         factors = scope.map_index(lambda index: index.substitute(unit, scope.ranges))

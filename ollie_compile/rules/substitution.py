@@ -33,9 +33,11 @@ def substitute(scope: Scope, expression: Affine, name: str) -> Scope | None:
                 return None
     low, high = expression.bounds(scope.ranges)
     new = Loop(scope.fresh("t"), low, high + 1)
+    difference = Affine.of(new.name) - expression
 
     def replaced(index: Affine) -> Affine:
-        return index + (Affine.of(new.name) - expression) * (index.coefficient(name) // factor)
+        times = index.coefficient(name) // factor
+        return index + difference * times if times else index
 
     return _traversed_by(scope, name, [new], [expression], scope.map_index(replaced))
 

@@ -11,7 +11,9 @@ every contraction is a matrix product.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
+from collections.abc import Callable
 
 from common import Table
 
@@ -21,13 +23,17 @@ from ollie_compile.matching import match_matmul
 from ollie_compile.search import SearchResult, products, search
 
 ONE = (1, 1)
-OPERATORS: dict[str, Scope] = {
-    "Conv3x3": lift.convolution((1, 64, 56, 56), (64, 64, 3, 3), stride=ONE, padding=ONE, dilation=ONE),
-    "ConvTranspose": lift.transposed_convolution(
+OPERATORS: dict[str, Callable[[], Scope]] = {
+    "Conv3x3": lambda: lift.convolution(
+        (1, 64, 56, 56), (64, 64, 3, 3), stride=ONE, padding=ONE, dilation=ONE
+    ),
+    "ConvTranspose": lambda: lift.transposed_convolution(
         (1, 256, 4, 4), (256, 128, 4, 4), stride=(2, 2), padding=ONE, output_padding=(0, 0)
     ),
-    "Conv5x5": lift.convolution((1, 32, 56, 56), (32, 32, 5, 5), stride=ONE, padding=(2, 2), dilation=ONE),
-    "G2BMM": lift.banded_scores(8, 10000, 64, width=1000, dilation=4),
+    "Conv5x5": lambda: lift.convolution(
+        (1, 32, 56, 56), (32, 32, 5, 5), stride=ONE, padding=(2, 2), dilation=ONE
+    ),
+    "G2BMM": lambda: lift.banded_scores(8, 10000, 64, width=1000, dilation=4),
 }
 MODES = {
     "guided, fingerprints": {},
@@ -46,6 +52,26 @@ def steps_to_operators(result: SearchResult) -> float:
     return math.nan
 
 
+def one_search(
+    expression: Scope, arguments: argparse.Namespace, flags: dict[str, bool]
+) -> dict[str, float | str]:
+    result = search(
+        expression, max_depth=arguments.depth, budget_s=arguments.budget_s, beam=arguments.beam, **flags
+    )
+    stats = result.stats
+    best = min((float(products(d.scope)) for d in result.derivations), default=math.nan)
+    return {
+        "seconds": stats.seconds,
+        "states": float(stats.states),
+        "met_again": float(stats.duplicates),
+        "pruned": float(stats.pruned),
+        "candidates": float(stats.candidates),
+        "steps_to_products": steps_to_operators(result),
+        "best": best / products(expression),
+        "complete": str(stats.complete),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,33 +84,15 @@ def main() -> None:
     config = f"depth {arguments.depth}, beam {arguments.beam}, budget {arguments.budget_s:.0f} s, "
     config += f"medians of {arguments.rounds} interleaved rounds"
     table = Table("ollie_search", "Derivation search", config)
-    for name, expression in OPERATORS.items():
-        results: dict[str, list[SearchResult]] = {mode: [] for mode in MODES}
+    for name, make in OPERATORS.items():
+        rows: dict[str, list[dict[str, float | str]]] = {mode: [] for mode in MODES}
         for _ in range(arguments.rounds):
             for mode, flags in MODES.items():
-                results[mode].append(
-                    search(
-                        expression,
-                        max_depth=arguments.depth,
-                        budget_s=arguments.budget_s,
-                        beam=arguments.beam,
-                        **flags,
-                    )
-                )
-        for mode, found in results.items():
-            stats = found[0].stats
-            best = min((float(products(d.scope)) for d in found[0].derivations), default=math.nan)
-            table.add(
-                f"{name}: {mode}",
-                seconds=sorted(result.stats.seconds for result in found)[len(found) // 2],
-                states=float(stats.states),
-                met_again=float(stats.duplicates),
-                pruned=float(stats.pruned),
-                candidates=float(stats.candidates),
-                steps_to_products=steps_to_operators(found[0]),
-                best=best / products(expression),
-                complete=str(stats.complete),
-            )
+                gc.collect()  # scopes remember what was derived from them: no search profits from another's
+                rows[mode].append(one_search(make(), arguments, flags))
+        for mode, found in rows.items():
+            median = sorted(float(row["seconds"]) for row in found)[len(found) // 2]
+            table.add(f"{name}: {mode}", **{**found[0], "seconds": median})
     table.finish()
 
 

@@ -55,15 +55,15 @@ class Drive:
         self.reader = Reader(path, IN_FLIGHT, RippleReport(directory="", layers=1, neurons=1, budget=0))
         self.blocks, self.random = path.stat().st_size // 4096, np.random.default_rng(0)
         self.buffer = AlignedBuffer(64 << 20)
-        self.bandwidth: list[float] = []
-        self.iops: list[float] = []
+        self.bandwidth = self.iops = 0.0
+        self.buffer.bytes.zero_()  # pages are there before anything is timed
 
     def probe(self) -> None:
-        """Bandwidth of one long read, and requests of 4 KiB a second."""
+        """The best so far: bytes/s of one long read, and reads of 4 KiB a second."""
         length = len(self.buffer.bytes)
-        self.bandwidth.append(length / self._seconds(np.array([0]), length))
+        self.bandwidth = max(self.bandwidth, length / self._seconds(np.array([0]), length))
         places = np.sort(self.random.choice(self.blocks, 4000, replace=False)) * 4096
-        self.iops.append(len(places) / self._seconds(places, 4096))
+        self.iops = max(self.iops, len(places) / self._seconds(places, 4096))
 
     def _seconds(self, offsets: Any, length: int) -> float:
         lengths, targets = np.full(len(offsets), length), np.arange(len(offsets)) * length
@@ -203,8 +203,8 @@ def main(rounds: int, dram_budget: str) -> None:
             f"perplexity on {count} x {length} held-out tokens",
             "runs: of half of the neurons, without cache or merging",
             "reads and KiB: per token and layer",
-            f"drive, {IN_FLIGHT} reads in flight: {statistics.median(drive.bandwidth) / 1e6:,.0f} MB/s, "
-            f"{statistics.median(drive.iops):,.0f} reads of 4 KiB a second",
+            f"drive, best of {rounds} probes, {IN_FLIGHT} reads in flight: "
+            f"{drive.bandwidth / 1e6:,.0f} MB/s, {drive.iops:,.0f} reads of 4 KiB a second",
         )
         title = "Ripple: SmolLM2-135M-Instruct with its MLPs on disk"
         table = Table(name="ripple_main", title=title, config="; ".join(conditions))

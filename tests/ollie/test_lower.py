@@ -7,8 +7,8 @@ from ollie_compile import lift
 from ollie_compile.eoperators import match_banded, match_selective_add
 from ollie_compile.expr import Input, evaluate
 from ollie_compile.lower import Program, is_lowerable, programs, with_kernels
+from ollie_compile.numeric import check_program
 from ollie_compile.search import search
-from ollie_compile.verify import check_program
 from tests.ollie.strategies import convolutions, operator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # naming a device needs none

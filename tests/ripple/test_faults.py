@@ -120,7 +120,7 @@ def traced(saved, tmp_path_factory):
 
 @torch.no_grad()
 def test_interrupted_system_calls_and_short_reads_change_nothing(reordered, monkeypatch):
-    model, ids = load(reordered("llama"), dram_budget="150KiB"), token_ids()
+    model, ids = load(reordered("llama"), dram_budget="50KiB"), token_ids()
     reference, real = model(ids).logits, os.preadv
 
     def short(descriptor, views, offset):
@@ -145,7 +145,7 @@ from transformers import AutoModelForCausalLM
 from ripple_loader import RippleConfig
 with torch.no_grad():
     while sys.stdin.readline():
-        config = RippleConfig(dram_budget="150KiB")
+        config = RippleConfig(dram_budget="50KiB")
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
         logits = model(torch.arange(3, 27)[None]).logits
         print(logits.double().sum().item(), flush=True)

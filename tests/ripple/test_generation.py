@@ -130,7 +130,7 @@ TWO_PROCESSES = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 from ripple_loader import RippleConfig
-config = RippleConfig(dram_budget="150KiB")
+config = RippleConfig(dram_budget="50KiB")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
 with torch.no_grad():
     for _ in range(20):

@@ -17,8 +17,7 @@ SETS = st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 1 << 30)
 )
 
 
-@settings(max_examples=60)
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(SETS, st.sampled_from(get_args(Placement)), st.integers(1, 50), st.sampled_from([0.3, 1.0]))
 @example(np.array([[False], [True]]), "linked", 1, 0.3)
 @example(np.ones((3, 9), bool), "spectral", 2, 0.3)

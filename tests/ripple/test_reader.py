@@ -142,7 +142,7 @@ def test_a_directory_in_memory(reordered):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         copy = Path(shutil.copytree(reordered("llama"), Path(scratch) / "copy"))
-        model = load(copy, dram_budget="150KiB")
+        model = load(copy, dram_budget="50KiB")
         said = [warning for warning in seen if "O_DIRECT" in str(warning.message)]
         assert len(said) == len(model.ripple_report.fallbacks) == (not model_reader(model).direct)
         ids = token_ids()
@@ -154,7 +154,7 @@ def model_reader(model):
 
 
 def test_a_model_survives_an_error_of_the_drive(reordered, monkeypatch):
-    model, ids = load(reordered("llama"), dram_budget="150KiB"), token_ids()
+    model, ids = load(reordered("llama"), dram_budget="50KiB"), token_ids()
     reference = model(ids).logits
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", lambda *_: 0)
