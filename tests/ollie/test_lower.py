@@ -96,7 +96,7 @@ def test_a_pooling_window_is_no_selective_addition():
 
 @pytest.mark.parametrize("write", [lift.banded_scores, lift.banded_values])
 def test_banded_products_are_kernels_on_a_gpu_and_nothing_elsewhere(write):
-    scope = write(2, 9, 200, width=70, dilation=2)
+    scope = write(2, 4, 130, width=65, dilation=2)
     assert match_banded(scope) is not None
     assert programs(scope, CPU) == []
     (program,) = programs(scope, CUDA)
