@@ -62,7 +62,12 @@ def _dataset(path: str) -> Any:
     if path.startswith("hub:"):
         name, _, split = path.removeprefix("hub:").partition(":")
         return datasets.load_dataset(name, split=split or "train", streaming=True)
-    found = datasets.load_from_disk(path)
+    try:
+        found = datasets.load_from_disk(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"`calibration` should be a file or a folder of `Dataset.save_to_disk`, but {path} is neither."
+        ) from None
     if isinstance(found, datasets.DatasetDict):
         raise ValueError(
             f"`calibration` should be one split, but {path} holds {', '.join(found)}: give the folder of one."
