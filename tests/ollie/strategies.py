@@ -1,4 +1,4 @@
-"""Random convolutions, small enough to be evaluated exactly."""
+"""Random convolutions and expressions, small enough to be evaluated exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from ollie_compile.expr import Affine, Input, Loop, Read, Scope, quotient, remainder
+from ollie_compile.expr import Affine, Input, Loop, Read, Scope, parse, quotient, remainder
 from ollie_compile.operators import Convolution, Layout
 
 
@@ -92,6 +92,50 @@ def expressions(draw: st.DrawFn, depth: int = 2) -> Scope:
         index = tuple(draw(_indices(ranges)) for _ in inner.box)
         factors.append(Read(inner, index))
     return Scope(tuple(loops[:cut]), tuple(loops[cut:]), tuple(factors), function)
+
+
+KINDS = 9
+
+
+@st.composite
+def contractions(draw: st.DrawFn, kinds: tuple[int, ...] = tuple(range(KINDS))) -> Scope:
+    """Windows, bands, products of sums, sums of products and products of products, of random sizes."""
+    pick = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    h, c, r, f, at = pick(1, 6), pick(1, 3), pick(1, 5), pick(2, 5), pick(1, 4)
+    stride, dilation, pad = pick(1, 3), pick(1, 3), pick(0, 2)
+    tensors = {
+        "A": Input("A", (c, pick(1, 9))),
+        "K": Input("K", (f, c, r)),
+        "L": Input("L", (pick(1, 3), c, r)),
+        "P": Input("P", (h, c)),
+        "Q": Input("Q", (pick(1, 9), c)),
+        "R": Input("R", (c, f)),
+        "S": Input("S", (f, r)),
+        "T": Input("T", (c, pick(1, 3))),
+    }
+    window = f"Sum[c:0..{c}, r:0..{r}] A[c, {stride}*h + {dilation}*r - {pad}]"
+    product = f"{{L[h:0..{h}, f:0..{f}] Sum[c:0..{c}] P[h, c] * R[c, f]}}[h, f]"
+    moved = draw(st.sampled_from(["f", "f - 1"]))
+    other = f"{{L[h:0..{h}, f:0..{f}] Sum[k:0..{c}] P[h, k] * T[k, f]}}[h, {moved}]"
+    taps = f"{{L[f:0..{f}, c:0..{c}, r:0..{r}] K[f, c, r] + L[f - {at}, c, r]}}[f, c, r]"
+    both = f"{{L[c:0..{c}, f:0..{f}] R[c, f] + T[c, f - {at}]}}[c, f]"
+    cut = pick(1, f - 1)
+    parts = [
+        f"{{L[h:0..{h}, f:{low}..{high}] Sum[c:0..{c}] P[h, c] * R[c, f]}}[h, f]"
+        for low, high in ((0, cut), (cut, f))
+    ]
+    texts = (
+        f"L[h:0..{h}, f:0..{f}] {window} * K[f, c, r]",
+        f"L[h:0..{h}, f:0..{f}] {window} * {taps}",
+        f"L[h:0..{h}, f:0..{f}] Sum[c:0..{c}] P[h, c] * {both}",
+        f"L[h:0..{h}, f:0..{f}] {product} + {other}",
+        f"L[h:0..{h}, f:0..{f}] {parts[0]} + {parts[1]}",
+        f"L[h:0..{h}, r:0..{r}] Sum[f:0..{f}] {product} * S[f, r]",
+        f"L[h:0..{h}, f:0..{f + 2}] Sum[c:0..{c}] P[h, c] * Q[h + f - {pad}, c]",
+        f"L[h:0..{h}, f:0..{f}] {window} * K[0, c, r]",
+        f"L[h:0..{h}, f:0..{f}] Sum[c:0..{c}, r:0..{r}] A[c, (h + {pad}) // 2 + r] * K[f, c, r]",
+    )
+    return parse(texts[draw(st.sampled_from(kinds))], tensors)
 
 
 @st.composite

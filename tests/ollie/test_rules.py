@@ -14,7 +14,7 @@ from ollie_compile.rules.cook_toom import LARGEST, amplification, matrices
 from ollie_compile.rules.substitution import substitute
 from ollie_compile.search import search
 from ollie_compile.verify import check_derivation
-from tests.ollie.strategies import convolutions, expressions
+from tests.ollie.strategies import KINDS, contractions, convolutions, expressions
 
 
 def v(name: str) -> Affine:
@@ -35,10 +35,14 @@ def test_random_rule_sequences_keep_the_value(operator, data):
     assert check_derivation(original, simplify(scope)[0], points=24) is None
 
 
-def every_rule_keeps_the_value(expression: Scope) -> None:
+def every_rule_keeps_the_value(expression: Scope) -> set[str]:
+    """The names of the rules that applied."""
+    applied = set()
     for name, rule in (EXPLORATIVE | RELATING | SIMPLIFYING).items():
         for derived in itertools.islice(rewrites(expression, rule), 6):
+            applied.add(name)
             assert check_derivation(expression, derived, points=12) is None, f"{name}: {derived}"
+    return applied
 
 
 @settings(max_examples=150, deadline=None)
@@ -47,9 +51,23 @@ def test_every_rule_keeps_the_value_of_any_expression(expression):
     every_rule_keeps_the_value(expression)
 
 
+def test_every_rule_applies_to_some_contraction_and_keeps_its_value():
+    applied: set[str] = set()
+    for kind in range(KINDS):
+
+        @settings(max_examples=25, deadline=None, derandomize=True)
+        @given(contractions((kind,)))
+        def collect(expression):
+            applied.update(every_rule_keeps_the_value(expression))
+
+        collect()
+    # Views are merged where a derivation has nested them.
+    assert applied | {"traversal merging"} == (EXPLORATIVE | RELATING | SIMPLIFYING).keys()
+
+
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(expressions())
+@given(st.one_of(expressions(), contractions()))
 def test_every_rule_keeps_the_value_of_ten_thousand_expressions(expression):
     every_rule_keeps_the_value(expression)
 
