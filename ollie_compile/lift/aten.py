@@ -147,7 +147,7 @@ def _add(scalar: Callable[[float], Tensor], a: Terms | float, b: Terms | float, 
 
 
 def _sub(scalar: Callable[[float], Tensor], a: Terms | float, b: Terms | float, *, alpha: float = 1) -> Terms:
-    return _add(scalar, a, _neg(_terms(scalar, b)), alpha=alpha)
+    return _add(scalar, a, _neg(scalar, _terms(scalar, b)), alpha=alpha)
 
 
 def _terms(scalar: Callable[[float], Tensor], value: Terms | float) -> Terms:
@@ -156,10 +156,8 @@ def _terms(scalar: Callable[[float], Tensor], value: Terms | float) -> Terms:
     return (scalar(value),) if value else ()
 
 
-def _neg(terms: Terms) -> Terms:
-    if contractions(terms):
-        raise UnliftableError("a negative product")
-    return tuple(elementwise("neg", term) for term in terms)
+def _neg(scalar: Callable[[float], Tensor], terms: Terms) -> Terms:
+    return _mul(scalar, terms, -1.0)
 
 
 def _mul(scalar: Callable[[float], Tensor], a: Terms | float, b: Terms | float) -> Terms:
@@ -386,6 +384,7 @@ def _same(terms: Terms, *_: Any, **__: Any) -> Terms:
 _NUMBERS: dict[Any, Callable[..., Terms]] = {
     aten.add.Tensor: _add,
     aten.sub.Tensor: _sub,
+    aten.neg.default: _neg,
     aten.mul.Tensor: _mul,
     aten.mul.Scalar: _mul,
     aten.div.Tensor: _div,
@@ -425,7 +424,6 @@ LIFTS: dict[Any, Callable[..., Terms]] = {
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.unfold.default: _each(_unfold),
-    aten.neg.default: _neg,
     aten.clone.default: _same,
     aten.alias.default: _same,
     torch.ops.prims.convert_element_type.default: _same,

@@ -59,6 +59,7 @@ LIFTED = {
     "index_select even": (lambda x: aten.index_select.default(x, 1, torch.tensor([3, 1])), I1),
     "add and mul": (lambda x, v: (x + v[:, None] + 3 + 0) * 0.5, X, V),
     "sub and div": (lambda x, v: -(x - v[:, None]) / 4, X, V),
+    "product less a product": (lambda x, y, z: torch.bmm(x, y) - torch.bmm(x, z), X, Y, Y),
     "scaled rows": (lambda x, y, v: torch.bmm(x, y) * v[:, None], X, Y, V),
     "scaled channels": (lambda x, w, v: F.conv2d(x, w) * v.view(-1, 1, 1), I2, torch.randn(6, 4, 2, 2), V),
     "clone": (lambda x: x.clone().contiguous() + x, X),
