@@ -1,7 +1,8 @@
 """OLLIE: a torch.compile backend that derives faster tensor programs (arXiv 2208.02025)."""
 
 from ollie_compile.config import OllieConfig
+from ollie_compile.custom import operator
 from ollie_compile.explain import explain
 from ollie_compile.report import Report
 
-__all__ = ["OllieConfig", "Report", "explain"]
+__all__ = ["OllieConfig", "Report", "explain", "operator"]

@@ -20,6 +20,8 @@ import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached ca
 from ollie_compile import plan as plans
 from ollie_compile import subprograms
 from ollie_compile.config import OllieConfig
+from ollie_compile.custom import declarations
+from ollie_compile.lift.aten import unsupported
 from ollie_compile.lower import Program
 from ollie_compile.operators import Convolution, Operator, Subprogram, recognize
 from ollie_compile.report import Report
@@ -32,7 +34,7 @@ _SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.rglob("*.py"
 
 
 class DerivationPass(CustomGraphPass):
-    """Replaces convolutions, and subprograms of several products, by their best derived programs.
+    """Replaces convolutions, subprograms of several products, and users' operators by their best programs.
 
     As Inductor's `joint_custom_pre_pass` it runs before constant folding in inference, and before the
     partitioner in training, where convolutions of the forward are all that it rewrites. `before` are the
@@ -46,14 +48,21 @@ class DerivationPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         theirs = [custom.uuid() if isinstance(custom, CustomGraphPass) else None for custom in self.before]
-        decisive = (asdict(self.config), torch.get_num_threads(), theirs)
+        decisive = (asdict(self.config), torch.get_num_threads(), declarations(), theirs)
         return None if None in theirs else get_hash_for_files(_SOURCES, repr(decisive))
 
     def __call__(self, graph: fx.Graph) -> None:
         for custom in self.before:
             custom(graph)
         targets = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
-        together = [] if _is_training(graph) else self._subprograms(graph)
+        training = _is_training(graph)
+        together = [] if training else self._subprograms(graph)
+        lifted = {node for _, place in together for node in place.nodes}
+        for node in subprograms.declared(graph):
+            if node not in lifted:
+                targets[str(node.target)] -= 1
+                why = "gradients are computed" if training else "finding subprograms failed"
+                self.report.left(node.name, unsupported(node) or why)
         convolutions = _convolutions(graph)
         count = len({operator for operator, _ in together} | {c for _, c in convolutions})
         budget = _Budget(self.config, count)
@@ -70,8 +79,8 @@ class DerivationPass(CustomGraphPass):
                 results = _splice(graph, operator, place.roots, inputs, made.winner.program)
                 replaced.update(zip(place.roots, results, strict=True))
         # Once more: those that a winner holds are new, those that it replaced are gone.
-        for node, lifted in _convolutions(graph):
-            made = lifted if isinstance(lifted, str) else budget.plan(lifted)
+        for node, found in _convolutions(graph):
+            made = found if isinstance(found, str) else budget.plan(found)
             targets[str(node.target)] -= 1
             if isinstance(made, str):
                 self.report.left(node.name, made)

@@ -69,16 +69,10 @@ def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
     return 3 * x.nbytes / median_seconds(lambda: torch.add(x, x, out=out))
 
 
-def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device, *, frozen: bool) -> float:
-    """Time of the program's operators, and of moving each eOperator's reads and result once.
-
-    Args:
-        frozen: what depends on weights alone is made ahead of time and costs nothing.
-    """
+def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device) -> float:
+    """Time of the program's operators, and of moving each eOperator's reads and result once."""
     total = 0.0
     for scope in set(program.scope.scopes()):
-        if frozen and set(scope.inputs()) == {"K"}:
-            continue
         operator = operator_of(scope, program.layout)
         if isinstance(operator, Product):
             total += product_seconds(*operator.shape(scope), operator.shared, dtype, device)

@@ -182,6 +182,7 @@ class Subprogram:
         scope: the expression; several results lie side by side along its dimension `side`.
         layouts: names and layouts of what comes from outside.
         numbers: names and values of the numbers in the expression.
+        declared: whether the expression is a user's, not one that was lifted.
         graph: torch's operators, from the tensors outside to the results.
     """
 
@@ -195,6 +196,7 @@ class Subprogram:
     dtype: torch.dtype
     device: torch.device
     steps: int
+    declared: bool
     graph: fx.GraphModule = field(compare=False, repr=False)
 
     def __str__(self) -> str:

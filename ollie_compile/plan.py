@@ -14,9 +14,9 @@ from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Input, Read, Scope
 from ollie_compile.lower import Program, programs, with_kernels
 from ollie_compile.numeric import check_program, reproducer, rounding_error
-from ollie_compile.operators import Operator
+from ollie_compile.operators import Operator, Subprogram
 from ollie_compile.search import Derivation, SearchStats, search, work
-from ollie_compile.verify import check_derivation
+from ollie_compile.verify import check_derivation, check_notation
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,12 @@ def _make(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
     if budget_s <= 0:
         made.reason = OUT_OF_TIME
         return made
+    if config.verify and isinstance(operator, Subprogram) and operator.declared:
+        wrong = check_notation(operator)
+        if wrong is not None:
+            made.reason = f"its notation is not what its function computes: it {wrong}"
+            logger.error("ollie: %s: left as it is, %s", operator, made.reason)
+            return made
     stop = time.perf_counter() + budget_s
     found = search(
         operator.expression(),
@@ -139,7 +145,7 @@ def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
         else:
             ahead = _ahead(program.scope, operator.parameters) if config.freeze else program.scope
             candidate.bound_s = cost.bound_seconds(
-                replace(program, scope=ahead), operator.dtype, operator.device, frozen=False
+                replace(program, scope=ahead), operator.dtype, operator.device
             )
             if candidate.bound_s > made.original_s * (1 - config.margin):
                 candidate.rejected = "its cost bound does not beat the original"

@@ -2,7 +2,7 @@
 
 The graph is split where an operator is not linear, or where a value is used more than once. Two kinds of
 subprograms are kept: a tree with several products, or with one that reads windows; and products of one
-tensor side by side, whose results lie in one.
+tensor side by side, whose results lie in one. A user's operator is a subprogram of its own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import fx
 from ollie_compile.expr import Input, Read, Scope, Tensor
 from ollie_compile.lift import movement
 from ollie_compile.lift.aten import (
+    DECLARED,
     Terms,
     UnliftableError,
     constant_of,
     contractions,
     lift_node,
     reads_windows,
+    unsupported,
 )
 from ollie_compile.lift.products import shape_of
 from ollie_compile.operators import Layout, Subprogram
@@ -85,14 +87,24 @@ def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Subprogram, P
         made = _subprogram("products side by side", group, nodes, fixed, order)
         if made is not None and _gather(graph, made[1]):
             found.append(made)
+    for node in declared(graph):
+        if unsupported(node) is None:
+            made = _subprogram(str(node.target), [node], frozenset({node}), fixed, order)
+            assert made is not None, "users' operators return contiguous tensors"
+            found.append(made)
     return found
+
+
+def declared(graph: fx.Graph) -> list[fx.Node]:
+    """Calls of users' operators."""
+    return [node for node in graph.nodes if node.target in DECLARED]
 
 
 def _trees(graph: fx.Graph) -> dict[fx.Node, _Tree]:
     """For each node that can be lifted, the largest tree of linear operators that ends in it."""
     trees: dict[fx.Node, _Tree] = {}
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or node.target in DECLARED:
             continue
         below = {a: trees[a] for a in node.all_input_nodes if a in trees and len(a.users) == 1}
         if sum(len(tree.nodes) for tree in below.values()) >= MOST_NODES:
@@ -192,6 +204,7 @@ def _subprogram(
         dtype=value.dtype,
         device=value.device,
         steps=max(1, len(contractions((scope,))) - 1),
+        declared=roots[0].target in DECLARED,
         graph=fx.GraphModule(constants, graph),
     )
     return operator, Place(tuple(inside), tuple(roots), tuple(outside))

@@ -1,6 +1,6 @@
 """Tensor algebra expressions: index arithmetic, scopes, and their exact interpretation."""
 
-from ollie_compile.expr.assignment import parse_assignment
+from ollie_compile.expr.assignment import Assignment, parse_assignment
 from ollie_compile.expr.elementwise import ELEMENTWISE
 from ollie_compile.expr.index import Affine, Quotient, Ranges, Remainder, quotient, remainder
 from ollie_compile.expr.interpret import evaluate
@@ -10,6 +10,7 @@ from ollie_compile.expr.scope import Constant, Input, Loop, Read, Scope, Tensor,
 __all__ = [
     "ELEMENTWISE",
     "Affine",
+    "Assignment",
     "Constant",
     "Input",
     "Loop",

@@ -43,10 +43,10 @@ ELEMENTWISE: dict[str, Elementwise] = {
 
 
 def combine(function: str, values: list[np.ndarray], modulus: int | None) -> np.ndarray:
-    """The function of int64 arrays, over the integers modulo 2**64 or over a prime field.
+    """The function of arrays: of int64 over the integers modulo 2**64 or over a prime field, or of float64.
 
-    What has no value there is a fixed polynomial with random coefficients instead: equal expressions stay
-    equal under any meaning of their functions.
+    Of int64, what has no value there is a fixed polynomial with random coefficients instead: equal
+    expressions stay equal under any meaning of their functions.
     """
     if function in "*+":
         total = values[0]
@@ -55,6 +55,8 @@ def combine(function: str, values: list[np.ndarray], modulus: int | None) -> np.
             total = total if modulus is None else total % modulus
         return total
     known = ELEMENTWISE[function]
+    if values[0].dtype == np.float64:
+        return known.torch(*map(torch.from_numpy, values)).numpy()
     if modulus is None and known.integer is not None:
         return known.integer(*values)
     total = np.full_like(values[0], 0 if known.keeps_zero else 1)

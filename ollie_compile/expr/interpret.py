@@ -1,4 +1,4 @@
-"""Exact evaluation of a scope at chosen points, over the integers or a prime field."""
+"""Evaluation of a scope at chosen points: over the integers, over a prime field, or in float64."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ def evaluate(
 
     Args:
         tensor: the expression; reads outside a box give 0.
-        values: an int64 array for each input, of the input's shape.
+        values: an array for each input, of the input's shape: int64, or float64 for all that follows to be
+            computed in float64, functions as torch does.
         points: int64 [points, dimensions], indices that may lie outside the box.
         modulus: reduce after every product and sum by this prime below 2**31; None computes in int64,
             which is exact modulo 2**64.
 
     Returns:
-        int64 [points].
+        [points] in the dtype of the values.
 
     Raises:
-        ValueError: the expression holds fractions and `modulus` is None.
+        ValueError: the expression holds fractions, the values are integers and `modulus` is None.
     """
+    dtype = np.result_type(np.int64, *(value.dtype for value in values.values()))
     box = np.array(tensor.box, dtype=np.int64).reshape(-1, 2)
     inside = ((points >= box[:, 0]) & (points < box[:, 1])).all(axis=1)
-    result = np.zeros(len(points), dtype=np.int64)
+    result = np.zeros(len(points), dtype=dtype)
     if inside.any():
         at = points[inside]
         if isinstance(tensor, Input):
             result[inside] = values[tensor.name][tuple(at.T)]
         elif isinstance(tensor, Constant):
-            result[inside] = _constant_values(tensor, modulus)[tuple(at.T)]
+            result[inside] = _constant_values(tensor, modulus, dtype)[tuple(at.T)]
         else:
             result[inside] = _scope_values(tensor, values, at, modulus)
     return result
@@ -67,7 +69,9 @@ def _scope_values(
     return total if modulus is None else total % modulus
 
 
-def _constant_values(constant: Constant, modulus: int | None) -> np.ndarray:
+def _constant_values(constant: Constant, modulus: int | None, dtype: np.dtype) -> np.ndarray:
+    if dtype == np.float64:
+        return np.array(constant.values, dtype=dtype).reshape(constant.shape)
     if modulus is None and any(value.denominator != 1 for value in constant.values):
         raise ValueError(f"{constant.name} holds fractions, which need a `modulus` to be exact, got None.")
     values = [

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ollie_compile.expr import Affine, Loop, Ranges, Read, Scope, Tensor, ranges_of
+from ollie_compile.expr import Affine, Assignment, Input, Loop, Ranges, Read, Scope, Tensor, ranges_of
 from ollie_compile.lift import convolutions, movement, products
 from ollie_compile.lift.products import elementwise, shape_of, var
 
@@ -35,7 +35,7 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
     Raises:
         UnliftableError: an operator, a dtype or an argument without an expression here.
     """
-    lift = LIFTS.get(node.target)
+    lift = LIFTS.get(node.target) or DECLARED.get(node.target)
     if lift is None:
         raise UnliftableError(f"{node.target} is not lifted")
     why = unsupported(node)
@@ -53,7 +53,7 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
 def unsupported(node: fx.Node) -> str | None:
     """Why the tensors of a node have no expression: dynamic or empty shapes, or a dtype."""
     values = [operand.meta.get("val") for operand in (node, *node.all_input_nodes)]
-    dtypes = set()
+    dtypes, others = set(), set()
     for value in values:
         if not isinstance(value, torch.Tensor):
             return "its operands are not all tensors"
@@ -65,6 +65,10 @@ def unsupported(node: fx.Node) -> str | None:
             return "a dimension of size 0"
         if value.dtype.is_floating_point or value.dtype.is_complex:
             dtypes.add(value.dtype)
+        else:
+            others.add(value.dtype)
+    if node.target in DECLARED or not dtypes:
+        dtypes |= others
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         return f"dtypes {' and '.join(sorted(map(str, dtypes)))}"
     return None
@@ -77,6 +81,17 @@ def contractions(terms: Sequence[Tensor]) -> list[Scope]:
     """The products in the expressions of some terms."""
     scopes = (scope for term in terms if isinstance(term, Scope) for scope in term.scopes())
     return [scope for scope in scopes if scope.is_contraction]
+
+
+def declare(target: torch._ops.OpOverload, assignment: Assignment, names: Sequence[str]) -> None:
+    """Lift the calls of a user's operator, whose operands are the tensors `names` of `assignment`."""
+
+    def lift(*operands: Terms) -> Terms:
+        tensors = dict(zip(names, map(_whole, operands), strict=True))
+        scope = assignment.scope({name: Input(name, shape_of(tensor)) for name, tensor in tensors.items()})
+        return (_with_inputs(scope, tensors),)
+
+    DECLARED[target] = lift
 
 
 def _whole(terms: Terms) -> Tensor:
@@ -381,6 +396,7 @@ def _same(terms: Terms, *_: Any, **__: Any) -> Terms:
     return terms
 
 
+DECLARED: dict[Any, Callable[..., Terms]] = {}  # operators of users
 _NUMBERS: dict[Any, Callable[..., Terms]] = {
     aten.add.Tensor: _add,
     aten.sub.Tensor: _sub,

@@ -17,10 +17,10 @@ from ollie_main import interleaved
 
 from ollie_compile import tune
 from ollie_compile.lower import Program
+from ollie_compile.numeric import check_program
 from ollie_compile.operators import Convolution, Layout
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import TILES, amplification, bilinear_decomposition
-from ollie_compile.verify import check_program
 
 SHAPES = ("64x56x1", "128x28x1", "256x14x1", "512x7x1", "256x14x16", "512x7x16")
 
