@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached call its operators
 from ollie_compile import plan as plans
-from ollie_compile import subprograms
+from ollie_compile import rules, subprograms
 from ollie_compile.config import OllieConfig
 from ollie_compile.custom import declarations
 from ollie_compile.lift.aten import unsupported
@@ -28,6 +28,7 @@ from ollie_compile.report import Report
 
 logger = logging.getLogger(__name__)
 
+NOT_SPLICED = "its program does not fit into the graph"
 _OWN_META = ("val", "tensor_meta", "original_aten", "from_node")
 
 _SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.rglob("*.py")))
@@ -47,9 +48,10 @@ class DerivationPass(CustomGraphPass):
         self.config, self.report, self.before = config, report, before
 
     def uuid(self) -> Any:
+        """None, so that Inductor caches nothing, where passes or rules of users have no identity."""
         theirs = [custom.uuid() if isinstance(custom, CustomGraphPass) else None for custom in self.before]
         decisive = (asdict(self.config), torch.get_num_threads(), declarations(), theirs)
-        return None if None in theirs else get_hash_for_files(_SOURCES, repr(decisive))
+        return None if None in theirs or rules.of_users() else get_hash_for_files(_SOURCES, repr(decisive))
 
     def __call__(self, graph: fx.Graph) -> None:
         for custom in self.before:
@@ -72,12 +74,18 @@ class DerivationPass(CustomGraphPass):
             if isinstance(made, str):
                 self.report.left(place.roots[0].name, made)
                 continue
+            if made.winner is not None:
+                place = replace(place, inputs=tuple(replaced.get(source, source) for source in place.inputs))
+                if not subprograms.gather(graph, place):
+                    self.report.left(place.roots[0].name, "another subprogram, already replaced, needs it")
+                    continue
+                results = _splice(graph, operator, place.roots, place.inputs, made.winner.program)
+                if results is None:
+                    self.report.left(place.roots[0].name, NOT_SPLICED)
+                    continue
+                replaced.update(zip(place.roots, results, strict=True))
             self.report.planned(", ".join(root.name for root in place.roots), made)
             targets.subtract(str(node.target) for node in place.nodes)
-            if made.winner is not None:
-                inputs = [replaced.get(source, source) for source in place.inputs]
-                results = _splice(graph, operator, place.roots, inputs, made.winner.program)
-                replaced.update(zip(place.roots, results, strict=True))
         # Once more: those that a winner holds are new, those that it replaced are gone.
         for node, found in _convolutions(graph):
             made = found if isinstance(found, str) else budget.plan(found)
@@ -85,9 +93,12 @@ class DerivationPass(CustomGraphPass):
             if isinstance(made, str):
                 self.report.left(node.name, made)
                 continue
-            self.report.planned(node.name, made)
             if made.winner is not None:
-                _splice(graph, made.operator, [node], node.args[:2], made.winner.program)
+                inputs = node.args[:2]
+                if _splice(graph, made.operator, [node], inputs, made.winner.program) is None:
+                    self.report.left(node.name, NOT_SPLICED)
+                    continue
+            self.report.planned(node.name, made)
         self.report.others.update(+targets)
         logger.info("ollie: %s", self.report.summary)
 
@@ -150,11 +161,11 @@ def _splice(
     nodes: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
     program: Program,
-) -> Sequence[fx.Node]:
+) -> Sequence[fx.Node] | None:
     """Put the aten calls of `program` in the place of the nodes that give an operator's results.
 
     Returns:
-        what now gives them.
+        what now gives them; None, with the graph as it was, where the program does not give the same tensors.
     """
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -177,10 +188,18 @@ def _splice(
         fake_mode = first.meta["val"].fake_mode
         constants = _constants(graph, operator, program, fake_mode)
         operands = [*([] if bias is None else [bias]), *inputs, *constants]
-        with fake_mode:
-            traced = make_fx(results, decomposition_table=select_decomp_table())(
-                *(operand.meta["val"] for operand in operands)
-            )
+        try:
+            with fake_mode:
+                traced = make_fx(results, decomposition_table=select_decomp_table())(
+                    *(operand.meta["val"] for operand in operands)
+                )
+            for node, result in zip(nodes, traced.graph.output_node().args[0], strict=True):
+                _check_same(node.meta["val"], result.meta["val"])
+        except Exception:  # a fault here must not take the user's model with it
+            logger.warning("ollie: %s: left as it is, its program is none", operator, exc_info=True)
+            while first.prev is not before:
+                graph.erase_node(first.prev)
+            return None
         places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
         made = graph.graph_copy(traced.graph, places)
     # Recomputation tags, source lines and module names hold for all that stands in the node's place.
@@ -193,6 +212,15 @@ def _splice(
         node.replace_all_uses_with(result, propagate_meta=False)
         _erase(node)
     return made
+
+
+def _check_same(wanted: Tensor, got: Tensor) -> None:
+    layouts = [
+        (t.shape, t.dtype, t.device, [s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1])
+        for t in (wanted, got)
+    ]
+    if layouts[0] != layouts[1]:
+        raise ValueError(f"The program must give {layouts[0]}, got {layouts[1]}.")
 
 
 def _erase(node: fx.Node) -> None:

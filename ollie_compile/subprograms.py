@@ -7,6 +7,7 @@ tensor side by side, whose results lie in one. A user's operator is a subprogram
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from ollie_compile.lift.aten import (
 )
 from ollie_compile.lift.products import shape_of
 from ollie_compile.operators import Layout, Subprogram
+
+logger = logging.getLogger(__name__)
 
 MOST_PRODUCTS = 8  # of one subprogram; more would take a search out of its budget
 MOST_NODES = 64  # of one subprogram
@@ -85,7 +88,7 @@ def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Subprogram, P
     for group in _side_by_side(trees, used):
         nodes = frozenset(node for root in group for node in trees[root].nodes)
         made = _subprogram("products side by side", group, nodes, fixed, order)
-        if made is not None and _gather(graph, made[1]):
+        if made is not None and _late(graph, made[1]) is not None:
             found.append(made)
     for node in declared(graph):
         if unsupported(node) is None:
@@ -113,6 +116,9 @@ def _trees(graph: fx.Graph) -> dict[fx.Node, _Tree]:
             try:
                 terms = _lift(node, {a: tree.terms for a, tree in inside.items()})
             except UnliftableError:
+                continue
+            except Exception:  # a fault in one lift must not cost the others their subprograms
+                logger.debug("ollie: %s is not lifted", node, exc_info=True)
                 continue
             nodes = frozenset({node}).union(*(tree.nodes for tree in inside.values()))
             trees[node] = _Tree(terms, nodes)
@@ -231,19 +237,27 @@ def _together(values: Sequence[Terms], side: int) -> Scope:
     return Scope(loops, (), tuple(factors), "+")
 
 
-def _gather(graph: fx.Graph, place: Place) -> bool:
+def gather(graph: fx.Graph, place: Place) -> bool:
     """Move what the roots read ahead of the first of them; False where that needs one of them."""
+    late = _late(graph, place)
+    if late:
+        first = next(node for node in graph.nodes if node in place.roots)
+        for node in late:
+            first.prepend(node)
+    return late is not None
+
+
+def _late(graph: fx.Graph, place: Place) -> list[fx.Node] | None:
+    """What the roots read and what that needs, after the first of them in a graph; None if one of them is."""
     order = {node: at for at, node in enumerate(graph.nodes)}
     first = min(place.roots, key=order.__getitem__)
     late: set[fx.Node] = set()
-    queue = [node for node in place.inputs if order[node] > order[first]]
+    queue = [node for node in place.inputs if order[node] >= order[first]]
     while queue:
         node = queue.pop()
         if node in place.nodes or node.op == "placeholder":
-            return False
+            return None
         if node not in late:
             late.add(node)
-            queue += [source for source in node.all_input_nodes if order[source] > order[first]]
-    for node in sorted(late, key=order.__getitem__):
-        first.prepend(node)
-    return True
+            queue += [source for source in node.all_input_nodes if order[source] >= order[first]]
+    return sorted(late, key=order.__getitem__)

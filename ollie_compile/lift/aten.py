@@ -6,16 +6,20 @@ a whole tensor go into a weight, so that terms with a common factor can meet in 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ollie_compile.expr import Affine, Assignment, Input, Loop, Ranges, Read, Scope, Tensor, ranges_of
 from ollie_compile.lift import convolutions, movement, products
 from ollie_compile.lift.products import elementwise, shape_of, var
+
+MOST_ONE_HOT = 4096  # entries of the matrix that stands for an index
 
 Terms = tuple[Tensor, ...]
 aten = torch.ops.aten
@@ -51,9 +55,9 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
 
 
 def unsupported(node: fx.Node) -> str | None:
-    """Why the tensors of a node have no expression: dynamic or empty shapes, or a dtype."""
-    values = [operand.meta.get("val") for operand in (node, *node.all_input_nodes)]
-    dtypes, others = set(), set()
+    """Why the tensors of a node have no expression: dynamic or empty shapes, a dtype or several."""
+    read = node.args[:1] if node.target in _INDEXED else node.all_input_nodes
+    values = [operand.meta.get("val") for operand in (node, *read)]
     for value in values:
         if not isinstance(value, torch.Tensor):
             return "its operands are not all tensors"
@@ -63,14 +67,12 @@ def unsupported(node: fx.Node) -> str | None:
             return "dynamic shapes"
         if 0 in value.shape:
             return "a dimension of size 0"
-        if value.dtype.is_floating_point or value.dtype.is_complex:
-            dtypes.add(value.dtype)
-        else:
-            others.add(value.dtype)
-    if node.target in DECLARED or not dtypes:
-        dtypes |= others
+    # Between dtypes there is a cast, which rounds, truncates or overflows: no expression says so.
+    dtypes, devices = {value.dtype for value in values}, {value.device for value in values}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         return f"dtypes {' and '.join(sorted(map(str, dtypes)))}"
+    if len(devices) != 1:
+        return f"devices {' and '.join(sorted(map(str, devices)))}"
     return None
 
 
@@ -284,8 +286,10 @@ def reads_windows(scope: Scope) -> bool:
     """Whether a product reads some values of a tensor more than once along one dimension."""
     for product in contractions((scope,)):
         for index in (index for read in product.factors for index in read.index):
+            if len(index.terms) < 2 or any(True for _ in index.divisions()):
+                continue
             first, last = index.bounds(product.ranges)
-            extents = (high - low for low, high in (product.ranges[name] for name in set(index.iterators())))
+            extents = (high - low for low, high in (product.ranges[name] for name in index.iterators()))
             if math.prod(extents) > last + 1 - first:
                 return True
     return False
@@ -378,7 +382,11 @@ def _index(node: fx.Node, terms: Terms) -> Terms:
     if chosen is None or chosen.dim() != 1 or chosen.dtype == torch.bool or len(dims) > 1:
         raise UnliftableError("an index that is not known")
     size = shape_of(terms[0])[dim]
-    places = [int(place) % size for place in chosen]
+    with unset_fake_temporarily():
+        places = [place % size for place in chosen.tolist()]
+    even = len({second - first for first, second in itertools.pairwise(places)}) <= 1
+    if not even and len(places) * size > MOST_ONE_HOT:
+        raise UnliftableError("an index of too many places")
     return tuple(movement.index_select(term, dim % len(shape_of(term)), places) for term in terms)
 
 
@@ -411,6 +419,7 @@ _OF_NODES: dict[Any, Callable[..., Terms]] = {
     aten.index.Tensor: _index,
     aten.index_select.default: _index,
 }
+_INDEXED = {aten.index.Tensor, aten.index_select.default}
 LIFTS: dict[Any, Callable[..., Terms]] = {
     **_NUMBERS,
     **_OF_NODES,

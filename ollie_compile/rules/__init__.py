@@ -52,6 +52,14 @@ SIMPLIFYING: dict[str, Rule] = {
 }
 
 
+_OWN = frozenset(EXPLORATIVE)
+
+
+def of_users() -> set[str]:
+    """Names of the registered rules."""
+    return EXPLORATIVE.keys() - _OWN
+
+
 def register(name: str, rule: Rule) -> None:
     """Add a rule to exploration; verification drops and names what it derives wrongly.
 
