@@ -52,23 +52,19 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
 
 def unsupported(node: fx.Node) -> str | None:
     """Why the tensors of a node have no expression: dynamic or empty shapes, or a dtype."""
-    values = [operand.meta.get("val") for operand in (node, *node.all_input_nodes)]
-    dtypes, others = set(), set()
+    operands = node.all_input_nodes[:1] if node.target in _OF_NODES else node.all_input_nodes  # no indices
+    values = [operand.meta.get("val") for operand in (node, *operands)]
+    dtypes = set()
     for value in values:
         if not isinstance(value, torch.Tensor):
             return "its operands are not all tensors"
-        if value.layout != torch.strided or value.is_quantized:
+        if value.layout != torch.strided:
             return f"a tensor of layout {value.layout}"
         if not all(type(number) is int for number in (*value.shape, *value.stride())):
             return "dynamic shapes"
         if 0 in value.shape:
             return "a dimension of size 0"
-        if value.dtype.is_floating_point or value.dtype.is_complex:
-            dtypes.add(value.dtype)
-        else:
-            others.add(value.dtype)
-    if node.target in DECLARED or not dtypes:
-        dtypes |= others
+        dtypes.add(value.dtype)
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         return f"dtypes {' and '.join(sorted(map(str, dtypes)))}"
     return None

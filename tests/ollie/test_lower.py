@@ -7,7 +7,7 @@ from ollie_compile import lift
 from ollie_compile.eoperators import match_banded, match_selective_add
 from ollie_compile.expr import Input, evaluate
 from ollie_compile.lower import Program, is_lowerable, programs, with_kernels
-from ollie_compile.numeric import check_program
+from ollie_compile.numeric import check_program, rounding_error
 from ollie_compile.search import search
 from tests.ollie.strategies import convolutions, operator
 
@@ -27,6 +27,20 @@ def test_every_program_found_equals_torch(conv):
             # On this CPU "triton" computes by the kernels' references.
             for written in (program, *with_kernels(program, CUDA)):
                 assert check_program(conv, written) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_derivations_in_half_precision_round_as_torch_does(dtype, transposed):
+    x, weight = torch.zeros(2, 4, 6, 5, dtype=dtype), torch.zeros(4, 4, 3, 3, dtype=dtype)
+    conv = operator(x, weight, padding=1, transposed=transposed, stride=2 if transposed else 1)
+    found = search(conv.expression(), max_depth=1, budget_s=5.0).derivations
+    written = [program for d in found if not d.scope.constants() for program in programs(d.scope, CPU)]
+    assert len(written) > 10
+    for program in written[:40]:
+        assert conv.finished(program)(*conv.example_inputs()).dtype == dtype
+        # Taps are rounded before they are added, each by half an eps of its own size.
+        assert rounding_error(conv, program) < 4 * torch.finfo(dtype).eps, program
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
