@@ -56,12 +56,12 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
 
 def unsupported(node: fx.Node) -> str | None:
     """Why the tensors of a node have no expression: dynamic or empty shapes, a dtype or several."""
-    read = node.args[:1] if node.target in _INDEXED else node.all_input_nodes
-    values = [operand.meta.get("val") for operand in (node, *read)]
+    operands = node.all_input_nodes[:1] if node.target in _OF_NODES else node.all_input_nodes  # no indices
+    values = [operand.meta.get("val") for operand in (node, *operands)]
     for value in values:
         if not isinstance(value, torch.Tensor):
             return "its operands are not all tensors"
-        if value.layout != torch.strided or value.is_quantized:
+        if value.layout != torch.strided:
             return f"a tensor of layout {value.layout}"
         if not all(type(number) is int for number in (*value.shape, *value.stride())):
             return "dynamic shapes"
@@ -419,7 +419,6 @@ _OF_NODES: dict[Any, Callable[..., Terms]] = {
     aten.index.Tensor: _index,
     aten.index_select.default: _index,
 }
-_INDEXED = {aten.index.Tensor, aten.index_select.default}
 LIFTS: dict[Any, Callable[..., Terms]] = {
     **_NUMBERS,
     **_OF_NODES,

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from ollie_compile import lift
 from ollie_compile.eoperators import match_banded, match_selective_add
 from ollie_compile.expr import Input, evaluate
 from ollie_compile.lower import Program, is_lowerable, programs, with_kernels
-from ollie_compile.numeric import check_program
+from ollie_compile.numeric import check_program, rounding_error
 from ollie_compile.search import search
 from tests.ollie.strategies import convolutions, operator
 
@@ -27,6 +29,20 @@ def test_every_program_found_equals_torch(conv):
             # On this CPU "triton" computes by the kernels' references.
             for written in (program, *with_kernels(program, CUDA)):
                 assert check_program(conv, written) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_derivations_in_half_precision_round_as_torch_does(dtype, transposed):
+    x, weight = torch.zeros(2, 4, 6, 5, dtype=dtype), torch.zeros(4, 4, 3, 3, dtype=dtype)
+    conv = operator(x, weight, padding=1, transposed=transposed, stride=2 if transposed else 1)
+    found = search(conv.expression(), max_depth=1, budget_s=5.0).derivations
+    written = [program for d in found if not d.scope.constants() for program in programs(d.scope, CPU)]
+    assert len(written) > 10
+    for program in written[:40]:
+        assert conv.finished(program)(*conv.example_inputs()).dtype == dtype
+        # Taps are rounded before they are added, each by half an eps of its own size.
+        assert rounding_error(conv, program) < 4 * torch.finfo(dtype).eps, program
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -53,6 +69,20 @@ def test_gradients_equal_torch():
 def test_many_taps_are_not_written_out():
     conv = operator(torch.zeros(1, 1, 20, 20), torch.zeros(1, 1, 13, 13))
     assert not is_lowerable(conv.expression())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_additions_of_many_taps_are_folds(transposed, dtype):
+    x, weight = torch.zeros(1, 2, 7, 9, dtype=dtype), torch.zeros(2, 2, 12, 13, dtype=dtype)
+    conv = operator(x, weight, padding=6, transposed=transposed)
+    (derivation, *_) = search(conv.expression(), max_depth=0, budget_s=5.0).derivations
+    (long,) = (s for s in derivation.scope.scopes() if math.prod(i.extent for i in s.summation) == 12 * 13)
+    assert match_selective_add(long).folds
+    for program in programs(derivation.scope, CPU):
+        assert check_program(conv, program) is None
+        assert rounding_error(conv, program) < 8 * torch.finfo(dtype).eps
+        assert with_kernels(program, CPU) == []
 
 
 def test_a_wrong_program_is_caught():

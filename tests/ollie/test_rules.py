@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ollie_compile.expr import Affine, Input, Loop, Read, Scope, evaluate, parse
 from ollie_compile.rules import EXPLORATIVE, RELATING, SIMPLIFYING, register, rewrites, simplify
-from ollie_compile.rules.bilinear import correlations, decompose
+from ollie_compile.rules.bilinear import bilinear_decomposition, correlations, decompose
 from ollie_compile.rules.boundary import boundary_tightening
 from ollie_compile.rules.cook_toom import LARGEST, amplification, matrices
 from ollie_compile.rules.substitution import substitute
@@ -194,3 +194,19 @@ def test_a_wrong_rule_is_caught():
         (Read(original.factors[0].tensor, index), original.factors[1]),
     )
     assert "differs over the integers" in (check_derivation(original, wrong) or "")
+
+
+@pytest.mark.parametrize("function", ["relu", "abs", "tanh", "exp"])
+def test_fractions_beside_functions_are_checked(function):
+    tensors = {"A": Input("A", (2, 10)), "K": Input("K", (2, 3))}
+
+    def applied(text, derive=lambda scope: [scope]):
+        inner = parse(text, tensors)
+        return [Scope(inner.traversal, (), (Read(d, (v("h"),)),), function) for d in derive(inner)]
+
+    (original,) = applied("L[h:0..8] Sum[c:0..2, r:0..3] A[c, h + r - 1] * K[c, r]")
+    right = applied("L[h:0..8] Sum[c:0..2, r:0..3] A[c, h + r - 1] * K[c, r]", bilinear_decomposition)
+    wrong = applied("L[h:0..8] Sum[c:0..2, r:0..3] A[c, h + r] * K[c, r]", bilinear_decomposition)
+    assert all(scope.constants() for scope in right + wrong)
+    assert [check_derivation(original, scope) for scope in right] == [None] * len(right)
+    assert all("in float64" in (check_derivation(original, scope) or "") for scope in wrong)

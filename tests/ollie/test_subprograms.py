@@ -123,6 +123,26 @@ class Complex(nn.Module):
         return torch.view_as_real(wave @ wave[:1].T), torch.view_as_real(wave @ wave[:2].T)
 
 
+class Integers(nn.Module):
+    """Products of one tensor side by side, and a sum of products."""
+
+    def forward(self, x):
+        return x @ x.T, x @ x[:1].T, x @ x[1:].T + x @ x[:1].T
+
+
+class Codes(nn.Module):
+    """Products of weights that are held in eight bits, and with integers beside numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.randint(-9, 9, (24, 24), dtype=torch.int8))
+
+    def forward(self, x):
+        wide = torch._int_mm((x * 8).to(torch.int8), self.codes)
+        summed = x @ self.codes.float() + x @ self.codes.T.float()
+        return wide, summed, x @ (x + self.codes) + x @ (x * (self.codes > 0))
+
+
 mm, addmm, bmm, conv = (getattr(torch.ops.aten, n).default for n in ("mm", "addmm", "bmm", "convolution"))
 
 
@@ -195,14 +215,38 @@ def test_single_products_are_counted():
         (Attention(), torch.randn(0, 3, 24)),
         (Branches(), torch.randn(0, 8, 5, 5)),
         (Complex(), torch.randn(2, 3, 24)),
+        (Integers(), torch.randint(-9, 9, (2, 24))),
     ],
-    ids=["empty", "empty images", "complex"],
+    ids=["empty", "empty images", "complex", "integers"],
 )
 def test_what_cannot_be_derived_stays(module, x):
     report, _, got, want = derive(module, x)
     assert report.rewritten == 0
     assert not report.plans
     equal(got, want)
+
+
+def test_integers_stay_outside():
+    report, graph, got, want = derive(Codes(), torch.randn(24, 24))
+    assert [nodes for nodes, _ in report.plans] == [["add"], ["add_2"]]
+    assert count(graph, torch.ops.aten._int_mm.default) == 1
+    equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # torch will remove these
+def test_quantized_tensors_stay():
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    for node, shape in ((x, (1, 2, 8, 8)), (weight, (3, 2, 3, 3))):
+        node.meta["val"] = torch.quantize_per_tensor(torch.randn(shape), 0.1, 0, torch.qint8)
+    conv = graph.call_function(
+        torch.ops.aten.convolution.default, (x, weight, None, [1], [0], [1], False, [0], 1)
+    )
+    conv.meta["val"] = torch.randn(1, 3, 6, 6)
+    graph.output(conv)
+    report = Report()
+    DerivationPass(OllieConfig(**QUICK), report, [])(graph)
+    assert report.untouched == [("convolution_default", "dtypes torch.float32 and torch.qint8")]
 
 
 def test_dynamic_shapes_and_data_dependent_ones_stay():
