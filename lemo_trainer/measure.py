@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ class ActivationBytes(TorchDispatchMode):
         saved_bytes: most that lived when a backward pass began: what was saved for it. Under gradient
             checkpointing it is what waits between the layers; `peak_bytes` has their recomputation too.
         peak_bytes: most that lived at one time.
+        phase: a name for what runs now, which the caller may change; `peaks` has the most of each phase.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.saved_bytes = self.peak_bytes = 0
+        self.saved_bytes = 0
+        self.phase = ""
+        self.peaks: Counter[str] = Counter()
         self._backward = False
         self._made: dict[StorageWeakRef, int] = {}
         self._upper_bound = 0  # of the bytes alive: those of the last count and those made since
@@ -44,9 +48,13 @@ class ActivationBytes(TorchDispatchMode):
         for reference in made.keys() - _storages((args, kwargs)).keys() - self._made.keys():
             self._made[reference] = made[reference]
             self._upper_bound += made[reference]
-        if self._upper_bound > self.peak_bytes:
-            self.peak_bytes = max(self.peak_bytes, self.bytes)
+        if self._upper_bound > self.peaks[self.phase]:
+            self.peaks[self.phase] = max(self.peaks[self.phase], self.bytes)
         return out
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peaks.values(), default=0)
 
     @property
     def bytes(self) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_trainer.architectures import find_causal_lm
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.patch import apply_lemo
@@ -40,6 +41,17 @@ class StepCost:
 
     saved_bytes: float
     peak_bytes: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One step, every field of which grows on a line with the layers; the peaks are without weights."""
+
+    saved_bytes: float
+    layers_peak: float
+    head_peak: float
     flops: float
     seconds: float
 
@@ -89,13 +101,20 @@ def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repea
         if lemo.mode == "segments":
             lemo = dataclasses.replace(lemo, selector="recency")
     kinds = _layer_kinds(setup.model_config)
-    cost = dict.fromkeys((field.name for field in dataclasses.fields(StepCost)), 0.0)
+    weighted = []
     for kind, count in Counter(kinds).items():
         alike = dataclasses.replace(setup, model_config=_alike(setup.model_config, kinds.index(kind)))
-        for name, value in _predict_alike(alike, lemo, checkpointing, repeats).items():
-            cost[name] += value * count / len(kinds)
-    cost["peak_bytes"] += _state_bytes(setup, len(kinds))
-    return StepCost(**cost)
+        weighted.append((_predict_alike(alike, lemo, checkpointing, repeats), count / len(kinds)))
+    step = _sum(weighted)
+    peak = max(step.layers_peak, step.head_peak) + _state_bytes(setup, len(kinds))
+    return StepCost(step.saved_bytes, peak, step.flops, step.seconds)
+
+
+def _sum(weighted: list[tuple[_Measured, float]]) -> _Measured:
+    names = [field.name for field in dataclasses.fields(_Measured)]
+    return _Measured(
+        *(float(sum(weight * getattr(step, name) for step, weight in weighted)) for name in names)
+    )
 
 
 def check_predictable(lemo: LemoConfig) -> None:
@@ -107,15 +126,13 @@ def check_predictable(lemo: LemoConfig) -> None:
         )
 
 
-def _predict_alike(
-    setup: Setup, lemo: LemoConfig | None, checkpointing: bool, repeats: int
-) -> dict[str, float]:
-    """The fields of `StepCost` for a model whose layers are all alike; the peak is without its states."""
+def _predict_alike(setup: Setup, lemo: LemoConfig | None, checkpointing: bool, repeats: int) -> _Measured:
+    """A step of a model whose layers are all alike."""
     total = setup.model_config.num_hidden_layers
     chosen = lemo.resolve_layers(total) if lemo is not None and lemo.mode != "segments" else ()
     patched = len(chosen)
 
-    def measure(layers: int, patched: tuple[int, ...]) -> StepCost:
+    def measure(layers: int, patched: tuple[int, ...]) -> _Measured:
         short = lemo
         if lemo is not None and chosen:
             # A model without patched layers still has LeMo's loss and its selective checkpointing.
@@ -124,8 +141,9 @@ def _predict_alike(
         return _measure(setup, layers, short, checkpointing, repeats)
 
     if patched == total:
-        one, four = measure(1, (0,)), measure(4, (0, 1, 2, 3))
-        weighted = [(one, 1 - (total - 1) / 3), (four, (total - 1) / 3)]
+        # From two layers on: the first alone may choose blocks, and its peak is then no other layer's.
+        two, five = measure(2, (0, 1)), measure(5, (0, 1, 2, 3, 4))
+        weighted = [(two, 1 - (total - 2) / 3), (five, (total - 2) / 3)]
     else:
         # The ends are as in the model: they decide what else is saved, and how high the peak rises above it.
         first = 0 if 0 in chosen else 1
@@ -137,10 +155,7 @@ def _predict_alike(
             mixed = measure(3 + beside, tuple(range(first, first + 3)))
             weighted.append((mixed, patched / 3))
 
-    return {
-        field.name: float(sum(weight * getattr(step, field.name) for step, weight in weighted))
-        for field in dataclasses.fields(StepCost)
-    }
+    return _sum(weighted)
 
 
 def fit(
@@ -255,7 +270,7 @@ def _state_bytes(setup: Setup, layers: int) -> int:
 
 def _measure(
     setup: Setup, layers: int, lemo: LemoConfig | None, checkpointing: bool, repeats: int
-) -> StepCost:
+) -> _Measured:
     model: Any = _build(setup, layers, setup.device)
     if checkpointing:
         name = "activation_checkpointing_enable"
@@ -273,14 +288,22 @@ def _measure(
 
     for parameter in optimizer.param_groups[0]["params"]:  # so that the step makes none of its own
         parameter.grad = torch.zeros_like(parameter)
+    activations = ActivationBytes()
+    layers_of_model = find_causal_lm(model).layers
+    hooks = [
+        layers_of_model[0].register_forward_pre_hook(lambda *_: setattr(activations, "phase", "layers")),
+        layers_of_model[-1].register_forward_hook(lambda *_: setattr(activations, "phase", "head")),
+    ]
     try:
-        with ActivationBytes() as activations, FlopCounter() as counter:
+        with activations, FlopCounter() as counter:
             step()
     except IndexError as error:
         raise ValueError(
             f"`seq_len` must be within the model's positions, "
             f"{getattr(setup.model_config, 'max_position_embeddings', 'unknown')}, got {setup.seq_len}."
         ) from error
+    for hook in hooks:
+        hook.remove()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -289,4 +312,10 @@ def _measure(
         if setup.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return StepCost(activations.saved_bytes, activations.peak_bytes, counter.flops, min(seconds, default=0.0))
+    return _Measured(
+        activations.saved_bytes,
+        max(activations.peaks["layers"], activations.peaks[""]),
+        activations.peaks["head"],
+        counter.flops,
+        min(seconds, default=0.0),
+    )
