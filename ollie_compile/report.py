@@ -18,7 +18,7 @@ class Report:
 
     Attributes:
         plans: (names of the nodes, their common plan) of the operators that were lifted.
-        untouched: (node name, reason) of convolutions and subprograms that were not.
+        untouched: (node name, reason) of convolutions, subprograms and users' operators that were not.
         others: how often each other operator occurs; they are Inductor's.
     """
 

@@ -5,9 +5,11 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ollie_compile
-from ollie_compile.backend import compile_with
+from ollie_compile import plan
+from ollie_compile.backend import DerivationPass
 from tests.ollie.test_subprograms import QUICK, derive, equal
 
 A, B = torch.randn(2, 4, 6), torch.randn(2, 6, 5)
@@ -80,10 +82,11 @@ def test_compiled_equals_eager(operator, tensors):
 
 
 def test_torch_compile_finds_them():
-    model = Calls(product)
-    compiled = torch.compile(model, backend="ollie", options=QUICK, dynamic=False)
+    compiled = torch.compile(lambda a, b: product(a, b), backend="ollie", options=QUICK, dynamic=False)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(A, B), model(A, B))
+        torch.testing.assert_close(compiled(A, B), A @ B)
+    (made,) = plan._plans.values()
+    assert made.winner is not None
 
 
 def test_a_wrong_notation_is_named_and_left(caplog):
@@ -153,13 +156,16 @@ def test_gradients_are_the_users():
         lambda ctx, grad: tuple(grad * saved for saved in ctx.saved_tensors[::-1]),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     )
-    report = ollie_compile.Report()
-    compiled = torch.compile(
-        lambda x: times(x, x.exp()).sum(), backend=lambda *graph: compile_with(*graph, report, options=QUICK)
-    )
-    (got,) = torch.autograd.grad(compiled(x), x)
+    (got,) = torch.autograd.grad(times(x, x.exp()).sum(), x)
     torch.testing.assert_close(got, (1 + x.detach()) * x.detach().exp())
-    assert ("times", "gradients are computed") in report.untouched
+
+
+def test_training_graphs_keep_them():
+    traced = make_fx(lambda a, b, tangents: (product(a, b), tangents.exp()))(A, B, A)
+    report = ollie_compile.Report()
+    DerivationPass(ollie_compile.OllieConfig(**QUICK), report, [])(traced.graph)
+    assert report.untouched == [("product", "gradients are computed")]
+    assert report.others == {"aten.exp.default": 1}
 
 
 @pytest.mark.parametrize(
