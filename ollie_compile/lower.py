@@ -40,8 +40,8 @@ the library's convolution for what is one, on contiguous or channels-last data, 
 CONVOLVED = ("convolution", "channels last")
 
 Kernels = Literal["aten", "fold", "triton"]
-"""How eOperators are written: as plain aten, with torch's `fold` where there are too many taps for that;
-selective additions as `fold`; or these and banded products by the Triton kernels of `kernels`, for CUDA."""
+"""How eOperators are written: as plain aten; selective additions as torch's `fold`; or these and banded
+products by the Triton kernels of `kernels`, which are for CUDA."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Program:
 
 
 def is_lowerable(scope: Scope) -> bool:
-    """Whether every scope is a matrix product, a convolution, a banded product or an eOperator, which has at
-    most `MAX_TAPS` taps or is a selective addition for `fold`."""
+    """Whether every scope is a matrix product, a convolution, a banded product or an eOperator of at most
+    `MAX_TAPS` taps."""
     return all(
         match_matmul(inner) is not None
         or match_convolution(inner) is not None
@@ -101,8 +101,8 @@ def programs(scope: Scope, device: torch.device) -> list[Program]:
 def with_kernels(program: Program, device: torch.device) -> list[Program]:
     """`program` with its selective additions and banded products by the other kernels for them."""
     scopes = list(program.scope.scopes())
-    additions = [(found, _is_long(inner)) for inner in scopes if (found := match_selective_add(inner))]
-    kernels: list[Kernels] = ["fold"] if any(found.folds and not long for found, long in additions) else []
+    additions = [found for inner in scopes if (found := match_selective_add(inner))]
+    kernels: list[Kernels] = ["fold"] if any(found.folds for found in additions) else []
     if device.type == "cuda" and (additions or any(map(match_banded, scopes))):
         kernels.append("triton")
     return [replace(program, kernels=name) for name in kernels if program.kernels == "aten"]
@@ -165,15 +165,8 @@ def _combined(function: str, values: list[Tensor]) -> Tensor:
 def _is_eoperator(scope: Scope) -> bool:
     if is_transform(scope):
         return is_view(transforms.data(scope))
-    if _is_long(scope):
-        add = match_selective_add(scope)
-        return add is not None and add.folds
-    return all(is_view(read) for read in scope.factors)
-
-
-def _is_long(scope: Scope) -> bool:
-    """Whether an eOperator has too many taps to be written out."""
-    return math.prod(loop.extent for loop in scope.summation) > MAX_TAPS
+    taps = math.prod(loop.extent for loop in scope.summation)
+    return taps <= MAX_TAPS and all(is_view(read) for read in scope.factors)
 
 
 class _Lowering:
@@ -195,7 +188,7 @@ class _Lowering:
             return self._convolution(scope, operator)
         if self.kernels == "triton" and (banded := match_banded(scope)):
             return self._banded(scope, banded)
-        add = match_selective_add(scope) if self.kernels != "aten" or _is_long(scope) else None
+        add = match_selective_add(scope) if self.kernels != "aten" else None
         if add is not None and (self.kernels == "triton" or add.folds):
             return self._selective_add(scope, add)
         return self._transform(scope) if is_transform(scope) else self._eoperator(scope)
@@ -265,7 +258,7 @@ class _Lowering:
         stride, offset, step = (
             [getattr(o, key) for o in add.overlaps] for key in ("stride", "offset", "step")
         )
-        if self.kernels != "triton":
+        if self.kernels == "fold":
             total = kernels.folded(value.reshape(*lead, *taps, *lengths), sizes, stride, offset, step)
         else:
             # One dimension is two, the second with one tap and one position.
