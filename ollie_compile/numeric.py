@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ollie_compile.lower import Program
@@ -12,15 +11,25 @@ from ollie_compile.operators import Operator, Subprogram, Tensors
 LIMIT = 1e-10
 
 
-def check_program(operator: Operator, program: Program) -> str | None:
+def exact_results(operator: Operator) -> tuple[Tensor, ...]:
+    """What torch computes in float64 from the operator's example inputs."""
+    return _all(operator.reference(*_in_float64(operator)))
+
+
+def check_program(
+    operator: Operator, program: Program, exact: tuple[Tensor, ...] | None = None
+) -> str | None:
     """Compare the lowered program with torch's operators in float64.
+
+    Args:
+        exact: `exact_results(operator)`, for many programs of one operator; None computes them.
 
     Returns:
         None, or the largest difference relative to the largest output, or the wrong shape.
     """
-    inputs = operator.example_inputs(torch.float64)
-    wanted, results = _all(operator.reference(*inputs)), _all(_run(operator, program, inputs))
-    for got, want in zip(results, wanted, strict=True):
+    exact = exact_results(operator) if exact is None else exact
+    results = _all(_run(operator, program, _in_float64(operator)))
+    for got, want in zip(results, exact, strict=True):
         if got.shape != want.shape:
             return f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
         error = _relative_error(got, want)
@@ -29,14 +38,17 @@ def check_program(operator: Operator, program: Program) -> str | None:
     return None
 
 
-def rounding_error(operator: Operator, program: Program | None) -> float:
+def rounding_error(
+    operator: Operator, program: Program | None, exact: tuple[Tensor, ...] | None = None
+) -> float:
     """The largest error in the operator's dtype, relative to the largest exact output.
 
     Args:
         program: None is the operator itself, as torch computes it.
+        exact: as in `check_program`.
     """
+    exact = exact_results(operator) if exact is None else exact
     inputs = operator.example_inputs()
-    exact = _all(operator.reference(*(value.double() for value in inputs)))
     got = _all(operator.reference(*inputs) if program is None else _run(operator, program, inputs))
     return max(_relative_error(mine.double(), want) for mine, want in zip(got, exact, strict=True))
 
@@ -76,6 +88,10 @@ def reproducer(operator: Operator, program: Program) -> str:
     return "\n".join(
         [*lines, f"operator = {operator!r}", f'print("program:", check_program(operator, {written}))']
     )
+
+
+def _in_float64(operator: Operator) -> tuple[Tensor, ...]:
+    return tuple(value.double() for value in operator.example_inputs())
 
 
 def _run(operator: Operator, program: Program, inputs: tuple[Tensor, ...]) -> Tensors:

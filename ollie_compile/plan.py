@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from ollie_compile import cost, tune
 from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Input, Read, Scope
 from ollie_compile.lower import Program, programs, with_kernels
-from ollie_compile.numeric import check_program, reproducer, rounding_error
+from ollie_compile.numeric import check_program, exact_results, reproducer, rounding_error
 from ollie_compile.operators import Operator, Subprogram
 from ollie_compile.search import Derivation, SearchStats, search, work
 from ollie_compile.verify import check_derivation, check_notation
 
 logger = logging.getLogger(__name__)
 
-SEARCH_SHARE = 0.3  # of an operator's budget; the rest compiles and measures
+# Shares of an operator's budget after which no search, bound or check begins; the rest compiles and measures.
+SEARCHED, BOUNDED, CHECKED = 0.3, 0.5, 0.7
+SAME_BUDGET = 1.05  # equal budgets of a graph leave an operator shares that differ by the clock
 MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
 MAX_BOUNDED = 64  # candidates of one operator whose cost is bounded, those with the least work first
 HALF_SLACK = (
@@ -47,9 +51,10 @@ class Candidate:
 
 @dataclass(slots=True)
 class Plan:
-    """What was found for one operator; `winner` None keeps the original."""
+    """What was found for one operator in `budget_s`; `winner` None keeps the original."""
 
     operator: Operator
+    budget_s: float
     winner: Candidate | None = None
     reason: str = ""
     original_s: float | None = None
@@ -60,8 +65,12 @@ class Plan:
     @property
     def complete(self) -> bool:
         """Whether nothing was left out for lack of time."""
-        cut = any(candidate.rejected == OUT_OF_TIME for candidate in self.candidates)
-        return self.stats.complete and not cut and self.reason != OUT_OF_TIME
+        return self.stats.complete and not self.cut and self.reason != OUT_OF_TIME
+
+    @property
+    def cut(self) -> bool:
+        """Whether candidates were left out for lack of time."""
+        return any(candidate.rejected == OUT_OF_TIME for candidate in self.candidates)
 
 
 _plans: dict[tuple[Operator, OllieConfig, int], Plan] = {}
@@ -75,22 +84,24 @@ def reset() -> None:
 def plan(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
     """The plan for an operator, made once a process for each configuration and number of threads.
 
-    A plan that the budget cut short is made anew when it is asked for again.
+    A plan that the budget cut short is made anew when it is asked for again with a larger one.
     """
-    key = (operator, config, torch.get_num_threads())
-    if key in _plans:
-        return _plans[key]
+    if config.budget_s == 0:
+        return Plan(operator, budget_s, reason=OUT_OF_TIME)
+    key = (operator, replace(config, budget_s=0), torch.get_num_threads())
+    known = _plans.get(key)
+    if known is not None and (known.complete or budget_s <= SAME_BUDGET * known.budget_s):
+        return known
     start = time.perf_counter()
     with tune.outside_compilation():
-        made = _make(operator, config, budget_s)
+        made = _plans[key] = _make(operator, config, budget_s)
     made.seconds = time.perf_counter() - start
-    if made.complete:
-        _plans[key] = made
     return made
 
 
 def _make(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
-    made = Plan(operator)
+    made = Plan(operator, budget_s)
+    start = time.perf_counter()
     if budget_s <= 0:
         made.reason = OUT_OF_TIME
         return made
@@ -100,11 +111,10 @@ def _make(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
             made.reason = f"its notation is not what its function computes: it {wrong}"
             logger.error("ollie: %s: left as it is, %s", operator, made.reason)
             return made
-    stop = time.perf_counter() + budget_s
     found = search(
         operator.expression(),
         max_depth=config.max_depth * operator.steps,
-        budget_s=budget_s * SEARCH_SHARE,
+        budget_s=start + SEARCHED * budget_s - time.perf_counter(),
         workers=config.workers,
     )
     made.stats = found.stats
@@ -115,15 +125,16 @@ def _make(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
         for derivation in found.derivations
         for program in programs(derivation.scope, operator.device)
     ]
-    _bound(made, config, stop)
-    left = _take_best(made, config)
+    _bound(made, config, start + BOUNDED * budget_s)
     if config.tune == "measure":
-        _measure(made, left, config, stop)
-        return made
-    made.winner = left[0] if left else None
-    made.reason = "lowest cost bound" if left else "no candidate is left"
-    for candidate in left[1:]:
-        candidate.rejected = "another candidate has a lower bound"
+        left = _take_best(made, config, start + CHECKED * budget_s)
+        _measure(made, left, config, start + budget_s)
+    elif left := _take_best(made, config, start + budget_s):
+        made.winner, made.reason = left[0], "lowest cost bound"
+        for candidate in left[1:]:
+            candidate.rejected = "another candidate has a lower bound"
+    if not made.reason:
+        made.reason = OUT_OF_TIME if made.cut else "no candidate is left"
     return made
 
 
@@ -166,14 +177,12 @@ def _ahead(scope: Scope, parameters: tuple[str, ...]) -> Scope:
     return scope.over(factors=tuple(factors))
 
 
-def _take_best(made: Plan, config: OllieConfig) -> list[Candidate]:
+def _take_best(made: Plan, config: OllieConfig, stop: float) -> list[Candidate]:
     """The first `config.candidates` of those left that pass the checks; the others are rejected.
 
     The best with eOperators that have other kernels is taken with those as well.
     """
-    limit = config.tolerance
-    if made.operator.dtype.itemsize < 4:
-        limit = max(limit, HALF_SLACK * rounding_error(made.operator, None))
+    checks = _Checks(made.operator, config, stop)
     best: list[Candidate] = []
     others: list[Candidate] = []
     for candidate in made.candidates:
@@ -181,34 +190,60 @@ def _take_best(made: Plan, config: OllieConfig) -> list[Candidate]:
             continue
         if len(best) == config.candidates:
             candidate.rejected = "cheaper candidates came first"
-        elif _passes(candidate, made.operator, config, limit):
+        elif checks.passes(candidate):
             best.append(candidate)
             if not others:
                 written = with_kernels(candidate.program, made.operator.device)
                 others = [replace(candidate, program=program) for program in written]
     made.candidates += others
-    return best + [candidate for candidate in others if _passes(candidate, made.operator, config, limit)]
+    return best + [candidate for candidate in others if checks.passes(candidate)]
 
 
-def _passes(candidate: Candidate, operator: Operator, config: OllieConfig, limit: float) -> bool:
-    """Whether a candidate is right and rounds no more than `limit`; otherwise it is rejected."""
-    expression = operator.expression()
-    if config.verify:
-        wrong = check_derivation(expression, candidate.program.scope)
-        wrong = wrong or check_program(operator, candidate.program)
-        if wrong is not None:
-            wrong += _first_wrong_step(expression, candidate.derivation)
-            candidate.rejected = f"wrong: {wrong}"
-            candidate.reproducer = reproducer(operator, candidate.program)
-            logger.error(
-                "ollie: %s: dropped, it %s; to see it again:\n%s", operator, wrong, candidate.reproducer
-            )
-            return False
-    candidate.error = rounding_error(operator, candidate.program)
-    if not candidate.error <= limit:
-        candidate.rejected = f"its rounding error {candidate.error:.1e} is above the tolerance {limit:.1e}"
-        return False
-    return True
+class _Checks:
+    """The checks of one operator's candidates; after `stop` none begins."""
+
+    def __init__(self, operator: Operator, config: OllieConfig, stop: float) -> None:
+        self.operator, self.config, self.stop = operator, config, stop
+        self.slowest = 0.0
+
+    @functools.cached_property
+    def exact(self) -> tuple[Tensor, ...]:
+        return exact_results(self.operator)
+
+    @functools.cached_property
+    def limit(self) -> float:
+        """How much a candidate may round."""
+        if self.operator.dtype.itemsize >= 4:
+            return self.config.tolerance
+        return max(self.config.tolerance, HALF_SLACK * rounding_error(self.operator, None, self.exact))
+
+    def passes(self, candidate: Candidate) -> bool:
+        """Whether a candidate is right and rounds no more than it may; otherwise it is rejected."""
+        start = time.perf_counter()
+        late = start + self.slowest > self.stop
+        candidate.rejected = OUT_OF_TIME if late else self._fault(candidate)
+        self.slowest = max(self.slowest, time.perf_counter() - start)
+        return candidate.rejected is None
+
+    def _fault(self, candidate: Candidate) -> str | None:
+        operator, program = self.operator, candidate.program
+        if self.config.verify:
+            expression = operator.expression()
+            wrong = check_derivation(expression, program.scope)
+            if wrong is None and time.perf_counter() > self.stop:
+                return OUT_OF_TIME
+            wrong = wrong or check_program(operator, program, self.exact)
+            if wrong is not None:
+                wrong += _first_wrong_step(expression, candidate.derivation)
+                candidate.reproducer = reproducer(operator, program)
+                logger.error(
+                    "ollie: %s: dropped, it %s; to see it again:\n%s", operator, wrong, candidate.reproducer
+                )
+                return f"wrong: {wrong}"
+        candidate.error = rounding_error(operator, program, self.exact)
+        if not candidate.error <= self.limit:
+            return f"its rounding error {candidate.error:.1e} is above the tolerance {self.limit:.1e}"
+        return None
 
 
 def _first_wrong_step(expression: Scope, derivation: Derivation) -> str:
@@ -241,10 +276,9 @@ def _measure(made: Plan, left: list[Candidate], config: OllieConfig, stop: float
         timed.append(candidate)
         slowest = max(slowest, time.perf_counter() - start)
     if not timed:
-        made.reason = "no candidate is left"
         return
     calls.append(tune.compiled(operator.reference, inputs, constant=()))
-    *times, made.original_s = tune.measure(calls)
+    *times, made.original_s = tune.measure(calls, stop)
     for candidate, seconds in zip(timed, times, strict=True):
         candidate.measured_s = seconds
         if seconds > made.original_s * (1 - config.margin):

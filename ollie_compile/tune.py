@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 
 from ollie_compile.cost import synchronize
 
-ROUNDS = 15
+ROUNDS, FEWEST_ROUNDS = 15, 3
 SAMPLE_S = 0.001  # one sample repeats a call for about this long
 
 Call = Callable[[], object]
@@ -75,8 +76,12 @@ def _fold(
     return graph, made + kept
 
 
-def measure(calls: Sequence[Call]) -> list[float]:
-    """Median seconds of each call, all in turn in every round, so that drifts hit all alike."""
+def measure(calls: Sequence[Call], stop: float = math.inf) -> list[float]:
+    """Median seconds of each call, all in turn in every round, so that drifts hit all alike.
+
+    Args:
+        stop: `time.perf_counter()` after which no more than `FEWEST_ROUNDS` rounds are made.
+    """
     repeats = []
     for call in calls:
         call()
@@ -85,7 +90,9 @@ def measure(calls: Sequence[Call]) -> list[float]:
         synchronize()
         repeats.append(max(1, min(100, round(SAMPLE_S / max(time.perf_counter() - start, 1e-7)))))
     samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        if number >= FEWEST_ROUNDS and time.perf_counter() > stop:
+            break
         for call, count, into in zip(calls, repeats, samples, strict=True):
             start = time.perf_counter()
             for _ in range(count):

@@ -1,0 +1,166 @@
+"""Planning within a budget: a clock that only the checks and compilations move."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ollie_compile import numeric, plan, tune
+from ollie_compile.config import OllieConfig
+from tests.ollie.strategies import operator
+
+MODEL = OllieConfig(tune="model", margin=0.0, candidates=3)
+MEASURE = OllieConfig(margin=0.0, candidates=3)
+
+
+class Clock:
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands still in `plan`, where every candidate seems better than the original."""
+    clock = Clock()
+    monkeypatch.setattr("ollie_compile.plan.time", clock)
+    monkeypatch.setattr("ollie_compile.plan._plans", {})
+    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e-12)
+    return clock
+
+
+@pytest.fixture
+def check(monkeypatch, clock):
+    """The check of a derivation takes `seconds`."""
+    check = SimpleNamespace(seconds=0.0, calls=0)
+
+    def checked(*_):
+        clock.now += check.seconds
+        check.calls += 1
+
+    monkeypatch.setattr("ollie_compile.plan.check_derivation", checked)
+    return check
+
+
+@pytest.fixture
+def compiling(monkeypatch, clock):
+    """Compiling takes `seconds`, and every candidate is measured faster than the original."""
+    compiling = SimpleNamespace(seconds=0.0, calls=0)
+
+    def compiled(*_, **__):
+        clock.now += compiling.seconds
+        compiling.calls += 1
+
+    monkeypatch.setattr(tune, "compiled", compiled)
+    monkeypatch.setattr(tune, "measure", lambda calls, stop: [*range(1, len(calls)), 100.0])
+    return compiling
+
+
+def conv(dtype=torch.float32):
+    return operator(torch.zeros(1, 2, 8, 8, dtype=dtype), torch.zeros(3, 2, 3, 3, dtype=dtype), padding=1)
+
+
+def rejected(made):
+    return [candidate.rejected for candidate in made.candidates]
+
+
+@pytest.mark.parametrize("config", [MODEL, MEASURE], ids=["model", "measure"])
+def test_no_check_begins_after_the_budget(check, config):
+    check.seconds = 11.0
+    made = plan.plan(conv(), config, 10.0)
+    assert check.calls == 1
+    assert rejected(made).count(plan.OUT_OF_TIME) == plan.MAX_BOUNDED
+    assert made.winner is None
+    assert made.reason == plan.OUT_OF_TIME
+
+
+def test_a_check_that_would_not_end_in_time_does_not_begin(check):
+    check.seconds = 6.0
+    made = plan.plan(conv(), MODEL, 10.0)
+    assert check.calls == 1
+    assert made.winner is not None
+    assert rejected(made).count(plan.OUT_OF_TIME) == plan.MAX_BOUNDED - 1
+
+
+def test_checks_leave_time_to_measure(check, compiling):
+    check.seconds, compiling.seconds = 2.0, 1.0
+    made = plan.plan(conv(), MEASURE, 10.0)
+    assert check.calls == 3
+    assert compiling.calls == 4
+    assert made.winner is made.candidates[0]
+    assert made.reason == "measured fastest"
+
+
+def test_no_compilation_begins_that_would_not_end_in_time(check, compiling):
+    compiling.seconds = 6.0
+    made = plan.plan(conv(), MEASURE, 10.0)
+    assert check.calls == 3
+    assert compiling.calls == 2  # a candidate and the original
+    assert made.winner is made.candidates[0]
+    assert rejected(made)[1:3] == [plan.OUT_OF_TIME] * 2
+
+
+def test_bounds_leave_time_to_check(monkeypatch, clock, check):
+    def bound(*_, **__):
+        clock.now += 2.0
+        return 1e-12
+
+    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
+    made = plan.plan(conv(), MODEL, 10.0)
+    assert check.calls == 3
+    assert made.winner is not None
+    assert plan.OUT_OF_TIME in rejected(made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exact_result_is_computed_once_for_an_operator(monkeypatch, clock, dtype):
+    calls = []
+    reference = type(conv()).reference
+
+    def counted(self, *inputs):
+        calls.append(inputs[0].dtype)
+        return reference(self, *inputs)
+
+    monkeypatch.setattr(type(conv()), "reference", counted)
+    made = plan.plan(conv(dtype), MODEL, 10.0)
+    assert sum(candidate.error is not None for candidate in made.candidates) >= 3
+    assert calls.count(torch.float64) == 1
+
+
+@pytest.mark.parametrize("tune", ["model", "measure"])
+def test_a_plan_cut_by_its_budget_is_kept_for_budgets_no_larger(check, compiling, tune):
+    config = lambda budget_s: OllieConfig(tune=tune, margin=0.0, budget_s=budget_s)  # noqa: E731
+    check.seconds = 11.0
+    cut = plan.plan(conv(), config(10.0), 10.0)
+    assert not cut.complete
+    assert plan.plan(conv(), config(10.0), 10.001) is cut
+    assert plan.plan(conv(), config(1.0), 1.0) is cut
+    assert check.calls == 1
+    better = plan.plan(conv(), config(100.0), 100.0)
+    assert better.winner is not None
+    assert plan.plan(conv(), config(1.0), 1.0) is better
+
+
+def test_a_complete_plan_is_kept_for_any_budget_but_none(clock):
+    made = plan.plan(conv(), MODEL, 10.0)
+    assert made.complete
+    assert plan.plan(conv(), MODEL, 1000.0) is made
+    none = OllieConfig(tune="model", margin=0.0, candidates=3, budget_s=0)
+    assert plan.plan(conv(), none, 0.0).winner is None
+    assert plan.plan(conv(), MODEL, 10.0) is made
+
+
+@pytest.mark.parametrize(("stop", "rounds"), [(-1.0, tune.FEWEST_ROUNDS), (float("inf"), tune.ROUNDS)])
+def test_measuring_ends_with_the_budget_after_a_few_rounds(monkeypatch, stop, rounds):
+    monkeypatch.setattr(tune, "time", Clock())
+    monkeypatch.setattr(tune, "SAMPLE_S", 0.0)  # one call a sample
+    calls = []
+    tune.measure([lambda: calls.append("a"), lambda: calls.append("b")], stop)
+    assert calls[4:] == ["a", "b"] * rounds
+
+
+def test_an_exact_result_stands_for_the_one_that_would_be_computed():
+    exact = numeric.exact_results(conv())
+    assert [result.dtype for result in exact] == [torch.float64]
+    assert numeric.rounding_error(conv(), None, exact) == numeric.rounding_error(conv(), None)
