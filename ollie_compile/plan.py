@@ -17,6 +17,7 @@ from ollie_compile.expr import Input, Read, Scope
 from ollie_compile.lower import Program, programs, with_kernels
 from ollie_compile.numeric import check_program, exact_results, reproducer, rounding_error
 from ollie_compile.operators import Operator, Subprogram
+from ollie_compile.rules import of_users
 from ollie_compile.search import Derivation, SearchStats, search, work
 from ollie_compile.verify import check_derivation, check_notation
 
@@ -73,7 +74,7 @@ class Plan:
         return any(candidate.rejected == OUT_OF_TIME for candidate in self.candidates)
 
 
-_plans: dict[tuple[Operator, OllieConfig, int], Plan] = {}
+_plans: dict[tuple[Operator, OllieConfig, int, frozenset[str]], Plan] = {}
 
 
 def reset() -> None:
@@ -82,13 +83,13 @@ def reset() -> None:
 
 
 def plan(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
-    """The plan for an operator, made once a process for each configuration and number of threads.
+    """The plan for an operator, made once a process for each configuration, thread count and users' rules.
 
     A plan that the budget cut short is made anew when it is asked for again with a larger one.
     """
     if config.budget_s == 0:
         return Plan(operator, budget_s, reason=OUT_OF_TIME)
-    key = (operator, replace(config, budget_s=0), torch.get_num_threads())
+    key = (operator, replace(config, budget_s=0), torch.get_num_threads(), frozenset(of_users()))
     known = _plans.get(key)
     if known is not None and (known.complete or budget_s <= SAME_BUDGET * known.budget_s):
         return known
