@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ollie_compile
 from ollie_compile import plan
-from ollie_compile.backend import DerivationPass
+from ollie_compile.passes import DerivationPass
 from tests.ollie.test_subprograms import QUICK, derive, equal
 
 A, B = torch.randn(2, 4, 6), torch.randn(2, 6, 5)

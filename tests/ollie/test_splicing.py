@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from ollie_compile import rules
-from ollie_compile.backend import NOT_SPLICED, DerivationPass
 from ollie_compile.config import OllieConfig
+from ollie_compile.passes import DerivationPass
 from ollie_compile.report import Report
+from ollie_compile.splicing import NOT_SPLICED
 
 from .test_subprograms import _fewest_products, derive, equal  # noqa: F401  # a fixture for all tests here
 

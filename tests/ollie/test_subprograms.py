@@ -10,8 +10,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ollie_compile import OllieConfig, Report
-from ollie_compile.backend import DerivationPass
 from ollie_compile.expr import Read
+from ollie_compile.passes import DerivationPass
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "candidates": 1}
 

@@ -1,0 +1,114 @@
+"""Putting a program's aten calls into a graph in the place of the operators that it computes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from ollie_compile.lower import Program
+from ollie_compile.operators import Convolution, Operator
+
+logger = logging.getLogger(__name__)
+
+NOT_SPLICED = "its program does not fit into the graph"
+_OWN_META = ("val", "tensor_meta", "original_aten", "from_node")
+
+
+def splice(
+    graph: fx.Graph,
+    operator: Operator,
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    program: Program,
+) -> Sequence[fx.Node] | None:
+    """Put the aten calls of `program` in the place of the nodes that give an operator's results.
+
+    Returns:
+        what now gives them; None, with the graph as it was, where the program does not give the same tensors.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    finished = operator.finished(program)
+    bias = nodes[0].args[2] if isinstance(operator, Convolution) else None
+
+    def results(*values: Tensor) -> tuple[Tensor, ...]:
+        if bias is None:
+            made = finished(*values)
+            return made if isinstance(made, tuple) else (made,)
+        result = finished(*values[1:])
+        assert isinstance(result, Tensor), "a convolution has one result"
+        return (result + values[0].view(-1, *[1] * (result.dim() - 2)),)
+
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    first = min(nodes, key=order.__getitem__)
+    with graph.inserting_before(first):
+        before = first.prev
+        fake_mode = first.meta["val"].fake_mode
+        constants = _constants(graph, operator, program, fake_mode)
+        operands = [*([] if bias is None else [bias]), *inputs, *constants]
+        try:
+            with fake_mode:
+                traced = make_fx(results, decomposition_table=select_decomp_table())(
+                    *(operand.meta["val"] for operand in operands)
+                )
+            for node, result in zip(nodes, traced.graph.output_node().args[0], strict=True):
+                _check_same(node.meta["val"], result.meta["val"])
+        except Exception:  # a fault here must not take the user's model with it
+            logger.warning("ollie: %s: left as it is, its program is none", operator, exc_info=True)
+            while first.prev is not before:
+                graph.erase_node(first.prev)
+            return None
+        places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+        made = graph.graph_copy(traced.graph, places)
+    # Recomputation tags, source lines and module names hold for all that stands in the node's place.
+    inherited = {key: value for key, value in first.meta.items() if key not in _OWN_META}
+    new = before.next
+    while new is not first:
+        new.meta = {**new.meta, **inherited}
+        new = new.next
+    for node, result in zip(nodes, made, strict=True):
+        node.replace_all_uses_with(result, propagate_meta=False)
+        _erase(node)
+    return made
+
+
+def _check_same(wanted: Tensor, got: Tensor) -> None:
+    layouts = [
+        (t.shape, t.dtype, t.device, [s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1])
+        for t in (wanted, got)
+    ]
+    if layouts[0] != layouts[1]:
+        raise ValueError(f"The program must give {layouts[0]}, got {layouts[1]}.")
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node and what only it used."""
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        if not source.users and source.op == "call_function":
+            _erase(source)
+
+
+def _constants(
+    graph: fx.Graph, operator: Operator, program: Program, fake_mode: FakeTensorMode
+) -> list[fx.Node]:
+    """Nodes for the constants of `program`, held by the graph's module as torch.tensor literals are."""
+    module = graph.owning_module
+    assert module is not None, "Inductor's graphs belong to a module"
+    nodes = []
+    with unset_fake_temporarily():
+        constants = program.constants(operator.dtype, operator.device)
+    for name, value in constants.items():
+        attribute = f"_ollie_{name}_{value.dtype}_{value.device}".replace(".", "_").replace(":", "_")
+        module.register_buffer(attribute, value, persistent=False)
+        held = graph.get_attr(attribute)
+        lifted = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (held,))
+        lifted.meta["val"] = held.meta["val"] = fake_mode.from_tensor(value)
+        nodes.append(lifted)
+    return nodes
