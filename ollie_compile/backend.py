@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 
 import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached call its operators
 from ollie_compile import plan as plans
-from ollie_compile.config import OllieConfig
+from ollie_compile.config import OllieConfig, mode_options
 from ollie_compile.passes import DerivationPass
 from ollie_compile.report import Report
 
@@ -27,10 +28,10 @@ def ollie(
 
     Args:
         mode: a mode of Inductor, as in torch.compile.
-        options: fields of `OllieConfig`; "inductor" may hold a mapping of Inductor's own options.
+        options: fields of `OllieConfig`, and Inductor's own options.
 
     Raises:
-        ValueError: an unknown option, or a value out of its range; Dynamo wraps it in its
+        ValueError: an unknown mode or option, or a value out of its range; Dynamo wraps it in its
             BackendCompilerFailed.
     """
     return compile_with(gm, example_inputs, Report(), mode=mode, options=options)
@@ -46,23 +47,38 @@ def compile_with(
 ) -> Any:
     """Compile a graph as `ollie` does and write what was decided into `report`."""
     from torch._inductor import config as inductor_config
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     config, inductor = OllieConfig.with_inductor(options)
-    patches = (list_mode_options(mode) if mode else {}) | inductor
+    inductor = mode_options(mode) | inductor
+    config = replace(config, freeze=config.freeze or inductor_config.freezing)
     if config.freeze and torch.is_grad_enabled():
-        warnings.warn(
-            "ollie: `freeze` needs torch.no_grad(), and gradients are enabled: compiled without freezing.",
-            stacklevel=2,
-        )
-        config = replace(config, freeze=False)
-    before = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
+        config = _unfrozen(config, report, "it needs torch.no_grad(), and gradients are enabled")
+    copied = copy.deepcopy(gm) if config.freeze else gm
+    try:
+        return compile_fx(gm, list(example_inputs), config_patches=patches(config, inductor, report))
+    except Exception as error:  # in some versions Inductor cannot freeze convolutions in float64
+        if not config.freeze:
+            raise
+        config = _unfrozen(config, report, f"Inductor failed: {str(error).partition(chr(10))[0]}")
+        return compile_fx(copied, list(example_inputs), config_patches=patches(config, inductor, report))
+
+
+def _unfrozen(config: OllieConfig, report: Report, why: str) -> OllieConfig:
+    warnings.warn(f"ollie: `freeze`: {why}: compiled without freezing.", stacklevel=4)
+    report.clear()
+    report.note(f"compiled without freezing: {why}")
+    return replace(config, freeze=False)
+
+
+def patches(config: OllieConfig, inductor: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Inductor's options with the pass behind the user's own."""
+    from torch._inductor import config as inductor_config
+
+    before = inductor.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
     before = before if isinstance(before, (list, tuple)) else (before,)
-    patches["joint_custom_pre_pass"] = DerivationPass(config, report, before)
-    if config.freeze:
-        patches["freezing"] = True
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    derivation = DerivationPass(config, report, before)
+    return inductor | {"joint_custom_pre_pass": derivation, "freezing": config.freeze}
 
 
 ollie.reset = plans.reset  # type: ignore[attr-defined]

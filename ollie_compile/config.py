@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
-
-INDUCTOR = "inductor"
+from typing import Any, Self, get_origin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,21 +70,65 @@ class OllieConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for key in options:
             if key not in names:
-                known = [*names, INDUCTOR]
-                near = difflib.get_close_matches(str(key), known, 1)
-                hint = f"did you mean `{near[0]}`?" if near else f"known options are {', '.join(known)}."
-                raise ValueError(f"The ollie backend has no option `{key}`: {hint}")
+                raise ValueError(f"The ollie backend has no option `{key}`: {_hint(str(key), names, names)}")
         return cls(**options)
 
     @classmethod
     def with_inductor(cls, options: Mapping[str, Any] | None) -> tuple[Self, dict[str, Any]]:
-        """The backend's own config and, from under "inductor", the options that go on to Inductor.
+        """The backend's own config, and those of `options` that are Inductor's.
+
+        Inductor's `freezing` is `freeze`.
 
         Raises:
-            ValueError: as `from_dict`, or "inductor" is not a mapping.
+            ValueError: an option of neither, a value out of its range, or of another type than Inductor's.
         """
-        given = dict(options or {})
-        inductor = given.pop(INDUCTOR, None) or {}
-        if not isinstance(inductor, Mapping):
-            raise ValueError(f"`{INDUCTOR}` must be a mapping of Inductor's options, got {inductor!r}.")
-        return cls.from_dict(given), dict(inductor)
+        names = {field.name for field in dataclasses.fields(cls)}
+        own = {key: value for key, value in (options or {}).items() if key in names}
+        others = {key: value for key, value in (options or {}).items() if key not in names}
+        inductor = inductor_options(others, names) if others else {}
+        if "freezing" in inductor:
+            own["freeze"] = inductor.pop("freezing") or own.get("freeze", False)
+        return cls.from_dict(own), inductor
+
+
+def inductor_options(options: Mapping[str, Any], others: Collection[str] = ()) -> dict[str, Any]:
+    """Options by the names that Inductor's config has for them.
+
+    Args:
+        others: names that a wrong one may have been meant for.
+
+    Raises:
+        ValueError: a name that Inductor does not know, or a value of another type.
+    """
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    named = {str(key).replace("-", "_"): value for key, value in options.items()}
+    for name, value in named.items():
+        if name not in known:
+            hint = _hint(name, [*others, *known], sorted(others))
+            raise ValueError(f"Neither the ollie backend nor Inductor has an option `{name}`: {hint}")
+        kind = config.get_type(name)
+        if get_origin(kind) is None and kind is not Any and not isinstance(value, kind):
+            wanted = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"Inductor's `{name}` must be of type {wanted}, got {value!r}.")
+    return named
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's options for a mode of torch.compile; None is "default".
+
+    Raises:
+        ValueError: a mode that torch.compile does not know.
+    """
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
+    if mode is not None and mode not in modes:
+        raise ValueError(f"`mode` must be one of {', '.join(modes)}, got {mode!r}.")
+    return dict(modes[mode]) if mode else {}
+
+
+def _hint(name: str, names: Collection[str], listed: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean `{near[0]}`?" if near else f"known options are {', '.join(listed)}."

@@ -37,7 +37,7 @@ class Layout:
     def random(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
         """Normally distributed numbers in this layout."""
         reach = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        base = torch.randn(reach, generator=generator, dtype=dtype)
+        base = torch.randn(reach, generator=generator, dtype=dtype, device=generator.device)
         return base.to(device).as_strided(self.shape, self.stride)
 
     def give(self, value: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Operator(Protocol):
 
 
 def _examples(operator: Operator, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     kind = dtype or operator.dtype
     return tuple(layout.random(kind, operator.device, generator) for layout in operator.inputs.values())
 

@@ -41,6 +41,10 @@ class DerivationPass(CustomGraphPass):
     ) -> None:
         self.config, self.report, self.before = config, report, before
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DerivationPass:
+        """Itself: AOTInductor copies its options, and what was decided belongs into the caller's report."""
+        return self
+
     def uuid(self) -> Any:
         """None, so that Inductor caches nothing, where passes or rules of users have no identity."""
         theirs = [custom.uuid() if isinstance(custom, CustomGraphPass) else None for custom in self.before]

@@ -20,11 +20,21 @@ class Report:
         plans: (names of the nodes, their common plan) of the operators that were lifted.
         untouched: (node name, reason) of convolutions, subprograms and users' operators that were not.
         others: how often each other operator occurs; they are Inductor's.
+        notes: what was done otherwise than asked, and why.
     """
 
     plans: list[tuple[list[str], Plan]] = field(default_factory=list)
     untouched: list[tuple[str, str]] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def clear(self) -> None:
+        """Forget a compilation that is made anew."""
+        self.plans, self.untouched, self.others = [], [], Counter()
 
     def planned(self, node: str, plan: Plan) -> None:
         for nodes, known in self.plans:
@@ -53,13 +63,14 @@ class Report:
             "operators": [{"nodes": nodes, **_plan_dict(plan)} for nodes, plan in self.plans],
             "untouched": [{"node": node, "reason": reason} for node, reason in self.untouched],
             "others": dict(self.others),
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        lines = [f"ollie: {self.summary}"]
+        lines = [f"ollie: {self.summary}", *self.notes]
         for nodes, plan in self.plans:
             lines += ["", f"{', '.join(nodes)}: {plan.operator}", *_plan_lines(plan)]
         lines += [f"\n{node}: left as it is: {reason}" for node, reason in self.untouched]

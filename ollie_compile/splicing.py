@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ollie_compile.lower import Program
 from ollie_compile.operators import Convolution, Operator
+from ollie_compile.tune import without_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def splice(
         constants = _constants(graph, operator, program, fake_mode)
         operands = [*([] if bias is None else [bias]), *inputs, *constants]
         try:
-            with fake_mode:
+            with fake_mode, without_autocast():
                 traced = make_fx(results, decomposition_table=select_decomp_table())(
                     *(operand.meta["val"] for operand in operands)
                 )

@@ -16,23 +16,7 @@ from tests.ollie.strategies import operator
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120}
 
 
-@pytest.fixture(autouse=True)
-def _fresh(tmp_path, monkeypatch):
-    """No graph of an earlier run answers from Inductor's caches: the pass must run."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def always_rewrite(monkeypatch):
-    """Bounds so low that every convolution is rewritten, by what compiles quickly."""
-
-    def bound(program, *arguments, **named):
-        return 1e-12 * sum(1 for _ in program.scope.scopes())
-
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.fixture
@@ -356,7 +340,7 @@ def test_users_pass_and_inductor_options_are_kept(always_rewrite):
             return "spy"
 
     net, x = nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 3, 8, 8)
-    options = {**QUICK, "inductor": {"joint_custom_pre_pass": Spy()}}
+    options = {**QUICK, "joint_custom_pre_pass": Spy()}
     with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
         torch.compile(net, backend="ollie", options=options)(x)
     assert seen
@@ -365,7 +349,7 @@ def test_users_pass_and_inductor_options_are_kept(always_rewrite):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"max_dept": 3}, "did you mean `max_depth`"),
+        ({"max_dept": 3}, "no option `max_dept`: did you mean `max_depth`"),
         ({"max_depth": -1}, "`max_depth` must be a whole number, 0 or more, got -1"),
         ({"tune": "guess"}, '"measure" or "model"'),
         ({"verify": "no"}, "`verify` must be true or false, got 'no'"),

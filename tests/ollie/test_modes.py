@@ -1,0 +1,210 @@
+"""Modes, options and contexts of torch.compile: honoured, or refused clearly."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import ollie_compile
+from ollie_compile import plan
+from ollie_compile.backend import compile_with
+from ollie_compile.report import Report
+
+QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What Inductor is asked for; it compiles nothing."""
+    patches = {}
+
+    def compile_graph(gm, example_inputs, config_patches):
+        patches.update(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_graph)
+    return patches
+
+
+MODES = {
+    "default": {},
+    "reduce-overhead": {"triton.cudagraphs": True},
+    "max-autotune-no-cudagraphs": {"max_autotune": True, "coordinate_descent_tuning": True},
+    "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_are_inductors(asked, mode):
+    torch.compile(nn.Linear(2, 2), backend="ollie", mode=mode, fullgraph=True)(torch.zeros(1, 2))
+    assert set(asked) == {"joint_custom_pre_pass", "freezing", *MODES[mode]}
+    assert MODES[mode].items() <= asked.items()
+
+
+def test_inductors_options_stand_beside_the_own(asked):
+    options = {"budget_s": 1, "max-autotune": True, "triton.cudagraphs": False}
+    torch.compile(nn.Linear(2, 2), backend="ollie", options=options)(torch.zeros(1, 2))
+    assert asked["max_autotune"] is True
+    assert asked["triton.cudagraphs"] is False
+    assert asked["joint_custom_pre_pass"].config == ollie_compile.OllieConfig(budget_s=1)
+
+
+@pytest.mark.parametrize("how", ["freeze", "freezing", "globally"])
+def test_freezing_by_any_of_its_names(asked, how):
+    from torch._inductor import config
+
+    options = {} if how == "globally" else {how: True}
+    with torch.no_grad(), config.patch(freezing=how == "globally"):
+        torch.compile(nn.Linear(2, 2), backend="ollie", options=options)(torch.zeros(1, 2))
+    assert asked["freezing"]
+    assert asked["joint_custom_pre_pass"].config.freeze
+
+
+@pytest.mark.parametrize(
+    ("named", "match"),
+    [
+        ({"mode": "fastest"}, "`mode` must be one of default, .*max-autotune, got 'fastest'"),
+        ({"options": {"max_autotun": True}}, "has an option `max_autotun`: did you mean `max_autotune`"),
+        ({"options": {"max_autotune": 1}}, "Inductor's `max_autotune` must be of type bool, got 1"),
+        ({"options": {"budget_s": -1}}, "`budget_s` must be 0 or more seconds, got -1"),
+    ],
+)
+def test_unknown_modes_and_options_are_refused(named, match):
+    with pytest.raises(Exception, match=match):
+        torch.compile(nn.Linear(2, 2), backend="ollie", **named)(torch.zeros(1, 2))
+
+
+def test_fullgraph_refuses_a_graph_break(asked):
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(broken, backend="ollie", fullgraph=True)(torch.zeros(1))
+
+
+CONTEXTS = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_contexts_equal_eager(always_rewrite, uncompiled, context):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 8, 8)
+    report = Report()
+    with CONTEXTS[context]():
+        options = {**QUICK, "tolerance": 2e-2 if context == "autocast" else 2e-5}
+        compiled = torch.compile(net, backend=lambda *graph: compile_with(*graph, report, options=options))
+        got, want = compiled(x), net(x)
+        loose = 2e-2 if context == "autocast" else 1e-4
+        torch.testing.assert_close(got, want, rtol=loose, atol=loose)
+        if context in ("gradients", "autocast"):
+            gradients = [torch.autograd.grad(y.float().sum(), list(net.parameters())) for y in (got, want)]
+            torch.testing.assert_close(*gradients, rtol=loose, atol=loose)
+    assert report.rewritten == 1, str(report)
+    ((_, made),) = report.plans
+    assert made.operator.dtype == (torch.bfloat16 if context == "autocast" else torch.float32)
+
+
+def test_reset_forgets_plans(always_rewrite, uncompiled):
+    net, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        torch.compile(net, backend="ollie", options=QUICK)(x)
+    assert plan._plans
+    torch._dynamo.reset()
+    assert not plan._plans
+
+
+def test_threads_compile_and_run_side_by_side(always_rewrite, uncompiled):
+    nets = [nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 2, 4, 2, 1)]
+    x = torch.randn(1, 3, 8, 8)
+    got: dict[int, torch.Tensor] = {}
+
+    def work(place):
+        with torch.no_grad():
+            compiled = torch.compile(nets[place], backend="ollie", options=QUICK)
+            for _ in range(3):
+                got[place] = compiled(x)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for place, net in enumerate(nets):
+        torch.testing.assert_close(got[place], net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [False, True])
+def test_exported_by_aotinductor(always_rewrite, tmp_path, freeze):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8)
+    report = Report()
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            torch.export.export(net, (x,)),
+            package_path=str(tmp_path / "net.pt2"),
+            inductor_configs=ollie_compile.inductor_configs(report=report, freeze=freeze, **QUICK),
+        )
+        got = torch._inductor.aoti_load_package(path)(x)
+    assert report.rewritten == 1
+    torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_exports_take_modes_and_options():
+    configs = ollie_compile.inductor_configs(mode="max-autotune", budget_s=3, epilogue_fusion=False)
+    assert configs["max_autotune"]
+    assert configs["triton.cudagraphs"]
+    assert configs["epilogue_fusion"] is False
+    assert configs["joint_custom_pre_pass"].config.budget_s == 3
+    with pytest.raises(ValueError, match="did you mean `budget_s`"):
+        ollie_compile.inductor_configs(budgets=3)
+
+
+def _train(rank: int, port: int, into: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 4, 2, 1))
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    compiled = torch.compile(wrapped, backend="ollie", options=QUICK)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
+    compiled(x).square().sum().backward()
+    if rank == 0:
+        torch.save([parameter.grad for parameter in net.parameters()], into)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_of_ddp_average_gradients(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    into = str(tmp_path / "gradients.pt")
+    torch.multiprocessing.spawn(_train, args=(port, into), nprocs=2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 4, 2, 1))
+    xs = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
+    (sum(net(x).square().sum() for x in xs) / 2).backward()
+    for got, parameter in zip(torch.load(into), net.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_equal_eager(mode):
+    net, x = nn.Sequential(nn.Conv2d(16, 4, 3), nn.ReLU()).cuda().eval(), torch.randn(1, 16, 8, 8).cuda()
+    compiled = torch.compile(net, backend="ollie", mode=mode)
+    with torch.no_grad():
+        for _ in range(4):
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-3, atol=1e-3)
