@@ -166,7 +166,7 @@ def test_a_plan_cut_by_its_budget_is_made_anew(always_rewrite):
 
 def test_freeze_with_gradients_is_refused_aloud(always_rewrite):
     net, x = small_net(), torch.randn(1, 3, 8, 8)
-    with pytest.warns(UserWarning, match="`freeze` needs torch.no_grad"):
+    with pytest.warns(UserWarning, match="`freeze`: it needs torch.no_grad"):
         torch.compile(net, backend="ollie", options={**QUICK, "freeze": True})(x)
 
 
@@ -349,7 +349,7 @@ def test_users_pass_and_inductor_options_are_kept(always_rewrite):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"max_dept": 3}, "no option `max_dept`: did you mean `max_depth`"),
+        ({"max_dept": 3}, "did you mean `max_depth`"),
         ({"max_depth": -1}, "`max_depth` must be a whole number, 0 or more, got -1"),
         ({"tune": "guess"}, '"measure" or "model"'),
         ({"verify": "no"}, "`verify` must be true or false, got 'no'"),
