@@ -31,17 +31,17 @@ from lemo_trainer.informativeness import (
     valid_tokens,
     without_dropout,
 )
+from lemo_trainer.kernels.rows import gather
 from lemo_trainer.masks import attention_interface, masked_attention
 from lemo_trainer.rows import (
-    add_rows,
     flat_rows,
     merge_heads,
     other_positions,
     take_arguments,
     take_queries,
-    take_rows,
 )
 from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
+from lemo_trainer.stream import Streams
 
 _KEPT = "lemo_kept"
 
@@ -93,12 +93,20 @@ class DetachingLayer:
         architecture: how the layer is wired.
         config: which tokens are chosen.
         first: the layer that chooses for all when blocks are shared.
+        streams: what hands the residual stream from layer to layer.
     """
 
-    def __init__(self, architecture: Architecture, config: LemoConfig, first: nn.Module) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: LemoConfig,
+        first: nn.Module,
+        streams: Streams | None = None,
+    ) -> None:
         self.architecture = architecture
         self.config = config
         self.first = first
+        self.streams = streams or Streams()
         self.shared_index_BK: Tensor | None = None
 
     def __call__(
@@ -132,7 +140,7 @@ class DetachingLayer:
             index_BK = self._select(layer, x_BSD, mask, plan, everything)
             rest_BR = other_positions(index_BK, seq_len)
             rest_rows = flat_rows(rest_BR, seq_len)
-            x_BRD = take_rows(x_BSD, rest_rows)
+            x_BRD = gather(x_BSD, rest_rows)
             if everything is None:
                 rest = project(x_BRD, take_arguments(positions, rest_BR))
             else:
@@ -163,8 +171,9 @@ class DetachingLayer:
 
             return self._with_mlp(layer, x_BKD, attention_update(x_BKD, index_BK, lemo_attend))
 
+        stream = self.streams.enter(layer, x_BSD)
         rows = flat_rows(index_BK, seq_len)
-        update = run(kept, take_rows(x_BSD, rows), rest.key, rest.value)
+        update = run(kept, stream.take(rows), rest.key, rest.value)
         first_run = False
         assert complete is not None
         with without_graph(), without_dropout(layer):
@@ -175,11 +184,17 @@ class DetachingLayer:
             else:
                 constant = architecture.finish_attention(layer, x_BRD, heads)
             constant = self._with_mlp(layer, x_BRD, constant)
-        y_BSD = add_rows(add_rows(x_BSD, constant, rest_rows), update, rows)
-        if not architecture.has_dense_mlp(layer):
-            return y_BSD
-        source_BSD = x_BSD if architecture.is_parallel(layer) else y_BSD
-        return y_BSD + run(functools.partial(architecture.mlp_branch, layer), source_BSD)
+        dense = architecture.has_dense_mlp(layer)
+        updates = [(constant, rest_rows), (update, rows)]
+        everything_rows = torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device)
+        mlp = functools.partial(architecture.mlp_branch, layer)
+        if dense and architecture.is_parallel(layer):
+            updates.append((run(mlp, stream.take(everything_rows)), everything_rows))
+        for each in updates:
+            stream.add(*each)
+        if dense and not architecture.is_parallel(layer):
+            stream.add(run(mlp, stream.take(everything_rows)), everything_rows)
+        return self.streams.leave(layer, stream)
 
     def _with_mlp(self, layer: nn.Module, x: Tensor, update: Tensor) -> Tensor:
         """The layer's update of rows `x` from that of its attention."""

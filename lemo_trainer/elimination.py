@@ -1,8 +1,9 @@
 """Token elimination (`mode="eliminate"`): a layer computes the chosen blocks, the others pass it by.
 
 The chosen rows are read from the residual stream, go through norm, attention or MLP as a shorter sequence
-with their own positions, and the result is added back at the same rows (LeMo's permutation-free form):
-neither a full-length norm nor a zero-padded output is made, and the backward pass needs the row numbers only.
+with their own positions, and the result is added in place at the same rows (LeMo's permutation-free form):
+neither a full-length norm nor a zero-padded output nor a second stream is made, and the backward pass needs
+the row numbers only.
 
 Shapes: B batch, S tokens, K kept tokens of a sample, D hidden width, N whole blocks.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lemo_trainer.architectures import Architecture
@@ -26,8 +28,9 @@ from lemo_trainer.informativeness import (
     valid_tokens,
 )
 from lemo_trainer.masks import masked_attention
-from lemo_trainer.rows import add_rows, flat_rows, take_arguments, take_mask, take_rows
+from lemo_trainer.rows import flat_rows, take_arguments, take_mask
 from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
+from lemo_trainer.stream import Streams
 
 
 class EliminatingLayer:
@@ -36,11 +39,15 @@ class EliminatingLayer:
     Args:
         architecture: how the layer is wired.
         config: which tokens are kept.
+        streams: what hands the residual stream from layer to layer.
     """
 
-    def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
+    def __init__(
+        self, architecture: Architecture, config: LemoConfig, streams: Streams | None = None
+    ) -> None:
         self.architecture = architecture
         self.config = config
+        self.streams = streams or Streams()
 
     def __call__(
         self,
@@ -73,18 +80,28 @@ class EliminatingLayer:
             with attention_function(architecture.attention_of(layer), implementation):
                 return architecture.attention_branch(layer, x_BKD, **kept, **kwargs)
 
-        rows = flat_rows(index_BK, seq_len)
-        y_BSD = add_rows(x_BSD, run(attention, take_rows(x_BSD, rows)), rows)
-
         def mlp(x_BKD: Tensor) -> Tensor:
             return architecture.mlp_branch(layer, x_BKD)
 
-        source_BSD = x_BSD if architecture.is_parallel(layer) else y_BSD
-        if architecture.has_dense_mlp(layer):
-            return y_BSD + run(mlp, source_BSD)
-        scores_BN = self._mlp_scores(layer, source_BSD, valid_BS, plan)
-        rows = flat_rows(select_tokens(scores_BN, valid_BS, plan, self.config), seq_len)
-        return add_rows(y_BSD, run(mlp, take_rows(source_BSD, rows)), rows)
+        def mlp_update() -> tuple[Tensor, Tensor]:
+            """The MLP's output and its rows, which it chooses from the stream as it is now."""
+            if architecture.has_dense_mlp(layer):
+                rows = torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device)
+            else:
+                scores_BN = self._mlp_scores(layer, stream.x_BSD, valid_BS, plan)
+                rows = flat_rows(select_tokens(scores_BN, valid_BS, plan, self.config), seq_len)
+            return run(mlp, stream.take(rows)), rows
+
+        stream = self.streams.enter(layer, x_BSD)
+        rows = flat_rows(index_BK, seq_len)
+        updates = [(run(attention, stream.take(rows)), rows)]
+        if architecture.is_parallel(layer):
+            updates.append(mlp_update())
+        for update in updates:
+            stream.add(*update)
+        if not architecture.is_parallel(layer):
+            stream.add(*mlp_update())
+        return self.streams.leave(layer, stream)
 
     @without_graph()
     def _attention_scores(

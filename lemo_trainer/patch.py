@@ -27,6 +27,7 @@ from lemo_trainer.head import check_head, forward_with_segmented_loss
 from lemo_trainer.probe import CACHES, Wiring, find_wiring, layer_arguments, split_arguments
 from lemo_trainer.report import LemoReport
 from lemo_trainer.segments import SegmentCache, check_batch, check_segments, forward_in_segments
+from lemo_trainer.stream import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +93,11 @@ def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int,
 
 
 def _leaving_out(wiring: Wiring, config: LemoConfig, first: nn.Module) -> EliminatingLayer | DetachingLayer:
+    # A table of known models has those only that hand a stream from layer to layer and keep none for later.
+    streams = Streams(in_place=not wiring.probed)
     if config.mode == "detach":
-        return DetachingLayer(wiring.architecture, config, first)
-    return EliminatingLayer(wiring.architecture, config)
+        return DetachingLayer(wiring.architecture, config, first, streams)
+    return EliminatingLayer(wiring.architecture, config, streams)
 
 
 def remove_lemo(model: nn.Module) -> None:

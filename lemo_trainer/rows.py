@@ -1,6 +1,6 @@
-"""Chosen rows of the residual stream: reading, writing, and their part of positions and masks.
+"""Positions of chosen tokens, and their part of heads, positions and masks.
 
-Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
+Shapes: B batch, S tokens, K chosen tokens of a sample.
 """
 
 from __future__ import annotations
@@ -9,42 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def flat_rows(index_BK: Tensor, seq_len: int) -> Tensor:
     """Rows [B * K] of a flattened [B * S, D] residual stream for positions [B, K]."""
     return (index_BK + torch.arange(len(index_BK), device=index_BK.device)[:, None] * seq_len).flatten()
-
-
-def take_rows(x_BSD: Tensor, rows: Tensor) -> Tensor:
-    """Rows of the stream as [B, K, D]. Saves the row numbers for the backward pass, not the stream."""
-    return x_BSD.flatten(0, 1).index_select(0, rows).unflatten(0, (len(x_BSD), -1))
-
-
-class _AddRows(torch.autograd.Function):
-    """x with `update` added at `rows`; unlike index_add, the backward pass keeps nothing but the rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.update_dtype = update_BKD.dtype
-        update = update_BKD.flatten(0, 1).to(x_BSD.dtype)
-        return x_BSD.flatten(0, 1).index_add(0, rows, update).view_as(x_BSD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (rows,) = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return grad_BSD, None, None
-        return grad_BSD, take_rows(grad_BSD, rows).to(ctx.update_dtype), None
-
-
-def add_rows(x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> Tensor:
-    """The stream [B, S, D] with `update_BKD` added at the flat row numbers `rows` [B * K]."""
-    out: Tensor = _AddRows.apply(x_BSD, update_BKD, rows)
-    return out
 
 
 def take_heads(values_BHSd: Tensor, index_BK: Tensor) -> Tensor:

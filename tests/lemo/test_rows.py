@@ -3,30 +3,12 @@ from __future__ import annotations
 import torch
 
 from lemo_trainer.rows import (
-    add_rows,
-    flat_rows,
     other_positions,
     take_arguments,
     take_heads,
     take_mask,
     take_queries,
-    take_rows,
 )
-
-
-def test_rows_are_taken_and_added_with_the_gradients_of_indexing():
-    torch.manual_seed(0)
-    index = torch.tensor([[0, 2, 3], [1, 4, 6]])
-    rows = flat_rows(index, 7)
-    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
-    picked = torch.stack([x[b, index[b]] for b in range(2)])
-    torch.testing.assert_close(take_rows(x, rows), picked)
-    update = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, u: add_rows(x, u * take_rows(x, rows), rows), (x, update))
-    wanted = x.detach().clone()
-    for b in range(2):
-        wanted[b, index[b]] += update[b]
-    torch.testing.assert_close(add_rows(x, update, rows), wanted)
 
 
 def test_masks_keep_the_chosen_rows_and_columns():

@@ -1,0 +1,1 @@
+"""Kernels of the permutation-free path, each with a torch reference and a Triton version."""

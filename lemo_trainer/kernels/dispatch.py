@@ -1,0 +1,44 @@
+"""Which implementation a kernel runs: Triton's on CUDA, torch's reference everywhere else.
+
+Under `TRITON_INTERPRET=1` Triton's run on the CPU too, which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter was asked for; Triton itself reads the variable once, on import."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether kernels on `x` are Triton's; float64, and a machine without Triton, take the reference."""
+    return (x.is_cuda or interpreted()) and x.dtype in DTYPES and has_triton()
+
+
+def implementation(idea: str, x: Tensor) -> Any:
+    """The module of `lemo_trainer.kernels` with the functions of an idea ("norm", "rows", ...) for `x`."""
+    backend = "triton" if runs_triton(x) else "torch"
+    return importlib.import_module(f"lemo_trainer.kernels.{backend}_{idea}")
+
+
+def description(device: torch.device) -> str:
+    """What runs on a device, for the report."""
+    return "Triton" if runs_triton(torch.empty(0, device=device)) else "torch"

@@ -1,0 +1,80 @@
+"""Rows of the residual stream read and added in place (LeMo's permutation-free form).
+
+A branch reads its rows from the stream and its output is added at the same rows of the same memory: neither a
+zero-padded output nor a second stream is made. No gradient needs an old value of the stream, so the backward
+pass keeps the row numbers only; it too adds the rows' gradient in place, to the stream's gradient.
+
+In place is right while nobody else has the stream or its gradient. `lemo_trainer.stream` sees to that; these
+functions alone do not.
+
+Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lemo_trainer.kernels.dispatch import implementation
+
+
+def gather(x_BSD: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the stream as [B, K, D], a copy."""
+    return x_BSD.flatten(0, 1).index_select(0, rows).unflatten(0, (len(x_BSD), -1))
+
+
+def scatter_add_(x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> None:
+    """Add `update_BKD` to the contiguous `x_BSD` at distinct flat row numbers `rows` [B * K], in place."""
+    implementation("rows", x_BSD).scatter_add_(x_BSD.flatten(0, 1), update_BKD.flatten(0, 1), rows)
+
+
+class _Take(torch.autograd.Function):
+    """The stream, and rows of it. Both gradients come back in one call, which can add them in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(x_BSD)  # it stays as it is, but the order of what is done to it counts
+        return x_BSD, gather(x_BSD, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSD: Tensor, grad_BKD: Tensor | None) -> tuple[Tensor, None]:
+        if grad_BKD is not None:
+            scatter_add_(grad_BSD, grad_BKD, *ctx.saved_tensors)
+        return grad_BSD, None
+
+
+class _Add(torch.autograd.Function):
+    """The stream with an update added in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.update_dtype = update_BKD.dtype
+        ctx.mark_dirty(x_BSD)
+        scatter_add_(x_BSD, update_BKD, rows)
+        return x_BSD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if not ctx.needs_input_grad[1]:
+            return grad_BSD, None, None
+        return grad_BSD, gather(grad_BSD, *ctx.saved_tensors).to(ctx.update_dtype), None
+
+
+def take_rows(x_BSD: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The stream to go on with, and its rows [B, K, D] at the flat row numbers `rows` [B * K]."""
+    stream, taken = _Take.apply(x_BSD, rows)
+    return stream, taken
+
+
+def add_rows(x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> Tensor:
+    """The stream with `update_BKD` added in place at distinct flat row numbers `rows` [B * K]."""
+    stream: Tensor = _Add.apply(x_BSD, update_BKD, rows)
+    return stream
