@@ -127,6 +127,65 @@ def _(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
     return triton_kernels.banded_values(a, b, dilation, offset)
 
 
+@torch.library.custom_op("ollie::transform", mutates_args=())
+def transform(
+    x: Tensor,
+    size: list[int],
+    stride: list[int],
+    offset: int,
+    places: list[int],
+    steps: list[int],
+    values: list[float],
+    columns: list[int],
+) -> Tensor:
+    """One or two constant matrices applied to strided dimensions of a tensor, windows of it among them.
+
+    O[.., i1, .., i2, ..] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * x[offset + steps . j + stride . loops], where x
+    is read as it lies in memory and nothing outside of it may be.
+
+    Args:
+        x: contiguous.
+        size: of the result, its last dimension one that x has stride 1 along.
+        stride: of x along each dimension of the result, 0 at those of the matrices.
+        places: dimensions of the result that are the matrices' rows.
+        steps: strides of x along what the matrices sum over.
+        values: of the matrices, one behind the other, row by row.
+        columns: of each matrix.
+
+    Returns:
+        [*size], contiguous, in the dtype of `x`.
+    """
+    x = x.contiguous()
+    matrices = _matrices(size, places, values, columns)
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        from ollie_compile import transform_kernels
+
+        return transform_kernels.transform(x, size, stride, offset, places, steps, matrices)
+    loops = [at for at in range(len(size)) if at not in places]
+    taken = x.as_strided(
+        [*columns, *(size[at] for at in loops)], [*steps, *(stride[at] for at in loops)], offset
+    )
+    for matrix in matrices:  # each takes the first dimension and leaves its rows as the last
+        taken = torch.tensordot(taken, torch.tensor(matrix, dtype=x.dtype, device=x.device), ([0], [1]))
+    found = [*loops, *places]
+    return taken.permute([found.index(at) for at in range(len(size))]).contiguous()
+
+
+def _matrices(
+    size: list[int], places: list[int], values: list[float], columns: list[int]
+) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    left = iter(values)
+    return tuple(
+        tuple(tuple(next(left) for _ in range(width)) for _ in range(size[place]))
+        for place, width in zip(places, columns, strict=True)
+    )
+
+
+@transform.register_fake
+def _(x: Tensor, size: list[int], *_others: object) -> Tensor:
+    return x.new_empty(size)
+
+
 def folded(x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]) -> Tensor:
     """`selective_add` by torch's fold, of one or two dimensions.
 

@@ -27,8 +27,9 @@ from ollie_compile.convolutions import (
 from ollie_compile.eoperators import Banded, SelectiveAdd, match_banded, match_selective_add
 from ollie_compile.expr import ELEMENTWISE, Read, Scope
 from ollie_compile.matching import Matmul, match_matmul
+from ollie_compile.matrices import Transform, match_transform, start, strides
 from ollie_compile.transforms import is_transform
-from ollie_compile.views import Window, is_view
+from ollie_compile.views import Window, is_view, padded
 
 MAX_TAPS = 128  # summed terms of one eOperator; more would make kernels that take minutes to compile
 
@@ -39,9 +40,9 @@ the library's convolution for what is one, on contiguous or channels-last data, 
 
 CONVOLVED = ("convolution", "channels last")
 
-Kernels = Literal["aten", "fold", "triton"]
-"""How eOperators are written: as plain aten; selective additions as torch's `fold`; or these and banded
-products by the Triton kernels of `kernels`, which are for CUDA."""
+Kernels = Literal["aten", "fold", "triton", "cpp"]
+"""How eOperators are written: as plain aten; selective additions as torch's `fold`; these and banded products
+by the Triton kernels of `kernels`, which are for CUDA; or constant matrices by C++ kernels, for CPUs."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ def programs(scope: Scope, device: torch.device) -> list[Program]:
         layouts += ["convolution"]
         layouts += ["channels last"] if any(len(found.spatial) > 1 for found in convolved if found) else []
     plain = all(map(any, zip(written, convolved, strict=True)))
-    return [Program(scope, layout, "aten" if plain else "triton") for layout in layouts]
+    kernels: Kernels = "aten" if plain else "triton"
+    if device.type == "cpu" and any(map(is_transform, scopes)):
+        kernels = "cpp"
+    return [Program(scope, layout, kernels) for layout in layouts]
 
 
 def with_kernels(program: Program, device: torch.device) -> list[Program]:
@@ -191,6 +195,8 @@ class _Lowering:
         add = match_selective_add(scope) if self.kernels != "aten" else None
         if add is not None and (self.kernels == "triton" or add.folds):
             return self._selective_add(scope, add)
+        if self.kernels == "cpp" and (transform := match_transform(scope)):
+            return self._matrices(scope, transform)
         return self._transform(scope) if is_transform(scope) else self._eoperator(scope)
 
     def _tensor(self, read: Read) -> Tensor:
@@ -214,6 +220,35 @@ class _Lowering:
         window = Window.of(index, box, value, scope.ranges)
         matrix = self.inputs[transforms.matrix(scope).name]
         return transforms.apply(scope, matrix, lambda value, loops: window.at({summed.name: value}, loops))
+
+    def _matrices(self, scope: Scope, call: Transform) -> Tensor:
+        from ollie_compile import kernels
+
+        last = call.loops[-1].name
+        places = sorted(range(len(call.read.index)), key=lambda at: last in call.read.index[at].iterators())
+        index = tuple(call.read.index[at] for at in places)
+        box = tuple(call.read.tensor.box[at] for at in places)
+        value, box = padded(
+            self._tensor(call.read).permute(places), box, [at.bounds(call.ranges) for at in index]
+        )
+        value = value.contiguous()
+        rows = [one.row for one in call.matrices]
+        names = [loop.name for loop in call.loops]
+        result = kernels.transform(
+            value,
+            [loop.extent for loop in call.loops],
+            [strides(index, value.stride(), name) for name in names],
+            start(index, value.stride(), box, {name: low for name, (low, _) in call.ranges.items()}),
+            [names.index(row) for row in rows],
+            [strides(index, value.stride(), one.column) for one in call.matrices],
+            [float(number) for one in call.matrices for number in one.constant.values],
+            [one.constant.shape[1] for one in call.matrices],
+        )
+        for part in call.joined:
+            at = names.index(part.whole)
+            result = result.flatten(at, at + 1).narrow(at, part.start, part.size)
+            names[at : at + 2] = [part.name]
+        return result
 
     def _convolution(self, scope: Scope, match: ConvolutionMatch) -> Tensor:
         read, other = scope.factors[match.data], scope.factors[1 - match.data]

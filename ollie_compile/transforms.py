@@ -47,6 +47,11 @@ def matrix(scope: Scope) -> Constant:
     return constant
 
 
+def column(scope: Scope) -> Affine:
+    """Where the matrix is read along its columns."""
+    return _parts(scope)[0].index[1]
+
+
 def row_loop(scope: Scope) -> Loop:
     """The traversal iterator that only the matrix has."""
     name = _parts(scope)[0].index[0].iterator

@@ -63,7 +63,7 @@ class Window:
     @classmethod
     def of(cls, index: Sequence[Affine], box: Box, value: Tensor, ranges: Ranges) -> Window:
         """`value`, which holds a tensor on `box`, padded so that no index leaves it within `ranges`."""
-        value, box = _pad(value, box, [i.bounds(ranges) for i in index])
+        value, box = padded(value, box, [i.bounds(ranges) for i in index])
         groups, index, joined = merge_pairs(index, box)
         if len(groups) < value.dim():
             value = value.permute([place for group in groups for place in group])
@@ -95,7 +95,7 @@ class Window:
         return value
 
 
-def _pad(value: Tensor, box: Box, bounds: Sequence[tuple[int, int]]) -> tuple[Tensor, Box]:
+def padded(value: Tensor, box: Box, bounds: Sequence[tuple[int, int]]) -> tuple[Tensor, Box]:
     """Add zeros so that the box holds every position from first to last (inclusive) of `bounds`."""
     pads = [
         (max(0, low - first), max(0, last + 1 - high))

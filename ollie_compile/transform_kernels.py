@@ -1,0 +1,121 @@
+"""C++ kernels of constant matrices: one or two dimensions of a tensor through small matrices at once.
+
+Inductor's kernels for them are slow to make and to run, since it does not keep a tile in registers. The
+kernels here are written out for their matrices, run along contiguous values and take any sizes and strides,
+so that one serves all shapes; Inductor's own cache compiles and keeps them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_DIMS = 8
+
+_SOURCE = """
+#include <cstdint>
+#ifdef __AVX512F__
+typedef float V __attribute__((vector_size(64)));
+#else
+typedef float V __attribute__((vector_size(32)));
+#endif
+template <typename T> static inline T load(const float* from) {{ T x; __builtin_memcpy(&x, from, sizeof(T)); return x; }}
+template <typename T> static inline void store(float* to, T x) {{ __builtin_memcpy(to, &x, sizeof(T)); }}
+template <typename T>
+static inline void tile(const float* __restrict in, const int64_t* step, float* __restrict out, const int64_t* row) {{
+{body}
+}}
+extern "C" void transform(const float* in, float* out, int64_t dims, const int64_t* size, const int64_t* stride,
+                          const int64_t* out_stride, const int64_t* step, const int64_t* row, int64_t threads) {{
+  int64_t total = 1;
+  for (int64_t d = 0; d + 1 < dims; d++) total *= size[d];
+  const int64_t width = size[dims - 1], lanes = sizeof(V) / sizeof(float);
+  #pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t at = 0; at < total; at++) {{
+    const float* from = in;
+    float* to = out;
+    int64_t rest = at;
+    for (int64_t d = dims - 2; d >= 0; d--) {{
+      const int64_t place = rest % size[d];
+      rest /= size[d];
+      from += place * stride[d];
+      to += place * out_stride[d];
+    }}
+    int64_t c = 0;
+    for (; c + lanes <= width; c += lanes) tile<V>(from + c, step, to + c, row);
+    for (; c < width; c++) tile<float>(from + c, step, to + c, row);
+  }}
+}}
+"""
+
+
+def source(matrices: Sequence[Sequence[Sequence[float]]]) -> str:
+    """C++ of O[i1, i2] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * X[j1, j2], or with one matrix, for one tile."""
+    first, second = matrices[0], matrices[1] if len(matrices) > 1 else [[1.0]]
+    rows, columns, others, across = len(first), len(first[0]), len(second), len(second[0])
+    lines = []
+    for b in range(across):
+        for a in range(columns):
+            lines.append(f"T x{a}_{b} = load<T>(in + {a} * step[0] + {b} * step[1]);")
+        for i in range(rows):
+            lines.append(f"T t{i}_{b} = {_sum(first[i], [f'x{a}_{b}' for a in range(columns)])};")
+    for i in range(rows):
+        for k in range(others):
+            value = _sum(second[k], [f"t{i}_{b}" for b in range(across)])
+            lines.append(f"store<T>(out + {i} * row[0] + {k} * row[1], {value});")
+    return _SOURCE.format(body="\n".join(f"  {line}" for line in lines))
+
+
+def _sum(coefficients: Sequence[float], names: Sequence[str]) -> str:
+    terms = []
+    for coefficient, name in zip(coefficients, names, strict=True):
+        if coefficient:
+            terms.append(name if coefficient == 1 else f"{coefficient!r}f * {name}")
+    return " + ".join(terms) if terms else f"{names[0]} * 0.0f"
+
+
+@functools.lru_cache(maxsize=64)
+def _library(matrices: tuple[tuple[tuple[float, ...], ...], ...]) -> Any:
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source(matrices), needs_vec_isa=True)
+
+
+def transform(
+    x: Tensor,
+    size: list[int],
+    stride: list[int],
+    offset: int,
+    places: list[int],
+    steps: list[int],
+    matrices: tuple[tuple[tuple[float, ...], ...], ...],
+) -> Tensor:
+    """`kernels.transform` for contiguous float32 tensors of a CPU whose last dimension has stride 1."""
+    import ctypes
+
+    assert x.is_contiguous() and stride[-1] == 1 and len(size) <= MOST_DIMS
+    out = x.new_empty(size)
+    loops = [at for at in range(len(size)) if at not in places]
+    if out.numel() == 0:
+        return out
+
+    def numbers(values: Sequence[int]) -> Any:
+        return (ctypes.c_int64 * len(values))(*values)
+
+    two = [0] * (2 - len(places))
+    _library(matrices).transform(
+        ctypes.c_void_p(x.data_ptr() + 4 * offset),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(len(loops)),
+        numbers([size[at] for at in loops]),
+        numbers([stride[at] for at in loops]),
+        numbers([out.stride(at) for at in loops]),
+        numbers([*steps, *two]),
+        numbers([*(out.stride(at) for at in places), *two]),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    return out

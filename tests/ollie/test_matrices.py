@@ -1,0 +1,67 @@
+"""Constant matrices in one kernel: what is matched, and that the C++ kernels compute it."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from ollie_compile import kernels
+from ollie_compile.expr import Constant
+from ollie_compile.lower import Program, programs
+from ollie_compile.matrices import match_transform
+from ollie_compile.numeric import check_program, rounding_error
+from ollie_compile.rules import simplify
+from ollie_compile.rules.bilinear import bilinear_decomposition
+from tests.ollie.strategies import operator
+
+CASES = {
+    "2d": ((2, 8, 14, 14), (12, 8, 3, 3), {"padding": 1}, 2),
+    "odd sizes": ((1, 5, 13, 9), (17, 5, 3, 3), {"padding": 1}, 2),
+    "no padding": ((2, 3, 9, 8), (4, 3, 3, 3), {}, 2),
+    "1d": ((2, 3, 20), (5, 3, 3), {"padding": 1}, 1),
+    "one row": ((2, 3, 8, 17), (5, 3, 1, 5), {"padding": (0, 2)}, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("place", [0, 1], ids=["F2", "F4"])
+def test_a_bilinear_form_is_its_convolution_in_a_few_kernels(case, place):
+    shape, taps, options, nested = CASES[case]
+    conv = operator(torch.zeros(shape), torch.zeros(taps), **options)
+    derived = list(bilinear_decomposition(conv.expression()))[place]
+    scope = simplify(derived)[0]
+    calls = [call for inner in scope.scopes() if (call := match_transform(inner))]
+    assert max(len(call.matrices) for call in calls) == nested
+    (written,) = (p for p in programs(scope, torch.device("cpu")) if p.layout == "rows")
+    assert written.kernels == "cpp"
+    assert check_program(conv, written) is None
+    assert rounding_error(conv, written) < 1e-5
+    assert rounding_error(conv, Program(scope, "rows")) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_is_the_sum_it_stands_for(dtype):
+    first, second = torch.randn(3, 2, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    x = torch.randn(2, 3, 9, 37, dtype=dtype)  # [n, j1, 2 * q + j2, c]
+    size, stride = [2, 3, 2, 3, 37], [x.stride(0), 0, 0, 2 * 37, 1]  # [n, i1, i2, q, c]
+    values = [*first.flatten().tolist(), *second.flatten().tolist()]
+    steps = [2 * x.stride(1), x.stride(2)]  # the first matrix takes every second plane
+    arguments = (x, size, stride, 0, [1, 2], steps, values, [2, 4])
+    got = kernels.transform(*arguments)
+    window = x.double()[:, ::2].unfold(2, 4, 2)  # [n, j1, q, c, j2]
+    want = torch.einsum("aj,bk,njqck->nabqc", first, second, window)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+    opcheck(kernels.transform, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_matrix_is_not_joined_with_one_below_whose_values_go_on_outside():
+    """The inner scope is tighter than what it reads: outside it is 0, and the matrix below is not."""
+    from ollie_compile.expr import Input, parse
+
+    matrix = Constant.matrix("At2x3", [[1, 1, 1, 0], [0, 1, -1, 1]])
+    tensors = {"X": Input("X", (4, 12, 3)), "At2x3": matrix}
+    inner = "{L[i:0..2, t:0..%d, c:0..3] Sum[j:0..4] At2x3[i, j] * X[j, t, c]}"
+    scope = "L[k:0..2, i:0..2, q:0..4, c:0..3] Sum[j:0..4] At2x3[k, j] * %s[i, 2*q + j, c]" % inner
+    for extent, count in ((12, 2), (8, 1)):
+        call = match_transform(parse(scope % extent, tensors))
+        assert call is not None
+        assert len(call.matrices) == count
