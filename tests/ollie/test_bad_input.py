@@ -1,0 +1,148 @@
+"""What breaks naive backends: results equal eager's, and what was not derived is said with its reason."""
+
+import pytest
+import torch
+from torch import nn
+
+import ollie_compile
+from ollie_compile import plan
+from ollie_compile.backend import compile_with
+from ollie_compile.report import Report
+
+QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
+
+pytestmark = pytest.mark.usefixtures("fresh", "always_rewrite", "uncompiled")
+
+K, X = torch.randn(4, 3, 3, 3), torch.randn(1, 3, 6, 6)
+
+
+@torch.library.custom_op("ollie_test::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+doubled.register_fake(torch.empty_like)
+
+
+def broken(x):
+    x = torch.conv2d(x, K)
+    torch._dynamo.graph_break()
+    return torch.conv2d(x.relu(), K.transpose(0, 1))
+
+
+def mutating(x):
+    x.add_(1)
+    y = torch.conv2d(x, K)
+    x.mul_(2)
+    return y.relu_()
+
+
+def views(x):
+    y = torch.conv2d(x, K)
+    return y, y[:, 1:2], y.transpose(1, 3), x.view(-1)
+
+
+def random(x):
+    return nn.functional.dropout(torch.conv2d(x, K), 0.5) + torch.rand(4, 1, 1)
+
+
+def custom(x):
+    return torch.conv2d(doubled(torch.conv2d(x, K)), K.transpose(0, 1))
+
+
+def conditional(x):
+    return torch.conv2d(x, K) if x.sum() > 0 else torch.conv2d(-x, K)
+
+
+CASES = {
+    "many graphs": (broken, 2),
+    "mutation in place": (mutating, 1),
+    "views as outputs": (views, 1),
+    "random": (random, 1),
+    "custom operators": (custom, 2),
+    "data-dependent branches": (conditional, 1),
+}
+
+
+def compiled(function, **options):
+    """The compiled function and the report that it fills."""
+    report = Report()
+
+    def backend(gm, example_inputs):
+        return compile_with(gm, example_inputs, report, options={**QUICK, **options})
+
+    return torch.compile(function, backend=backend, dynamic=False), report
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_awkward_functions_equal_eager(name):
+    function, rewritten = CASES[name]
+    run, report = compiled(function, fallback_random=True)
+    results, inputs = [], []
+    with torch.no_grad():
+        for call in (run, function):
+            torch.manual_seed(0)
+            x = X.clone()
+            result = call(x)
+            results.append(result if isinstance(result, tuple) else (result,))
+            inputs.append(x)
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert got.stride() == want.stride()
+    torch.testing.assert_close(*inputs)
+    for tensors, x in zip(results, inputs, strict=True):
+        if function is views:
+            whole, part, turned, flat = (t.untyped_storage().data_ptr() for t in tensors)
+            assert whole == part == turned
+            assert flat == x.untyped_storage().data_ptr()
+    assert report.rewritten == rewritten, str(report)
+
+
+def test_hooks_run_forward_and_backward():
+    def hooked():
+        torch.manual_seed(0)
+        net, seen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), []
+        net[0].register_forward_hook(lambda module, inputs, result: result * 3)
+        net[0].weight.register_hook(lambda gradient: seen.append(gradient.norm().item()))
+        return net, seen
+
+    (net, seen), (plain, want) = hooked(), hooked()
+    run, report = compiled(net)
+    run(X).square().sum().backward()
+    plain(X).square().sum().backward()
+    assert report.rewritten == 1
+    assert seen == pytest.approx(want, rel=1e-4)
+    for got, parameter in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:ollie. `freeze`:UserWarning")
+@pytest.mark.parametrize("crashes", [False, True])
+def test_float64_convolutions_with_freezing(monkeypatch, crashes):
+    if crashes:
+        monkeypatch.setattr("torch._inductor.freezing.freeze", lambda *_: 1 / 0)
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double().eval(), X.double()
+    run, report = compiled(net, freeze=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), net(x))
+    assert report.rewritten == 1
+    assert any("without freezing: Inductor failed" in note for note in report.notes) == crashes
+
+
+def test_out_of_memory_while_measuring_keeps_the_original(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr("ollie_compile.tune.measure", full)
+    monkeypatch.setattr("ollie_compile.tune.compiled", lambda *_, **__: lambda: None)
+    run, report = compiled(lambda x: torch.conv2d(x, K), tune="measure")
+    with torch.no_grad():
+        torch.testing.assert_close(run(X), torch.conv2d(X, K))
+    assert report.rewritten == 0
+    assert "no memory is left" in str(report)
+
+
+def test_a_budget_of_0_searches_nothing(monkeypatch):
+    monkeypatch.setattr("ollie_compile.plan.search", lambda *_, **__: pytest.fail("a search began"))
+    report = ollie_compile.explain(nn.Conv2d(3, 4, 3), X, budget_s=0)
+    assert [made.reason for _, made in report.plans] == [plan.OUT_OF_TIME]
