@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from ripple_loader.cache import INDEX_BYTES
+from ripple_loader.cache import INDEX_BYTES, cache_shares
 from ripple_loader.config import RippleConfig, parse_size
 from ripple_loader.sidecar import BLOCK, SidecarHeader, Vectors, align
 
@@ -25,7 +26,7 @@ class Allocation:
             dtype.
         rows: neurons that fit into it.
         sketch_layers: layers whose sketch is resident; the others read theirs in every forward call.
-        cache_slots: cached neurons of each layer, hot ones included.
+        cache_slots: cached neurons of each MLP, hot ones included.
         resident: bytes by kind.
     """
 
@@ -34,7 +35,7 @@ class Allocation:
     scratch: int
     rows: int
     sketch_layers: int
-    cache_slots: int
+    cache_slots: list[int]
     resident: dict[str, int]
 
 
@@ -83,8 +84,16 @@ def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) ->
     resident["sketch"] = sketch_layers * sketch_bytes
     left -= resident["sketch"]
     index = header.layers * header.neurons * INDEX_BYTES
-    slot = header.layers * header.bundle_bytes
-    cache_slots = max(0, min(header.neurons, (left - index) // slot))
-    if cache_slots:
-        resident["index"], resident["cache"] = index, cache_slots * slot
+    cache_slots = _divide(header, max(0, (left - index) // header.bundle_bytes), selective=sketching)
+    if any(cache_slots):
+        resident["index"], resident["cache"] = index, sum(cache_slots) * header.bundle_bytes
     return Allocation(budget, buffer, scratch, rows, sketch_layers, cache_slots, resident)
+
+
+def _divide(header: SidecarHeader, slots: int, *, selective: bool) -> list[int]:
+    """Slots of each MLP by the uses that the trace saw; in equal parts without them, or if all are read."""
+    uses = header.profile.get("uses")
+    if not uses or not selective:
+        return [min(slots // header.layers, header.neurons)] * header.layers
+    groups = [len(group) for group in np.array_split(np.empty(header.neurons), len(uses[0]))]
+    return cache_shares([np.repeat(np.divide(one, groups), groups) for one in uses], slots)

@@ -52,6 +52,10 @@ class NeuronCache(ABC):
         self._touch(places[slots >= 0])
         return slots.astype(np.int64)
 
+    def absent(self, places: Places) -> Places:
+        """Those that are not cached; no use of the others."""
+        return places[self._slot[places] < 0]
+
     def offer(self, places: Places) -> Admission:
         """Admit some of the neurons that were just read (ascending, none of them cached)."""
         self._now += 1
@@ -105,17 +109,13 @@ class LruCache(NeuronCache):
 
 
 class S3FifoCache(NeuronCache):
-    """S3-FIFO (Yang et al., SOSP 2023) with Ripple's linking-aligned admission.
+    """S3-FIFO (Yang et al., SOSP 2023).
 
     New neurons enter a small queue, a tenth of the slots; those used again move to the main queue, the others
-    leave and are remembered for a while, so that they enter the main queue when they come back. Once the
-    cache is full, a long run is admitted as a whole with a low probability, and never if the small queue does
-    not hold it: such a run is cheap to read, and a cached neuron in its middle would not make it shorter.
+    leave and are remembered for a while, so that they enter the main queue when they come back.
     """
 
     SMALL_SHARE = 0.1
-    LONG_RUN = 16
-    LONG_RUN_ADMISSION = 0.1
 
     _ABSENT, _SMALL, _MAIN = range(3)
 
@@ -126,6 +126,55 @@ class S3FifoCache(NeuronCache):
         self._uses = np.zeros(neurons, np.uint8)
         self._left_at = np.full(neurons, -1, np.int64)
         self._left = 0
+
+    def _touch(self, places: Places) -> None:
+        self._uses[places] = np.minimum(self._uses[places] + 1, 3)
+
+    def _insert(self, places: Places) -> None:
+        known = (self._left_at[places] >= 0) & (self._left - self._left_at[places] < self._room)
+        self._queue[places] = np.where(known, self._MAIN, self._SMALL)
+        self._uses[places] = 0
+
+    def _victims(self, count: int) -> Places:
+        limit = int(self.SMALL_SHARE * self._room)
+        small = np.flatnonzero(self._queue == self._SMALL)
+        in_main = np.count_nonzero(self._queue == self._MAIN)
+        passed = small[np.argsort(self._stamp[small], kind="stable")]
+        passed = passed[: max(len(small) - limit, count - in_main, 0)]
+        used = self._uses[passed] > 0
+        self._queue[passed[used]], self._stamp[passed[used]] = self._MAIN, self._now
+        leaving = passed[~used][:count]
+        self._queue[leaving] = self._ABSENT
+        self._left_at[leaving] = self._left
+        self._left += len(leaving)
+        if len(leaving) == count:
+            return leaving
+        return np.concatenate([leaving, self._from_main(count - len(leaving))])
+
+    def _from_main(self, count: int) -> Places:
+        """What leaves the main queue, which turns until `count` came up unused; a turn takes one use."""
+        main = np.flatnonzero(self._queue == self._MAIN)
+        rank = (self._uses[main].astype(np.int64) << 48) + self._stamp[main]
+        leaving = main[np.argpartition(rank, count - 1)[:count]]
+        turns = self._uses[leaving].max()
+        self._uses[main] = np.maximum(self._uses[main], turns) - turns
+        self._queue[leaving] = self._ABSENT
+        return leaving
+
+
+class LinkedCache(S3FifoCache):
+    """S3-FIFO with linking-aligned admission (arXiv 2410.19274, section 5.2).
+
+    Once the cache is full, a long run is admitted as a whole with a low probability, and never if the small
+    queue does not hold it: such a run is cheap to read, and a cached neuron in its middle would not make it
+    shorter.
+    """
+
+    LONG_RUN = 16
+    LONG_RUN_ADMISSION = 0.1
+
+    def __init__(self, neurons: int, capacity: int, pinned: int = 0) -> None:
+        super().__init__(neurons, capacity, pinned)
         self._random = np.random.default_rng(0)
 
     def _choose(self, places: Places) -> Slots:
@@ -140,40 +189,29 @@ class S3FifoCache(NeuronCache):
         wanted[:free] = True
         return np.flatnonzero(wanted)
 
-    def _touch(self, places: Places) -> None:
-        self._uses[places] = np.minimum(self._uses[places] + 1, 3)
 
-    def _insert(self, places: Places) -> None:
-        known = (self._left_at[places] >= 0) & (self._left - self._left_at[places] < self._room)
-        self._queue[places] = np.where(known, self._MAIN, self._SMALL)
-        self._uses[places] = 0
-
-    def _victims(self, count: int) -> Places:
-        found: list[Places] = []
-        while count > 0:
-            small = np.flatnonzero(self._queue == self._SMALL)
-            excess = len(small) - int(self.SMALL_SHARE * self._room)
-            main = np.flatnonzero(self._queue == self._MAIN)
-            if excess > 0 or not len(main):
-                oldest = self._oldest(small, min(count, excess) if len(main) else count)
-                staying = oldest[self._uses[oldest] > 0]
-                leaving = oldest[self._uses[oldest] == 0]
-                self._queue[staying] = self._MAIN
-                self._left_at[leaving] = self._left
-                self._left += len(leaving)
-            else:
-                oldest = self._oldest(main, count)
-                staying = oldest[self._uses[oldest] > 0]
-                leaving = oldest[self._uses[oldest] == 0]
-                self._uses[staying] -= 1
-            self._stamp[staying] = self._now
-            self._queue[leaving] = self._ABSENT
-            found.append(leaving)
-            count -= len(leaving)
-        return np.concatenate(found)
+_POLICIES: dict[CachePolicy, type[NeuronCache]] = {
+    "linked": LinkedCache,
+    "s3fifo": S3FifoCache,
+    "lru": LruCache,
+}
 
 
 def make_cache(policy: CachePolicy, neurons: int, capacity: int, pinned: int = 0) -> NeuronCache:
-    """A layer's cache of the named policy."""
-    kind = LruCache if policy == "lru" else S3FifoCache
-    return kind(neurons, capacity, pinned)
+    """One MLP's cache of the named policy."""
+    return _POLICIES[policy](neurons, capacity, pinned)
+
+
+def cache_shares(uses: list[Slots], slots: int) -> list[int]:
+    """How many slots each MLP should have: a slot goes where the next most used neuron is.
+
+    Args:
+        uses: for how many tokens of the trace each neuron is active, shape (N,), by MLP.
+        slots: for all MLPs together; what no neuron could use stays free.
+    """
+    sizes = np.array([len(one) for one in uses])
+    if slots >= sizes.sum():
+        return sizes.tolist()
+    pooled = np.concatenate(uses)
+    chosen = np.argsort(-pooled, kind="stable")[:slots]
+    return np.bincount(np.repeat(np.arange(len(uses)), sizes)[chosen], minlength=len(uses)).tolist()

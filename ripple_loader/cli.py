@@ -216,7 +216,7 @@ def generate(
     ] = None,
     buffer: Annotated[str | None, typer.Option(help="Size of a read buffer.")] = None,
     io_threads: Annotated[int | None, typer.Option(help="Reads in flight.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Eviction policy: s3fifo or lru.")] = None,
+    cache_policy: Annotated[str | None, typer.Option(help="linked, s3fifo or lru.")] = None,
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
 ) -> None:
     """Generate text, greedily, with the MLPs streamed from disk; a line of numbers goes to stderr."""
@@ -232,7 +232,7 @@ def generate(
                 "merge_gap": merge_gap,
                 "buffer": buffer,
                 "io_threads": io_threads,
-                "cache": cache,
+                "cache_policy": cache_policy,
                 "verify": verify,
             },
         )

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 Placement = Literal["identity", "random", "frequency", "linked", "spectral"]
 ActiveRule = Literal["top_k", "threshold", "energy"]
 BundleDtype = Literal["same", "float32", "float16", "bfloat16", "int8", "int4"]
-CachePolicy = Literal["s3fifo", "lru"]
+CachePolicy = Literal["linked", "s3fifo", "lru"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -158,7 +158,8 @@ class RippleConfig(QuantizationConfigMixin):
         merge_gap: unneeded bytes worth reading to join two reads; about the drive's bandwidth / IOPS.
         buffer: most bytes of one read buffer; there are two, each at most an eighth of the budget.
         io_threads: reads in flight.
-        cache: eviction policy of the neuron cache; "s3fifo" admits long runs rarely, "lru" admits everything.
+        cache_policy: of the neuron cache; "linked" is S3-FIFO that admits long runs rarely, "s3fifo" and
+            "lru" admit everything.
         verify: check every checksum of the sidecar before loading (reads it once).
     """
 
@@ -168,7 +169,7 @@ class RippleConfig(QuantizationConfigMixin):
     merge_gap: int | str = "16KiB"
     buffer: int | str = "4MiB"
     io_threads: int = 16
-    cache: CachePolicy = "s3fifo"
+    cache_policy: CachePolicy = "linked"
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -180,7 +181,7 @@ class RippleConfig(QuantizationConfigMixin):
             parse_size(self.merge_gap, "merge_gap")
         _check_share(self.keep, "keep")
         _check_count(self.io_threads, "io_threads")
-        _check_choice(self.cache, "cache", get_args(CachePolicy))
+        _check_choice(self.cache_policy, "cache_policy", get_args(CachePolicy))
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Self:

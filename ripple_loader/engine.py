@@ -64,6 +64,7 @@ class Engine:
             neurons=header.neurons,
             budget=self.allocation.budget,
             resident=self.allocation.resident,
+            cache_slots=self.allocation.cache_slots,
         )
         self._merge_gap = 0 if config.merge_gap == 0 else parse_size(config.merge_gap, "merge_gap")
         self._reader = Reader(sidecar.path, config.io_threads, self.report)
@@ -75,10 +76,13 @@ class Engine:
             self._vectors = [self._read_vectors(layer) for layer in range(layers)]
             self._sketches = [self._read_sketch(layer) for layer in range(self.allocation.sketch_layers)]
             self._caches = [
-                make_cache(config.cache, header.neurons, slots, min(hot, slots))
-                for hot in (header.hot if slots else ())
+                make_cache(config.cache_policy, header.neurons, count, min(hot, count))
+                for count, hot in zip(slots, header.hot, strict=True)
+                if any(slots)
             ]
-            self._cached = [torch.empty(slots, header.bundle_bytes, dtype=torch.uint8) for _ in self._caches]
+            self._cached = [
+                torch.empty(cache.capacity, header.bundle_bytes, dtype=torch.uint8) for cache in self._caches
+            ]
         for layer in range(len(self._caches)):
             self._pin(layer)
         self.report.reset()

@@ -24,6 +24,7 @@ from ripple_loader.two_opt import two_opt
 
 _TOKENS_AT_ONCE = 1024
 _LEAST_FOR_LOBPCG, _LOBPCG_ROUNDS = 6, 60
+_GROUPS = 16
 
 Order = npt.NDArray[np.int64]
 """A permutation of one layer's neurons, shape (N,): the model's own index of the neuron at each place."""
@@ -160,6 +161,16 @@ def is_hot(counts: Indices, tokens: int, hot_above: float) -> npt.NDArray[np.boo
     return counts > hot_above * tokens
 
 
+def grouped_uses(counts: Indices) -> list[float]:
+    """How much of the activity falls to the most active sixteenth of a layer's neurons, the next, and so on.
+
+    Args:
+        counts: tokens each neuron is active for, shape (N,).
+    """
+    groups = np.array_split(-np.sort(-counts), min(_GROUPS, len(counts)))
+    return [float(group.sum()) for group in groups]
+
+
 def expected_reads(sets: BitSets, order: Order, left_out: npt.NDArray[np.bool_] | None = None) -> float:
     """Reads per token that `order` needs: the mean number of runs of active neurons, without merging.
 
@@ -189,7 +200,7 @@ class Plan:
         bundles: how the sidecar stores weights, see `ReorderConfig`.
         profile: placement, tokens, share of neurons active, share of them hot, and reads per token and MLP in
             the model's own order and in this one, without the hot neurons, counted on tokens that did not
-            shape it.
+            shape it; "uses", for each MLP: see `grouped_uses`.
     """
 
     orders: list[Order]

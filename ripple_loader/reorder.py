@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ripple_loader.atomic import Workspace, check_new, check_space, whole_file, working_on
 from ripple_loader.config import ReorderConfig
-from ripple_loader.placement import Order, Placed, Plan, expected_reads, is_hot, place
+from ripple_loader.placement import Order, Placed, Plan, expected_reads, grouped_uses, is_hot, place
 from ripple_loader.sidecar import SIDECAR
 from ripple_loader.source import SourceModel, open_source
 from ripple_loader.trace import Trace, cut_sequences, trace_description, trace_source, unpack
@@ -104,7 +104,7 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
     settings = {name: value for name, value in asdict(config).items() if name in _PLACING}
     stage = work.stage("orders", [trace.description, settings])
 
-    def one(layer: int) -> tuple[Placed, dict[str, float]]:
+    def one(layer: int) -> tuple[Placed, dict[str, Any]]:
         file, sets = stage / f"{layer}.npz", trace.sets(layer)
         held_back = np.arange(len(sets)) % _HELD_BACK == _HELD_BACK - 1
         if file.exists():
@@ -120,6 +120,7 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
         bar = tqdm(pool.map(one, range(source.layers)), total=source.layers, unit="MLP", desc="place")
         placed, costs = zip(*bar, strict=True)
     tokens = np.array([cost.pop("tokens") for cost in costs])
+    uses = [cost.pop("uses") for cost in costs]
     weights = tokens if tokens.any() else None
     profile = {name: float(np.average([cost[name] for cost in costs], weights=weights)) for name in costs[0]}
     return Plan(
@@ -127,11 +128,16 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
         hot=[one.hot for one in placed],
         exact_zeros=trace.exact_zeros,
         bundles=config.bundles,
-        profile={"placement": config.placement, "tokens": trace.description["tokens"], **profile},
+        profile={
+            "placement": config.placement,
+            "tokens": trace.description["tokens"],
+            **profile,
+            "uses": uses,
+        },
     )
 
 
-def _cost(sets: Any, held_back: Any, order: Order, config: ReorderConfig) -> dict[str, float]:
+def _cost(sets: Any, held_back: Any, order: Order, config: ReorderConfig) -> dict[str, Any]:
     """What one MLP's order costs; the means over MLPs are the plan's profile."""
     counts = np.zeros(len(order), np.int64)
     for start in range(0, len(sets), 1024):
@@ -139,6 +145,7 @@ def _cost(sets: Any, held_back: Any, order: Order, config: ReorderConfig) -> dic
     hot = is_hot(counts, len(sets), config.hot_above)
     return {
         "tokens": len(sets),
+        "uses": grouped_uses(counts),
         "activity": float(counts.sum()) / max(1, len(sets) * len(order)),
         "hot": float(hot.mean()),
         "reads_identity": expected_reads(sets[held_back], np.arange(len(order)), hot),

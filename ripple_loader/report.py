@@ -14,6 +14,7 @@ class RippleReport:
         layers, neurons: layers with streamed MLPs, neurons in each MLP (or expert).
         budget: the DRAM budget in bytes.
         resident: bytes held by kind: buffers, vectors, sketch, index, cache.
+        cache_slots: neurons that fit into the cache of each MLP.
         pinned: hot neurons that stay in the cache, over all MLPs.
         fallbacks: what was done otherwise than asked, and why.
         tokens: tokens computed.
@@ -28,6 +29,7 @@ class RippleReport:
     neurons: int
     budget: int
     resident: dict[str, int] = field(default_factory=dict)
+    cache_slots: list[int] = field(default_factory=list)
     pinned: int = 0
     fallbacks: list[str] = field(default_factory=list)
     tokens: int = 0
@@ -45,7 +47,7 @@ class RippleReport:
 
     def reset(self) -> None:
         """Set the counters to zero."""
-        for counter in fields(self)[7:]:
+        for counter in fields(self)[8:]:
             setattr(self, counter.name, 0)
 
     def summary(self) -> str:

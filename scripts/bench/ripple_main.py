@@ -162,7 +162,7 @@ def main(rounds: int, dram_budget: str) -> None:
         config_of = functools.partial(RippleConfig, dram_budget=dram_budget, io_threads=IN_FLIGHT)
         streamed = {"Ripple, 100%, linked": ("linked", config_of())}
         for keep in KEEPS:
-            flash = config_of(keep=keep, cache="lru", merge_gap=0)
+            flash = config_of(keep=keep, cache_policy="lru", merge_gap=0)
             streamed[f"LLM in a Flash, {keep:.0%}, identity"] = ("identity", flash)
             for placement in PLACEMENTS:
                 streamed[f"Ripple, {keep:.0%}, {placement}"] = (placement, config_of(keep=keep))

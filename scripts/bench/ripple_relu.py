@@ -68,8 +68,8 @@ def settings(directory: Path, dram_budget: str) -> dict[str, RippleConfig]:
     return {
         "no cache, not merged": dataclasses.replace(without, merge_gap=0),
         "no cache, merged": without,
-        "LRU, merged": dataclasses.replace(with_cache, cache="lru"),
-        "S3-FIFO, merged": with_cache,
+        "LRU, merged": dataclasses.replace(with_cache, cache_policy="lru"),
+        "Ripple's cache, merged": with_cache,
     }
 
 

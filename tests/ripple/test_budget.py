@@ -43,7 +43,8 @@ def test_an_allocation_never_exceeds_the_budget(header, budget, keep, buffer, dt
         allocation = allocate(header, RippleConfig(dram_budget=least, keep=keep, buffer=buffer), dtype)
         assert allocation.budget == least
     assert sum(allocation.resident.values()) <= allocation.budget
-    assert 0 <= allocation.cache_slots <= header.neurons
+    assert all(0 <= slots <= header.neurons for slots in allocation.cache_slots)
+    assert len(allocation.cache_slots) == header.layers
     assert 0 <= allocation.sketch_layers <= header.layers
     assert allocation.buffer >= header.bundle_bytes
     assert allocation.buffer <= max(allocation.budget // 8 + 4096, header.bundle_bytes + 4 * 4096)

@@ -3,15 +3,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ripple_loader.cache import INDEX_BYTES, make_cache
+from ripple_loader.cache import INDEX_BYTES, cache_shares, make_cache
 
+POLICIES = ["linked", "s3fifo", "lru"]
 STEPS = st.lists(
     st.lists(st.integers(0, 39), unique=True, max_size=40).map(lambda p: np.array(sorted(p), np.int64)),
     max_size=30,
 )
 
 
-@pytest.mark.parametrize("policy", ["s3fifo", "lru"])
+@pytest.mark.parametrize("policy", POLICIES)
 @settings(deadline=None)
 @given(steps=STEPS, capacity=st.integers(1, 40), pinned=st.integers(0, 40))
 def test_slots_always_hold_the_neuron_they_are_said_to_hold(policy, steps, capacity, pinned):
@@ -32,7 +33,7 @@ def test_slots_always_hold_the_neuron_they_are_said_to_hold(policy, steps, capac
         assert set(missed[admission.index].tolist()) <= set(resident.tolist())
 
 
-@pytest.mark.parametrize("policy", ["s3fifo", "lru"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_neurons_used_all_the_time_stay(policy):
     random, cache, hot = np.random.default_rng(0), make_cache(policy, 1000, 100), np.arange(0, 80, 2)
     hits = 0
@@ -45,8 +46,8 @@ def test_neurons_used_all_the_time_stay(policy):
     assert hits > 0.9 * 50 * len(hot)
 
 
-def test_s3fifo_keeps_its_neurons_through_a_scan_of_everything():
-    cache = make_cache("s3fifo", 1000, 100)
+def test_a_linked_cache_keeps_its_neurons_through_a_scan_of_everything():
+    cache = make_cache("linked", 1000, 100)
     hits = 0
     for _ in range(20):
         slots = cache.lookup(np.arange(1000))
@@ -55,8 +56,8 @@ def test_s3fifo_keeps_its_neurons_through_a_scan_of_everything():
     assert hits == 19 * 100
 
 
-def test_s3fifo_admits_single_neurons_and_short_runs_before_long_ones():
-    cache = make_cache("s3fifo", 1000, 200)
+def test_a_linked_cache_admits_single_neurons_and_short_runs_before_long_ones():
+    cache = make_cache("linked", 1000, 200)
     cache.offer(np.arange(200))
     single, run = np.arange(300, 340, 2), np.arange(400, 418)
     admitted = np.zeros(1000, int)
@@ -69,8 +70,26 @@ def test_s3fifo_admits_single_neurons_and_short_runs_before_long_ones():
     assert admitted[run].max() == admitted[run].min() < admitted[single].mean() / 3
 
 
-@pytest.mark.parametrize("policy", ["s3fifo", "lru"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_index_takes_no_more_than_it_is_charged_for(policy):
     cache = make_cache(policy, 1000, 1000)
     arrays = [value for value in vars(cache).values() if isinstance(value, np.ndarray)]
     assert sum(array.nbytes for array in arrays) <= 1000 * INDEX_BYTES
+
+
+@given(
+    uses=st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5).map(np.array), min_size=1, max_size=4),
+    slots=st.integers(0, 25),
+)
+def test_shares_hold_the_most_used_neurons_and_never_exceed_the_slots(uses, slots):
+    shares = cache_shares(uses, slots)
+    assert sum(shares) == min(slots, 5 * len(uses))
+    kept = sum(int(np.sort(one)[::-1][:share].sum()) for one, share in zip(uses, shares, strict=True))
+    assert kept == np.sort(np.concatenate(uses))[::-1][:slots].sum()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_cache_without_slots_admits_nothing(policy):
+    cache = make_cache(policy, 10, 0)
+    assert (cache.lookup(np.arange(10)) == -1).all()
+    assert len(cache.offer(np.arange(10)).index) == 0

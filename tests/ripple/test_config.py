@@ -41,7 +41,7 @@ def test_a_share_needs_a_total():
         ({"merge_gap": "25%"}, "`merge_gap`"),
         ({"buffer": 0}, "`buffer`"),
         ({"io_threads": 0}, "`io_threads`"),
-        ({"cache": "magic"}, "one of s3fifo, lru"),
+        ({"cache_policy": "magic"}, "one of linked, s3fifo, lru"),
         ({"quant_method": "gptq"}, "gptq"),
         ({"dram_bugdet": 1}, "no key 'dram_bugdet'; did you mean dram_budget"),
     ],

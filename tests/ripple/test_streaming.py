@@ -100,13 +100,13 @@ def test_selection_does_not_depend_on_how_tokens_are_batched(reordered):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", ["s3fifo", "lru"])
+@pytest.mark.parametrize("policy", ["linked", "s3fifo", "lru"])
 @pytest.mark.parametrize("keep", [1.0, 0.3])
 def test_the_cache_changes_reads_and_not_results(policy, keep, reordered):
     directory = reordered("llama")
     least = least_budget(directory, keep=keep, buffer=1 << 14)
     without = load(directory, keep=keep, dram_budget=least, buffer=1 << 14)
-    cached = load(directory, keep=keep, dram_budget=least + 50_000, buffer=1 << 14, cache=policy)
+    cached = load(directory, keep=keep, dram_budget=least + 50_000, buffer=1 << 14, cache_policy=policy)
     assert without.ripple_report.resident["cache"] == 0 < cached.ripple_report.resident["cache"]
     for seed in range(4):
         ids = token_ids(5, seed=seed)
