@@ -140,8 +140,8 @@ def transform(
 ) -> Tensor:
     """One or two constant matrices applied to strided dimensions of a tensor, windows of it among them.
 
-    O[.., i1, .., i2, ..] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * x[offset + steps . j + stride . loops], where x
-    is read as it lies in memory and nothing outside of it may be.
+    O[.., i1, .., i2, ..] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * x[offset + steps . j + stride . loops], where
+    x is read as it lies in memory, and never outside of it.
 
     Args:
         x: contiguous.

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_DIMS = 8
-
 _SOURCE = """
 #include <cstdint>
 #ifdef __AVX512F__
@@ -23,14 +21,20 @@ typedef float V __attribute__((vector_size(64)));
 #else
 typedef float V __attribute__((vector_size(32)));
 #endif
-template <typename T> static inline T load(const float* from) {{ T x; __builtin_memcpy(&x, from, sizeof(T)); return x; }}
+template <typename T> static inline T load(const float* from) {{
+  T x;
+  __builtin_memcpy(&x, from, sizeof(T));
+  return x;
+}}
 template <typename T> static inline void store(float* to, T x) {{ __builtin_memcpy(to, &x, sizeof(T)); }}
 template <typename T>
-static inline void tile(const float* __restrict in, const int64_t* step, float* __restrict out, const int64_t* row) {{
+static inline void tile(const float* __restrict in, const int64_t* step, float* __restrict out,
+                        const int64_t* row) {{
 {body}
 }}
-extern "C" void transform(const float* in, float* out, int64_t dims, const int64_t* size, const int64_t* stride,
-                          const int64_t* out_stride, const int64_t* step, const int64_t* row, int64_t threads) {{
+extern "C" void transform(const float* in, float* out, int64_t dims, const int64_t* size,
+                          const int64_t* stride, const int64_t* out_stride, const int64_t* step,
+                          const int64_t* row, int64_t threads) {{
   int64_t total = 1;
   for (int64_t d = 0; d + 1 < dims; d++) total *= size[d];
   const int64_t width = size[dims - 1], lanes = sizeof(V) / sizeof(float);
@@ -97,7 +101,8 @@ def transform(
     """`kernels.transform` for contiguous float32 tensors of a CPU whose last dimension has stride 1."""
     import ctypes
 
-    assert x.is_contiguous() and stride[-1] == 1 and len(size) <= MOST_DIMS
+    assert x.is_contiguous()
+    assert stride[-1] == 1
     out = x.new_empty(size)
     loops = [at for at in range(len(size)) if at not in places]
     if out.numel() == 0:

@@ -45,24 +45,33 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-def compiled(
-    function: Callable[..., Any], inputs: Sequence[Tensor], *, constant: int | Collection[int]
-) -> Call:
+def compiled(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Call:
     """A call of `function(*inputs)` through Inductor.
 
     Args:
         constant: position or positions of inputs whose transforms are done ahead of the call.
     """
     from torch._inductor.compile_fx import compile_fx
+
+    graph, values = _traced(function, inputs, constant)
+    call = compile_fx(graph, values, config_patches={"joint_custom_pre_pass": None})
+    return lambda: call(*values)
+
+
+def called(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Call:
+    """A call of `function(*inputs)` operator by operator, as `compiled` but without a compiler."""
+    graph, values = _traced(function, inputs, constant)
+    return lambda: graph(*values)
+
+
+def _traced(
+    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]
+) -> tuple[fx.GraphModule, list[Tensor]]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph = make_fx(lambda *values: function(*values))(*inputs)  # a bound method is not traced
-    values = list(inputs)
     places = (constant,) if isinstance(constant, int) else constant
-    if places:
-        graph, values = _fold(graph, values, places)
-    call = compile_fx(graph, values, config_patches={"joint_custom_pre_pass": None})
-    return lambda: call(*values)
+    return _fold(graph, list(inputs), places) if places else (graph, list(inputs))
 
 
 def _fold(

@@ -151,7 +151,7 @@ def test_explain_works_however_often(always_rewrite):
 
 
 def test_a_fault_in_planning_leaves_the_model_working(monkeypatch):
-    monkeypatch.setattr("ollie_compile.plan.search", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("ollie_compile.choice.search", lambda *_, **__: 1 / 0)
     net, x = small_net().eval(), torch.randn(1, 3, 8, 8)
     report = ollie_compile.explain(net, x, **QUICK)
     assert [reason for _, reason in report.untouched] == ["planning failed: division by zero"] * 2
@@ -291,7 +291,7 @@ def test_no_budget_keeps_every_original():
 
 
 def test_a_wrong_candidate_is_dropped_and_named(monkeypatch, always_rewrite, caplog):
-    monkeypatch.setattr("ollie_compile.plan.check_derivation", lambda *_: "differs over the integers")
+    monkeypatch.setattr("ollie_compile.choice.check_derivation", lambda *_: "differs over the integers")
     net, x = small_net().eval(), torch.randn(1, 3, 8, 8)
     report = ollie_compile.explain(net, x, **QUICK)
     assert report.rewritten == 0

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import plan
+from ollie_compile import choice
 from ollie_compile.backend import compile_with
 from ollie_compile.report import Report
 
@@ -143,6 +143,6 @@ def test_out_of_memory_while_measuring_keeps_the_original(monkeypatch):
 
 
 def test_a_budget_of_0_searches_nothing(monkeypatch):
-    monkeypatch.setattr("ollie_compile.plan.search", lambda *_, **__: pytest.fail("a search began"))
+    monkeypatch.setattr("ollie_compile.choice.search", lambda *_, **__: pytest.fail("a search began"))
     report = ollie_compile.explain(nn.Conv2d(3, 4, 3), X, budget_s=0)
     assert [made.reason for _, made in report.plans] == [plan.OUT_OF_TIME]

@@ -59,9 +59,9 @@ def test_a_matrix_is_not_joined_with_one_below_whose_values_go_on_outside():
 
     matrix = Constant.matrix("At2x3", [[1, 1, 1, 0], [0, 1, -1, 1]])
     tensors = {"X": Input("X", (4, 12, 3)), "At2x3": matrix}
-    inner = "{L[i:0..2, t:0..%d, c:0..3] Sum[j:0..4] At2x3[i, j] * X[j, t, c]}"
-    scope = "L[k:0..2, i:0..2, q:0..4, c:0..3] Sum[j:0..4] At2x3[k, j] * %s[i, 2*q + j, c]" % inner
     for extent, count in ((12, 2), (8, 1)):
-        call = match_transform(parse(scope % extent, tensors))
+        inner = f"L[i:0..2, t:0..{extent}, c:0..3] Sum[j:0..4] At2x3[i, j] * X[j, t, c]"
+        scope = f"L[k:0..2, i:0..2, q:0..4, c:0..3] Sum[j:0..4] At2x3[k, j] * {{{inner}}}[i, 2*q + j, c]"
+        call = match_transform(parse(scope, tensors))
         assert call is not None
         assert len(call.matrices) == count
