@@ -1,8 +1,10 @@
-"""Selective activation checkpointing: save the matrix products, recompute what is cheap.
+"""What is saved for the backward pass, and what is computed again in it.
 
 Between two matrix products a decoder layer is elementwise: norms, rotary embedding, activation function,
 masks, copies of shared heads, scaling and sums of LoRA. Autograd saves most of these results; recomputing
-them in the backward pass costs little and halves what a layer of a LoRA fine-tuning keeps.
+them in the backward pass costs little and halves what a layer of a LoRA fine-tuning keeps. Gradient
+checkpointing saves a layer's input only; the attention's output beside it costs as much again, and spares the
+one part of the layer whose recomputation grows with the square of the sample.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _ATTENTION = {
 NARROW = 64  # a product over at most so many columns (LoRA's second factor) is cheaper than its output
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _saving_matmuls(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operator in _LINEAR:
         wide = args[_LINEAR[operator]].shape[1] > NARROW
         return CheckpointPolicy.MUST_SAVE if wide else CheckpointPolicy.PREFER_RECOMPUTE
@@ -36,7 +38,16 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 def saving_matmuls(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """`function(*args)`, of which only the arguments, linear projections and attention outputs are saved."""
-    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return _checkpoint_selectively(_saving_matmuls, function, *args)
+
+
+def saving_attention(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """`function(*args)`, of which only the arguments and the outputs of SDPA's kernels are saved."""
+    return _checkpoint_selectively(list(_ATTENTION), function, *args)
+
+
+def _checkpoint_selectively(saved: Any, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    contexts = functools.partial(create_selective_checkpoint_contexts, saved)
     output: Tensor = checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
     return output
 

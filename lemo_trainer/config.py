@@ -60,6 +60,9 @@ class LemoConfig:
             not differentiated there. "share": the share of the choices that kept it. Detach and eliminate.
         loss_segment: labelled tokens that go through the language-model head at a time in training; 0 keeps
             the model's own loss and its logits.
+        save_attention: under gradient checkpointing, every layer keeps the output of its attention for the
+            backward pass instead of computing it a second time. Exact; it pays at long samples and takes, for
+            each token that carries gradient, about the bytes of its hidden state in a layer. Needs SDPA.
         selective_checkpointing: without gradient checkpointing, a layer saves its matrix products only and
             recomputes norms, activation functions and the like in the backward pass; layers that leave
             nothing out do so too. Exact, and about a third fewer bytes for a few per cent of time.
@@ -82,6 +85,7 @@ class LemoConfig:
     ramp_steps: int = 0
     label_weights: LabelWeights = "all"
     loss_segment: int = 256
+    save_attention: bool = False
     selective_checkpointing: bool = True
 
     def __post_init__(self) -> None:
@@ -90,7 +94,7 @@ class LemoConfig:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}."
                 )
-        for name in ("protect_labels", "causal_scores", "selective_checkpointing"):
+        for name in ("protect_labels", "causal_scores", "selective_checkpointing", "save_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         shared = self.shared_blocks

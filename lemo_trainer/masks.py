@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 AttentionFunction = Callable[..., tuple[Tensor, Any]]
 
+_GROUPED = "lemo_grouped_sdpa"
 _WRITTEN_OUT = "lemo_written_out"
 _written_out: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
 
@@ -26,7 +27,8 @@ _written_out: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
 def masked_attention(attention: Any, mask: Any) -> tuple[str, Tensor | None]:
     """The attention implementation for chosen tokens, by its registered name, and the mask as it takes it."""
     if not isinstance(mask, BlockMask):
-        return attention.config._attn_implementation, mask
+        own: str = attention.config._attn_implementation
+        return _GROUPED if own == "sdpa" else own, mask
     if mask not in _written_out:
         batch, heads, queries, keys = mask.shape
         device = mask.kv_num_blocks.device
@@ -43,6 +45,28 @@ def attention_interface(attention: nn.Module, implementation: str) -> AttentionF
     return function
 
 
+def _grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """SDPA on shared key heads as they are; under a mask transformers copies them, which the CPU need not."""
+    unusual = any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    if attention_mask is None or query.device.type != "cpu" or unusual:
+        sdpa = attention_interface(module, "sdpa")
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    heads = nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
+    )
+    return heads.transpose(1, 2).contiguous(), None
+
+
 def _written_out_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
 ) -> tuple[Tensor, Any]:
@@ -54,4 +78,5 @@ def _written_out_attention(
     return attention_interface(module, "eager")(module, query, key, value, additive, **options)
 
 
+AttentionInterface.register(_GROUPED, _grouped_attention)
 AttentionInterface.register(_WRITTEN_OUT, _written_out_attention)

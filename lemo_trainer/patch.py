@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lemo_trainer.architectures import CausalLM, find_causal_lm, unwrap
-from lemo_trainer.checkpointing import saving_inputs, saving_matmuls
+from lemo_trainer.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.elimination import EliminatingLayer
@@ -51,6 +51,12 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     if hasattr(parts.model, "_lemo"):
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
     model_type, total = parts.model.config.model_type, len(parts.layers)
+    implementation = parts.model.config._attn_implementation
+    if config.save_attention and implementation != "sdpa":
+        raise ValueError(
+            f"`save_attention` saves the outputs of SDPA's kernels and needs attn_implementation='sdpa', got "
+            f"{implementation!r}; leave it out."
+        )
     if config.mode == "segments":
         check_segments(parts)
         report = LemoReport(config, model_type, total, tuple(range(total)), None)
@@ -72,7 +78,8 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     try:
         for index, layer in enumerate(parts.layers):
             leaves_out = patched is not None and index in report.patched_layers
-            if leaves_out or config.selective_checkpointing or config.mode == "segments":
+            recomputes = config.selective_checkpointing or config.save_attention or config.mode == "segments"
+            if leaves_out or recomputes:
                 _patch_layer(index, layer, patched if leaves_out else None, report)
         _patch_causal_lm(parts, report)
     except BaseException:
@@ -123,10 +130,13 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
         run: Callable[..., Any] = operator.call
+        config = self._lemo_report.config
         if self.training and vars(self).get("gradient_checkpointing"):
-            segments = self._lemo_report.config.mode == "segments"
-            run = saving_inputs if segments else self._gradient_checkpointing_func
-        elif self.training and self._lemo_report.config.selective_checkpointing:
+            if config.save_attention:
+                run = saving_attention
+            else:
+                run = saving_inputs if config.mode == "segments" else self._gradient_checkpointing_func
+        elif self.training and config.selective_checkpointing:
             run = saving_matmuls
         if run is not operator.call:  # a recomputation would fill a cache again
             arguments = {

@@ -30,6 +30,7 @@ from lemo_trainer import LemoConfig
         ("layers", None),
         ("label_weights", "some"),
         ("protect_labels", 1),
+        ("save_attention", "yes"),
         ("thresholds", "3"),
         ("thresholds", "3:-1"),
         ("ramp_steps", 0.5),
