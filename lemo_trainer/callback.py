@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from lemo_trainer.architectures import unwrap
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.patch import apply_lemo, remove_lemo
+from lemo_trainer.predictor_files import base_fingerprint, has_predictors, save_predictors
 from lemo_trainer.report import LemoReport
 from lemo_trainer.segments import FLOAT16
 
@@ -30,8 +32,9 @@ class LemoCallback(TrainerCallback):
     Each log entry of a training loss gets `lemo_kept_share` and `lemo_patched_layers`, and
     `lemo_kept_share/layer_N` where the layers differ; the first one after a measured step gets
     `lemo_saved_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the progress bar and the
-    reporting callbacks (TensorBoard, W&B). `lemo_config.json` goes into every checkpoint and into the output
-    folder.
+    reporting callbacks (TensorBoard, W&B). `lemo_config.json`, and predictors where there are some, go into
+    every checkpoint and into the output folder; a resumed run goes on with those of its checkpoint. With
+    `predictor_refresh` the recall of each layer is logged as `lemo_recall/layer_N`.
 
     Args:
         config: which tokens are kept, where and when.
@@ -59,7 +62,7 @@ class LemoCallback(TrainerCallback):
             self._restore(kwargs["model"])
         if args.fp16 and self.config.mode == "segments":
             raise ValueError(FLOAT16)
-        self.report = apply_lemo(kwargs["model"], self.config)
+        self.report = apply_lemo(kwargs["model"], self._config_at(Path(args.output_dir), state))
         if args.torch_compile:
             logger.warning("`torch_compile` compiles evaluation only: LeMo's training steps run eagerly.")
         self._meter = _StepMeter() if self.measure else None
@@ -95,6 +98,10 @@ class LemoCallback(TrainerCallback):
         shares = self.report.layer_shares
         if len(set(shares.values())) > 1:
             metrics |= {f"lemo_kept_share/layer_{i}": round(share, 4) for i, share in shares.items()}
+        if self.report.predictors is not None and self.config.predictor_refresh:
+            metrics |= {
+                f"lemo_recall/layer_{i}": round(r, 4) for i, r in self.report.predictors.recall.items()
+            }
         if self._meter is not None and self._meter.done:
             metrics |= {"lemo_saved_bytes": self._meter.saved_bytes, "lemo_step_flops": self._meter.flops}
             self._meter = None
@@ -104,13 +111,13 @@ class LemoCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._save_config(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+        self._save(_checkpoint(Path(args.output_dir), state), state, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._save(Path(args.output_dir), state, kwargs["model"])
         self._restore(kwargs["model"])
-        self._save_config(Path(args.output_dir), state)
 
     def _restore(self, model: nn.Module) -> None:
         if self._meter is not None:
@@ -118,10 +125,24 @@ class LemoCallback(TrainerCallback):
         remove_lemo(model)
         self.report = None
 
-    def _save_config(self, folder: Path, state: TrainerState) -> None:
-        if state.is_world_process_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG_NAME).write_text(self.config.to_json(), "utf-8")
+    def _config_at(self, output_dir: Path, state: TrainerState) -> LemoConfig:
+        """The configuration; a resumed run goes on with the predictors of its checkpoint."""
+        checkpoint = _checkpoint(output_dir, state)
+        if self.config.selector != "predictor" or not has_predictors(checkpoint):
+            return self.config
+        return dataclasses.replace(self.config, predictors=str(checkpoint))
+
+    def _save(self, folder: Path, state: TrainerState, model: nn.Module) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(self.config.to_json(), "utf-8")
+        if self.report is not None and self.report.predictors is not None:
+            save_predictors(self.report.predictors, folder, base_fingerprint(model))
+
+
+def _checkpoint(output_dir: Path, state: TrainerState) -> Path:
+    return output_dir / f"checkpoint-{state.global_step}"
 
 
 class _StepMeter:

@@ -1,4 +1,4 @@
-"""The command line: `lemo train`, `inspect`, `plan` and `search-thresholds`."""
+"""The command line: `lemo train`, `inspect`, `plan`, `search-thresholds` and `predict-train`."""
 
 from __future__ import annotations
 
@@ -180,6 +180,49 @@ def search_thresholds(
     with _user_errors():
         config = LemoConfig.from_dict({"mode": "eliminate", **lemo})
         commands.find_thresholds(model, data, output, max_increase, seq_len, samples, rounds, config)
+
+
+@app.command()
+@_with_config_options
+def predict_train(
+    model: Annotated[str, typer.Argument(help="model folder or hub id")],
+    data: Annotated[str, typer.Option(help=".jsonl or text file to learn from")],
+    output: Annotated[str, typer.Option(help="folder for the predictors")] = "lemo_predictors",
+    seq_len: Annotated[int, typer.Option(help="tokens of a sample")] = 1024,
+    held_out: Annotated[int, typer.Option(help="last samples of the text, for the recall")] = 4,
+    design: Annotated[str, typer.Option(help="paper or max")] = "paper",
+    ranks: Annotated[str, typer.Option(help="of a net's three matrices")] = "16,16,16",
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 300,
+    batch_size: Annotated[int, typer.Option(help="samples of a step, in each process")] = 1,
+    lr: Annotated[float, typer.Option(help="largest learning rate")] = 3e-3,
+    prune_steps: Annotated[int, typer.Option(help="steps after which dead hidden units go; 0 never")] = 100,
+    save_steps: Annotated[int, typer.Option(help="steps between two states to go on from")] = 50,
+    seed: Annotated[int, typer.Option(help="of the nets and the order of the samples")] = 0,
+    *,
+    lemo: dict[str, Any],
+) -> None:
+    """Train the nets of selector="predictor" for a model, and show their recall by layer.
+
+    A run that was killed goes on where it last saved when it is started again.
+
+    Examples:
+
+        lemo predict-train .cache/assets/SmolLM2-135M-Instruct --data text.jsonl --layers 1 --steps 100
+
+        accelerate launch --num_processes 2 $(command -v lemo) predict-train MODEL --data text.jsonl
+    """
+    with _user_errors():
+        training = {
+            "design": design,
+            "ranks": commands.parse_ranks(ranks),
+            "steps": steps,
+            "batch_size": batch_size,
+            "lr": lr,
+            "prune_steps": prune_steps,
+            "save_steps": save_steps,
+            "seed": seed,
+        }
+        commands.make_predictors(model, data, output, seq_len, held_out, training, LemoConfig.from_dict(lemo))
 
 
 def main() -> None:

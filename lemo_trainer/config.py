@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Mode = Literal["segments", "detach", "eliminate"]
-Selector = Literal["auto", "informativeness", "norm", "random", "recency"]
+Selector = Literal["auto", "informativeness", "predictor", "norm", "random", "recency"]
 LabelWeights = Literal["all", "kept", "share"]
 
 
@@ -29,7 +29,9 @@ class LemoConfig:
             one segment of `segment_tokens` after the other, each meeting the keys and values of those before
             it as constants; `keep_ratio` is the share of the segments that carry gradient.
         selector: how blocks are ranked. "auto": "random" for segments, else "informativeness", the paper's
-            scores. "norm": length of the hidden states. "random": a fresh draw. "recency": later first.
+            scores. "predictor": nets that foretell them, trained for this model by `lemo predict-train`; no
+            queries and keys are made for the scores. "norm": length of the hidden states. "random": a fresh
+            draw. "recency": later first.
         shared_blocks: the first patched layer chooses for all of them (`mode="detach"` only), which keeps
             more quality than a choice by layer and costs less. None does so where it can: under detach,
             without `thresholds` and layerdrop.
@@ -49,6 +51,14 @@ class LemoConfig:
             them.
         causal_scores: a block's attention score counts the queries of that block only, not those of later
             blocks, which inference does not know yet.
+        attention_score_tokens: queries of each block, evenly spaced, from which the attention's scores are
+            made; `block_size` takes all of them, as the paper does.
+        predictors: folder with the files of `lemo predict-train` (`selector="predictor"` only); empty stands
+            for the model's own folder.
+        predictor_refresh: every so many optimizer steps, all layers score exactly and their predictors learn
+            from it; 0 never.
+        predictor_recall: a layer whose predictor finds a smaller share of the exactly chosen blocks goes back
+            to exact scores.
         mlp_score_tokens: tokens of each block, evenly spaced, on which the MLP's informativeness is measured;
             the block's mean is estimated from them. `block_size` measures all of them, at the price of two
             thirds of the MLP's forward.
@@ -79,6 +89,10 @@ class LemoConfig:
     protect_labels: bool = False
     thresholds: str = ""
     causal_scores: bool = False
+    attention_score_tokens: int = 24
+    predictors: str = ""
+    predictor_refresh: int = 0
+    predictor_recall: float = 0.0
     mlp_score_tokens: int = 8
     segment_tokens: int = 512
     warmup_steps: int = 0
@@ -109,6 +123,8 @@ class LemoConfig:
             ("block_size", 1),
             ("sink_blocks", 0),
             ("recent_blocks", 0),
+            ("attention_score_tokens", 1),
+            ("predictor_refresh", 0),
             ("mlp_score_tokens", 1),
             ("segment_tokens", 1),
             ("warmup_steps", 0),
@@ -118,6 +134,14 @@ class LemoConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        if not _is_number(self.predictor_recall) or not 0 <= self.predictor_recall <= 1:
+            raise ValueError(f"`predictor_recall` must be from 0 to 1, got {self.predictor_recall!r}.")
+        for name in ("predictors", "predictor_refresh", "predictor_recall"):
+            if getattr(self, name) and self.selector != "predictor":
+                raise ValueError(
+                    f'`{name}` must be left out unless `selector` is "predictor", got '
+                    f"{getattr(self, name)!r} with {self.selector!r}."
+                )
         if self.label_weights != "all" and not self.loss_segment:
             raise ValueError(
                 f"`label_weights` must be 'all' with loss_segment=0, got {self.label_weights!r}: the weights "
@@ -170,6 +194,11 @@ class LemoConfig:
         if self.selector != "auto":
             return self.selector
         return "random" if self.mode == "segments" else "informativeness"
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether blocks are ranked by the model's own informativeness, exact or foretold."""
+        return self.resolved_selector in ("informativeness", "predictor")
 
     @property
     def layer_thresholds(self) -> dict[int, float]:

@@ -40,7 +40,8 @@ from lemo_trainer.rows import (
     take_arguments,
     take_queries,
 )
-from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
+from lemo_trainer.scoring import BlockScorer
+from lemo_trainer.selection import BlockPlan, select_tokens
 from lemo_trainer.stream import Streams
 
 _KEPT = "lemo_kept"
@@ -92,6 +93,7 @@ class DetachingLayer:
     Args:
         architecture: how the layer is wired.
         config: which tokens are chosen.
+        scorer: makes the scores of the choice.
         first: the layer that chooses for all when blocks are shared.
         streams: what hands the residual stream from layer to layer.
     """
@@ -100,11 +102,13 @@ class DetachingLayer:
         self,
         architecture: Architecture,
         config: LemoConfig,
+        scorer: BlockScorer,
         first: nn.Module,
         streams: Streams | None = None,
     ) -> None:
         self.architecture = architecture
         self.config = config
+        self.scorer = scorer
         self.first = first
         self.streams = streams or Streams()
         self.shared_index_BK: Tensor | None = None
@@ -136,8 +140,8 @@ class DetachingLayer:
             )
 
         with without_graph():
-            everything = project(x_BSD, positions) if self._scores_attention(layer) else None
-            index_BK = self._select(layer, x_BSD, mask, plan, everything)
+            project_all = functools.partial(project, x_BSD, positions)
+            index_BK, everything = self._select(layer, x_BSD, mask, plan, project_all)
             rest_BR = other_positions(index_BK, seq_len)
             rest_rows = flat_rows(rest_BR, seq_len)
             x_BRD = gather(x_BSD, rest_rows)
@@ -203,29 +207,20 @@ class DetachingLayer:
         source = x if self.architecture.is_parallel(layer) else x + update
         return update + self.architecture.mlp_branch(layer, source)
 
-    def _scores_attention(self, layer: nn.Module) -> bool:
-        """Whether the choice in `layer` needs the queries and keys of all tokens."""
-        return self.config.resolved_selector == "informativeness" and self._chooses(layer)
-
-    def _chooses(self, layer: nn.Module) -> bool:
-        return layer is self.first or not self.config.resolved_shared_blocks
-
     def _select(
         self,
         layer: Any,
         x_BSD: Tensor,
         mask: Tensor | None,
         plan: BlockPlan,
-        inputs: AttentionInputs | None,
-    ) -> Tensor:
-        if self._chooses(layer):
-            valid_BS = valid_tokens(mask)
-            if inputs is not None:
-                scores = inputs.block_scores(mask, plan.block_size, causal_scores=self.config.causal_scores)
-            else:
-                scores = cheap_scores(self.config.resolved_selector, x_BSD, valid_BS, plan)
-            self.shared_index_BK = select_tokens(scores, valid_BS, plan, self.config)
+        project: Callable[[], AttentionInputs],
+    ) -> tuple[Tensor, AttentionInputs | None]:
+        """The chosen positions [B, K], and what `project` made where the choice needed it."""
+        inputs = None
+        if layer is self.first or not self.config.resolved_shared_blocks:
+            scores_BN, inputs = self.scorer(layer, x_BSD, mask, plan, project)
+            self.shared_index_BK = select_tokens(scores_BN, valid_tokens(mask), plan, self.config)
         else:
             assert self.shared_index_BK is not None
             plan.on_chosen(self.shared_index_BK)
-        return self.shared_index_BK
+        return self.shared_index_BK, inputs

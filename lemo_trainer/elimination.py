@@ -20,6 +20,7 @@ from lemo_trainer.architectures import Architecture
 from lemo_trainer.checkpointing import without_graph
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness import (
+    AttentionInputs,
     attention_function,
     attention_inputs,
     mlp_intermediate,
@@ -29,6 +30,7 @@ from lemo_trainer.informativeness import (
 )
 from lemo_trainer.masks import masked_attention
 from lemo_trainer.rows import flat_rows, take_arguments, take_mask
+from lemo_trainer.scoring import BlockScorer
 from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
 from lemo_trainer.stream import Streams
 
@@ -39,14 +41,20 @@ class EliminatingLayer:
     Args:
         architecture: how the layer is wired.
         config: which tokens are kept.
+        scorer: makes the attention's scores.
         streams: what hands the residual stream from layer to layer.
     """
 
     def __init__(
-        self, architecture: Architecture, config: LemoConfig, streams: Streams | None = None
+        self,
+        architecture: Architecture,
+        config: LemoConfig,
+        scorer: BlockScorer,
+        streams: Streams | None = None,
     ) -> None:
         self.architecture = architecture
         self.config = config
+        self.scorer = scorer
         self.streams = streams or Streams()
 
     def __call__(
@@ -72,7 +80,17 @@ class EliminatingLayer:
         implementation, mask = masked_attention(architecture.attention_of(layer), attention_mask)
         valid_BS = valid_tokens(mask)
 
-        scores_BN = self._attention_scores(layer, x_BSD, valid_BS, plan, mask, **positions, **kwargs)
+        def project() -> AttentionInputs:
+            return attention_inputs(
+                architecture.attention_of(layer),
+                architecture.attention_input(layer, x_BSD),
+                attention_mask=mask,
+                **positions,
+                **kwargs,
+            )
+
+        with without_graph():
+            scores_BN, _ = self.scorer(layer, x_BSD, mask, plan, project)
         index_BK = select_tokens(scores_BN, valid_BS, plan, self.config)
         kept = {"attention_mask": take_mask(mask, index_BK), **take_arguments(positions, index_BK)}
 
@@ -104,28 +122,8 @@ class EliminatingLayer:
         return self.streams.leave(layer, stream)
 
     @without_graph()
-    def _attention_scores(
-        self,
-        layer: Any,
-        x_BSD: Tensor,
-        valid_BS: Tensor | None,
-        plan: BlockPlan,
-        mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if self.config.resolved_selector != "informativeness":
-            return cheap_scores(self.config.resolved_selector, x_BSD, valid_BS, plan)
-        inputs = attention_inputs(
-            self.architecture.attention_of(layer),
-            self.architecture.attention_input(layer, x_BSD),
-            attention_mask=mask,
-            **kwargs,
-        )
-        return inputs.block_scores(mask, plan.block_size, causal_scores=self.config.causal_scores)
-
-    @without_graph()
     def _mlp_scores(self, layer: Any, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:
-        if self.config.resolved_selector != "informativeness":
+        if not self.config.scores_text:
             return cheap_scores(self.config.resolved_selector, x_BSD, valid_BS, plan)
         sampled = score_positions(
             plan.blocks, plan.block_size, self.config.mlp_score_tokens, device=x_BSD.device

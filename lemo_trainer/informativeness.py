@@ -6,6 +6,8 @@ Attention (LeMo, section 3). With S = scaling * Q K^T before softmax, Q and K as
     I(m, n) = max over queries i of block m, keys j of block n of (1 / H) * sum over heads of max(S_ij, 0)
     score(n) = sum over m of I(m, n)
 
+The maximum over all queries is the paper's; over some of each block, evenly spaced, it is an estimate.
+
 MLP. With z the intermediate activation (the input of the last projection; act(gate) * up in gated MLPs),
 
     score(n) = mean over tokens of block n of mean over the width of |z|
@@ -13,7 +15,8 @@ MLP. With z the intermediate activation (the input of the last projection; act(g
 Q, K and z are taken from the model's own modules, which run without gradient and without dropout up to the
 point where they exist. No S x S map is ever held: queries are taken a few blocks at a time.
 
-Shapes: B batch, S tokens, H query heads, G key heads, d head width, N whole blocks, D hidden width.
+Shapes: B batch, S tokens, P scored queries, H query heads, G key heads, d head width, N whole blocks,
+M blocks with a partial one, D hidden width.
 """
 
 from __future__ import annotations
@@ -58,11 +61,11 @@ class AttentionInputs:
         query, key, value = (take_heads(x, index_BK) for x in (self.query, self.key, self.value))
         return dataclasses.replace(self, query=query, key=key, value=value)
 
-    def block_scores(self, mask_B1SS: Tensor | None, block_size: int, *, causal_scores: bool) -> Tensor:
-        """`attention_scores` of these queries and keys."""
-        return attention_scores(
-            self.query, self.key, self.scaling, mask_B1SS, block_size, causal_scores=causal_scores
-        )
+    def pooled_map(self, mask_B1SS: Tensor | None, block_size: int, count: int) -> Tensor:
+        """I(m, n) of the module's docstring from `count` queries of each block: [B, M, N] float32."""
+        positions = query_positions(self.key.shape[2], block_size, count, self.key.device)
+        query = self.query.index_select(2, positions)
+        return pooled_map(query, self.key, self.scaling, mask_B1SS, block_size, positions)
 
 
 def _capture_attention(
@@ -163,50 +166,75 @@ def allowed_pairs(mask_B1SS: Tensor) -> Tensor:
     return mask_B1SS if mask_B1SS.dtype == torch.bool else mask_B1SS == 0
 
 
+def allowed_blocks(mask_B1SS: Tensor, block_size: int) -> Tensor:
+    """Bool [B, N, N]: whether some query of a whole block may look at some key of another."""
+    whole = mask_B1SS.shape[-1] // block_size * block_size
+    pairs_BSS = allowed_pairs(mask_B1SS[:, 0, :whole, :whole])
+    return pairs_BSS.unflatten(1, (-1, block_size)).unflatten(3, (-1, block_size)).any(4).any(2)
+
+
 def valid_tokens(mask_B1SS: Tensor | None) -> Tensor | None:
     """Bool [B, S], False at padding, of an attention mask; None when every token counts."""
     return None if mask_B1SS is None else allowed_pairs(mask_B1SS[:, 0]).diagonal(dim1=1, dim2=2)
 
 
+def query_positions(seq_len: int, block_size: int, count: int, device: torch.device) -> Tensor:
+    """Positions [M * c] of c = min(count, block_size) evenly spaced queries in each of the M blocks.
+
+    The last of each stretch is taken, which sees most keys. A partial block, the last one, repeats its last.
+    """
+    count = min(count, block_size)
+    offsets = torch.arange(1, count + 1, device=device) * block_size // count - 1
+    blocks = torch.arange(-(-seq_len // block_size), device=device)[:, None]
+    return (blocks * block_size + offsets).flatten().clamp(max=seq_len - 1)
+
+
 @torch.no_grad()
-def attention_scores(
-    q_BHSd: Tensor,
+def pooled_map(
+    q_BHPd: Tensor,
     k_BGSd: Tensor,
     scaling: float,
     mask_B1SS: Tensor | None,
     block_size: int,
-    *,
-    causal_scores: bool = False,
+    positions_P: Tensor,
 ) -> Tensor:
-    """score(n) of the module's docstring for each whole block: [B, N] float32.
+    """I(m, n) of the module's docstring, [B, M, N] float32, 0 above the diagonal.
+
+    M blocks of queries, a partial one included, and N whole blocks of keys.
 
     Args:
+        q_BHPd: the queries at `positions_P`, block after block, as many in each.
         mask_B1SS: the layer's attention mask, bool or additive; None is plain causal.
-        causal_scores: I(n, n) alone, without the queries of later blocks.
     """
-    batch, heads, seq_len, width = q_BHSd.shape
-    groups = k_BGSd.shape[1]
-    blocks = seq_len // block_size
-    rows = block_size * max(1, QUERY_ROWS // block_size)
-    scores_BN = torch.zeros(batch, -(-seq_len // block_size), device=q_BHSd.device)
-    for start in range(0, seq_len, rows):
-        stop = min(start + rows, seq_len)
-        q = q_BHSd[:, :, start:stop].reshape(batch, groups, -1, width)
-        map_Brs = (q @ k_BGSd[:, :, :stop].transpose(2, 3)).relu_().view(batch, heads, stop - start, stop)
+    batch, heads, _, width = q_BHPd.shape
+    groups, seq_len = k_BGSd.shape[1:3]
+    blocks = -(-seq_len // block_size)
+    count = len(positions_P) // blocks
+    step = max(1, QUERY_ROWS // count)
+    map_BMN = torch.zeros(batch, blocks, blocks, device=q_BHPd.device)
+    for first in range(0, blocks, step):
+        rows = slice(first * count, (first + step) * count)
+        stop = min((first + step) * block_size, seq_len)
+        q, positions = q_BHPd[:, :, rows].reshape(batch, groups, -1, width), positions_P[rows]
+        map_Brs = (q @ k_BGSd[:, :, :stop].transpose(2, 3)).relu_().view(batch, heads, -1, stop)
         map_Brs = map_Brs.sum(1, dtype=torch.float32).mul_(scaling / heads)
         if mask_B1SS is None:
-            map_Brs.tril_(start)
+            map_Brs *= torch.arange(stop, device=positions.device) <= positions[:, None]
         else:
-            map_Brs *= allowed_pairs(mask_B1SS[:, 0, start:stop, :stop])
-        pad = -stop % block_size  # only the last query rows and keys can be a part of a block
-        map_Brs = nn.functional.pad(map_Brs, (0, pad, 0, pad))
-        pooled = map_Brs.unflatten(1, (-1, block_size)).unflatten(3, (-1, block_size)).amax((2, 4))
-        if causal_scores:
-            own = slice(start // block_size, pooled.shape[2])
-            scores_BN[:, own] = pooled.diagonal(own.start, 1, 2)
-        else:
-            scores_BN[:, : pooled.shape[2]] += pooled.sum(1)
-    return scores_BN[:, :blocks]
+            map_Brs *= allowed_pairs(mask_B1SS[:, 0, :, :stop].index_select(1, positions))
+        map_Brs = nn.functional.pad(map_Brs, (0, -stop % block_size))
+        pooled = map_Brs.unflatten(1, (-1, count)).unflatten(3, (-1, block_size)).amax((2, 4))
+        map_BMN[:, first : first + step, : pooled.shape[2]] = pooled
+    return map_BMN[:, :, : seq_len // block_size]
+
+
+def map_scores(map_BMN: Tensor, *, causal_scores: bool = False) -> Tensor:
+    """score(n) of a block map [B, M, N]: its column sums, [B, N].
+
+    Args:
+        causal_scores: I(n, n) alone, without the queries of later blocks.
+    """
+    return map_BMN.diagonal(dim1=1, dim2=2) if causal_scores else map_BMN.sum(1)
 
 
 def score_positions(blocks: int, block_size: int, count: int, device: torch.device) -> Tensor:

@@ -24,8 +24,10 @@ from lemo_trainer.config import LemoConfig
 from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.elimination import EliminatingLayer
 from lemo_trainer.head import check_head, forward_with_segmented_loss
+from lemo_trainer.predictor_files import predictors_of
 from lemo_trainer.probe import CACHES, Wiring, find_wiring, layer_arguments, split_arguments
 from lemo_trainer.report import LemoReport
+from lemo_trainer.scoring import BlockScorer
 from lemo_trainer.segments import SegmentCache, check_batch, check_segments, forward_in_segments
 from lemo_trainer.stream import Streams
 
@@ -45,7 +47,8 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
 
     Raises:
         ValueError: the model is patched already, or it cannot be (architecture, attention implementation,
-            a head that the segment-wise loss cannot read).
+            a head that the segment-wise loss cannot read), or the predictors are damaged or another model's.
+        FileNotFoundError: there are no predictors for `selector="predictor"`.
     """
     parts = find_causal_lm(model)
     if hasattr(parts.model, "_lemo"):
@@ -72,7 +75,9 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         wiring = find_wiring(parts)
         chosen = _chosen_layers(wiring, config, total)
         report = LemoReport(config, model_type, total, chosen, wiring)
-        patched = _leaving_out(wiring, config, parts.layers[chosen[0]])
+        choosing = chosen[:1] if config.resolved_shared_blocks else chosen
+        report.predictors = predictors_of(config, parts.model, choosing)
+        patched = _leaving_out(report, wiring, parts.layers[chosen[0]])
     if config.loss_segment:
         check_head(parts)
     try:
@@ -99,12 +104,13 @@ def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int,
     return chosen
 
 
-def _leaving_out(wiring: Wiring, config: LemoConfig, first: nn.Module) -> EliminatingLayer | DetachingLayer:
+def _leaving_out(report: LemoReport, wiring: Wiring, first: nn.Module) -> EliminatingLayer | DetachingLayer:
+    config, scorer = report.config, BlockScorer(report.config, report.predictors)
     # A table of known models has those only that hand a stream from layer to layer and keep none for later.
     streams = Streams(in_place=not wiring.probed)
     if config.mode == "detach":
-        return DetachingLayer(wiring.architecture, config, first, streams)
-    return EliminatingLayer(wiring.architecture, config, streams)
+        return DetachingLayer(wiring.architecture, config, scorer, first, streams)
+    return EliminatingLayer(wiring.architecture, config, scorer, streams)
 
 
 def remove_lemo(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from lemo_trainer.architectures import ARCHITECTURES, REFUSED, Architecture, Cau
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.informativeness import dispatches, mlp_intermediate, without_dropout
+from lemo_trainer.scoring import BlockScorer
 from lemo_trainer.selection import BlockPlan
 
 TOKENS = 8
@@ -308,7 +309,7 @@ def is_wiring_of(architecture: Architecture, layer: Any, x_BSD: Tensor, argument
     def detached() -> Tensor:
         config = LemoConfig(selector="recency", keep_ratio=0.5, block_size=1)
         plan = BlockPlan.of(TOKENS, config)
-        return DetachingLayer(architecture, config, layer)(
+        return DetachingLayer(architecture, config, BlockScorer(config), layer)(
             layer, x_BSD, mask, positions, plan, operator.call, **options
         )
 

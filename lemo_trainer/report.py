@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.loss import IGNORE_INDEX
+from lemo_trainer.predictor import PatternPredictors
 from lemo_trainer.probe import Wiring
 from lemo_trainer.segments import choose_segments
 from lemo_trainer.selection import BlockPlan
@@ -31,6 +32,7 @@ class LemoReport:
         total_layers: decoder layers of the model.
         patched_layers: indices of those that leave tokens out.
         wiring: how its layers are wired, and which parts stay dense; None where that plays no part.
+        predictors: what foretells the scores under `selector="predictor"`, with the recall of each layer.
         active: False runs dense although patched (warm-up).
         seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
         thresholds: `config.layer_thresholds`, of which a search may change the values; 0 is dense.
@@ -44,6 +46,7 @@ class LemoReport:
     total_layers: int
     patched_layers: tuple[int, ...]
     wiring: Wiring | None
+    predictors: PatternPredictors | None = None
     active: bool = True
     seq_len: int = 0
     thresholds: dict[int, float] = field(init=False)
@@ -97,6 +100,8 @@ class LemoReport:
         self.active = after >= 0
         ramp = min(1.0, (after + 1) / (self.config.ramp_steps + 1))
         self._keep_ratio = 1 - (1 - self.config.resolved_keep_ratio) * ramp
+        if self.predictors is not None:
+            self.predictors.at_step(step)
 
     def start_batch(self, labels_BS: Tensor | None) -> None:
         """Forget the last training batch; `labels_BS` are those of the new one."""

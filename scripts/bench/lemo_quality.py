@@ -1,10 +1,14 @@
 """What token sparsity costs in quality: dense held-out loss after training on the same tokens.
 
     python scripts/bench/lemo_quality.py [--seeds 3] [--steps 16] [--seq-len 512] [--contenders NAME ...]
+        [--predictors DIR]
 
-SmolLM2-135M, LoRA on all linear layers, AdamW, bfloat16 weights, float32 adapter. In each seed all contenders
-start from the same adapter and see the same samples in the same order; every loss is that of the dense model
-on held-out text.
+SmolLM2-135M, LoRA on all linear layers, AdamW, bfloat16 weights (or --dtype float32), float32 adapter. In
+each seed all contenders start from the same adapter and see the same samples in the same order; every loss is
+that of the dense model on held-out text.
+"all queries" makes the scores from all queries of each block, the others
+from the default's 24; "predicted" rows need the predictors of all layers, as lemo_predictors.py --save makes
+them.
 """
 
 from __future__ import annotations
@@ -54,7 +58,17 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "eliminate, random, 50%": {**ELIMINATE, "selector": "random"},
     "eliminate, informativeness, 50%, labels by kept share": {**ELIMINATE, "label_weights": "share"},
     "eliminate, thresholds searched for +0.05": {"mode": "eliminate", "thresholds": SEARCHED},
+    "detach, informativeness, shared, 50%, all queries": {**SHARED, "attention_score_tokens": 64},
+    "detach, informativeness, 50%, all queries": {**DETACH, "attention_score_tokens": 64},
+    "eliminate, informativeness, 50%, all queries": {**ELIMINATE, "attention_score_tokens": 64},
 }
+PREDICTED: dict[str, dict[str, Any] | None] = {
+    "detach, predicted, shared, 50%": {**SHARED, "selector": "predictor"},
+    "detach, predicted, 50%": {**DETACH, "selector": "predictor"},
+    "eliminate, predicted, 50%": {**ELIMINATE, "selector": "predictor"},
+}
+DEFAULT = list(CONTENDERS)
+CONTENDERS |= PREDICTED
 
 
 def batch(sample: dict[str, list[int]]) -> dict[str, Any]:
@@ -67,10 +81,12 @@ def held_out_loss(model: Any, samples: list[dict[str, list[int]]]) -> float:
     return statistics.mean(model(**batch(sample)).loss.item() for sample in samples)
 
 
-def train(config: LemoConfig, samples: list[dict[str, list[int]]], lr: float, seed: int) -> tuple[Any, float]:
+def train(
+    config: LemoConfig, samples: list[dict[str, list[int]]], lr: float, seed: int, dtype: torch.dtype
+) -> tuple[Any, float]:
     """The trained model and the most MB that its first step saved for a backward pass."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=dtype)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     report = apply_lemo(model, config)
@@ -105,8 +121,17 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=8, help="held-out samples of the loss")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=DEFAULT)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--predictors", help="folder for the predicted rows, which then join the default ones"
+    )
     options = parser.parse_args()
+    if options.predictors and options.contenders == DEFAULT:
+        options.contenders = list(CONTENDERS)
+    for lemo in PREDICTED.values():
+        assert lemo is not None
+        lemo["predictors"] = options.predictors or ""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -124,14 +149,15 @@ def main() -> None:
             lemo["thresholds"] = searched_thresholds(for_search)
         samples = [] if lemo is None else [text[i] for i in order.tolist()]
         config = LemoConfig(**(lemo or {}))
-        model, saved[name] = train(config, samples, options.lr, seed)
+        dtype = getattr(torch, options.dtype)
+        model, saved[name] = train(config, samples, options.lr, seed, dtype)
         losses[name].append(held_out_loss(model, held_out))
         tqdm.write(f"seed {seed}: {name}: {losses[name][-1]:.4f}")
 
     table = common.Table(
         "lemo_quality",
         "Dense held-out loss after training with token sparsity, SmolLM2-135M",
-        f"bfloat16 weights, float32 adapter, {options.steps} steps of {options.seq_len} tokens, "
+        f"{options.dtype} weights, float32 adapter, {options.steps} steps of {options.seq_len} tokens, "
         f"lr {options.lr:g}, LoRA r 8 on all linear layers, {options.seeds} seeds; held-out loss over "
         f"{len(held_out) * options.seq_len} tokens; default layers of each mode",
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lemo_trainer.cli import app
+from lemo_trainer.predictor_files import load_predictors
 
 from .training import save_model_and_text
 
@@ -196,6 +198,78 @@ def test_search_thresholds_names_what_is_wrong_and_writes_nothing(tmp_path, opti
     assert result.exit_code == 2
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "found.yaml").exists()
+
+
+PREDICT = ["--block-size", "8", "--seq-len", "64", "--ranks", "4,4,4", "--steps", "2", "--held-out", "2"]
+
+
+def test_predict_train_makes_predictors_that_a_run_uses(recipe, tmp_path):
+    folder = tmp_path / "predictors"
+    arguments = [
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--output",
+        str(folder),
+        *PREDICT,
+    ]
+    result = CliRunner().invoke(app, ["predict-train", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "of the model's parameters; recall of 2 held-out samples" in " ".join(result.output.split())
+    lemo = {"block_size": 8, "selector": "predictor", "predictors": str(folder), "predictor_refresh": 1}
+    result = invoke({**recipe, "lemo": lemo}, tmp_path)
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"lemo_predictors.safetensors", "lemo_predictors.json", "lemo_config.json"}
+
+
+@pytest.mark.slow
+def test_predict_train_runs_in_two_processes(recipe, tmp_path):
+    folder = tmp_path / "predictors"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(Path(sys.executable).with_name("lemo"))
+    arguments = [
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--output",
+        str(folder),
+        *PREDICT,
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [*launch, script, "predict-train", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrote ") == 1
+    assert load_predictors(folder).layers == (1,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "4,4"], "must be three whole numbers like \"16,16,16\", got '4,4'"),
+        (["--design", "best"], "`design` must be paper or max, got 'best'"),
+        (["--steps", "0"], "`steps` must be at least 1, got 0"),
+        (["--seq-len", "15"], "`seq_len` must be at least 16, got 15"),
+        (["--held-out", "100000"], "must hold more than the 100000 held-out samples"),
+        (["--data", "absent.txt"], "absent.txt must exist"),
+    ],
+)
+def test_predict_train_names_what_is_wrong_and_writes_nothing(recipe, tmp_path, options, message):
+    folder = tmp_path / "predictors"
+    arguments = [
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--output",
+        str(folder),
+        *PREDICT,
+    ]
+    result = CliRunner().invoke(app, ["predict-train", *arguments, *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("command", ["train", "inspect"])

@@ -8,10 +8,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from lemo_trainer import informativeness
 from lemo_trainer.architectures import ARCHITECTURES
 from lemo_trainer.informativeness import (
+    AttentionInputs,
     attention_inputs,
-    attention_scores,
+    map_scores,
     mlp_intermediate,
     mlp_scores,
+    query_positions,
     score_positions,
 )
 
@@ -34,6 +36,10 @@ def naive_scores(q, k, scaling, allowed, block):
     return scores
 
 
+def inputs(q, k):
+    return AttentionInputs(query=q, key=k, value=k, scaling=0.3, options={})
+
+
 @pytest.mark.parametrize("seq_len", [8, 40, 45, 61])
 @pytest.mark.parametrize("mask_kind", ["causal", "bool", "additive"])
 @pytest.mark.parametrize("causal_scores", [False, True])
@@ -50,11 +56,30 @@ def test_attention_scores_equal_the_full_map(monkeypatch, seq_len, mask_kind, ro
         mask = allowed[:, None]
         if mask_kind == "additive":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    got = attention_scores(q, k, 0.3, mask, 8, causal_scores=causal_scores)
+    got = map_scores(inputs(q, k).pooled_map(mask, 8, 8), causal_scores=causal_scores)
     if causal_scores:
         block = torch.arange(seq_len) // 8
         allowed = allowed & (block[:, None] == block)
     torch.testing.assert_close(got, naive_scores(q, k, 0.3, allowed, 8))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("seq_len", [32, 45])
+def test_some_queries_of_a_block_estimate_the_map_from_below(count, seq_len):
+    torch.manual_seed(0)
+    q, k = torch.randn(B, H, seq_len, D), torch.randn(B, G, seq_len, D)
+    positions = query_positions(seq_len, 8, count, q.device)
+    allowed = torch.ones(seq_len, seq_len).tril().bool().repeat(B, 1, 1)
+    chosen = torch.zeros(seq_len, 1, dtype=torch.bool)
+    chosen[positions] = True
+    got = map_scores(inputs(q, k).pooled_map(None, 8, count))
+    torch.testing.assert_close(got, naive_scores(q, k, 0.3, allowed & chosen, 8))
+
+
+def test_query_positions_are_the_last_of_each_stretch():
+    assert query_positions(16, 8, 2, torch.device("cpu")).tolist() == [3, 7, 11, 15]
+    assert query_positions(11, 4, 2, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9, 10]
+    assert query_positions(6, 4, 9, torch.device("cpu")).tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
 
 
 def test_queries_and_keys_are_rotated_and_grouped():
