@@ -5,13 +5,13 @@ The bound ranks candidates and prunes those that cannot win; what survives is co
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
 
 import torch
 
+from ollie_compile import store
 from ollie_compile.convolutions import ConvolutionCall
 from ollie_compile.expr import Scope
 from ollie_compile.lower import Product, Program, operator_of
@@ -36,37 +36,83 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-@functools.lru_cache(maxsize=4096)
+class Profile:
+    """Measured seconds of library calls by device and threads, kept on disk between processes."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[torch.device, int], dict[str, float]] = {}
+        self.changed: set[tuple[torch.device, int]] = set()
+
+    def seconds(self, device: torch.device, what: str, measure: Callable[[], float]) -> float:
+        """What `measure` gave for `what`, now or earlier."""
+        place = (device, torch.get_num_threads())
+        if place not in self.known:
+            kept = store.read(self._name(device)) or {}
+            self.known[place] = {k: float(v) for k, v in kept.items() if isinstance(v, (int, float))}
+        values = self.known[place]
+        if what not in values:
+            values[what] = measure()
+            self.changed.add(place)
+        return values[what]
+
+    def save(self) -> None:
+        """Add what is new to what other processes have kept."""
+        for place in self.changed:
+            if place[1] == torch.get_num_threads():
+                name = self._name(place[0])
+                store.write(name, (store.read(name) or {}) | self.known[place])
+        self.changed.clear()
+
+    @staticmethod
+    def _name(device: torch.device) -> str:
+        return store.key("profile", store.conditions(device))
+
+
+profile = Profile()
+
+
 def product_seconds(
     apart: int, left: int, contracted: int, right: int, shared: bool, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Measured time of a [apart, left, contracted] @ [apart, contracted, right] product."""
-    first = torch.zeros(1 if shared else apart, left, contracted, dtype=dtype, device=device)
-    second = torch.zeros(apart, contracted, right, dtype=dtype, device=device)
-    if apart == 1:
-        return median_seconds(lambda: torch.mm(first[0], second[0]))
-    return median_seconds(lambda: torch.bmm(first.expand(apart, -1, -1), second))
+
+    def measure() -> float:
+        first = torch.zeros(1 if shared else apart, left, contracted, dtype=dtype, device=device)
+        second = torch.zeros(apart, contracted, right, dtype=dtype, device=device)
+        if apart == 1:
+            return median_seconds(lambda: torch.mm(first[0], second[0]))
+        return median_seconds(lambda: torch.bmm(first.expand(apart, -1, -1), second))
+
+    what = f"product {apart}x{left}x{contracted}x{right}{' shared' if shared else ''} {dtype}"
+    return profile.seconds(device, what, measure)
 
 
-@functools.lru_cache(maxsize=4096)
 def convolution_seconds(
     call: ConvolutionCall, channels_last: bool, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Measured time of a library convolution, its padding included."""
-    x = torch.zeros(call.unpadded_shape, dtype=dtype, device=device)
-    weight = torch.zeros(call.weight_shape, dtype=dtype, device=device)
-    if channels_last and x.dim() > 3:
-        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-    return median_seconds(lambda: call(x, weight))
+
+    def measure() -> float:
+        x = torch.zeros(call.unpadded_shape, dtype=dtype, device=device)
+        weight = torch.zeros(call.weight_shape, dtype=dtype, device=device)
+        if channels_last and x.dim() > 3:
+            layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+        return median_seconds(lambda: call(x, weight))
+
+    return profile.seconds(device, f"{call} {channels_last} {dtype}", measure)
 
 
-@functools.lru_cache(maxsize=16)
 def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """Measured traffic of an elementwise kernel whose tensors fit a cache."""
-    x = torch.zeros(1 << 16, dtype=dtype, device=device)
-    out = torch.empty_like(x)
-    return 3 * x.nbytes / median_seconds(lambda: torch.add(x, x, out=out))
+    count = 1 << 16
+
+    def measure() -> float:
+        x = torch.zeros(count, dtype=dtype, device=device)
+        out = torch.empty_like(x)
+        return median_seconds(lambda: torch.add(x, x, out=out))
+
+    return 3 * count * dtype.itemsize / profile.seconds(device, f"addition of {count} {dtype}", measure)
 
 
 def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device) -> float:

@@ -127,8 +127,7 @@ def _(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
     return triton_kernels.banded_values(a, b, dilation, offset)
 
 
-@torch.library.custom_op("ollie::transform", mutates_args=())
-def transform(
+def _transform(
     x: Tensor,
     size: list[int],
     stride: list[int],
@@ -155,33 +154,37 @@ def transform(
     Returns:
         [*size], contiguous, in the dtype of `x`.
     """
-    x = x.contiguous()
-    matrices = _matrices(size, places, values, columns)
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        from ollie_compile import transform_kernels
+    from ollie_compile import transform_kernels
 
-        return transform_kernels.transform(x, size, stride, offset, places, steps, matrices)
+    x = x.contiguous()
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return transform_kernels.transform(x, size, stride, offset, places, steps, values, columns)
     loops = [at for at in range(len(size)) if at not in places]
-    taken = x.as_strided(
-        [*columns, *(size[at] for at in loops)], [*steps, *(stride[at] for at in loops)], offset
-    )
-    for matrix in matrices:  # each takes the first dimension and leaves its rows as the last
+    at = torch.full((), offset, device=x.device)
+    for count, step in (
+        *zip(columns, steps, strict=True),
+        *((size[place], stride[place]) for place in loops),
+    ):
+        at = at.unsqueeze(-1) + torch.arange(count, device=x.device) * step
+    taken = x.flatten()[at]
+    for matrix in transform_kernels.matrices_of(size, places, values, columns):
+        # Each takes the first dimension and leaves its rows as the last.
         taken = torch.tensordot(taken, torch.tensor(matrix, dtype=x.dtype, device=x.device), ([0], [1]))
     found = [*loops, *places]
     return taken.permute([found.index(at) for at in range(len(size))]).contiguous()
 
 
-def _matrices(
-    size: list[int], places: list[int], values: list[float], columns: list[int]
-) -> tuple[tuple[tuple[float, ...], ...], ...]:
-    left = iter(values)
-    return tuple(
-        tuple(tuple(next(left) for _ in range(width)) for _ in range(size[place]))
-        for place, width in zip(places, columns, strict=True)
-    )
+# Not a custom_op, whose calls take tens of microseconds.
+_library = torch.library.Library("ollie", "FRAGMENT")
+_library.define(
+    "transform(Tensor x, SymInt[] size, SymInt[] stride, SymInt offset, SymInt[] places, SymInt[] steps, "
+    "float[] values, SymInt[] columns) -> Tensor"
+)
+_library.impl("transform", _transform, "CompositeExplicitAutograd")
+transform = torch.ops.ollie.transform.default
 
 
-@transform.register_fake
+@torch.library.register_fake("ollie::transform", lib=_library)
 def _(x: Tensor, size: list[int], *_others: object) -> Tensor:
     return x.new_empty(size)
 

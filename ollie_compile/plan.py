@@ -97,8 +97,7 @@ def plan(operator: Operator, config: OllieConfig, budget_s: float) -> Plan:
 def plan_all(
     operators: Mapping[Operator, int], config: OllieConfig, budget_s: float
 ) -> dict[Operator, Plan | Exception]:
-    """The plans for a graph's operators, made once a process for each configuration, thread count and
-    users' rules, or why planning failed.
+    """The plans for a graph's operators, of this process, from the disk or made now, or why that failed.
 
     A plan that the budget cut short is made anew when it is asked for again with a larger one.
 
@@ -106,6 +105,8 @@ def plan_all(
         operators: with how often each occurs.
         budget_s: seconds for all of them; 0 keeps the originals.
     """
+    from ollie_compile import saved
+
     made: dict[Operator, Plan | Exception] = {}
     for operator in operators:
         known = _plans.get(_key(operator, config))
@@ -113,6 +114,8 @@ def plan_all(
             made[operator] = Plan(operator, budget_s, reason=OUT_OF_TIME)
         elif known is not None and (known.complete or budget_s <= SAME_BUDGET * known.budget_s):
             made[operator] = known
+        elif (kept := saved.load(operator, config, budget_s)) is not None:
+            made[operator] = _plans[_key(operator, config)] = kept
     new = {operator: count for operator, count in operators.items() if operator not in made}
     if new:
         with tune.outside_compilation():
@@ -127,7 +130,7 @@ def _key(operator: Operator, config: OllieConfig) -> tuple[Operator, OllieConfig
 def _make(
     operators: Mapping[Operator, int], config: OllieConfig, budget_s: float
 ) -> dict[Operator, Plan | Exception]:
-    from ollie_compile import choice
+    from ollie_compile import choice, cost, saved
 
     made: dict[Operator, Plan | Exception] = {}
     start = time.perf_counter()
@@ -157,6 +160,8 @@ def _make(
     for operator, result in made.items():
         if isinstance(result, Plan):
             _plans[_key(operator, config)] = result
+            saved.save(result, config)
         else:
             logger.warning("ollie: %s: left as it is, planning failed", operator, exc_info=result)
+    cost.profile.save()
     return made

@@ -7,12 +7,16 @@ so that one serves all shapes; Inductor's own cache compiles and keeps them.
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Numbers = tuple[int, ...]
 
 _SOURCE = """
 #include <cstdint>
@@ -82,45 +86,81 @@ def _sum(coefficients: Sequence[float], names: Sequence[str]) -> str:
     return " + ".join(terms) if terms else f"{names[0]} * 0.0f"
 
 
+Matrices = tuple[tuple[tuple[float, ...], ...], ...]
+
+
 @functools.lru_cache(maxsize=64)
-def _library(matrices: tuple[tuple[tuple[float, ...], ...], ...]) -> Any:
+def _library(matrices: Matrices) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source(matrices), needs_vec_isa=True)
 
 
-def transform(
-    x: Tensor,
-    size: list[int],
-    stride: list[int],
-    offset: int,
-    places: list[int],
-    steps: list[int],
-    matrices: tuple[tuple[tuple[float, ...], ...], ...],
-) -> Tensor:
-    """`kernels.transform` for contiguous float32 tensors of a CPU whose last dimension has stride 1."""
-    import ctypes
+def matrices_of(
+    size: Sequence[int], places: Sequence[int], values: Sequence[float], columns: Sequence[int]
+) -> Matrices:
+    """The matrices whose values lie one behind the other, row by row."""
+    left = iter(values)
+    return tuple(
+        tuple(tuple(next(left) for _ in range(width)) for _ in range(size[place]))
+        for place, width in zip(places, columns, strict=True)
+    )
 
-    assert x.is_contiguous()
-    assert stride[-1] == 1
-    out = x.new_empty(size)
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    size: Numbers,
+    stride: Numbers,
+    places: Numbers,
+    steps: Numbers,
+    values: tuple[float, ...],
+    columns: Numbers,
+    threads: int,
+) -> Callable[[int, int], object]:
+    """The kernel with its arguments but for the addresses of the data and of the result."""
     loops = [at for at in range(len(size)) if at not in places]
-    if out.numel() == 0:
-        return out
-
-    def numbers(values: Sequence[int]) -> Any:
-        return (ctypes.c_int64 * len(values))(*values)
-
+    out_stride = [math.prod(size[at + 1 :]) for at in range(len(size))]
     two = [0] * (2 - len(places))
-    _library(matrices).transform(
-        ctypes.c_void_p(x.data_ptr() + 4 * offset),
-        ctypes.c_void_p(out.data_ptr()),
+
+    def numbers(given: Sequence[int]) -> Any:
+        return (ctypes.c_int64 * len(given))(*given)
+
+    arguments = (
         ctypes.c_int64(len(loops)),
         numbers([size[at] for at in loops]),
         numbers([stride[at] for at in loops]),
-        numbers([out.stride(at) for at in loops]),
+        numbers([out_stride[at] for at in loops]),
         numbers([*steps, *two]),
-        numbers([*(out.stride(at) for at in places), *two]),
-        ctypes.c_int64(torch.get_num_threads()),
+        numbers([*(out_stride[at] for at in places), *two]),
+        ctypes.c_int64(threads),
     )
+    kernel = _library(matrices_of(size, places, values, columns)).transform
+    return lambda data, out: kernel(ctypes.c_void_p(data), ctypes.c_void_p(out), *arguments)
+
+
+def transform(
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    offset: int,
+    places: Sequence[int],
+    steps: Sequence[int],
+    values: Sequence[float],
+    columns: Sequence[int],
+) -> Tensor:
+    """`kernels.transform` for contiguous float32 tensors of a CPU, along whose last dimension it runs."""
+    assert x.is_contiguous()
+    assert stride[-1] == 1
+    out = x.new_empty(size)
+    if out.numel():
+        call = _prepared(
+            tuple(size),
+            tuple(stride),
+            tuple(places),
+            tuple(steps),
+            tuple(values),
+            tuple(columns),
+            torch.get_num_threads(),
+        )
+        call(x.data_ptr() + x.element_size() * offset, out.data_ptr())
     return out

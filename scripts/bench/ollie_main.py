@@ -1,6 +1,6 @@
-"""FSRCNN and a DCGAN generator: eager, Inductor, Inductor with freezing, OLLIE (docs/results/ollie_main.csv).
+"""The paper's seven networks: eager, Inductor and its options, OLLIE (docs/results/ollie_main.csv).
 
-    python scripts/bench/ollie_main.py [--batch 1 16] [--rounds 30]
+    python scripts/bench/ollie_main.py [--nets fsrcnn ...] [--batch 1 16] [--rounds 30]
 
 Weights are random: the nets' shapes decide their speed. Times are medians of interleaved rounds on one
 thread; outputs must equal eager's before anything is timed.
@@ -9,26 +9,38 @@ thread; outputs must equal eager's before anything is timed.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import Table
-from ollie_nets import dcgan, fsrcnn
+from ollie_nets import NETS
+
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "inductor": {"backend": "inductor"},
+    "inductor freezing": {"backend": "inductor", "options": {"freezing": True}},
+    "inductor max-autotune": {"backend": "inductor", "options": {"max_autotune": True, "freezing": True}},
+    "ollie": {"backend": "ollie", "options": {}},
+    "ollie freeze": {"backend": "ollie", "options": {"freeze": True}},
+}
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Callable[[], object]], rounds: int, count: int = 5
+) -> dict[str, list[float]]:
     """Seconds of each call, `rounds` samples each, all in turn."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        for _ in range(3):
+        for _ in range(min(3, count)):
             call()
     for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
-            for _ in range(5):
+            for _ in range(count):
                 call()
-            samples[name].append((time.perf_counter() - start) / 5)
+            samples[name].append((time.perf_counter() - start) / count)
     return samples
 
 
@@ -39,18 +51,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--budget-s", type=float, default=60.0, help="OLLIE's search and measurement")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--calls", type=int, default=5, help="calls timed together")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = f"fp32, 1 thread, no_grad, random weights, medians of {arguments.rounds} interleaved rounds of 5"
+    config = f"fp32, 1 thread, no_grad, random weights, medians of {arguments.rounds} interleaved rounds"
+    config += f" of {arguments.calls}"
     config += f", budget {arguments.budget_s:.0f} s"
     table = Table("ollie_main", "OLLIE's main job: milliseconds a batch", config)
-    backends = {
-        "inductor": {"backend": "inductor"},
-        "inductor freezing": {"backend": "inductor", "options": {"freezing": True}},
-        "ollie": {"backend": "ollie", "options": {"budget_s": arguments.budget_s}},
-        "ollie freeze": {"backend": "ollie", "options": {"budget_s": arguments.budget_s, "freeze": True}},
-    }
-    for build, shape in ((fsrcnn, (1, 32, 32)), (dcgan, (100, 1, 1))):
+    for net_name in arguments.nets:
+        build, shape = NETS[net_name]
         for batch in arguments.batch:
             torch.manual_seed(0)
             net = build()
@@ -62,7 +73,10 @@ def main() -> None:
                 net.eval()
                 want = net(x)
                 calls["eager"] = lambda net=net, x=x: net(x)
-                for name, how in backends.items():
+                for name in arguments.contenders:
+                    how = copy.deepcopy(CONTENDERS[name])
+                    if how["backend"] == "ollie":
+                        how["options"]["budget_s"] = arguments.budget_s
                     torch.compiler.reset()
                     start = time.perf_counter()
                     compiled = torch.compile(net, fullgraph=True, dynamic=False, **how)
@@ -71,16 +85,17 @@ def main() -> None:
                     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
                     error[name] = ((got - want).abs().max() / want.abs().max()).item()
                     calls[name] = lambda compiled=compiled, x=x: compiled(x)
-                samples = interleaved(calls, arguments.rounds)
+                samples = interleaved(calls, arguments.rounds, arguments.calls)
             median = {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
-            best = min(median[name] for name in ("eager", "inductor", "inductor freezing"))
+            best = min(seconds for name, seconds in median.items() if not name.startswith("ollie"))
             for name, times in samples.items():
                 table.add(
-                    f"{build.__name__} batch {batch}: {name}",
+                    f"{net_name} batch {batch}: {name}",
                     median_ms=median[name] * 1e3,
                     p10_ms=sorted(times)[len(times) // 10] * 1e3,
                     p90_ms=sorted(times)[len(times) * 9 // 10] * 1e3,
                     speedup_over_best_peer=best / median[name],
+                    speedup_over_inductor=median.get("inductor", float("nan")) / median[name],
                     largest_relative_error=error[name],
                     compile_s=compile_s[name],
                 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 
 def fsrcnn(scale: int = 2, wide: int = 56, narrow: int = 12, middle: int = 4) -> nn.Module:
@@ -28,3 +31,161 @@ def dcgan() -> nn.Module:
         layers.append(nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False))
         layers += [nn.Tanh()] if last else [nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+def infogan() -> nn.Module:
+    """The InfoGAN generator (arXiv 1606.03657): [batch, 228, 1, 1] -> [batch, 3, 32, 32]."""
+    channels = (228, 448, 256, 128, 64, 3)
+    layers: list[nn.Module] = []
+    for place, (before, after) in enumerate(itertools.pairwise(channels)):
+        first, last = place == 0, place == len(channels) - 2
+        taps, stride, padding = (2, 1, 0) if first else (4, 2, 1)
+        layers.append(nn.ConvTranspose2d(before, after, taps, stride, padding, bias=False))
+        layers += [nn.Tanh()] if last else [nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
+        )
+        self.second = nn.Sequential(nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after))
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+def _stages() -> tuple[nn.Module, nn.ModuleList]:
+    """The stem and the four stages of ResNet-18 (arXiv 1512.03385)."""
+    stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    stages = nn.ModuleList()
+    for before, after, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
+        stages.append(nn.Sequential(BasicBlock(before, after, stride), BasicBlock(after, after, 1)))
+    return nn.Sequential(stem, nn.MaxPool2d(3, 2, 1)), stages
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18: [batch, 3, 224, 224] -> [batch, 1000]."""
+    stem, stages = _stages()
+    return nn.Sequential(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+
+
+class LargeKernel(nn.Module):
+    """k x 1 then 1 x k, and 1 x k then k x 1, added: GCN's block."""
+
+    def __init__(self, before: int, after: int, taps: int) -> None:
+        super().__init__()
+        tall, wide, half = (taps, 1), (1, taps), taps // 2
+        self.left = nn.Sequential(
+            nn.Conv2d(before, after, tall, padding=(half, 0)),
+            nn.Conv2d(after, after, wide, padding=(0, half)),
+        )
+        self.right = nn.Sequential(
+            nn.Conv2d(before, after, wide, padding=(0, half)),
+            nn.Conv2d(after, after, tall, padding=(half, 0)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+class Refinement(nn.Module):
+    """GCN's boundary refinement: a residual of two 3x3 convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+        self.body = nn.Sequential(convs[0], nn.ReLU(), convs[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class GCN(nn.Module):
+    """Large Kernel Matters (arXiv 1703.02719) on ResNet-18, kernels of 7 on large maps and 5 on small ones:
+    [batch, 3, 224, 224] -> [batch, 21, 224, 224]."""
+
+    def __init__(self, classes: int = 21) -> None:
+        super().__init__()
+        self.stem, self.stages = _stages()
+        sizes = ((64, 7), (128, 7), (256, 5), (512, 5))
+        self.blocks = nn.ModuleList(LargeKernel(channels, classes, taps) for channels, taps in sizes)
+        self.refined = nn.ModuleList(Refinement(classes) for _ in range(9))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(classes, classes, 4, 2, 1) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        maps = []
+        for place, (stage, block) in enumerate(zip(self.stages, self.blocks, strict=True)):
+            x = stage(x)
+            maps.append(self.refined[place](block(x)))
+        x = self.up[0](maps[3])
+        for place, skip in enumerate((maps[2], maps[1], maps[0])):
+            x = self.up[1 + place](self.refined[4 + place](x + skip))
+        return self.refined[8](self.up[4](self.refined[7](x)))
+
+
+def gcn() -> nn.Module:
+    return GCN()
+
+
+def csrnet() -> nn.Module:
+    """CSRNet's back end (arXiv 1802.10062): [batch, 512, 14, 14] -> [batch, 64, 14, 14]."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise((512, 512, 512, 512, 256, 128, 64)):
+        layers += [nn.Conv2d(before, after, 3, padding=2, dilation=2), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class SlidingAttention(nn.Module):
+    """Longformer's attention (arXiv 2004.05150): each place attends `side` places on both sides, so far apart
+    as `dilation` says. [batch, length, features] -> the same."""
+
+    def __init__(self, features: int = 512, heads: int = 8, side: int = 32, dilation: int = 4) -> None:
+        super().__init__()
+        self.heads, self.side, self.dilation = heads, side, dilation
+        self.qkv = nn.Linear(features, 3 * features)
+        self.out = nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, features = x.shape
+        size = features // self.heads
+        q, k, v = (
+            part.view(batch, length, self.heads, size).transpose(1, 2).reshape(-1, length, size)
+            for part in self.qkv(x).chunk(3, -1)
+        )
+        reach = self.side * self.dilation
+        keys, values = (
+            functional.pad(t, (0, 0, reach, reach)).unfold(1, 2 * reach + 1, 1)[..., :: self.dilation]
+            for t in (k, v)
+        )
+        scores = torch.einsum("bmk,bmkw->bmw", q, keys) / size**0.5
+        mixed = torch.einsum("bmw,bmkw->bmk", scores.softmax(-1), values)
+        mixed = mixed.view(batch, self.heads, length, size).transpose(1, 2).reshape(batch, length, features)
+        return self.out(mixed)
+
+
+def longformer() -> nn.Module:
+    return SlidingAttention()
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "infogan": (infogan, (228, 1, 1)),
+    "dcgan": (dcgan, (100, 1, 1)),
+    "fsrcnn": (fsrcnn, (1, 32, 32)),
+    "gcn": (gcn, (3, 224, 224)),
+    "resnet18": (resnet18, (3, 224, 224)),
+    "csrnet": (csrnet, (512, 14, 14)),
+    "longformer": (longformer, (1024, 512)),
+}
+"""The seven networks of the paper with the shape of an input; Longformer at a tenth of its length, since
+eager torch holds every window in memory."""

@@ -10,6 +10,12 @@ def _no_wrong_candidate(caplog):
     assert not dropped, dropped[0]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_on_disk(monkeypatch):
+    """No plan of an earlier run, unless a test names a folder."""
+    monkeypatch.setenv("OLLIE_CACHE_DIR", "")
+
+
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """No graph of an earlier run answers from Inductor's caches: the pass must run."""

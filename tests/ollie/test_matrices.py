@@ -11,6 +11,7 @@ from ollie_compile.matrices import match_transform
 from ollie_compile.numeric import check_program, rounding_error
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import bilinear_decomposition
+from ollie_compile.search import search
 from tests.ollie.strategies import operator
 
 CASES = {
@@ -36,6 +37,24 @@ def test_a_bilinear_form_is_its_convolution_in_a_few_kernels(case, place):
     assert check_program(conv, written) is None
     assert rounding_error(conv, written) < 1e-5
     assert rounding_error(conv, Program(scope, "rows")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2, "padding": 1, "transposed": True},  # taps in reverse, four rests of the places
+        {"padding": 2, "dilation": 2},
+    ],
+    ids=["transposed", "dilated"],
+)
+def test_bilinear_forms_that_are_found_are_their_convolutions(options):
+    conv = operator(torch.zeros(1, 4, 7, 6), torch.zeros(4, 4, 4, 4), **options)
+    found = search(conv.expression(), max_depth=1, budget_s=60.0).derivations
+    written = [Program(d.scope, "rows", "cpp") for d in found if d.scope.constants()]
+    assert written
+    for program in written:
+        assert check_program(conv, program) is None
+        assert rounding_error(conv, program) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
