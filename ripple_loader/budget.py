@@ -12,7 +12,10 @@ from ripple_loader.config import RippleConfig, parse_size
 from ripple_loader.sidecar import BLOCK, SidecarHeader, Vectors, align
 
 _BUFFER_SHARE = 8
-"""A read buffer takes at most an eighth of the budget: the two and their working copies, a half of it."""
+"""A read buffer takes at most an eighth of the budget: the three and the working copy, a half of it."""
+
+BUFFERS = 3
+"""One is computed with, one is read, and one waits for whichever is faster."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Allocation:
 
     Attributes:
         budget: bytes it may hold.
-        buffer: bytes of each of the two read buffers.
+        buffer: bytes of each read buffer.
         scratch: bytes of the working copy of some neurons, as stored and, where that differs, in the model's
             dtype.
         rows: neurons that fit into it.
@@ -44,20 +47,23 @@ def needs_sketch(header: SidecarHeader, config: RippleConfig) -> bool:
     return header.exact_zeros or config.keep < 1
 
 
-def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) -> Allocation:
+def allocate(
+    header: SidecarHeader, config: RippleConfig, dtype: torch.dtype, *, selective: bool | None = None
+) -> Allocation:
     """Divide the budget.
 
     Args:
         header: of the sidecar to stream.
         config: the budget and what it is for.
         dtype: the model's, in which neurons are computed; they are cached as they are stored.
+        selective: whether neurons are selected, by sketches; by default where `needs_sketch` says.
 
     Raises:
         ValueError: the budget does not hold the buffers.
     """
     budget = parse_size(config.dram_budget, "dram_budget", total=header.weight_bytes)
     vectors = header.layers * 4 * Vectors.size(header.rows, header.neurons, header.hidden)
-    smallest = align(header.bundle_bytes) + 2 * BLOCK
+    smallest = align(header.bundle_bytes + BLOCK)  # one bundle, wherever in its blocks it starts
     largest = header.section_bytes()["bundles"] + 2 * BLOCK
     decoded = header.rows * header.hidden * dtype.itemsize
     converted = 0 if header.encoding.stores(dtype) else decoded
@@ -65,9 +71,9 @@ def allocate(header: SidecarHeader, config: RippleConfig, dtype: torch.dtype) ->
     buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest, affordable)))
     rows = min(header.neurons, max(1, buffer // max(header.bundle_bytes, decoded)))
     scratch = align(rows * header.bundle_bytes) + align(rows * converted)
-    sketching = needs_sketch(header, config)
+    sketching = needs_sketch(header, config) if selective is None else selective
     resident = {
-        "buffers": 2 * buffer + scratch,
+        "buffers": BUFFERS * buffer + scratch,
         "vectors": vectors,
         "sketch": 0,
         "index": 0,

@@ -212,10 +212,17 @@ def generate(
         float | None, typer.Option(help="Share of neurons computed per token; 1 is exact.")
     ] = None,
     merge_gap: Annotated[
-        str | None, typer.Option(help="Unneeded bytes worth reading to join two reads.")
+        str | None, typer.Option(help="Unneeded bytes worth reading to join two reads, or auto.")
     ] = None,
     buffer: Annotated[str | None, typer.Option(help="Size of a read buffer.")] = None,
-    io_threads: Annotated[int | None, typer.Option(help="Reads in flight.")] = None,
+    queue_depth: Annotated[int | None, typer.Option(help="Reads in flight.")] = None,
+    io_engine: Annotated[str | None, typer.Option(help="auto, aio or threads.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="auto, dense (read all neurons, in order) or sparse (select some).")
+    ] = None,
+    prefetch: Annotated[
+        bool | None, typer.Option(help="Read ahead what the next layer will probably select.")
+    ] = None,
     cache_policy: Annotated[str | None, typer.Option(help="linked, s3fifo or lru.")] = None,
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
 ) -> None:
@@ -231,7 +238,10 @@ def generate(
                 "keep": keep,
                 "merge_gap": merge_gap,
                 "buffer": buffer,
-                "io_threads": io_threads,
+                "queue_depth": queue_depth,
+                "io_engine": io_engine,
+                "strategy": strategy,
+                "prefetch": prefetch,
                 "cache_policy": cache_policy,
                 "verify": verify,
             },
@@ -288,6 +298,22 @@ def verify(
 
         for check, result in run(directory, original):
             typer.echo(f"{check}: {result}")
+
+
+@app.command(epilog="Examples:\n\nripple probe out/smollm2\n\nripple probe out --seconds 10")
+def probe(
+    path: Annotated[str, typer.Argument(help="A directory or file on the drive.")] = ".",
+    seconds: Annotated[float, typer.Option(help="About how long to read.")] = 3.0,
+) -> None:
+    """Measure a drive and keep what its reads cost for all models that are streamed from it."""
+    with _user_errors():
+        from ripple_loader.probe import describe
+        from ripple_loader.probe import probe as run
+
+        found = run(path, seconds=seconds)
+        saved = found.save()
+        describe(found)
+        typer.echo(str(saved))
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ Placement = Literal["identity", "random", "frequency", "linked", "spectral"]
 ActiveRule = Literal["top_k", "threshold", "energy"]
 BundleDtype = Literal["same", "float32", "float16", "bfloat16", "int8", "int4"]
 CachePolicy = Literal["linked", "s3fifo", "lru"]
+IOEngine = Literal["auto", "aio", "threads"]
+Strategy = Literal["auto", "dense", "sparse"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -155,9 +157,15 @@ class RippleConfig(QuantizationConfigMixin):
             the model holds (embeddings, attention, KV cache) is not part of it.
         keep: share of each layer's neurons computed per token, those with the largest estimated contribution.
             1.0 is exact: a ReLU model then reads only its active neurons, others read all of them.
-        merge_gap: unneeded bytes worth reading to join two reads; about the drive's bandwidth / IOPS.
-        buffer: most bytes of one read buffer; there are two, each at most an eighth of the budget.
-        io_threads: reads in flight.
+        strategy: "sparse" reads and computes the neurons that are selected, "dense" reads and computes all of
+            them, in order, which is exact whatever `keep`; "auto" takes what the drive and the processor make
+            cheaper.
+        merge_gap: unneeded bytes worth reading to join two reads; "auto" goes by the drive's model.
+        prefetch: read neurons that the next layer will probably select while the drive would be idle.
+        buffer: most bytes of one read buffer; there are three, each at most an eighth of the budget.
+        queue_depth: reads in flight.
+        io_engine: "aio" lets the kernel keep them in flight, "threads" has a thread for each, up to 16;
+            "auto" is "aio" where the kernel and the file system have it.
         cache_policy: of the neuron cache; "linked" is S3-FIFO that admits long runs rarely, "s3fifo" and
             "lru" admit everything.
         verify: check every checksum of the sidecar before loading (reads it once).
@@ -166,9 +174,12 @@ class RippleConfig(QuantizationConfigMixin):
     quant_method: str = "ripple"  # the key of transformers' registry
     dram_budget: int | str = "50%"
     keep: float = 1.0
-    merge_gap: int | str = "16KiB"
-    buffer: int | str = "4MiB"
-    io_threads: int = 16
+    strategy: Strategy = "auto"
+    merge_gap: int | str = "auto"
+    prefetch: bool = True
+    buffer: int | str = "2MiB"
+    queue_depth: int = 32
+    io_engine: IOEngine = "auto"
     cache_policy: CachePolicy = "linked"
     verify: bool = False
 
@@ -177,10 +188,12 @@ class RippleConfig(QuantizationConfigMixin):
             raise ValueError(f'`quant_method` should be "ripple", got {self.quant_method!r}.')
         parse_size(self.dram_budget, "dram_budget", total=1)
         parse_size(self.buffer, "buffer")
-        if self.merge_gap != 0:
+        if self.merge_gap not in (0, "auto"):
             parse_size(self.merge_gap, "merge_gap")
         _check_share(self.keep, "keep")
-        _check_count(self.io_threads, "io_threads")
+        _check_count(self.queue_depth, "queue_depth")
+        _check_choice(self.strategy, "strategy", get_args(Strategy))
+        _check_choice(self.io_engine, "io_engine", get_args(IOEngine))
         _check_choice(self.cache_policy, "cache_policy", get_args(CachePolicy))
 
     @classmethod

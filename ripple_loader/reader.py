@@ -1,26 +1,42 @@
-"""Reads from the sidecar: O_DIRECT `preadv` from a pool of threads into block-aligned buffers."""
+"""Reads from the sidecar with O_DIRECT: many in flight, into block-aligned buffers, planned ahead of their
+use.
+
+`Reader` does the reads of one plan. `Pipeline` keeps plans in order and a few buffers filled, so that the
+drive works while neurons are computed with.
+"""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
+import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Self
+from threading import Lock
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ripple_loader.access import ReadPlan
+from ripple_loader.aio import AsyncReads
+from ripple_loader.config import IOEngine
+from ripple_loader.drive import Meter
 from ripple_loader.report import RippleReport
 from ripple_loader.sidecar import BLOCK
 
+Array = npt.NDArray[Any]
 SECTOR = 512
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
-_LONGEST_READ = 256 << 10  # longer ranges are read by several threads
+LONGEST_READ = 256 << 10  # longer ranges are read in pieces, at once
+_PLANS_AT_ONCE = 2  # the last reads of one plan leave the drive idle; those of the next fill it
+_MOST_THREADS = 16  # without asynchronous reads: more of them spend their time on each other
 
 
 class AlignedBuffer:
@@ -31,108 +47,216 @@ class AlignedBuffer:
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
 
 
+class _Timed:
+    """One plan's reads, in one or several parts; tells the meter when all are done."""
+
+    def __init__(self, requests: int, size: int, parts: int) -> None:
+        self.requests, self.size, self.parts, self.started = requests, size, parts, 0.0
+
+
 class Reader:
     """Reads byte ranges of one file with several requests in flight.
 
-    Where the file system refuses O_DIRECT it warns once, notes it in the report and reads through the page
-    cache. The file and the threads are released with the object.
+    Where the file system refuses O_DIRECT, or the kernel asynchronous reads, it warns once, notes it in the
+    report and goes on through the page cache or with a thread for each request. The file and the threads are
+    released with the object.
 
     Args:
         path: the file.
-        threads: requests in flight.
+        depth: requests in flight.
         report: counts requests and bytes.
+        engine: what does the reads, see `RippleConfig.io_engine`.
 
     Attributes:
         block: what offsets, lengths and buffer addresses have to be multiples of: 512 where the drive takes
             it, else 4096.
         direct: whether reads go past the page cache.
+        engine: "aio" or "threads".
+        meter: told how long reads take, if it is set.
     """
 
-    def __init__(self, path: Path, threads: int, report: RippleReport) -> None:
-        self.path, self.report, self.threads = path, report, threads
+    def __init__(self, path: Path, depth: int, report: RippleReport, engine: IOEngine = "auto") -> None:
+        self.path, self.report, self.depth = path, report, depth
+        self.meter: Meter | None = None
+        self._lock, self._idle_since = Lock(), 0.0
         self._descriptor, self.block, refusal = _open_direct(path)
         self.direct = refusal is None
         if refusal is not None:
-            report.fallbacks.append(
-                f"{path} is read through the page cache, which the DRAM budget does not count: {refusal}"
+            self._fall_back(
+                f"is read through the page cache, which the DRAM budget does not count: {refusal}"
             )
-            warnings.warn(report.fallbacks[-1], stacklevel=2)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ripple-read")
-        weakref.finalize(self, _release, self._pool, self._descriptor)
+        self._queues = self._open_queues(engine)
+        self.engine: IOEngine = "aio" if self._queues else "threads"
+        self._threads = len(self._queues) or min(depth, _MOST_THREADS)
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ripple-read")
+        self._finalizer = weakref.finalize(self, _release, self._pool, self._queues, self._descriptor)
+
+    def restart(self) -> None:
+        """Wait for all reads that were submitted, even by a call that was interrupted, and start anew."""
+        self._finalizer.detach()
+        self._pool.shutdown()
+        self._start_threads()
+
+    def _fall_back(self, what: str) -> None:
+        self.report.fallbacks.append(f"{self.path} {what}")
+        warnings.warn(self.report.fallbacks[-1], stacklevel=3)
+
+    def _open_queues(self, engine: IOEngine) -> deque[AsyncReads]:
+        """The kernel's queues for asynchronous reads; none where threads do them."""
+        queues: deque[AsyncReads] = deque()
+        if engine == "threads" or not self.direct:
+            return queues
+        try:
+            while len(queues) < _PLANS_AT_ONCE:
+                queues.append(AsyncReads(self._descriptor, self.depth))
+        except OSError as error:
+            while queues:
+                queues.pop().close()
+            self._fall_back(f"is read by threads: the kernel refuses asynchronous reads ({error.strerror})")
+        return queues
 
     def submit(self, plan: ReadPlan, buffer: AlignedBuffer) -> list[Future[None]]:
         """Start a plan's reads; the buffer is filled once all the results are in."""
-        pieces = [
-            (offset + skip, min(length - skip, _LONGEST_READ), target + skip)
-            for offset, length, target in zip(
-                plan.offsets.tolist(), plan.lengths.tolist(), plan.targets.tolist(), strict=True
-            )
-            for skip in range(0, length, _LONGEST_READ)
-        ]
-        self.report.requests += len(pieces)
+        counts = -(-plan.lengths // LONGEST_READ)
+        skips = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * LONGEST_READ
+        offsets, targets = np.repeat(plan.offsets, counts) + skips, np.repeat(plan.targets, counts) + skips
+        lengths = np.minimum(np.repeat(plan.lengths, counts) - skips, LONGEST_READ)
+        self.report.requests += len(offsets)
         self.report.bytes_read += plan.size
-        hands = min(self.threads, len(pieces))
-        return [self._pool.submit(self._read, pieces[hand::hands], buffer) for hand in range(hands)]
+        parts = 1 if self.engine == "aio" else min(self._threads, len(offsets))
+        timed = _Timed(len(offsets), plan.size, parts)
+        pieces = [(offsets[part::parts], lengths[part::parts], targets[part::parts]) for part in range(parts)]
+        return [self._pool.submit(self._read, timed, *piece, buffer) for piece in pieces]
 
-    def _read(self, pieces: list[tuple[int, int, int]], buffer: AlignedBuffer) -> None:
-        for offset, length, target in pieces:
-            done = 0
-            while done < length:
-                # After a short read O_DIRECT has to go on from the start of a block.
-                start = done - done % self.block if self.direct else done
-                space = buffer.memory[target + start : target + length]
-                try:
-                    got = os.preadv(self._descriptor, [space], offset + start)
-                except OSError as error:
-                    raise OSError(
-                        error.errno,
-                        f"{self.path} cannot be read at byte {offset + start} ({error.strerror}): "
-                        "check the drive, then reorder the model again",
-                    ) from None
-                if start + got <= done:
-                    raise OSError(
-                        errno.EIO,
-                        f"{self.path} ends at byte {offset + done}, inside a bundle: reorder the model again",
-                    )
-                done = start + got
+    def _read(
+        self, timed: _Timed, offsets: Array, lengths: Array, targets: Array, buffer: AlignedBuffer
+    ) -> None:
+        """Read some pieces, in a thread of the pool."""
+        timed.started = timed.started or time.perf_counter()
+        left = np.arange(len(offsets))
+        if self.engine == "aio":
+            queue = self._queues.popleft()
+            try:
+                results = queue.read(offsets, lengths, buffer.bytes.data_ptr() + targets)
+            finally:
+                self._queues.append(queue)
+            left = np.flatnonzero(
+                results != lengths
+            )  # short or failed: read again, for the drive's own error
+        for piece in left.tolist():
+            self._read_piece(int(offsets[piece]), int(lengths[piece]), int(targets[piece]), buffer)
+        self._done(timed)
+
+    def _read_piece(self, offset: int, length: int, target: int, buffer: AlignedBuffer) -> None:
+        done = 0
+        while done < length:
+            # After a short read O_DIRECT has to go on from the start of a block.
+            start = done - done % self.block if self.direct else done
+            space = buffer.memory[target + start : target + length]
+            try:
+                got = os.preadv(self._descriptor, [space], offset + start)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"{self.path} cannot be read at byte {offset + start} ({error.strerror}): "
+                    "check the drive, then reorder the model again",
+                ) from None
+            if start + got <= done:
+                raise OSError(
+                    errno.EIO,
+                    f"{self.path} ends at byte {offset + done}, inside a bundle: reorder the model again",
+                )
+            done = start + got
+
+    def _done(self, timed: _Timed) -> None:
+        """Count a part; after the last, tell the meter how long the drive took.
+
+        Of plans that overlap, each counts from the end of the one before, so that no second counts twice.
+        """
+        with self._lock:
+            timed.parts -= 1
+            if timed.parts:
+                return
+            now = time.perf_counter()
+            seconds = now - max(timed.started, self._idle_since)
+            self._idle_since = now
+        if self.meter is not None:
+            self.meter.observe(timed.requests, timed.size, seconds)
 
 
-class Prefetch:
-    """Runs read plans in order through two buffers: while one batch is used, the next is read.
-
-    The first read starts at once. Leaving the context waits for what is still in flight.
+class Ticket:
+    """Plans that a `Pipeline` runs together: those not started yet, and those in flight or read, with
+    buffers.
     """
 
-    def __init__(self, reader: Reader, plans: list[ReadPlan], buffers: Sequence[AlignedBuffer]) -> None:
-        self._reader, self._plans, self._buffers = reader, plans, buffers
-        self._started = 0
-        self._reads: list[Future[None]] = []
-        self._start_next()
+    def __init__(self, plans: Iterable[ReadPlan]) -> None:
+        self.waiting = deque(plans)
+        self.started: deque[tuple[ReadPlan, AlignedBuffer, list[Future[None]]]] = deque()
 
-    def _start_next(self) -> None:
-        self._reads = []
-        if self._started < len(self._plans):
-            buffer = self._buffers[self._started % 2]
-            self._reads = self._reader.submit(self._plans[self._started], buffer)
-            self._started += 1
 
-    def __enter__(self) -> Self:
-        return self
+class Pipeline:
+    """Runs read plans in the order they are added; as many are in flight or waiting for their use as there
+    are buffers.
 
-    def __exit__(self, *exception: object) -> None:
-        self.wait()
+    Tickets are used in the order they were added, or dropped.
 
-    def wait(self) -> None:
-        """Wait until nothing is in flight."""
-        wait(self._reads)
+    Args:
+        reader: does the reads.
+        buffers: each holds any one plan.
+    """
 
-    def __iter__(self) -> Iterator[tuple[ReadPlan, AlignedBuffer]]:
-        """Each plan with the buffer it was read into, which holds until the next step."""
-        for number, plan in enumerate(self._plans):
-            for read in self._reads:
+    def __init__(self, reader: Reader, buffers: Sequence[AlignedBuffer]) -> None:
+        self._reader, self._free = reader, deque(buffers)
+        self._tickets: deque[Ticket] = deque()
+
+    def add(self, plans: Iterable[ReadPlan]) -> Ticket:
+        """Queue some plans; their reads start as soon as there are buffers."""
+        ticket = Ticket(plans)
+        self._tickets.append(ticket)
+        self._fill()
+        return ticket
+
+    def _fill(self) -> None:
+        for ticket in self._tickets:
+            while ticket.waiting and self._free:
+                buffer = self._free.popleft()
+                plan = ticket.waiting.popleft()
+                ticket.started.append((plan, buffer, self._reader.submit(plan, buffer)))
+
+    def take(self, ticket: Ticket) -> Iterator[tuple[ReadPlan, AlignedBuffer]]:
+        """Each plan of a ticket with the buffer it was read into, which holds until the next step."""
+        while ticket.started:
+            plan, buffer, reads = ticket.started[0]
+            for read in reads:
                 read.result()
-            self._start_next()
-            yield plan, self._buffers[number % 2]
+            yield plan, buffer
+            ticket.started.popleft()
+            self._free.append(buffer)
+            self._fill()
+        assert not ticket.waiting
+
+    def keep_started(self, ticket: Ticket) -> None:
+        """Forget the plans of a ticket whose reads have not started."""
+        ticket.waiting.clear()
+
+    def drop(self, *tickets: Ticket) -> None:
+        """Forget what is left of some tickets; waits for their reads in flight, so that no buffer is written
+        to.
+        """
+        for ticket in tickets:
+            ticket.waiting.clear()
+        for ticket in tickets:
+            while ticket.started:
+                _, buffer, reads = ticket.started[0]
+                wait(reads)
+                ticket.started.popleft()
+                self._free.append(buffer)
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+        self._fill()
 
 
 def _open_direct(path: Path) -> tuple[int, int, str | None]:
@@ -157,6 +281,8 @@ def _open_direct(path: Path) -> tuple[int, int, str | None]:
     return os.open(path, os.O_RDONLY), BLOCK, refusal
 
 
-def _release(pool: ThreadPoolExecutor, descriptor: int) -> None:
+def _release(pool: ThreadPoolExecutor, queues: deque[AsyncReads], descriptor: int) -> None:
     pool.shutdown(wait=False)  # this may run in one of its threads; a read in progress would hold the Reader
+    for queue in queues:
+        queue.close()
     os.close(descriptor)

@@ -17,11 +17,17 @@ class RippleReport:
         cache_slots: neurons that fit into the cache of each MLP.
         pinned: hot neurons that stay in the cache, over all MLPs.
         fallbacks: what was done otherwise than asked, and why.
+        drive: the model of the drive that reads are planned with, and where it comes from.
+        strategy: whether neurons are selected or all read, and why.
         tokens: tokens computed.
         active: neurons computed, summed over layers and forward calls.
         hits, misses: of these, found in the cache or read.
         evictions: neurons dropped from the cache.
         requests, bytes_read: reads issued to the file, bytes they asked for.
+        whole: how often a layer's reads went from the first neuron to the last without leaving any out.
+        foreseen: of the active neurons, those that the layer before would have selected, where it was asked.
+        asked: active neurons of the layers for which it was.
+        read_ahead, read_in_vain: neurons read before their layer asked for them, and of these, not wanted.
     """
 
     directory: str
@@ -32,6 +38,8 @@ class RippleReport:
     cache_slots: list[int] = field(default_factory=list)
     pinned: int = 0
     fallbacks: list[str] = field(default_factory=list)
+    drive: str = ""
+    strategy: str = ""
     tokens: int = 0
     active: int = 0
     hits: int = 0
@@ -39,16 +47,27 @@ class RippleReport:
     evictions: int = 0
     requests: int = 0
     bytes_read: int = 0
+    whole: int = 0
+    foreseen: int = 0
+    asked: int = 0
+    read_ahead: int = 0
+    read_in_vain: int = 0
 
     @property
     def resident_bytes(self) -> int:
         """Everything held, at most `budget`."""
         return sum(self.resident.values())
 
+    @property
+    def recall(self) -> float:
+        """Share of the active neurons that the layer before foresaw; 0 where none was asked."""
+        return self.foreseen / max(1, self.asked)
+
     def reset(self) -> None:
         """Set the counters to zero."""
-        for counter in fields(self)[8:]:
-            setattr(self, counter.name, 0)
+        names = [one.name for one in fields(self)]
+        for counter in names[names.index("tokens") :]:
+            setattr(self, counter, 0)
 
     def summary(self) -> str:
         """One line for people."""

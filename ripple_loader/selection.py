@@ -22,7 +22,7 @@ class Selection:
 
     Attributes:
         places: neurons that at least one token needs, ascending, shape (U,).
-        mask: which token needs which, bool of shape (T, U); None where each may have all of them.
+        mask: which token needs which, bool, shape (T, N); None where any may have all of them.
     """
 
     places: Places
@@ -34,10 +34,10 @@ def select_all(neurons: int) -> Selection:
     return Selection(np.arange(neurons), None)
 
 
-def select_active(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, x_TH: Tensor) -> Selection:
-    """All neurons that a ReLU may leave above zero.
+def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, x_TH: Tensor) -> Tensor:
+    """An upper bound on each pre-activation, shape (T, N).
 
-    |w.x - sketch.x| <= |w - sketch| |x| bounds what rounding can hide, so that no active neuron is missed.
+    |w.x - sketch.x| <= |w - sketch| |x| bounds what rounding can hide.
 
     Args:
         estimate_TN: the sketch's pre-activations, float32.
@@ -47,17 +47,25 @@ def select_active(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, x_TH: T
     """
     norm_T = x_TH.float().norm(dim=1)
     slack_N = error_N + _ROUNDING * 127 * scale_N * x_TH.shape[1] ** 0.5
-    possible_TN = estimate_TN + norm_T[:, None] * slack_N > 0
-    return Selection(possible_TN.any(0).nonzero().flatten().cpu().numpy(), None)
+    return estimate_TN + norm_T[:, None] * slack_N
 
 
-def select_largest(estimates_STN: list[Tensor], activation: nn.Module, keep: float) -> Selection:
-    """Each token's `keep` share of the neurons of the largest |act(gate) up|, or |act(fc1)|, by estimate."""
+def contributions(estimates_STN: list[Tensor], activation: nn.Module) -> Tensor:
+    """The estimated |act(gate) up|, or |act(fc1)|, shape (T, N)."""
     score_TN = activation(estimates_STN[0])
     for estimate_TN in estimates_STN[1:]:
         score_TN = score_TN * estimate_TN
+    return score_TN.abs()
+
+
+def select_active(margin_TN: Tensor) -> Selection:
+    """All neurons that a ReLU may leave above zero, so that no active neuron is missed."""
+    return Selection((margin_TN > 0).any(0).nonzero().flatten().cpu().numpy(), None)
+
+
+def select_largest(score_TN: Tensor, keep: float) -> Selection:
+    """Each token's `keep` share of the neurons, those of the largest score."""
     count = max(1, round(keep * score_TN.shape[1]))
     mask_TN = torch.zeros_like(score_TN, dtype=torch.bool)
-    mask_TN.scatter_(1, score_TN.abs().topk(count, dim=1).indices, True)
-    places = mask_TN.any(0).nonzero().flatten()
-    return Selection(places.cpu().numpy(), mask_TN[:, places] if len(mask_TN) > 1 else None)
+    mask_TN.scatter_(1, score_TN.topk(count, dim=1).indices, True)
+    return Selection(mask_TN.any(0).nonzero().flatten().cpu().numpy(), mask_TN)

@@ -1,12 +1,14 @@
 """Ripple's main table: SmolLM2 with all, half and a quarter of its neurons, against memory and accelerate.
 
-    python scripts/bench/ripple_main.py [--rounds 3] [--dram-budget 96MiB] [--threads 1]
+    python scripts/bench/ripple_main.py [--rounds 3] [--dram-budget 96MiB] [--threads 1] [--placements ...]
 
-Ripple's rows read with O_DIRECT, so the drive is measured; what it can do is probed in each round. "LLM in a
-Flash" is that paper's strategy in this engine: bundles in the model's order, an LRU cache, no gaps read.
-accelerate reads safetensors through the page cache: one row has the file cached, as after any first pass, the
-other drops it before every token. MB/s are of what the process read from the drive (/proc/self/io).
-Perplexity selects neurons token by token, as decoding does; it does not depend on the order.
+Ripple's rows read with O_DIRECT, so the drive is measured; what it can do is probed first, as `ripple probe`
+does, and in each round. "LLM in a Flash" is that paper's strategy in this engine: bundles in the model's
+order, an LRU cache, no gaps read, nothing read ahead. "selected" always selects neurons; without it Ripple
+may read all of them where that is cheaper by its model of the drive, and is then exact. accelerate reads
+safetensors through the page cache: one row has the file cached, as after any first pass, the other drops it
+before every token. MB/s are of what the process read from the drive (/proc/self/io). Perplexity selects
+neurons token by token, as decoding does; it does not depend on the order.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from common import ROOT, Table  # also makes `assets` importable
 
 from ripple_loader import ReorderConfig, RippleConfig, RippleReport, reorder
 from ripple_loader.access import ReadPlan
+from ripple_loader.bundles import Sidecar
+from ripple_loader.probe import probe
 from ripple_loader.reader import AlignedBuffer, Reader
 from ripple_loader.sidecar import SIDECAR
 from ripple_loader.source import open_source
@@ -37,7 +41,7 @@ from ripple_loader.trace import cut_sequences, trace_source
 
 PLACEMENTS = ("identity", "random", "frequency", "linked")
 KEEPS = (0.5, 0.25)  # and 1.0, where the order does not matter
-IN_FLIGHT = 16
+IN_FLIGHT = 32
 PROMPT_TOKENS, STEP_TOKENS = 32, 3
 HELD_OUT = (2, 512)  # sequences, tokens
 
@@ -112,6 +116,11 @@ def held_in_memory(model: Any) -> float:
     return (sum(own.values()) + (report.resident_bytes if report else 0)) / 2**20
 
 
+def selects(model: Any) -> bool:
+    """Whether it computes with some of its neurons only."""
+    return bool(getattr(model, "ripple_report", None)) and model.model.layers[0].mlp.backend.selects
+
+
 def accelerate_offload(directory: Path, scratch: Path) -> Any:
     """The model with its MLPs offloaded to disk by accelerate."""
     from transformers import AutoModelForCausalLM
@@ -133,7 +142,7 @@ def drop_from_page_cache(path: Path) -> None:
 
 
 @torch.no_grad()
-def main(rounds: int, dram_budget: str) -> None:
+def main(rounds: int, dram_budget: str, placements: list[str], kept: Path | None) -> None:
     import assets
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,28 +156,33 @@ def main(rounds: int, dram_budget: str) -> None:
     source, config = open_source(base), ReorderConfig(tokens=1024)
     (ROOT / "out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
-        trace = Path(scratch) / "trace"
-        trace_source(source, cut_sequences(source, assets.texts("train"), config), config, trace)
-        copies = {placement: Path(scratch) / placement for placement in PLACEMENTS}
-        runs = {}
+        folder = kept or Path(scratch)
+        trace = folder / "trace"
+        copies = {placement: folder / placement for placement in placements}
         for placement, copy in copies.items():
-            plan = reorder(base, copy, config=dataclasses.replace(config, placement=placement), trace=trace)
-            runs[placement] = plan.profile["reads"]
+            if not copy.exists():
+                trace_source(source, cut_sequences(source, assets.texts("train"), config), config, trace)
+                reorder(base, copy, config=dataclasses.replace(config, placement=placement), trace=trace)
+        runs = {name: Sidecar(copy).header.profile["reads"] for name, copy in copies.items()}
 
+        os.environ["XDG_CACHE_HOME"] = scratch  # the probe is this run's
+        probe(copies[placements[0]]).save()
         dense = AutoModelForCausalLM.from_pretrained(base)
         reference = dense(prompt).logits
         decoders = {"in memory, transformers": Decoder(dense, prompt)}
         perplexities = {1.0: perplexity(dense, ids)}
-        config_of = functools.partial(RippleConfig, dram_budget=dram_budget, io_threads=IN_FLIGHT)
+        config_of = functools.partial(RippleConfig, dram_budget=dram_budget, queue_depth=IN_FLIGHT)
         streamed = {"Ripple, 100%, linked": ("linked", config_of())}
         for keep in KEEPS:
-            flash = config_of(keep=keep, cache_policy="lru", merge_gap=0)
+            selected = config_of(keep=keep, strategy="sparse")
+            flash = dataclasses.replace(selected, cache_policy="lru", merge_gap=0, prefetch=False)
             streamed[f"LLM in a Flash, {keep:.0%}, identity"] = ("identity", flash)
-            for placement in PLACEMENTS:
-                streamed[f"Ripple, {keep:.0%}, {placement}"] = (placement, config_of(keep=keep))
+            for placement in placements:
+                streamed[f"Ripple, {keep:.0%} selected, {placement}"] = (placement, selected)
+            streamed[f"Ripple, {keep:.0%}, linked"] = ("linked", config_of(keep=keep))
         for name, (placement, options) in streamed.items():
             model = AutoModelForCausalLM.from_pretrained(copies[placement], quantization_config=options)
-            if options.keep == 1.0:
+            if not selects(model):
                 error = (model(prompt).logits - reference).abs().max() / reference.abs().max()
                 assert error < 1e-5, f"{placement} differs from the dense model by {error:.1e}"
             elif options.keep not in perplexities:
@@ -193,7 +207,7 @@ def main(rounds: int, dram_budget: str) -> None:
             for decoder in decoders.values():
                 decoder.step(timed=True)
 
-        exact = [d.tokens for name, d in decoders.items() if name not in streamed or "100%" in name]
+        exact = [decoder.tokens for decoder in decoders.values() if not selects(decoder.model)]
         assert all(tokens == exact[0] for tokens in exact), "exact contenders generate different text"
         conditions = (
             f"float32, {source.layers} MLPs of {source.neurons} neurons",
@@ -218,11 +232,12 @@ def main(rounds: int, dram_budget: str) -> None:
             }
             keep = 1.0
             if report := getattr(decoder.model, "ripple_report", None):
-                keep = decoder.model.hf_quantizer.quantization_config.keep
+                keep = decoder.model.hf_quantizer.quantization_config.keep if selects(decoder.model) else 1.0
                 calls = report.tokens * report.layers
                 row["reads"] = report.requests / calls
                 row["KiB"] = report.bytes_read / calls / 2**10
                 row["hits"] = f"{report.hits / report.active:.0%}"
+                row["recall"] = f"{report.recall:.0%}" if report.asked else ""
             table.add(name, **row, perplexity=perplexities[keep])
         table.finish()
 
@@ -233,7 +248,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dram-budget", default="96MiB")
+    parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
+    parser.add_argument("--copies", type=Path, default=None, help="keep the reordered models there")
     parser.add_argument("--threads", type=int, default=1, help="of torch; the reads need a core as well")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    main(arguments.rounds, arguments.dram_budget)
+    main(arguments.rounds, arguments.dram_budget, arguments.placements, arguments.copies)

@@ -6,6 +6,7 @@ import torch
 from typer.testing import CliRunner
 
 from ripple_loader.cli import app
+from ripple_loader.drive import DriveProfile
 from ripple_loader.sidecar import SIDECAR
 from ripple_loader.trace import Trace
 
@@ -87,7 +88,7 @@ def test_recipe(saved, text, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", ["trace", "reorder", "generate", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["trace", "reorder", "generate", "inspect", "verify", "probe"])
 def test_help_has_an_example(command):
     assert f"ripple {command} out" in run(command, "--help").output.replace("SmolLM2-135M-Instruct ", "out")
 
@@ -137,3 +138,15 @@ def test_calibration_from_datasets_and_long_files(saved, tmp_path, monkeypatch):
     options = ("--out", tmp_path / "no")
     assert "holds train" in bad("trace", saved("llama"), "--calibration", tmp_path / "splits", *options)
     assert "Dataset" in bad("trace", saved("llama"), "--calibration", saved("llama"), *options)
+
+
+def test_probe(tmp_path, monkeypatch):
+    monkeypatch.setattr("ripple_loader.probe._WRITTEN", 4 << 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = run("probe", tmp_path, "--seconds", 0.05)
+    assert result.exit_code == 0, result.output
+    assert "fit error" in result.output
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    assert DriveProfile.load(kept).depths == [1, 4, 16, 32, 64]
+    assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
+    assert "does not exist" in bad("probe", tmp_path / "no" / "where")

@@ -47,7 +47,7 @@ def test_all_that_meets_the_input_is_brought_to_its_device(name, selected, reord
     places = np.arange(0, 40, 2) if selected else np.arange(96)
 
     def select(self, layer, x_TH, activation):
-        return Selection(places, torch.ones(len(x_TH), len(places), dtype=torch.bool) if selected else None)
+        return Selection(places, torch.ones(len(x_TH), 96, dtype=torch.bool) if selected else None)
 
     monkeypatch.setattr(Engine, "select", select)
     with FakeTensorMode(allow_non_fake_inputs=True):

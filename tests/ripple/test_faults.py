@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def traced(saved, tmp_path_factory):
 
 @torch.no_grad()
 def test_interrupted_system_calls_and_short_reads_change_nothing(reordered, monkeypatch):
-    model, ids = load(reordered("llama"), dram_budget="50KiB"), token_ids()
+    model, ids = load(reordered("llama"), dram_budget="50KiB", io_engine="threads"), token_ids()
     reference, real = model(ids).logits, os.preadv
 
     def short(descriptor, views, offset):
@@ -181,3 +182,64 @@ def test_two_processes_read_while_a_third_reorders(saved, reordered, tmp_path):
         assert total == pytest.approx(reference.double().sum().item(), rel=1e-4, abs=1e-2)
     for number in range(3):
         Sidecar(tmp_path / f"out-{number}").verify()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1.0, 0.4])
+def test_a_drive_that_becomes_ten_times_slower_changes_no_result(keep, reordered, monkeypatch):
+    options = {"keep": keep, "dram_budget": "60KiB", "buffer": 1 << 14, "io_engine": "threads"}
+    model, real = load(reordered("llama"), **options), os.preadv
+    engine = model.model.layers[0].mlp.backend
+
+    def generated():
+        return model.generate(token_ids(4), max_new_tokens=12, do_sample=False)
+
+    def after(seconds):
+        return lambda *arguments: time.sleep(seconds) or real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", after(2e-4))
+    expected, usual = generated(), max(engine.drive_factors)
+    monkeypatch.setattr(os, "preadv", after(2e-3))
+    assert torch.equal(generated(), expected)
+    slow = max(engine.drive_factors)
+    assert slow > 2 * usual
+    monkeypatch.setattr(os, "preadv", real)
+    for _ in range(3):
+        assert torch.equal(generated(), expected)
+    assert max(engine.drive_factors) < slow
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, torch
+from transformers import AutoModelForCausalLM
+from ripple_loader import RippleConfig
+directory, keep, io_engine = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+config = RippleConfig(dram_budget="60KiB", buffer=1 << 14, keep=keep, strategy="sparse", io_engine=io_engine)
+model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+ids = torch.arange(3, 20)[None]
+expected = model(ids).logits
+for delay in (0.05, 0.08, 0.11):
+    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        while True:
+            model.generate(ids, max_new_tokens=50, do_sample=False)
+    except KeyboardInterrupt:
+        assert torch.equal(model(ids).logits, expected)
+del model
+import gc, time
+gc.collect()
+until = time.monotonic() + 5
+while threading.active_count() > 1 and time.monotonic() < until:
+    time.sleep(0.01)
+links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+files = [os.readlink(link) for link in links if os.path.lexists(link)]
+print(threading.active_count(), sum("neurons.ripple" in file for file in files))
+"""
+
+
+@pytest.mark.parametrize(("keep", "io_engine"), [(1.0, "auto"), (0.4, "auto"), (0.4, "threads")])
+def test_an_interrupted_generation_leaves_a_model_that_works_and_can_be_freed(keep, io_engine, reordered):
+    command = [sys.executable, "-c", INTERRUPTED, str(reordered("llama")), str(keep), io_engine]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["1", "0"]

@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+import signal
 import tempfile
 import warnings
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ripple_loader.access import plan_reads
-from ripple_loader.reader import AlignedBuffer, Prefetch, Reader
+from ripple_loader.access import fixed_gap, plan_reads
+from ripple_loader.aio import AsyncReads
+from ripple_loader.reader import AlignedBuffer, Pipeline, Reader
 from ripple_loader.report import RippleReport
 
 from .conftest import load, relative_error, token_ids
@@ -27,12 +29,12 @@ def report():
     return RippleReport(directory="", layers=1, neurons=1, budget=0)
 
 
-def read(path, places=tuple(range(0, 200, 3)), threads=4):
+def read(path, places=tuple(range(0, 200, 3)), depth=4, engine="threads"):
     """Read some 1000-byte bundles and compare them with the file."""
-    reader, buffer = Reader(path, threads, report()), AlignedBuffer(1 << 20)
-    plan = plan_reads(np.array(places), base=4096, width=1000, block=reader.block, merge_gap=0)
-    with Prefetch(reader, [plan], (buffer, buffer)) as reads:
-        ((plan, buffer),) = list(reads)
+    reader, buffer = Reader(path, depth, report(), engine), AlignedBuffer(1 << 20)
+    plan = plan_reads(np.array(places), base=4096, width=1000, block=reader.block, collapse=fixed_gap(0))
+    pipeline = Pipeline(reader, [buffer])
+    ((plan, buffer),) = list(pipeline.take(pipeline.add([plan])))
     data = path.read_bytes()
     for place, spot in zip(plan.places, plan.spots, strict=True):
         start = 4096 + place * 1000
@@ -150,14 +152,99 @@ def test_a_directory_in_memory(reordered):
 
 
 def model_reader(model):
-    return model.model.layers[0].mlp.backend._reader
+    return model.model.layers[0].mlp.backend._fetcher._reader
 
 
 def test_a_model_survives_an_error_of_the_drive(reordered, monkeypatch):
-    model, ids = load(reordered("llama"), dram_budget="50KiB"), token_ids()
+    model, ids = load(reordered("llama"), dram_budget="50KiB", io_engine="threads"), token_ids()
     reference = model(ids).logits
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", lambda *_: 0)
         with pytest.raises(OSError, match=r"neurons\.ripple ends at byte"):
             model(ids)
     assert relative_error(model(ids).logits, reference) < 1e-6
+
+
+def test_asynchronous_reads_bring_what_threads_bring(file):
+    for depth in (1, 3, 200):
+        reader = read(file, depth=depth, engine="aio")
+        assert reader.engine == "aio"
+        assert not reader.report.fallbacks
+
+
+def test_an_asynchronous_read_that_fails_or_is_short_is_done_again(file, monkeypatch):
+    real = AsyncReads.read
+
+    def spoil(self, offsets, lengths, addresses):
+        results = real(self, offsets, lengths, addresses)
+        results[::3], results[1::3] = -errno.EIO, 512
+        return results
+
+    monkeypatch.setattr(AsyncReads, "read", spoil)
+    read(file, engine="aio")
+    os.truncate(file, 100_000)
+    with pytest.raises(OSError, match=rf"{file} ends at byte 100000"):
+        read(file, engine="aio")
+
+
+def test_asynchronous_reads_report_each_request(file):
+    reader, buffer = Reader(file, 4, report()), AlignedBuffer(1 << 16)
+    queue = AsyncReads(reader._descriptor, 2)
+    offsets = np.array([0, 1, 4096, 1 << 20, 8192])
+    results = queue.read(offsets, np.full(5, 512), buffer.bytes.data_ptr() + 4096 * np.arange(5))
+    assert results.tolist() == [512, -errno.EINVAL, 512, 0, 512]
+    assert bytes(buffer.memory[8192:8704]) == file.read_bytes()[4096:4608]
+    queue.close()
+
+
+def test_signals_do_not_disturb_asynchronous_reads(file):
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 2e-4, 2e-4)
+    try:
+        for _ in range(20):
+            read(file, engine="aio")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EAGAIN])
+def test_threads_read_where_the_kernel_refuses_asynchronous_reads(number, file, monkeypatch):
+    opened = []
+
+    def refuse(self, descriptor, depth):
+        if opened:
+            raise OSError(number, os.strerror(number))
+        opened.append(real(self, descriptor, depth))
+
+    real = AsyncReads.__init__
+    monkeypatch.setattr(AsyncReads, "__init__", refuse)
+    with pytest.warns(UserWarning, match="the kernel refuses asynchronous reads"):
+        reader = read(file, engine="auto")
+    assert reader.engine == "threads"
+    assert "by threads" in reader.report.fallbacks[0]
+
+
+def test_a_pipeline_keeps_its_order_and_forgets_what_is_dropped(file):
+    reader, data = Reader(file, 4, report()), file.read_bytes()
+    buffers = [AlignedBuffer(1 << 16) for _ in range(3)]
+    pipeline = Pipeline(reader, buffers)
+    plans = [
+        plan_reads(np.arange(at, at + 60), base=0, width=1000, block=512, collapse=fixed_gap(0))
+        for at in range(0, 900, 60)
+    ]
+    first, second = pipeline.add(plans[:7]), pipeline.add(plans[7:])
+    seen = []
+    for plan, buffer in pipeline.take(first):
+        seen.append(plan)
+        spot, start = plan.spots[0], plan.places[0] * 1000
+        assert bytes(buffer.memory[spot : spot + 60_000]) == data[start : start + 60_000]
+        if len(seen) == 5:
+            break
+    assert seen == plans[:5]
+    pipeline.drop(first)
+    pipeline.keep_started(second)
+    assert [plan for plan, _ in pipeline.take(second)] == plans[7 : 7 + 3]
+    pipeline.drop(second)
+    assert len(pipeline._free) == 3
+    assert not pipeline._tickets

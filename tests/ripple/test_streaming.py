@@ -276,3 +276,36 @@ def test_device_maps(device_map, name, saved, reordered):
     )
     ids = token_ids()
     assert relative_error(model(ids.to(model.device)).logits.cpu(), stock(ids).logits) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "keep"), [("llama", 0.4), ("opt", 1.0), ("mixtral", 0.4)])
+def test_reading_ahead_changes_no_result(name, keep, reordered):
+    options = {"keep": keep, "buffer": 1 << 14}
+    options["dram_budget"] = least_budget(reordered(name), **options) + 60_000
+    ahead, without = (load(reordered(name), prefetch=prefetch, **options) for prefetch in (True, False))
+    caches: list = [None, None]
+    for step in range(20):
+        ids = token_ids()[:, step : step + 1]
+        outputs = [
+            model(ids, past_key_values=cache, use_cache=True)
+            for model, cache in zip((ahead, without), caches, strict=True)
+        ]
+        caches = [output.past_key_values for output in outputs]
+        assert relative_error(outputs[0].logits, outputs[1].logits) < 1e-5
+    report = ahead.ripple_report
+    assert report.active == without.ripple_report.active
+    assert without.ripple_report.read_ahead == 0
+    assert report.asked > 0
+    assert report.recall > keep / 3
+    assert 0 <= report.read_in_vain <= report.read_ahead
+
+
+@torch.no_grad()
+def test_a_budget_of_one_layers_neurons_and_less_is_streamed_within(saved, reordered):
+    """Whatever the budget holds less than a layer's neurons is read in several parts."""
+    stock = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    least = least_budget(reordered("llama"))
+    model = load(reordered("llama"), dram_budget=least)
+    assert least < 96 * 3 * 32 * 4 * 2
+    assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5

@@ -1,0 +1,88 @@
+"""Whether selecting neurons pays on this drive and processor, or reading all of them in order is cheaper.
+
+Selecting costs memory (sketches, which the cache lacks then), time before any read can start, and short
+reads. Both ways are priced for a layer and a token with `drive.DriveModel` and the processor's
+`fetching.Pace`; reads and computing overlap, so that the longer of the two counts. Decided once, when the
+model is loaded: which neurons a token gets must not depend on how fast the drive was a moment ago.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ripple_loader.access import cheapest, plan_reads
+from ripple_loader.budget import Allocation
+from ripple_loader.drive import DriveModel
+from ripple_loader.fetching import Pace
+from ripple_loader.reader import LONGEST_READ
+from ripple_loader.sidecar import SidecarHeader
+
+_WORTH = 0.6
+"""Selecting has to promise this share of the time or less. What a model does between two MLPs hides behind
+reads only where all neurons are read, and how long it takes is not known when the model is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """Seconds a layer and token: reading all neurons, and reading `share` of them."""
+
+    dense: float
+    sparse: float
+    share: float
+
+    @property
+    def selects(self) -> bool:
+        return self.sparse < _WORTH * self.dense
+
+    def summary(self) -> str:
+        """One line for people."""
+        what = "selects neurons" if self.selects else "reads all neurons, in order"
+        return (
+            f"{what}: a layer should take {self.sparse * 1e3:.2f} ms with {self.share:.0%} of its neurons, "
+            f"{self.dense * 1e3:.2f} ms with all"
+        )
+
+
+def expect(
+    header: SidecarHeader,
+    dense: Allocation,
+    sparse: Allocation,
+    model: DriveModel,
+    pace: Pace,
+    *,
+    block: int,
+    share: float,
+) -> Expected:
+    """Price both ways.
+
+    Args:
+        header: of the sidecar.
+        dense, sparse: how the budget is divided without and with sketches.
+        model: of the drive.
+        pace: of the processor.
+        block: what reads are multiples of.
+        share: of its neurons that a layer selects for a token.
+    """
+    N, width = header.neurons, header.bundle_bytes
+    rest = (N - np.mean(dense.cache_slots)) * width
+    reading = model.seconds(np.ceil(rest / LONGEST_READ), rest) if rest else 0.0
+    everything = max(float(reading), N * pace.compute)
+
+    count = share * N
+    missing = round(count * (1 - np.mean(sparse.cache_slots) / N))
+    reading = 0.0
+    if missing:
+        # A made-up selection: no order is assumed to keep neurons together, so this is on the careful side.
+        places = np.sort(np.random.default_rng(0).choice(N, missing, replace=False))
+        computing = (count * (pace.compute + pace.gather), N * pace.compute)
+        plan = plan_reads(
+            places, base=0, width=width, block=block, collapse=cheapest(model, computing=computing)
+        )
+        reading = float(model.seconds(len(plan.offsets), plan.size))
+    sketch = header.section_bytes()["sketch"]
+    unread = 1 - sparse.sketch_layers / header.layers
+    selecting = max(pace.select, unread * float(model.seconds(np.ceil(sketch / LONGEST_READ), sketch)))
+    some = max(reading, count * (pace.compute + pace.gather)) + selecting
+    return Expected(dense=everything, sparse=some, share=share)
