@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ripple_loader import studies
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -298,6 +300,15 @@ def verify(
 
         for check, result in run(directory, original):
             typer.echo(f"{check}: {result}")
+
+
+app.command(
+    epilog="Examples:\n\nripple simulate opt-350m --trace out/trace\n\n"
+    "ripple simulate opt-350m --trace out/trace --device ufs-4.0 --cache 0.25 --json out/ufs.json"
+)(_user_errors()(studies.simulate))
+app.command(
+    epilog="Example:\n\nripple report opt-350m --trace out/trace --device ufs-4.0 --out out/ripple.html"
+)(_user_errors()(studies.report))
 
 
 @app.command(epilog="Examples:\n\nripple probe out/smollm2\n\nripple probe out --seconds 10")

@@ -61,7 +61,7 @@ def reorder(
     if (trace is None) == (calibration is None):
         got = "none" if trace is None else "both"
         raise ValueError(f"one of `calibration` and `trace` should be given, got {got}.")
-    found = _trace_of(source, Path(trace)) if trace is not None else None
+    found = trace_of(source, Path(trace)) if trace is not None else None
     sequences = cut_sequences(source, calibration, config) if calibration is not None else []
     with working_on(out) as work:
         if found is None:
@@ -87,7 +87,8 @@ def open_reorderable(directory: Path) -> SourceModel:
     return source
 
 
-def _trace_of(source: SourceModel, directory: Path) -> Trace:
+def trace_of(source: SourceModel, directory: Path) -> Trace:
+    """A finished trace; ValueError where it is one of another model."""
     found = Trace(directory)
     expected = trace_description(source, [], ReorderConfig())
     for name in ("model", "mlps", "neurons"):

@@ -64,10 +64,15 @@ def output_bytes(source: SourceModel, bundles: str) -> tuple[int, int]:
     return sum(shard.path.stat().st_size for shard in source.shards), header.layout().file_bytes
 
 
+def stored_as(source: SourceModel, bundles: str) -> str:
+    """How bundles store weights, a key of `encoding.ENCODINGS`, for `ReorderConfig.bundles`."""
+    return _STORED.get(bundles, source.down.dtype)
+
+
 def _sidecar_header(
     source: SourceModel, plan: Plan, *, checkpoint: str, files: dict[str, str], base: dict[str, str]
 ) -> SidecarHeader:
-    dtype = _STORED.get(plan.bundles, source.down.dtype)
+    dtype = stored_as(source, plan.bundles)
     lost = {}
     if plan.orders and dtype != source.down.dtype:
         lost["rounding_error"] = _rounding_error(source, ENCODINGS[dtype])

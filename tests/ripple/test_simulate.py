@@ -1,0 +1,210 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from ripple_loader import ReorderConfig
+from ripple_loader.cli import app
+from ripple_loader.devices import Device, load_devices
+from ripple_loader.html_report import coactivation_map
+from ripple_loader.placement import Placed
+from ripple_loader.simulate import RIPPLE, STRATEGIES, Strategy, Workload, place_all, replay, summarise
+from ripple_loader.source import open_source
+from ripple_loader.trace import cut_sequences, trace_source
+
+from .conftest import CALIBRATION
+
+DEVICE = Device(name="test", bandwidth=1e9, iops=1e5, source="made up")  # a knee of 10 kB
+NEURONS, WIDTH = 60, 1000
+
+
+def workload(active, layers=2):
+    """Made-up activity, the same in calibration and replay: booleans of shape (layers * tokens, N)."""
+    sets = np.array_split(np.packbits(np.array(active, bool), axis=1), layers)
+    return Workload(sets, sets, NEURONS, WIDTH, len(sets[0]))
+
+
+ACTIVITY = st.lists(st.lists(st.booleans(), min_size=NEURONS, max_size=NEURONS), min_size=2, max_size=8).map(
+    lambda rows: workload(rows[: len(rows) // 2 * 2])
+)
+
+
+def identity(work):
+    return [Placed(np.arange(work.neurons))] * len(work.replayed)
+
+
+@settings(deadline=None)
+@given(work=ACTIVITY, collapse=st.booleans(), block=st.sampled_from([512, 4096]))
+def test_without_a_cache_the_reads_cover_exactly_the_active_neurons_and_gaps(work, collapse, block):
+    strategy = Strategy(placement="identity", collapse=collapse, shares=False)
+    found = replay(work, strategy, identity(work), DEVICE.model, cache_bytes=0, block=block)
+    wanted = np.concatenate(work.replayed)
+    step, place = np.nonzero(np.unpackbits(wanted, axis=1, count=NEURONS))
+    starts = step // work.tokens * work.layer_bytes + place * WIDTH
+    assert found.active == len(place)
+    assert found.hits == found.evictions == 0
+    assert not (found.offsets % block).any()
+    assert not (found.lengths % block).any()
+    for number in np.unique(step):
+        mine = found.step == number
+        first, last = found.offsets[mine], found.offsets[mine] + found.lengths[mine]
+        of = starts[step == number]
+        read = np.searchsorted(first, of, side="right") - 1
+        assert (last[read] >= of + WIDTH).all()
+        assert (first[1:] > last[:-1]).all()
+
+
+@settings(deadline=None)
+@given(work=ACTIVITY)
+def test_collapsing_never_costs_time(work):
+    without = Strategy(placement="identity", collapse=False, shares=False)
+    with_ = Strategy(placement="identity", shares=False)
+    slow, fast = (
+        replay(work, one, identity(work), DEVICE.model, cache_bytes=0).seconds(DEVICE.model)
+        for one in (without, with_)
+    )
+    assert (fast <= slow + 1e-12).all()
+
+
+@settings(deadline=None)
+@given(work=ACTIVITY, slots=st.integers(0, 130), name=st.sampled_from(sorted(STRATEGIES)))
+def test_no_strategy_finds_more_neurons_than_it_has_memory_for(work, slots, name):
+    strategy = STRATEGIES[name]
+    placed = place_all(work, strategy.placement, ReorderConfig(partners=4))
+    found = replay(work, strategy, placed, DEVICE.model, cache_bytes=slots * WIDTH)
+    assert found.hits <= min(found.active, work.tokens * slots)
+    if not slots:
+        assert not found.hits
+    if slots >= 2 * NEURONS and strategy.dense:
+        assert not len(found.lengths)
+
+
+def test_dense_streaming_takes_the_bandwidth():
+    work = workload(np.ones((6, NEURONS)))
+    found = replay(work, STRATEGIES["dense"], identity(work), DEVICE.model, cache_bytes=20 * WIDTH)
+    row = summarise(found, work.tokens, DEVICE.model)
+    assert math.isclose(row["ms_per_token"], 2 * (NEURONS - 10) * WIDTH / 1e9 * 1e3)
+    assert math.isclose(row["MB_per_s"], 1000)
+
+
+def test_the_cache_is_counted_in_hits_and_evictions():
+    rows = np.zeros((40, NEURONS), bool)
+    rows[:, [1, 5, 9]] = True
+    rows[np.arange(40), 20 + np.arange(40) % 30] = True
+    work = workload(rows, layers=1)
+    found = replay(work, RIPPLE, identity(work), DEVICE.model, cache_bytes=6 * WIDTH)
+    assert found.hits >= 0.7 * 3 * 40
+    assert found.evictions > 0
+
+
+def test_the_devices_that_come_along_are_published_and_plausible():
+    devices = load_devices()
+    assert {"ufs-3.1", "ufs-4.0", "sata", "nvme"} <= devices.keys()
+    assert all(device.source and device.queue_depth == 32 for device in devices.values())
+    assert math.isclose(devices["ufs-4.0"].knee, 24 << 10, rel_tol=0.01)
+    model = devices["ufs-4.0"].model
+    assert math.isclose(float(model.seconds(1000, 1000 * 4096)), 1000 / devices["ufs-4.0"].iops)
+
+
+GOOD = {"bandwidth": 1e9, "iops": 1e5, "source": "made up"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "should be YAML"),
+        ("just words", "should map names of devices"),
+        ("drive: 7", "should map names of devices"),
+        (json.dumps({"drive": {"bandwidth": 1e9}}), "should have iops, source"),
+        (json.dumps({"drive": GOOD | {"bandwith": 1}}), "no key 'bandwith'; did you mean bandwidth"),
+        (json.dumps({"drive": GOOD | {"iops": -3}}), "`iops` should be a positive number, got -3"),
+        (
+            json.dumps({"drive": GOOD | {"bandwidth": "fast"}}),
+            "`bandwidth` should be a positive number, got 'fast'",
+        ),
+        (json.dumps({"drive": GOOD | {"bandwidth": 700}}), "between a block"),
+        (json.dumps({"drive": GOOD | {"latency": 50}}), "`latency` should be seconds"),
+        (json.dumps({"drive": GOOD | {"queue_depth": 0}}), "`queue_depth` should be a whole number"),
+        (json.dumps({"drive": GOOD | {"block": 100}}), "`block` should be 512 or 4096"),
+        (json.dumps({"drive": GOOD | {"source": ""}}), "`source` should be a text"),
+        ("drive: {bandwidth: .nan, iops: 1, source: x}", "`bandwidth` should be a positive number, got nan"),
+    ],
+)
+def test_a_nonsense_file_of_devices_is_refused(text, message, tmp_path):
+    path = tmp_path / "devices.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        load_devices(path)
+
+
+def test_a_map_shows_what_is_active_together():
+    active = np.zeros((50, 8), bool)
+    active[::2, ::2] = True
+    active[1::2, 1::2] = True
+    sets = np.packbits(active, axis=1)
+    before = coactivation_map(sets, np.arange(8), cells=2)
+    after = coactivation_map(sets, np.array([0, 2, 4, 6, 1, 3, 5, 7]), cells=2)
+    assert np.allclose(before, 1)
+    assert np.allclose(after, [[2, 0], [0, 2]])
+
+
+@pytest.fixture(scope="module")
+def traced(saved, tmp_path_factory):
+    """A tiny OPT model and a trace of it."""
+    source, config = open_source(saved("opt")), ReorderConfig(tokens=256, sequence_length=64)
+    trace = tmp_path_factory.mktemp("traced") / "trace"
+    trace_source(source, cut_sequences(source, CALIBRATION, config), config, trace)
+    return str(source.directory), str(trace)
+
+
+def test_simulate_and_report_on_the_command_line(traced, tmp_path):
+    model, trace = traced
+    numbers, page = tmp_path / "numbers.json", tmp_path / "page.html"
+    options = [model, "--trace", trace, "--tokens", "64"]
+    run = CliRunner().invoke(app, ["simulate", *options, "--json", str(numbers)])
+    assert run.exit_code == 0, run.output
+    found = json.loads(numbers.read_text())
+    assert found["bundle_bytes"] == 2 * 32 * 4
+    assert set(found["strategies"]) == set(load_devices())
+    for rows in found["strategies"].values():
+        assert set(rows) == set(STRATEGIES)
+        assert rows["Ripple"]["ms_per_token"] <= rows["LLM in a Flash"]["ms_per_token"]
+
+    run = CliRunner().invoke(app, ["report", *options, "--out", str(page), "--layer", "1"])
+    assert run.exit_code == 0, run.output
+    html = page.read_text()
+    assert html.count("data:image/png;base64,") >= 4
+    assert "http" not in html.replace("https://arxiv.org", "")
+    assert all(name in html for name in STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("simulate", ["--device", "floppy"], "`device` should be one of"),
+        ("simulate", ["--tokens", "100000"], "`tokens` should be positive and leave some"),
+        ("simulate", ["--cache", "7"], "`cache` should be a share"),
+        ("simulate", ["--bundles", "int3"], "`bundles` should be one of"),
+        ("simulate", ["--devices", "nowhere.yaml"], "does not exist"),
+        ("report", ["--layer", "9"], "`layer` should be from 0 to 1"),
+    ],
+)
+def test_bad_options_are_named(command, options, message, traced):
+    model, trace = traced
+    run = CliRunner().invoke(app, [command, model, "--trace", trace, "--tokens", "64", *options])
+    assert run.exit_code == 2
+    assert message in run.output
+
+
+def test_a_missing_library_is_named(traced, monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    model, trace = traced
+    run = CliRunner().invoke(app, ["report", model, "--trace", trace, "--out", str(tmp_path / "x.html")])
+    assert run.exit_code == 2
+    assert "jinja2 is missing: pip install" in run.output
