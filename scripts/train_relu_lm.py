@@ -1,6 +1,6 @@
 """Train a small OPT-architecture language model whose ReLU activations are mostly zero.
 
-    python scripts/train_relu_lm.py [--steps 1100] [--target 0.9]
+    python scripts/train_relu_lm.py [--steps 1100] [--target 0.9] [--batch 8]
 
 No trained ReLU model can be had offline, so this makes one: CPython's help topics (scripts/assets.py) and the
 sources of the running interpreter's standard library, a byte-level BPE tokenizer of their own, AdamW, and an
@@ -33,7 +33,7 @@ from common import ROOT, Table  # also makes `assets` importable
 
 OUT = ROOT / ".cache" / "relu-lm"
 PARTIAL = OUT.with_suffix(".partial")  # the last checkpoint of a run that is not finished
-SEED, VOCABULARY, LENGTH, BATCH = 0, 4096, 256, 8
+SEED, VOCABULARY, LENGTH = 0, 4096, 256
 SHAPE = {"hidden_size": 384, "ffn_dim": 3072, "num_hidden_layers": 4, "num_attention_heads": 6}
 LEARNING_RATE, WARM_UP = 1e-3, 50
 PENALTY, PENALTY_RATE = (
@@ -77,16 +77,16 @@ def token_stream(texts: list[str], tokenizer: Any) -> Tensor:
     return torch.tensor([token for document in ids for token in document])
 
 
-def batches(stream: Tensor, steps: int) -> Iterator[Tensor]:
-    """`steps` batches of (BATCH, LENGTH) tokens, the stream in a new order after each pass."""
+def batches(stream: Tensor, steps: int, batch: int) -> Iterator[Tensor]:
+    """`steps` batches of (batch, LENGTH) tokens, the stream in a new order after each pass."""
     rows = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
     generator = torch.Generator().manual_seed(SEED)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
-        if len(order) < BATCH:
+        if len(order) < batch:
             order = torch.randperm(len(rows), generator=generator)
-        yield rows[order[:BATCH]]
-        order = order[BATCH:]
+        yield rows[order[:batch]]
+        order = order[batch:]
 
 
 class Activations:
@@ -168,7 +168,7 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
     os.replace(written, out)
 
 
-def main(steps: int, target: float) -> None:
+def main(steps: int, target: float, batch: int) -> None:
     from transformers import OPTConfig, OPTForCausalLM
     from transformers import get_cosine_schedule_with_warmup as cosine
 
@@ -190,11 +190,13 @@ def main(steps: int, target: float) -> None:
     activations = Activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = cosine(optimizer, WARM_UP, steps)
+    bfloat16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # slower than float32 without
+    arithmetic = "bfloat16 autocast" if bfloat16 else "float32"
     table = Table(
         name="relu_lm",
         title=f"ReLU model trained here, {model.num_parameters() / 1e6:.1f}M parameters",
         config=f"OPT {SHAPE}, {VOCABULARY} tokens, {len(stream):,} of text, {steps} steps of "
-        f"{BATCH} x {LENGTH}, bfloat16 autocast, seed {SEED}, target {target:.0%} zeros",
+        f"{batch} x {LENGTH}, {arithmetic}, seed {SEED}, target {target:.0%} zeros",
     )
     checkpoint = Checkpoint(PARTIAL, table.config, model=model, optimizer=optimizer, schedule=schedule)
     done, penalty, seconds = 0, PENALTY, 0.0
@@ -203,8 +205,8 @@ def main(steps: int, target: float) -> None:
         print(f"going on after step {done}", flush=True)
     start = time.monotonic() - seconds
     losses: list[float] = []
-    for step, ids in enumerate(itertools.islice(batches(stream, steps), done, None), done + 1):
-        with torch.autocast("cpu", torch.bfloat16):
+    for step, ids in enumerate(itertools.islice(batches(stream, steps, batch), done, None), done + 1):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(ids, labels=ids).loss
         mean_activation, by_layer = activations.take()
         zeros = statistics.mean(by_layer)
@@ -242,5 +244,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--target", type=float, default=0.9, help="share of zeros to train for")
+    parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} tokens a step")
     arguments = parser.parse_args()
-    main(arguments.steps, arguments.target)
+    main(arguments.steps, arguments.target, arguments.batch)

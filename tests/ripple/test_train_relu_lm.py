@@ -25,7 +25,6 @@ def script(monkeypatch, tmp_path):
         "SHAPE": shape,
         "VOCABULARY": 300,
         "LENGTH": 16,
-        "BATCH": 2,
         "LOG_EVERY": 2,
         "documents": lambda: (TEXTS, TEXTS[:20]),
         "OUT": tmp_path / "model",
@@ -44,7 +43,7 @@ def numbers(folder):
 
 
 def test_a_killed_run_ends_with_the_same_numbers(script, tmp_path, monkeypatch):
-    script.main(7, 0.9)
+    script.main(7, 0.9, 2)
     whole, weights = numbers(tmp_path), AutoModelForCausalLM.from_pretrained(script.OUT).state_dict()
     assert len(whole) > 15
 
@@ -58,9 +57,9 @@ def test_a_killed_run_ends_with_the_same_numbers(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        script.main(7, 0.9)
+        script.main(7, 0.9, 2)
     assert script.PARTIAL.exists()
-    script.main(7, 0.9)
+    script.main(7, 0.9, 2)
     assert len(calls) == 6 + 3  # steps 5 to 7, after the checkpoint of step 4
     assert numbers(tmp_path) == whole
     for name, weight in AutoModelForCausalLM.from_pretrained(script.OUT).state_dict().items():
