@@ -19,6 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lemo_trainer.kernels.rows import gather
+
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
@@ -74,12 +76,19 @@ class Architecture:
     def is_parallel(self, layer: nn.Module) -> bool:
         return _switch(layer, self.parallel)
 
-    def attention_input(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return _apply(layer, self.before_attention, x) if _switch(layer, self.norm_first) else x
+    def attention_input(self, layer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        norm = self.before_attention if _switch(layer, self.norm_first) else None
+        return _apply(layer, norm, x, rows)
 
-    def attention_branch(self, layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
-        """What the attention adds to the residual stream for rows `x` [B, S, D]."""
-        output = self.attention_of(layer)(self.attention_input(layer, x), **kwargs)[0]
+    def attention_branch(
+        self, layer: nn.Module, x: Tensor, rows: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """What the attention adds to the residual stream for rows `x` [B, S, D].
+
+        With `rows`, flat row numbers, `x` is the stream itself and its rows are read from it.
+        """
+        x, rows = self._source(layer, x, rows)
+        output = self.attention_of(layer)(self.attention_input(layer, x, rows), **kwargs)[0]
         return self._added(layer, x, output, self.after_attention, self.before_attention)
 
     def finish_attention(self, layer: nn.Module, x: Tensor, heads_BSHd: Tensor) -> Tensor:
@@ -88,12 +97,13 @@ class Architecture:
         output = getattr(self.attention_of(layer), self.output)(heads_BSHd.flatten(2))
         return self._added(layer, x, output, self.after_attention, self.before_attention)
 
-    def mlp_input(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return _apply(layer, self.before_mlp, x) if _switch(layer, self.norm_first) else x
+    def mlp_input(self, layer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        return _apply(layer, self.before_mlp if _switch(layer, self.norm_first) else None, x, rows)
 
-    def mlp_branch(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """What the MLP adds to the residual stream for rows `x` [B, S, D] of its source."""
-        output = self.run_mlp(layer, self.mlp_input(layer, x))
+    def mlp_branch(self, layer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What the MLP adds to the residual stream for rows `x` [B, S, D] of its source; `rows` as above."""
+        x, rows = self._source(layer, x, rows)
+        output = self.run_mlp(layer, self.mlp_input(layer, x, rows))
         return self._added(layer, x, output, self.after_mlp, self.before_mlp)
 
     def run_mlp(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -103,6 +113,12 @@ class Architecture:
             x = getattr(layer, name)(x)
         output: Tensor = x[0] if isinstance(x, tuple) else x
         return output.view(shape)  # some mixtures of experts return flat rows, and their scores with them
+
+    def _source(self, layer: nn.Module, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A post-norm layer needs its rows a second time, for the sum in front of the norm."""
+        if rows is None or _switch(layer, self.norm_first):
+            return x, rows
+        return gather(x, rows), None
 
     def _added(
         self, layer: nn.Module, x: Tensor, output: Tensor, after: str | None, norm: str | None
@@ -125,8 +141,15 @@ def _switch(layer: nn.Module, value: bool | str) -> bool:
     return bool(getattr(layer, value)) if isinstance(value, str) else value
 
 
-def _apply(layer: nn.Module, name: str | None, x: Tensor) -> Tensor:
-    """`x` through a module of the layer, or through a dropout of which the layer holds the probability."""
+def _apply(layer: Any, name: str | None, x: Tensor, rows: Tensor | None = None) -> Tensor:
+    """`x` through a module of the layer, or through a dropout of which the layer holds the probability.
+
+    A norm that the kernels repeat (`norms`) reads its rows straight from the stream.
+    """
+    norm = getattr(layer, "_lemo_norms", {}).get(name)
+    if norm is not None and norm.fits(x):
+        return norm(x, rows)
+    x = x if rows is None else gather(x, rows)
     if name is None:
         return x
     step = getattr(layer, name)

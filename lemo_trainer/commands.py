@@ -45,6 +45,7 @@ def show_model(name: str, seq_len: int, config: LemoConfig) -> None:
         kept = blocks.kept_tokens
         table.add_row("tokens in a patched layer", f"{kept} of {seq_len} ({kept / seq_len:.0%})")
     segment = config.loss_segment
+    table.add_row("kernels", report.kernels)
     table.add_row("loss", f"{segment} tokens at a time" if segment else "the model's own, all logits")
     Console().print(table)
 

@@ -70,12 +70,17 @@ class LemoConfig:
             not differentiated there. "share": the share of the choices that kept it. Detach and eliminate.
         loss_segment: labelled tokens that go through the language-model head at a time in training; 0 keeps
             the model's own loss and its logits.
+        mlp_segment: chosen tokens of a sample that go through a layer's MLP at a time; their intermediate
+            activations, the widest of a layer, are not saved but made again in the backward pass. Exact, and
+            costs the MLP's forward a second time; 0 takes all at once. Detach and eliminate.
         save_attention: under gradient checkpointing, every layer keeps the output of its attention for the
             backward pass instead of computing it a second time. Exact; it pays at long samples and takes, for
             each token that carries gradient, about the bytes of its hidden state in a layer. Needs SDPA.
         selective_checkpointing: without gradient checkpointing, a layer saves its matrix products only and
             recomputes norms, activation functions and the like in the backward pass; layers that leave
             nothing out do so too. Exact, and about a third fewer bytes for a few per cent of time.
+        fused_kernels: LeMo's own kernels run where a part of the model is recognised exactly (norms; on CUDA
+            the attention under detach); the report says which. False calls the model's own parts only.
     """
 
     mode: Mode = "detach"
@@ -99,8 +104,10 @@ class LemoConfig:
     ramp_steps: int = 0
     label_weights: LabelWeights = "all"
     loss_segment: int = 256
+    mlp_segment: int = 0
     save_attention: bool = False
     selective_checkpointing: bool = True
+    fused_kernels: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (("mode", Mode), ("selector", Selector), ("label_weights", LabelWeights)):
@@ -108,7 +115,8 @@ class LemoConfig:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}."
                 )
-        for name in ("protect_labels", "causal_scores", "selective_checkpointing", "save_attention"):
+        switches = ("protect_labels", "causal_scores", "save_attention", "selective_checkpointing")
+        for name in (*switches, "fused_kernels"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         shared = self.shared_blocks
@@ -130,6 +138,7 @@ class LemoConfig:
             ("warmup_steps", 0),
             ("ramp_steps", 0),
             ("loss_segment", 0),
+            ("mlp_segment", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -163,6 +172,7 @@ class LemoConfig:
 
     def _check_segments(self) -> None:
         without = {"protect_labels": False, "thresholds": "", "label_weights": "all", "layers": "auto"}
+        without["mlp_segment"] = 0
         for name, value in without.items():
             if getattr(self, name) != value:
                 raise ValueError(

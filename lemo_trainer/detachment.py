@@ -31,6 +31,8 @@ from lemo_trainer.informativeness import (
     valid_tokens,
     without_dropout,
 )
+from lemo_trainer.kernels.attention import attend, fits
+from lemo_trainer.kernels.mlp import in_segments
 from lemo_trainer.kernels.rows import gather
 from lemo_trainer.masks import attention_interface, masked_attention
 from lemo_trainer.rows import (
@@ -66,6 +68,7 @@ AttentionInterface.register(_KEPT, _attend_kept)
 def _attend(
     attention: nn.Module,
     function: Callable[..., tuple[Tensor, Any]],
+    fused: bool,
     mask_B1SS: Tensor | None,
     query_BHKd: Tensor,
     key_BGSd: Tensor,
@@ -75,9 +78,12 @@ def _attend(
 ) -> Tensor:
     """The attention function of the model for queries at positions `index_BK`: heads [B, K, H, d].
 
-    The ascending queries go in pieces, each with the keys up to its last position: under a causal mask the
-    others would be computed in vain.
+    Where it is SDPA under a plain causal mask, and Triton runs, LeMo's kernel takes its place. Else the
+    ascending queries go in pieces, each with the keys up to its last position: under a causal mask the others
+    would be computed in vain.
     """
+    if fused and mask_B1SS is None and fits(query_BHKd, value_BGSd, options):
+        return attend(query_BHKd, key_BGSd, value_BGSd, index_BK, scaling=options["scaling"])
     heads = []
     for query, index in zip(query_BHKd.split(QUERY_ROWS, 2), index_BK.split(QUERY_ROWS, 1), strict=True):
         keys = int(index[:, -1].max()) + 1
@@ -128,7 +134,9 @@ class DetachingLayer:
         architecture = self.architecture
         attention = architecture.attention_of(layer)
         implementation, mask = masked_attention(attention, attention_mask)
-        attend = functools.partial(_attend, attention, attention_interface(attention, implementation), mask)
+        fused = self.config.fused_kernels and attention.config._attn_implementation == "sdpa"
+        function = attention_interface(attention, implementation)
+        attend_rows = functools.partial(_attend, attention, function, fused, mask)
 
         def project(x_BTD: Tensor, positions: dict[str, Any]) -> AttentionInputs:
             return attention_inputs(
@@ -171,17 +179,21 @@ class DetachingLayer:
                 values = merge_heads(value, index_BK, rest_value_BGRd, rest_BR)
                 if first_run:
                     complete = keys.detach(), values.detach()
-                return attend(query, keys, values, index_BK, **options)
+                return attend_rows(query, keys, values, index_BK, **options)
 
-            return self._with_mlp(layer, x_BKD, attention_update(x_BKD, index_BK, lemo_attend))
+            update = attention_update(x_BKD, index_BK, lemo_attend)
+            return update if self.config.mlp_segment else self._with_mlp(layer, x_BKD, update)
 
         stream = self.streams.enter(layer, x_BSD)
         rows = flat_rows(index_BK, seq_len)
-        update = run(kept, stream.take(rows), rest.key, rest.value)
+        x_BKD = stream.take(rows)
+        update = run(kept, x_BKD, rest.key, rest.value)
+        if self.config.mlp_segment:  # it recomputes by itself
+            update = self._with_mlp(layer, x_BKD, update)
         first_run = False
         assert complete is not None
         with without_graph(), without_dropout(layer):
-            heads = attend(rest.query, *complete, rest_BR, scaling=rest.scaling, **rest.options)
+            heads = attend_rows(rest.query, *complete, rest_BR, scaling=rest.scaling, **rest.options)
             complete = None
             if architecture.output is None:
                 constant = attention_update(x_BRD, rest_BR, lambda *args, **options: heads)
@@ -205,7 +217,9 @@ class DetachingLayer:
         if self.architecture.has_dense_mlp(layer):
             return update
         source = x if self.architecture.is_parallel(layer) else x + update
-        return update + self.architecture.mlp_branch(layer, source)
+        mlp = functools.partial(self.architecture.mlp_branch, layer)
+        segment = self.config.mlp_segment
+        return update + (in_segments(mlp, source, segment) if segment else mlp(source))
 
     def _select(
         self,

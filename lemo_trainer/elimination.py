@@ -28,6 +28,7 @@ from lemo_trainer.informativeness import (
     score_positions,
     valid_tokens,
 )
+from lemo_trainer.kernels.mlp import in_segments
 from lemo_trainer.masks import masked_attention
 from lemo_trainer.rows import flat_rows, take_arguments, take_mask
 from lemo_trainer.scoring import BlockScorer
@@ -94,12 +95,18 @@ class EliminatingLayer:
         index_BK = select_tokens(scores_BN, valid_BS, plan, self.config)
         kept = {"attention_mask": take_mask(mask, index_BK), **take_arguments(positions, index_BK)}
 
-        def attention(x_BKD: Tensor) -> Tensor:
+        def attention(x: Tensor, rows: Tensor | None = None) -> Tensor:
             with attention_function(architecture.attention_of(layer), implementation):
-                return architecture.attention_branch(layer, x_BKD, **kept, **kwargs)
+                return architecture.attention_branch(layer, x, rows, **kept, **kwargs)
 
-        def mlp(x_BKD: Tensor) -> Tensor:
-            return architecture.mlp_branch(layer, x_BKD)
+        def mlp(x: Tensor, rows: Tensor | None = None) -> Tensor:
+            return architecture.mlp_branch(layer, x, rows)
+
+        def on_rows(branch: Callable[..., Tensor], rows: Tensor) -> Tensor:
+            """The branch's output. Without gradients its norm reads the rows from the stream, not a copy."""
+            return run(branch, stream.take(rows)) if torch.is_grad_enabled() else branch(stream.x_BSD, rows)
+
+        segment = self.config.mlp_segment
 
         def mlp_update() -> tuple[Tensor, Tensor]:
             """The MLP's output and its rows, which it chooses from the stream as it is now."""
@@ -108,11 +115,13 @@ class EliminatingLayer:
             else:
                 scores_BN = self._mlp_scores(layer, stream.x_BSD, valid_BS, plan)
                 rows = flat_rows(select_tokens(scores_BN, valid_BS, plan, self.config), seq_len)
-            return run(mlp, stream.take(rows)), rows
+            if segment and not architecture.has_dense_mlp(layer):
+                return in_segments(mlp, stream.take(rows), segment), rows
+            return on_rows(mlp, rows), rows
 
         stream = self.streams.enter(layer, x_BSD)
         rows = flat_rows(index_BK, seq_len)
-        updates = [(run(attention, stream.take(rows)), rows)]
+        updates = [(on_rows(attention, rows), rows)]
         if architecture.is_parallel(layer):
             updates.append(mlp_update())
         for update in updates:

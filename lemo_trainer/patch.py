@@ -24,6 +24,8 @@ from lemo_trainer.config import LemoConfig
 from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.elimination import EliminatingLayer
 from lemo_trainer.head import check_head, forward_with_segmented_loss
+from lemo_trainer.kernels.dispatch import backend
+from lemo_trainer.norms import recognised_norms
 from lemo_trainer.predictor_files import predictors_of
 from lemo_trainer.probe import CACHES, Wiring, find_wiring, layer_arguments, split_arguments
 from lemo_trainer.report import LemoReport
@@ -63,7 +65,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     if config.mode == "segments":
         check_segments(parts)
         report = LemoReport(config, model_type, total, tuple(range(total)), None)
-        patched = None
+        patched = wiring = None
     else:
         if layerdrop := getattr(parts.model.config, "layerdrop", 0):
             if config.shared_blocks:
@@ -80,12 +82,16 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         patched = _leaving_out(report, wiring, parts.layers[chosen[0]])
     if config.loss_segment:
         check_head(parts)
+    report.kernel_backend = backend(parts.model.get_input_embeddings().weight)
     try:
         for index, layer in enumerate(parts.layers):
             leaves_out = patched is not None and index in report.patched_layers
             recomputes = config.selective_checkpointing or config.save_attention or config.mode == "segments"
             if leaves_out or recomputes:
                 _patch_layer(index, layer, patched if leaves_out else None, report)
+                if leaves_out and wiring and config.fused_kernels:
+                    layer._lemo_norms = recognised_norms(wiring.architecture, layer)
+                    report.fused_norms.update(norm.name for norm in layer._lemo_norms.values())
         _patch_causal_lm(parts, report)
     except BaseException:
         _undo(report)
@@ -179,11 +185,12 @@ def _patch_layer(
 ) -> None:
     original = layer.__class__
     layer._lemo_index, layer._lemo_layer, layer._lemo_report = index, patched, report
+    layer._lemo_norms = {}
     layer.__class__ = _patched_class(original)
 
     def undo() -> None:
         layer.__class__ = original
-        del layer._lemo_index, layer._lemo_layer, layer._lemo_report
+        del layer._lemo_index, layer._lemo_layer, layer._lemo_report, layer._lemo_norms
 
     report.undo.append(undo)
 

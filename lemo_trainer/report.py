@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ class LemoReport:
         seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
         thresholds: `config.layer_thresholds`, of which a search may change the values; 0 is dense.
         layer_kept: how many of them each patched layer kept, choice by choice.
+        fused_norms: how many norms of which class LeMo's kernel computes.
+        kernel_backend: what LeMo's kernels are written in where the model is, "torch" or "triton".
         logits_made: a training batch without `labels` made all its logits, in spite of `loss_segment`: its
             loss is computed outside the model (label smoothing, `compute_loss_func`).
     """
@@ -51,6 +54,8 @@ class LemoReport:
     seq_len: int = 0
     thresholds: dict[int, float] = field(init=False)
     layer_kept: dict[int, list[int]] = field(default_factory=dict)
+    fused_norms: Counter[str] = field(default_factory=Counter)
+    kernel_backend: str = "torch"
     logits_made: bool = False
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -74,6 +79,18 @@ class LemoReport:
     def layer_shares(self) -> dict[int, float]:
         """The same for each patched layer that the batch met."""
         return {layer: statistics.mean(kept) / self.seq_len for layer, kept in self.layer_kept.items()}
+
+    @property
+    def kernels(self) -> str:
+        """Which of LeMo's own kernels the patched layers call; the rest is the model's own code."""
+        if self.config.mode == "segments":
+            return "none"
+        parts = [f"in {self.kernel_backend}: rows added in place"]
+        if norms := ", ".join(f"{count} {name}" for name, count in sorted(self.fused_norms.items())):
+            parts.append(f"norms ({norms})")
+        if self.kernel_backend == "triton" and self.config.fused_kernels and self.config.mode == "detach":
+            parts.append("attention where it is SDPA under a plain causal mask")
+        return ", ".join(parts)
 
     @property
     def notes(self) -> list[str]:

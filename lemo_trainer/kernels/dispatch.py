@@ -35,10 +35,9 @@ def runs_triton(x: Tensor) -> bool:
 
 def implementation(idea: str, x: Tensor) -> Any:
     """The module of `lemo_trainer.kernels` with the functions of an idea ("norm", "rows", ...) for `x`."""
-    backend = "triton" if runs_triton(x) else "torch"
-    return importlib.import_module(f"lemo_trainer.kernels.{backend}_{idea}")
+    return importlib.import_module(f"lemo_trainer.kernels.{backend(x)}_{idea}")
 
 
-def description(device: torch.device) -> str:
-    """What runs on a device, for the report."""
-    return "Triton" if runs_triton(torch.empty(0, device=device)) else "torch"
+def backend(x: Tensor) -> str:
+    """What kernels on `x` are written in."""
+    return "triton" if runs_triton(x) else "torch"

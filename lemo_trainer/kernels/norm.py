@@ -1,0 +1,81 @@
+"""RMSNorm and LayerNorm of chosen rows of the residual stream.
+
+The rows are read straight from the stream. For the backward pass the stream itself, the row numbers and one
+or two numbers a row are saved: neither the gathered nor the normed rows. That is worth it where the stream
+stays as it is. Where it is overwritten in place, its rows have to be copied first (`Stream.take`), and the
+norm of the copy (`rows=None`) saves that copy only.
+
+Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lemo_trainer.kernels.dispatch import implementation
+
+
+class _NormRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BSD: Tensor,
+        rows: Tensor | None,
+        weight_D: Tensor,
+        bias_D: Tensor | None,
+        eps: float,
+        centred: bool,
+    ) -> Tensor:
+        x_ND = x_BSD.flatten(0, -2)
+        y, mean, rstd = implementation("norm", x_BSD).forward(x_ND, rows, weight_D, bias_D, eps, centred)
+        ctx.save_for_backward(x_BSD, rows, weight_D, bias_D, mean, rstd)
+        if rows is None:
+            return y.view(x_BSD.shape)
+        return y.unflatten(0, (len(x_BSD), -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BKD: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSD, rows, weight_D, bias_D, mean, rstd = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = implementation("norm", x_BSD).backward(
+            grad_BKD.flatten(0, -2),
+            x_BSD.flatten(0, -2),
+            rows,
+            weight_D,
+            mean,
+            rstd,
+            any(ctx.needs_input_grad[2:4]),
+        )
+        if rows is not None and ctx.needs_input_grad[0]:
+            grad_x = torch.zeros_like(x_BSD).flatten(0, -2).index_copy_(0, rows, grad_x)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_D.dtype)
+        grad_bias = None if grad_bias is None or bias_D is None else grad_bias.to(bias_D.dtype)
+        return grad_x.view(x_BSD.shape), None, grad_weight, grad_bias, None, None
+
+
+def norm_rows(
+    x_BSD: Tensor,
+    rows: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor | None = None,
+    *,
+    eps: float,
+    centred: bool = False,
+) -> Tensor:
+    """RMSNorm, or LayerNorm if `centred`, of rows of the stream.
+
+    Args:
+        x_BSD: [B, S, D], contiguous.
+        rows: flat row numbers [B * K], distinct; None norms all rows, of any shape [..., D].
+        weight_D, bias_D: in the dtype of `x_BSD`.
+
+    Returns:
+        [B, K, D], or the shape of `x_BSD` without `rows`.
+    """
+    y: Tensor = _NormRows.apply(x_BSD, rows, weight_D, bias_D, eps, centred)
+    return y
