@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from ripple_loader import ReorderConfig
 from ripple_loader.cli import app
 from ripple_loader.devices import Device, load_devices
+from ripple_loader.drive import DriveProfile, Measurement, device_of
 from ripple_loader.html_report import coactivation_map
 from ripple_loader.placement import Placed
 from ripple_loader.simulate import RIPPLE, STRATEGIES, Strategy, Workload, place_all, replay, summarise
@@ -161,7 +162,7 @@ def traced(saved, tmp_path_factory):
     return str(source.directory), str(trace)
 
 
-def test_simulate_and_report_on_the_command_line(traced, tmp_path):
+def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
     model, trace = traced
     numbers, page = tmp_path / "numbers.json", tmp_path / "page.html"
     options = [model, "--trace", trace, "--tokens", "64"]
@@ -174,10 +175,20 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path):
         assert set(rows) == set(STRATEGIES)
         assert rows["Ripple"]["ms_per_token"] <= rows["LLM in a Flash"]["ms_per_token"]
 
-    run = CliRunner().invoke(app, ["report", *options, "--out", str(page), "--layer", "1"])
-    assert run.exit_code == 0, run.output
+    timed = [
+        Measurement(size=size, depth=8, requests=100, seconds=100 * max(1e-5, size / 1e9))
+        for size in (4096, 65536)
+    ]
+    device = device_of(tmp_path)
+    probed = DriveProfile(device=device, date="2026-01-01", direct=True, measurements=timed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for plots, profile in ((4, None), (5, probed)):
+        if profile is not None:
+            profile.save()
+        run = CliRunner().invoke(app, ["report", *options, "--out", str(page), "--layer", "1"])
+        assert run.exit_code == 0, run.output
+        assert page.read_text().count("data:image/png;base64,") == plots
     html = page.read_text()
-    assert html.count("data:image/png;base64,") >= 4
     assert "http" not in html.replace("https://arxiv.org", "")
     assert all(name in html for name in STRATEGIES)
 
