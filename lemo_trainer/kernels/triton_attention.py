@@ -8,12 +8,15 @@ Legend: B batch, K queries, T keys, H query heads, G key heads, d head width; ti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-QUERIES, KEYS = 64, 64  # of a tile
+TILE = 64  # queries and keys of a tile
+TILE_BYTES = 16384  # of a tile's queries or keys; wider heads and dtypes get tiles of fewer rows
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -132,7 +135,8 @@ def forward(
     out = query.new_empty(batch, queries, heads, width)
     lse = query.new_empty(batch, queries, heads, dtype=torch.float32)
     if out.numel():
-        grid = (triton.cdiv(queries, QUERIES), batch * heads)
+        tiles = _tiles(query)
+        grid = (triton.cdiv(queries, tiles["tile_m"]), batch * heads)
         _forward[grid](
             query,
             key,
@@ -153,7 +157,7 @@ def forward(
             *value.stride()[:3],
             chosen_keys=key_positions is not None,
             padded=valid is not None,
-            **_tiles(query),
+            **tiles,
         )
     return out, lse
 
@@ -337,14 +341,11 @@ def backward(
         )
         sizes = (heads, heads // groups, queries, keys, width, scaling)
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
-        options = {
-            "chosen_keys": key_positions is not None,
-            "padded": valid is not None,
-            **_tiles(query),
-        }
-        grid = (triton.cdiv(queries, QUERIES), batch * heads)
+        tiles = _tiles(query)
+        options = {"chosen_keys": key_positions is not None, "padded": valid is not None, **tiles}
+        grid = (triton.cdiv(queries, tiles["tile_m"]), batch * heads)
         _backward_query[grid](*inputs, grads[0], *sizes, *strides, **options)
-        grid = (triton.cdiv(keys, KEYS), batch * groups)
+        grid = (triton.cdiv(keys, tiles["tile_n"]), batch * groups)
         _backward_key[grid](*inputs, grads[1], grads[2], *sizes, *strides, **options)
     return grads
 
@@ -353,8 +354,9 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _tiles(query: Tensor) -> dict[str, object]:
+def _tiles(query: Tensor) -> dict[str, Any]:
     """Tile sizes, and the dtype of tl.dot's factors: the interpreter would multiply the bits of bfloat16."""
     operand = tl.float32 if triton.knobs.runtime.interpret else _DTYPES[query.dtype]
     tile_d = max(16, triton.next_power_of_2(query.shape[3]))
-    return {"tile_m": QUERIES, "tile_n": KEYS, "tile_d": tile_d, "operand": operand}
+    rows = max(16, min(TILE, TILE_BYTES // (tile_d * query.element_size())))
+    return {"tile_m": rows, "tile_n": rows, "tile_d": tile_d, "operand": operand}
