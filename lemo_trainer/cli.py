@@ -164,22 +164,56 @@ def search_thresholds(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     data: Annotated[str, typer.Option(help=".jsonl or text file of held-out text")],
     output: Annotated[str, typer.Option(help="YAML file that `LemoConfig` reads")] = "lemo_thresholds.yaml",
-    max_increase: Annotated[float, typer.Option(help="nats a token by which the loss may rise")] = 0.05,
+    max_increase: Annotated[
+        float | None,
+        typer.Option(help="nats a token by which the loss may rise; 0.05 without a budget"),
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="tokens of a sample")] = 1024,
     samples: Annotated[int, typer.Option(help="samples of the held-out text")] = 2,
     rounds: Annotated[int, typer.Option(help="steps of Algorithm 1 for each layer")] = 1,
+    fit_share: Annotated[float | None, typer.Option(help="mean kept share over the model's layers")] = None,
+    fit_flops: Annotated[float | None, typer.Option(help="share of the dense step's operations")] = None,
+    fit_memory: Annotated[str | None, typer.Option(help='memory that a step must fit, like "3GiB"')] = None,
+    kept_shares: Annotated[
+        str, typer.Option(help="kept shares that each layer is tried with where something must fit")
+    ] = "0.75,0.5,0.25",
+    checkpointing: Annotated[bool, typer.Option(help="for the operations and the memory")] = False,
+    lora_rank: Annotated[int, typer.Option(help="for the same; 0 trains all weights")] = 8,
+    dtype: Annotated[str, typer.Option(help="for the same: float32, bfloat16")] = "float32",
+    plot: Annotated[str | None, typer.Option(help="PNG of the kept share by layer")] = None,
     *,
     lemo: dict[str, Any],
 ) -> None:
-    """Search the thresholds of mode="eliminate" that cost at most so much held-out loss.
+    """Search the thresholds of mode="eliminate" that cost little held-out loss, or that fit a budget.
 
-    Example:
+    A budget is that of a step of one sample of --seq-len tokens. Which layers leave out how much is then
+    chosen at the least predicted loss, and the loss with all of them measured.
 
-        lemo search-thresholds .cache/assets/SmolLM2-135M-Instruct --data .cache/assets/text/held_out.jsonl
+    Examples:
+
+        lemo search-thresholds MODEL --data held_out.jsonl --max-increase 0.1
+
+        lemo search-thresholds MODEL --data held_out.jsonl --fit-flops 0.8 --plot kept.png
     """
     with _user_errors():
-        config = LemoConfig.from_dict({"mode": "eliminate", **lemo})
-        commands.find_thresholds(model, data, output, max_increase, seq_len, samples, rounds, config)
+        commands.find_thresholds(
+            model,
+            data,
+            output,
+            max_increase,
+            seq_len,
+            samples,
+            rounds,
+            LemoConfig.from_dict({"mode": "eliminate", **lemo}),
+            kept_shares=kept_shares,
+            fit_share=fit_share,
+            fit_flops=fit_flops,
+            fit_memory=fit_memory,
+            checkpointing=checkpointing,
+            lora_rank=lora_rank,
+            dtype=dtype,
+            plot=plot,
+        )
 
 
 @app.command()

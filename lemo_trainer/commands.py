@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lemo_trainer.config import LemoConfig
+
+if TYPE_CHECKING:
+    from lemo_trainer.plan import Setup
 
 
 def show_model(name: str, seq_len: int, config: LemoConfig) -> None:
@@ -61,30 +64,17 @@ def predict_step(
     checkpointing: bool,
     lemo: dict[str, Any],
 ) -> None:
-    import torch
     from rich.console import Console
     from rich.table import Table
-    from transformers import AutoConfig
 
-    from lemo_trainer.plan import Setup, check_predictable, fit, predict
-    from lemo_trainer.recipe import check_model
+    from lemo_trainer.plan import check_predictable, fit, predict
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {dtype!r}.")
     if fit_memory is not None and fit_flops is not None:
         raise ValueError("Give one of `fit_memory` and `fit_flops`, not both.")
     config = LemoConfig.from_dict(lemo)
     check_predictable(config)
     memory = None if fit_memory is None else parse_bytes(fit_memory)
-    check_model(name)
-    setup = Setup(
-        model_config=AutoConfig.from_pretrained(name),
-        seq_len=seq_len,
-        batch_size=batch_size,
-        lora={"r": lora_rank, "target_modules": "all-linear"} if lora_rank else None,
-        dtype=getattr(torch, dtype),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    setup = _setup(name, seq_len, batch_size, lora_rank, dtype)
     if fit_memory is not None or fit_flops is not None:
         fitting = fit(setup, config, checkpointing=checkpointing, memory=memory, flops_share=fit_flops)
         names = ("segment_tokens",) if memory and config.mode == "segments" else ("keep_ratio",)
@@ -101,52 +91,121 @@ def predict_step(
     Console().print(table)
 
 
+def _setup(name: str, seq_len: int, batch_size: int, lora_rank: int, dtype: str) -> Setup:
+    """The run that `lemo plan` predicts, on the device that is there."""
+    import torch
+    from transformers import AutoConfig
+
+    from lemo_trainer.plan import Setup
+    from lemo_trainer.recipe import check_model
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {dtype!r}.")
+    check_model(name)
+    return Setup(
+        model_config=AutoConfig.from_pretrained(name),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        lora={"r": lora_rank, "target_modules": "all-linear"} if lora_rank else None,
+        dtype=getattr(torch, dtype),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
 def find_thresholds(
     name: str,
     data: str,
     output: str,
-    max_increase: float,
+    max_increase: float | None,
     seq_len: int,
     samples: int,
     rounds: int,
     config: LemoConfig,
+    *,
+    kept_shares: str,
+    fit_share: float | None,
+    fit_flops: float | None,
+    fit_memory: str | None,
+    checkpointing: bool,
+    lora_rank: int,
+    dtype: str,
+    plot: str | None,
 ) -> None:
     import torch
     import yaml
     from rich.console import Console
     from rich.table import Table
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from lemo_trainer.budget import Budget
+    from lemo_trainer.plot import check_plot, plot_kept_shares
     from lemo_trainer.recipe import check_model, pack, read_texts
     from lemo_trainer.thresholds import check_search
     from lemo_trainer.thresholds import search_thresholds as search
 
-    check_search(config, max_increase)
+    fits = {"fit_share": fit_share, "fit_flops": fit_flops, "fit_memory": fit_memory}
+    given = [option for option, value in fits.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"Give one of {', '.join(f'`{option}`' for option in fits)}, got {len(given)}.")
+    shares = parse_shares(kept_shares) if given else ()
+    check_search(config, max_increase, shares)
     for option, value, least in (("seq_len", seq_len, 2), ("samples", samples, 1), ("rounds", rounds, 0)):
         check_least(option, value, least)
-    if not Path(output).absolute().parent.is_dir():
-        raise ValueError(f"`output` must lie in a folder that exists, got {output!r}.")
+    for option, path in (("output", output), ("plot", plot)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"`{option}` must lie in a folder that exists, got {path!r}.")
+    if plot is not None:
+        check_plot()
     check_model(name)
+    memory = None if fit_memory is None else parse_bytes(fit_memory)
     texts = read_texts(data)
     blocks = pack(texts, AutoTokenizer.from_pretrained(name), seq_len)[:samples]
     if len(blocks) < samples:
         raise ValueError(f"{data} holds {len(blocks)} samples of {seq_len} tokens, fewer than {samples}.")
     batches = [{key: torch.tensor([tokens]) for key, tokens in block.items()} for block in blocks]
+    budget = None
+    if fit_share is not None:
+        budget = Budget.of_shares(fit_share, AutoConfig.from_pretrained(name).num_hidden_layers)
+    elif given:
+        setup = _setup(name, seq_len, 1, lora_rank, dtype)
+        budget = Budget.of_step(
+            setup, config, checkpointing=checkpointing, memory=memory, flops_share=fit_flops
+        )
     model = AutoModelForCausalLM.from_pretrained(name)
-    found = search(model, batches, config, max_increase=max_increase, rounds=rounds)
-    table = Table(title=f"held-out loss {found.dense_loss:.4f} dense, {found.loss:.4f} with the thresholds")
+    found = search(
+        model, batches, config, max_increase=max_increase, rounds=rounds, shares=shares, budget=budget
+    )
+    summary = (
+        f"held-out loss {found.dense_loss:.4f} dense, {found.loss:.4f} with the thresholds "
+        f"({found.predicted_loss:.4f} if losses added up)"
+    )
+    table = Table(title="\n".join(filter(None, [summary, found.cost])))
     for column in ("layer", "threshold", "kept", "loss alone", "used"):
         table.add_column(column, justify="right")
     for row in found.layers:
         increase = f"{row.loss_increase:+.4f}"
-        used = "yes" if row.used else "dense"
+        used = "yes" if row.used else "" if row.layer in found.thresholds else "dense"
         table.add_row(str(row.layer), f"{row.threshold:.3f}", f"{row.kept_share:.0%}", increase, used)
     Console().print(table)
     if not found.thresholds:
-        raise ValueError(f"No layer can leave tokens out within {max_increase} nats; use another mode.")
+        raise ValueError(
+            f"The budget is met with every layer dense ({found.cost}): there is nothing to leave out."
+            if found.cost
+            else f"No layer can leave tokens out within {found.max_increase} nats; use another mode."
+        )
     result = {**dataclasses.asdict(config), "thresholds": found.thresholds}
     with open(output, "w", encoding="utf-8") as file:
         yaml.safe_dump(result, file, sort_keys=False)
+        comments = [summary, *filter(None, [found.cost]), "layer  threshold  kept share  loss alone  used"]
+        for row in found.layers:
+            comments.append(
+                f"{row.layer:5}  {row.threshold:9.4g}  {row.kept_share:10.1%}  {row.loss_increase:+10.4f}  "
+                f"{'yes' if row.used else 'no'}"
+            )
+        file.writelines(f"# {line}\n" for line in comments)
+    if plot is not None:
+        plot_kept_shares(found, plot)
+        typer.echo(f"wrote {plot}")
     typer.echo(f"wrote {output}")
 
 
@@ -206,6 +265,14 @@ def parse_ranks(text: str) -> tuple[int, int, int]:
 def check_least(option: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"`{option}` must be at least {least}, got {value}.")
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """ "0.75,0.5" as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f'`kept_shares` must be numbers like "0.75,0.5,0.25", got {text!r}.') from None
 
 
 def parse_bytes(text: str) -> float:

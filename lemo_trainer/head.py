@@ -140,6 +140,11 @@ def check_head(parts: CausalLM) -> None:
                 got = model(**inputs).loss
     finally:
         loud.remove()
+    if not wanted.isfinite():
+        raise ValueError(
+            f"The loss of {type(model).__name__} on a few tokens must be finite, got {float(wanted)}: its "
+            "embeddings, last norm or head hold NaN or inf."
+        )
     tolerance = 1e-4 if wanted.dtype == torch.float32 and head.weight.dtype == torch.float32 else 2e-2
     if not torch.allclose(got, wanted, rtol=tolerance):
         raise ValueError(

@@ -36,7 +36,10 @@ class LemoReport:
         predictors: what foretells the scores under `selector="predictor"`, with the recall of each layer.
         active: False runs dense although patched (warm-up).
         seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
-        thresholds: `config.layer_thresholds`, of which a search may change the values; 0 is dense.
+        thresholds: `config.layer_thresholds`, of which a search may change the values; 0 is dense, and one
+            below 0 keeps everything by the code that leaves tokens out.
+        relative_scores: block scores in means of their sample, layer by layer, that a search collects over
+            batches by making this a dict.
         layer_kept: how many of them each patched layer kept, choice by choice.
         fused_norms: how many norms of which class LeMo's kernel computes.
         kernel_backend: what LeMo's kernels are written in where the model is, "torch" or "triton".
@@ -53,6 +56,7 @@ class LemoReport:
     active: bool = True
     seq_len: int = 0
     thresholds: dict[int, float] = field(init=False)
+    relative_scores: dict[int, list[Tensor]] | None = None
     layer_kept: dict[int, list[int]] = field(default_factory=dict)
     fused_norms: Counter[str] = field(default_factory=Counter)
     kernel_backend: str = "torch"
@@ -147,6 +151,8 @@ class LemoReport:
             labelled=self._labelled_BS,
             on_chosen=functools.partial(self._note, layer),
         )
+        if self.relative_scores is not None:
+            plan = dataclasses.replace(plan, on_scored=self.relative_scores.setdefault(layer, []).append)
         if self.active and not plan.keeps_all and threshold != 0:
             return plan
         self.layer_kept[layer] = [seq_len]

@@ -14,7 +14,7 @@ from torch import Tensor
 from lemo_trainer.config import LemoConfig
 
 
-def _ignore(index_BK: Tensor) -> None:
+def _ignore(values: Tensor) -> None:
     pass
 
 
@@ -31,6 +31,8 @@ class BlockPlan:
             `kept_blocks`. A batch keeps as many as its sample with the most.
         labelled: bool [B, S], True where a token has a label, for `protect_labels`.
         on_chosen: called with the positions [B, K] that were chosen.
+        on_scored: called, where there is a `threshold`, with the scores that are compared with it, one number
+            for each block with tokens of a sample.
     """
 
     blocks: int
@@ -40,6 +42,7 @@ class BlockPlan:
     threshold: float | None = None
     labelled: Tensor | None = None
     on_chosen: Callable[[Tensor], None] = _ignore
+    on_scored: Callable[[Tensor], None] = _ignore
 
     @classmethod
     def of(cls, seq_len: int, config: LemoConfig, keep_ratio: float | None = None) -> BlockPlan:
@@ -71,10 +74,13 @@ def select_tokens(scores_BN: Tensor, valid_BS: Tensor | None, plan: BlockPlan, c
         valid_BS: False at padding; None when there is none.
 
     Raises:
-        ValueError: a score is NaN.
+        ValueError: a score is NaN or infinite.
     """
-    if scores_BN.isnan().any():
-        raise ValueError("Block scores must be numbers, got NaN: the hidden states of this batch hold NaN.")
+    if not scores_BN.isfinite().all():
+        wrong = "NaN" if scores_BN.isnan().any() else "inf"
+        raise ValueError(
+            f"Block scores must be finite, got {wrong}: the hidden states of this batch hold NaN or inf."
+        )
     whole = plan.blocks * plan.block_size
     filled_BN = torch.ones_like(scores_BN, dtype=torch.bool)
     if valid_BS is not None:
@@ -88,6 +94,7 @@ def select_tokens(scores_BN: Tensor, valid_BS: Tensor | None, plan: BlockPlan, c
     if plan.threshold is not None:
         mean_B1 = (scores_BN * filled_BN).sum(1, keepdim=True) / filled_BN.sum(1, keepdim=True).clamp(min=1)
         above_BN = filled_BN & (scores_BN >= plan.threshold * mean_B1)
+        plan.on_scored((scores_BN / mean_B1.clamp(min=torch.finfo(scores_BN.dtype).tiny))[filled_BN])
         kept_blocks = max(kept_blocks, int((above_BN | (tier_BN > 1)).sum(1).max()))
     order_BN = scores_BN.sort(dim=1, descending=True, stable=True).indices
     tier_BN = tier_BN.gather(1, order_BN).sort(dim=1, descending=True, stable=True).indices

@@ -190,6 +190,13 @@ def test_search_thresholds_writes_a_config(tmp_path):
         (["--max-increase", "nan"], "`max_increase` must be a number of nats, got nan"),
         (["--samples", "100000"], "fewer than 100000"),
         (["--max-increase", "-100"], "No layer can leave tokens out within -100.0 nats"),
+        (["--fit-share", "0.5", "--fit-flops", "0.5"], "Give one of `fit_share`, `fit_flops`, `fit_memory`"),
+        (["--fit-share", "0"], "`fit_share` must be above 0 and at most 1, got 0.0"),
+        (["--fit-share", "0.1"], "the nearest takes a mean kept share of"),
+        (["--fit-share", "0.9", "--kept-shares", "half"], "`kept_shares` must be numbers like"),
+        (["--fit-share", "0.9", "--kept-shares", "0.5,1"], "must lie between 0 and 1, got [0.5, 1.0]"),
+        (["--fit-share", "0.9", "--max-increase", "-100"], "`max_increase` must be at least"),
+        (["--plot", "no/such/folder/kept.png"], "`plot` must lie in a folder that exists"),
     ],
 )
 def test_search_thresholds_names_what_is_wrong_and_writes_nothing(tmp_path, options, message):
@@ -270,6 +277,32 @@ def test_predict_train_names_what_is_wrong_and_writes_nothing(recipe, tmp_path, 
     assert result.exit_code == 2
     assert message in result.stderr
     assert not folder.exists()
+
+
+def test_search_thresholds_fits_a_budget_and_draws_what_it_kept(monkeypatch, tmp_path):
+    from lemo_trainer import LemoConfig
+    from lemo_trainer.plan import StepCost
+
+    def predict(setup, lemo, **options):
+        assert setup.seq_len == 32
+        return StepCost(0, 0, 1.0 if lemo is None else lemo.keep_ratio, 0)
+
+    monkeypatch.setattr("lemo_trainer.budget.predict", predict)
+    save_model_and_text(tmp_path)
+    result = search(tmp_path, "--layers", "all", "--fit-flops", "0.9", "--plot", str(tmp_path / "kept.png"))
+    assert result.exit_code == 0, result.output
+    assert "of the dense operations" in result.output
+    assert LemoConfig.from_yaml(tmp_path / "found.yaml").layer_thresholds
+    assert "# layer  threshold  kept share" in (tmp_path / "found.yaml").read_text()
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
+    save_model_and_text(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = search(tmp_path, "--plot", str(tmp_path / "kept.png"))
+    assert result.exit_code == 2
+    assert "needs matplotlib; install it with" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "inspect"])

@@ -3,8 +3,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.budget import Budget
 from lemo_trainer.thresholds import search_thresholds
 
 from .tiny import batch, tiny_model
@@ -73,6 +75,52 @@ def test_the_kept_share_is_that_of_all_batches():
     ]
     assert shares[0] != shares[1]
     assert shares[2] == pytest.approx((shares[0] + shares[1]) / 2)
+
+
+def test_a_share_is_reached_by_a_threshold():
+    """Of 11 blocks and a tail of one token, both sub-layers keep the share of blocks that is asked for."""
+    model, inputs = tiny_model(), batch("plain", size=1)
+    config = dataclasses.replace(CONFIG, recent_blocks=0)
+    found = search_thresholds(model, [inputs], config, rounds=0, shares=(0.75, 0.25))
+    for layer in range(3):
+        shares = [row.kept_share for row in found.layers if row.layer == layer]
+        assert shares[1:] == pytest.approx([0.75, 0.25], abs=1 / 11)
+
+
+def test_a_budget_is_met_and_its_loss_is_measured():
+    model, inputs = tiny_model(layers=4), batch("plain")
+    found = search_thresholds(
+        model, [inputs], CONFIG, rounds=0, shares=(0.75, 0.5, 0.25), budget=Budget.of_shares(0.6, 4)
+    )
+    used = [row for row in found.layers if row.used]
+    assert len({row.layer for row in used}) == len(used) > 0
+    assert sum(found.kept_shares) / 4 <= 0.6
+    assert found.loss == pytest.approx(sparse_loss(model, inputs, found.thresholds), rel=1e-5)
+    assert found.predicted_loss == pytest.approx(found.dense_loss + sum(row.loss_increase for row in used))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("embed_tokens", "The loss of LlamaForCausalLM on a few tokens must be finite, got nan"),
+        ("layers.1.mlp.gate_proj", "Layer 2: Block scores must be finite"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_said(place, message, value):
+    model = tiny_model()
+    model.model.get_submodule(place).weight.data[:, 0] = value
+    with pytest.raises(ValueError, match=message):
+        search_thresholds(model, [batch("plain")], CONFIG, rounds=0)
+    assert "forward" not in vars(model)
+
+
+def test_a_batch_without_labels_is_said():
+    model, inputs = tiny_model(), batch("plain")
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    with pytest.raises(ValueError, match="held-out loss must be a finite number, got nan"):
+        search_thresholds(model, [inputs], CONFIG, rounds=0)
+    assert "forward" not in vars(model)
 
 
 @pytest.mark.parametrize(
