@@ -77,7 +77,7 @@ def measure(name: str, directory: Path) -> dict[str, int]:
         budget = parse_size(share, "share", total=Sidecar(directory).header.weight_bytes)
         files = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         resource.setrlimit(resource.RLIMIT_DATA, (data + files + budget + CONSTANT,) * 2)
-        options = RippleConfig(dram_budget=budget, keep=keep)
+        options = RippleConfig(dram_budget=budget, keep=keep, strategy="sparse")
         model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=options)
     ids = torch.arange(PROMPT_TOKENS)[None]
     model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)

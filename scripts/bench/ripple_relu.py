@@ -59,7 +59,9 @@ def stock_logits(ids: Tensor) -> tuple[Tensor, float]:
 
 def settings(directory: Path, dram_budget: str) -> dict[str, RippleConfig]:
     """What the orders are compared under; without cache the budget holds buffers and sketches only."""
-    with_cache = RippleConfig(dram_budget=dram_budget, buffer=BUFFER, merge_gap=GAP)
+    with_cache = RippleConfig(
+        dram_budget=dram_budget, buffer=BUFFER, merge_gap=GAP, strategy="sparse", prefetch=False
+    )
     whole = dataclasses.replace(with_cache, dram_budget="100%")
     held = allocate(Sidecar(directory).header, whole, torch.float32).resident
     without = dataclasses.replace(

@@ -219,21 +219,25 @@ model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=conf
 ids = torch.arange(3, 20)[None]
 expected = model(ids).logits
 for delay in (0.05, 0.08, 0.11):
-    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
         while True:
             model.generate(ids, max_new_tokens=50, do_sample=False)
     except KeyboardInterrupt:
-        assert torch.equal(model(ids).logits, expected)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 del model
 import gc, time
 gc.collect()
+
+def reading():
+    return sum(thread.name.startswith("ripple-read") for thread in threading.enumerate())
+
 until = time.monotonic() + 5
-while threading.active_count() > 1 and time.monotonic() < until:
+while reading() and time.monotonic() < until:
     time.sleep(0.01)
 links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
 files = [os.readlink(link) for link in links if os.path.lexists(link)]
-print(threading.active_count(), sum("neurons.ripple" in file for file in files))
+print(reading(), sum("neurons.ripple" in file for file in files))
 """
 
 
@@ -242,4 +246,4 @@ def test_an_interrupted_generation_leaves_a_model_that_works_and_can_be_freed(ke
     command = [sys.executable, "-c", INTERRUPTED, str(reordered("llama")), str(keep), io_engine]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["1", "0"]
+    assert run.stdout.split() == ["0", "0"]
