@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached call its operators
+from ollie_compile import freezing, gate
 from ollie_compile import plan as plans
 from ollie_compile.config import OllieConfig, mode_options
-from ollie_compile.passes import DerivationPass
+from ollie_compile.passes import DerivationPass, operator_count
 from ollie_compile.report import Report
 
 
@@ -47,21 +48,47 @@ def compile_with(
 ) -> Any:
     """Compile a graph as `ollie` does and write what was decided into `report`."""
     from torch._inductor import config as inductor_config
-    from torch._inductor.compile_fx import compile_fx
 
     config, inductor = OllieConfig.with_inductor(options)
+    config = config.budgeted(operator_count(gm.graph), mode)
     inductor = mode_options(mode) | inductor
     config = replace(config, freeze=config.freeze or inductor_config.freezing)
     if config.freeze and torch.is_grad_enabled():
         config = _unfrozen(config, report, "it needs torch.no_grad(), and gradients are enabled")
     copied = copy.deepcopy(gm) if config.freeze else gm
     try:
-        return compile_fx(gm, list(example_inputs), config_patches=patches(config, inductor, report))
+        return _fastest(gm, example_inputs, config, inductor, report)
     except Exception as error:  # in some versions Inductor cannot freeze convolutions in float64
         if not config.freeze:
             raise
         config = _unfrozen(config, report, f"Inductor failed: {str(error).partition(chr(10))[0]}")
-        return compile_fx(copied, list(example_inputs), config_patches=patches(config, inductor, report))
+        return _fastest(copied, example_inputs, config, inductor, report)
+
+
+def _fastest(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    config: OllieConfig,
+    inductor: dict[str, Any],
+    report: Report,
+) -> Any:
+    reports = iter([report])  # of the first of several compilations
+
+    def rewritten(graph: fx.GraphModule, more: dict[str, Any]) -> Any:
+        return build(graph, patches(config, inductor | more, next(reports, Report())))
+
+    def original(graph: fx.GraphModule, more: dict[str, Any]) -> Any:
+        return build(graph, inductor | more | {"freezing": config.freeze})
+
+    def build(graph: fx.GraphModule, options: dict[str, Any]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        if not config.freeze:
+            return compile_fx(graph, list(example_inputs), config_patches=options)
+        held, inputs, of_all = freezing.hold(graph, example_inputs)
+        return of_all(compile_fx(held, inputs, config_patches=options))
+
+    return gate.fastest(gm, example_inputs, config, inductor, report, rewritten, original)
 
 
 def _unfrozen(config: OllieConfig, report: Report, why: str) -> OllieConfig:

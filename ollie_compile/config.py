@@ -6,7 +6,12 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Self, get_origin
+
+# Of the default budget: what Inductor takes for a graph and for each of its operators, on one core.
+START_S, OPERATOR_S = 2.0, 0.05
+LONG_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +21,8 @@ class OllieConfig:
     Args:
         max_depth: explorative derivation steps; repairs of guided derivations do not count, and n products
             that are derived together may take n - 1 times as many.
-        budget_s: seconds of search and measurement for one compiled graph; 0 derives nothing.
+        budget_s: seconds of search and measurement for one compiled graph; 0 derives nothing. None is about
+            as long as Inductor takes for the graph, and a minute in the modes of max-autotune.
         workers: processes that derive the candidates of one operator side by side; they pay where a search
             takes seconds, and more than 1 needs a system that forks processes.
         tune: "measure" compiles the best candidates and times them against the original on this device;
@@ -31,10 +37,12 @@ class OllieConfig:
         freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
             weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the
             parameters are not seen.
+        half_in_float32: compute products of float16 and bfloat16 on a CPU in float32, which is many times
+            faster on CPUs without units for them and rounds less, but not as eager does.
     """
 
     max_depth: int = 1
-    budget_s: float = 60.0
+    budget_s: float | None = None
     workers: int = 1
     tune: str = "measure"
     verify: bool = True
@@ -42,11 +50,17 @@ class OllieConfig:
     tolerance: float = 2e-5
     margin: float = 0.05
     freeze: bool = False
+    half_in_float32: bool = False
 
     def __post_init__(self) -> None:
         for name, kinds, valid, must in (
             ("max_depth", (int,), lambda value: value >= 0, "a whole number, 0 or more"),
-            ("budget_s", (int, float), lambda value: value >= 0, "0 or more seconds"),
+            (
+                "budget_s",
+                (int, float, NoneType),
+                lambda value: value is None or value >= 0,
+                "0 or more seconds",
+            ),
             ("workers", (int,), lambda value: value >= 1, "a whole number, 1 or more"),
             ("tune", (str,), lambda value: value in ("measure", "model"), '"measure" or "model"'),
             ("verify", (bool,), lambda value: True, "true or false"),
@@ -54,11 +68,20 @@ class OllieConfig:
             ("tolerance", (int, float), lambda value: value > 0, "more than 0"),
             ("margin", (int, float), lambda value: 0 <= value < 1, "in [0, 1)"),
             ("freeze", (bool,), lambda value: True, "true or false"),
+            ("half_in_float32", (bool,), lambda value: True, "true or false"),
         ):
             value = getattr(self, name)
             known = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
             if not known or not valid(value):
                 raise ValueError(f"`{name}` must be {must}, got {value!r}.")
+
+    def budgeted(self, operators: int, mode: str | None = None) -> Self:
+        """Itself with a budget of seconds, for a graph of so many operators."""
+        if self.budget_s is not None:
+            return self
+        long = mode is not None and mode.startswith("max-autotune")
+        seconds = LONG_S if long else START_S + OPERATOR_S * operators
+        return dataclasses.replace(self, budget_s=seconds)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:

@@ -1,9 +1,9 @@
-"""The whole graph, rewritten and as Inductor has it, timed in turn: the faster one stays."""
+"""The whole graph, rewritten, as Inductor has it and eager, timed in turn: the fastest stays."""
 
 from __future__ import annotations
 
 import copy
-import logging
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -18,64 +18,95 @@ from ollie_compile.config import OllieConfig
 from ollie_compile.report import Report
 from ollie_compile.rules import of_users
 
-logger = logging.getLogger(__name__)
-
 MEASURE_S = 5.0  # after which no more than the fewest rounds are timed
+REWRITTEN, INDUCTOR, EAGER = "rewritten", "Inductor", "eager"
+CONTIGUOUS = ", contiguous convolutions"
+LONG_S = 20.0  # a budget that pays for one compilation more
+MARGIN = 0.03  # by which eager torch must be faster
+PLAIN = {"layout_optimization": False}
+
 Compiled = Callable[..., Any]
+Compiler = Callable[[fx.GraphModule, dict[str, Any]], Compiled]
 
 
-def faster(
+def fastest(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     config: OllieConfig,
     inductor: dict[str, Any],
     report: Report,
-    rewritten: Callable[[fx.GraphModule], Compiled],
-    original: Callable[[fx.GraphModule], Compiled],
+    rewritten: Compiler,
+    original: Compiler,
 ) -> Compiled:
-    """What compiles a graph to the faster function; the choice is kept on disk.
+    """What a graph is compiled to: with derived programs, by Inductor alone, or eager torch, whichever is
+    fastest; with a long budget also with convolutions that Inductor does not make channels-last. The choice
+    is kept on disk.
 
     Graphs whose gradients are computed, and those of dynamic shapes, are rewritten without this comparison.
 
     Args:
-        rewritten, original: compile a graph with and without derived programs.
+        inductor: options of Inductor, part of what the choice depends on.
+        rewritten, original: compile a graph with further options, with and without derived programs.
     """
+
+    def build(which: str, graph: fx.GraphModule) -> Compiled:
+        if which == EAGER:
+            return graph
+        compiler = rewritten if which.startswith(REWRITTEN) else original
+        return compiler(graph, PLAIN if which.endswith(CONTIGUOUS) else {})
+
     tensors = all(isinstance(value, Tensor) for value in inputs)
     fixed = tensors and all(type(size) is int for value in inputs for size in value.shape)
     if config.tune != "measure" or config.budget_s == 0 or torch.is_grad_enabled() or not fixed:
-        return rewritten(gm)
+        return build(REWRITTEN, gm)
     name = _name(gm, inputs, config, inductor)
     known = store.read(name) if name is not None else None
-    if known is not None and known.get("rewritten") is False:
-        _kept(report, known)
-        return original(gm)
-    plain = copy.deepcopy(gm) if known is None else gm
-    made = rewritten(gm)
-    passed = report.plans or report.untouched or report.others  # otherwise Inductor's cache has answered
-    if known is not None or (passed and not report.rewritten):
-        return made
+    if known is not None and known.get("chosen") in known.get("seconds", ()):
+        _say(report, known["chosen"], known["seconds"])
+        return build(known["chosen"], gm)
+    spare = _copied(gm)
+    before = _counts(report)
+    built = {REWRITTEN: build(REWRITTEN, gm)}
+    seen, lifted, replaced = (now - then for now, then in zip(_counts(report), before, strict=True))
+    if seen and not lifted:
+        return built[REWRITTEN]
     try:
-        other = original(plain)
-        ours, theirs = _measured([made, other], inputs)
-    except Exception as error:  # such as too little memory for both
-        report.note(f"the whole graph was not compared with Inductor's: {str(error).partition(chr(10))[0]}")
-        return made
-    decision = {"rewritten": ours <= theirs, "rewritten_s": ours, "original_s": theirs}
+        built[EAGER] = _copied(spare)
+        if replaced or not seen:  # Inductor's cache has answered where the pass has seen nothing
+            built[INDUCTOR] = build(INDUCTOR, _copied(spare))
+        seconds = _measured(built, inputs)
+        convolved = any("conv" in str(node.target) for node in spare.graph.nodes)
+        if convolved and (config.budget_s or 0.0) >= LONG_S:
+            best = min(seconds.keys() - {EAGER}, key=seconds.__getitem__)
+            built[best + CONTIGUOUS] = build(best + CONTIGUOUS, spare)
+            seconds = _measured(built, inputs)
+    except Exception as error:  # such as too little memory for all of them
+        report.note(f"the whole graph was not compared: {str(error).partition(chr(10))[0]}")
+        return built[REWRITTEN]
+    chosen = min(seconds, key=lambda which: seconds[which] * (1 + MARGIN * (which == EAGER)))
     if name is not None:
-        store.write(name, decision)
-    report.note(f"the whole graph: {theirs * 1e3:.3f} ms by Inductor, {ours * 1e3:.3f} ms rewritten")
-    if ours <= theirs:
-        return made
-    _kept(report, decision)
-    return other
+        store.write(name, {"chosen": chosen, "seconds": seconds})
+    _say(report, chosen, seconds)
+    if not chosen.startswith(REWRITTEN):
+        report.kept += replaced
+    return built[chosen]
 
 
-def _kept(report: Report, decision: dict[str, Any]) -> None:
-    report.original_kept = True
-    report.note(
-        f"the whole graph is kept as it was: {decision['original_s'] * 1e3:.3f} ms by Inductor, "
-        f"{decision['rewritten_s'] * 1e3:.3f} ms rewritten"
-    )
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph that shares its tensors, so that what it changes is changed for the user."""
+    shared = {id(value): value for value in (*gm.parameters(), *gm.buffers())}
+    return copy.deepcopy(gm, shared)
+
+
+def _counts(report: Report) -> tuple[int, int, int]:
+    """How many operators were seen, lifted and replaced until now."""
+    lifted = sum(len(nodes) for nodes, _ in report.plans)
+    return lifted + len(report.untouched) + report.others.total(), lifted, report.rewritten
+
+
+def _say(report: Report, chosen: str, seconds: dict[str, float]) -> None:
+    times = ", ".join(f"{which} {taken * 1e3:.3f} ms" for which, taken in seconds.items())
+    report.note(f"the whole graph: {times}; chosen: {chosen}")
 
 
 def _name(
@@ -95,14 +126,11 @@ def _name(
     return store.key("graph", gm.code, layouts, options, repr(sorted(inductor.items(), key=str)), where)
 
 
-def _measured(calls: Sequence[Compiled], inputs: Sequence[Tensor]) -> list[float]:
+def _measured(built: dict[str, Compiled], inputs: Sequence[Tensor]) -> dict[str, float]:
     """Seconds of each call on copies of the inputs, which calls may change."""
     with tune.outside_compilation(), torch.random.fork_rng():
-        values = [[_real(value) for value in inputs] for _ in calls]
-        bound = [
-            (lambda call=call, given=given: call(*given)) for call, given in zip(calls, values, strict=True)
-        ]
-        return tune.measure(bound, time.perf_counter() + MEASURE_S)
+        calls = [functools.partial(call, *[_real(value) for value in inputs]) for call in built.values()]
+        return dict(zip(built, tune.measure(calls, time.perf_counter() + MEASURE_S), strict=True))
 
 
 def _real(value: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def reproducer(operator: Operator, program: Program) -> str:
         "from ollie_compile.expr import Constant, Input, parse",
         "from ollie_compile.lower import Program",
         "from ollie_compile.numeric import check_program",
+        "from ollie_compile.gradients import Gradient",
         "from ollie_compile.operators import Convolution, Layout",
         "from ollie_compile.verify import check_derivation",
         "",

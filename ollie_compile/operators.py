@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ollie_compile import lift
+from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Scope
 from ollie_compile.lift.aten import unsupported
 from ollie_compile.lower import Program
@@ -33,6 +34,10 @@ class Layout:
         """Whether every element has a place of its own and no place is free."""
         reach = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return reach == torch.Size(self.shape).numel()
+
+    def channels_last(self) -> Layout:
+        """The same shape [batch, channels, height, width] with the channels of a place side by side."""
+        return Layout.of(torch.empty(self.shape, device="meta", memory_format=torch.channels_last))
 
     def random(self, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
         """Normally distributed numbers in this layout."""
@@ -86,8 +91,12 @@ class Operator(Protocol):
     def example_inputs(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Seeded random inputs with the operator's shapes and strides."""
 
+    def refused(self, program: Program, config: OllieConfig) -> str | None:
+        """Why a program that is right does not serve, or None."""
 
-def _examples(operator: Operator, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+
+def examples(operator: Operator, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """Seeded random inputs with an operator's shapes and strides."""
     generator = torch.Generator("cpu").manual_seed(0)
     kind = dtype or operator.dtype
     return tuple(layout.random(kind, operator.device, generator) for layout in operator.inputs.values())
@@ -170,7 +179,10 @@ class Convolution:
         return run
 
     def example_inputs(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        return _examples(self, dtype)
+        return examples(self, dtype)
+
+    def refused(self, program: Program, config: OllieConfig) -> str | None:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +243,10 @@ class Subprogram:
         return run
 
     def example_inputs(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        return _examples(self, dtype)
+        return examples(self, dtype)
+
+    def refused(self, program: Program, config: OllieConfig) -> str | None:
+        return None
 
 
 def recognize(node: fx.Node) -> Convolution | str:

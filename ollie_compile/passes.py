@@ -14,12 +14,12 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from ollie_compile import dynamic, gradients, precision, rules, subprograms
 from ollie_compile import plan as plans
-from ollie_compile import rules, subprograms
 from ollie_compile.config import OllieConfig
 from ollie_compile.custom import declarations
 from ollie_compile.lift.aten import unsupported
-from ollie_compile.operators import Convolution, Operator, Subprogram, recognize
+from ollie_compile.operators import Operator
 from ollie_compile.report import Report
 from ollie_compile.splicing import NOT_SPLICED, splice
 
@@ -32,8 +32,8 @@ class DerivationPass(CustomGraphPass):
     """Replaces convolutions, subprograms of several products, and users' operators by their best programs.
 
     As Inductor's `joint_custom_pre_pass` it runs before constant folding in inference, and before the
-    partitioner in training, where convolutions of the forward are all that it rewrites. `before` are the
-    user's own passes.
+    partitioner in training, where convolutions and their gradients are all that it rewrites. `before` are
+    the user's own passes.
     """
 
     def __init__(
@@ -52,8 +52,14 @@ class DerivationPass(CustomGraphPass):
         return None if None in theirs or rules.of_users() else get_hash_for_files(_SOURCES, repr(decisive))
 
     def __call__(self, graph: fx.Graph) -> None:
+        self.config = self.config.budgeted(operator_count(graph))
+        assert self.config.budget_s is not None, "a budget that is not given is chosen by now"
         for custom in self.before:
             custom(graph)
+        if self.config.half_in_float32 and (count := precision.in_float32(graph)):
+            self.report.note(
+                f"{count} products of half precision are computed in float32: results round less than eager's"
+            )
         targets = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
         training = _is_training(graph)
         together = [] if training else self._subprograms(graph)
@@ -63,14 +69,16 @@ class DerivationPass(CustomGraphPass):
                 targets[str(node.target)] -= 1
                 why = "gradients are computed" if training else "finding subprograms failed"
                 self.report.left(node.name, unsupported(node) or why)
-        convolutions = _convolutions(graph)
-        count = len({operator for operator, _ in together} | {c for _, c in convolutions})
-        budget = _Budget(self.config, count)
+        alone = _alone(graph)
+        stop = time.perf_counter() + self.config.budget_s
+        wanted: Counter[Operator] = Counter(operator for operator, _ in together)
+        wanted.update(found for _, _, found in alone if not isinstance(found, str))
+        made_all = plans.plan_all(wanted, self.config, self.config.budget_s)
         replaced: dict[fx.Node, fx.Node] = {}
         for operator, place in together:
-            made = budget.plan(operator)
-            if isinstance(made, str):
-                self.report.left(place.roots[0].name, made)
+            made = made_all[operator]
+            if isinstance(made, Exception):
+                self.report.left(place.roots[0].name, f"planning failed: {made}")
                 continue
             if made.winner is not None:
                 place = replace(place, inputs=tuple(replaced.get(source, source) for source in place.inputs))
@@ -85,54 +93,58 @@ class DerivationPass(CustomGraphPass):
             self.report.planned(", ".join(root.name for root in place.roots), made)
             targets.subtract(str(node.target) for node in place.nodes)
         # Once more: those that a winner holds are new, those that it replaced are gone.
-        for node, found in _convolutions(graph):
-            made = found if isinstance(found, str) else budget.plan(found)
+        alone = _alone(graph)
+        new: Counter[Operator] = Counter(found for _, _, found in alone if not isinstance(found, str))
+        made_all |= plans.plan_all(
+            {operator: count for operator, count in new.items() if operator not in made_all},
+            self.config,
+            stop - time.perf_counter(),
+        )
+        for node, inputs, found in alone:
             targets[str(node.target)] -= 1
-            if isinstance(made, str):
-                self.report.left(node.name, made)
+            if isinstance(found, str):
+                self.report.left(node.name, found)
                 continue
-            if made.winner is not None:
-                inputs = node.args[:2]
-                if splice(graph, made.operator, [node], inputs, made.winner.program) is None:
-                    self.report.left(node.name, NOT_SPLICED)
-                    continue
+            made = made_all[found]
+            if isinstance(made, Exception):
+                self.report.left(node.name, f"planning failed: {made}")
+                continue
+            winner = made.winner
+            if winner and splice(graph, made.operator, [node], inputs, winner.program) is None:
+                self.report.left(node.name, NOT_SPLICED)
+                continue
             self.report.planned(node.name, made)
+        gradients.release(graph)
         self.report.others.update(+targets)
+        self.report.guards += _guards(graph)
         logger.info("ollie: %s", self.report.summary)
 
-    def _subprograms(self, graph: fx.Graph) -> list[tuple[Subprogram, subprograms.Place]]:
+    def _subprograms(self, graph: fx.Graph) -> list[tuple[Operator, subprograms.Place]]:
         try:
-            return subprograms.find(graph, _fixed(graph))
+            return dynamic.find(graph, _fixed(graph))
         except Exception as error:  # as in planning: the convolutions are left to be derived
             logger.warning("ollie: no subprograms are derived: finding them failed", exc_info=True)
             self.report.left("subprograms", f"finding them failed: {error}")
             return []
 
 
-class _Budget:
-    """Plans operators, each with its share of the time; what one leaves goes to those after it."""
-
-    def __init__(self, config: OllieConfig, operators: int) -> None:
-        self.config, self.left = config, operators
-        self.stop = time.perf_counter() + config.budget_s
-        self.made: dict[Operator, plans.Plan | str] = {}
-
-    def plan(self, operator: Operator) -> plans.Plan | str:
-        """The plan of an operator, or why planning failed."""
-        if operator not in self.made:
-            share = (self.stop - time.perf_counter()) / max(1, self.left)
-            self.left -= 1
-            try:
-                self.made[operator] = plans.plan(operator, self.config, share)
-            except Exception as error:  # a fault in planning must not take the user's model with it
-                logger.warning("ollie: %s: left as it is, planning failed", operator, exc_info=True)
-                self.made[operator] = f"planning failed: {error}"
-        return self.made[operator]
+def operator_count(graph: fx.Graph) -> int:
+    return sum(node.op.startswith("call_") for node in graph.nodes)
 
 
-def _convolutions(graph: fx.Graph) -> list[tuple[fx.Node, Convolution | str]]:
+def _alone(graph: fx.Graph) -> list[tuple[fx.Node, Sequence[fx.Node], Operator | str]]:
+    """Convolutions and their gradients: the node, what it reads, and what it is or why it is left."""
     nodes = graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
-    return [(node, recognize(node)) for node in nodes]
+    return [*((node, node.args[:2], dynamic.recognize(node)) for node in nodes), *gradients.find(graph)]
+
+
+def _guards(graph: fx.Graph) -> list[str]:
+    """The conditions on dynamic sizes under which the graph holds."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if dynamic.is_dynamic(value):
+            return [str(guard.expr) for guard in value.fake_mode.shape_env.guards]
+    return []
 
 
 def _is_training(graph: fx.Graph) -> bool:

@@ -21,12 +21,16 @@ class Report:
         untouched: (node name, reason) of convolutions, subprograms and users' operators that were not.
         others: how often each other operator occurs; they are Inductor's.
         notes: what was done otherwise than asked, and why.
+        guards: the sizes for which a graph with dynamic shapes holds; others make a graph of their own.
+        kept: how many replacements were taken back, for a whole graph was faster without them.
     """
 
     plans: list[tuple[list[str], Plan]] = field(default_factory=list)
     untouched: list[tuple[str, str]] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
+    kept: int = 0
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -34,7 +38,7 @@ class Report:
 
     def clear(self) -> None:
         """Forget a compilation that is made anew."""
-        self.plans, self.untouched, self.others = [], [], Counter()
+        self.plans, self.untouched, self.others, self.kept = [], [], Counter(), 0
 
     def planned(self, node: str, plan: Plan) -> None:
         for nodes, known in self.plans:
@@ -49,7 +53,7 @@ class Report:
     @property
     def rewritten(self) -> int:
         """How many operators were replaced."""
-        return sum(len(nodes) for nodes, plan in self.plans if plan.winner is not None)
+        return sum(len(nodes) for nodes, plan in self.plans if plan.winner is not None) - self.kept
 
     @property
     def summary(self) -> str:
@@ -64,16 +68,25 @@ class Report:
             "untouched": [{"node": node, "reason": reason} for node, reason in self.untouched],
             "others": dict(self.others),
             "notes": list(self.notes),
+            "guards": list(self.guards),
         }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
+
+    def to_html(self) -> str:
+        """One page that needs nothing else: decisions, times, and each operator's derivations as a graph."""
+        from ollie_compile.page import page
+
+        return page(self)
 
     def __str__(self) -> str:
         lines = [f"ollie: {self.summary}", *self.notes]
         for nodes, plan in self.plans:
             lines += ["", f"{', '.join(nodes)}: {plan.operator}", *_plan_lines(plan)]
         lines += [f"\n{node}: left as it is: {reason}" for node, reason in self.untouched]
+        if self.guards:
+            lines += ["\nsizes for which the graph holds:", *(f"  {guard}" for guard in self.guards)]
         if self.others:
             counted = ", ".join(f"{name} {count}" for name, count in self.others.most_common())
             lines += [f"\nleft to Inductor: {counted}"]
@@ -128,9 +141,10 @@ def _candidate_line(candidate: Candidate) -> str:
 
 def _written(candidate: Candidate) -> str:
     program = candidate.program
-    return (
-        program.layout if program.kernels == "aten" else f"{program.layout}, additions as {program.kernels}"
-    )
+    if program.kernels == "aten":
+        return program.layout
+    what = "matrices in C++" if program.kernels == "cpp" else f"additions as {program.kernels}"
+    return f"{program.layout}, {what}"
 
 
 def _plan_dict(plan: Plan) -> dict[str, Any]:

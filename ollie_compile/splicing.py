@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ollie_compile.dynamic import Dynamic, guard
 from ollie_compile.lower import Program
 from ollie_compile.operators import Convolution, Operator
 from ollie_compile.tune import without_autocast
@@ -34,17 +36,19 @@ def splice(
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    finished = operator.finished(program)
-    bias = nodes[0].args[2] if isinstance(operator, Convolution) else None
+    finished = operator.emit(program) if isinstance(operator, Dynamic) else operator.finished(program)
+    convolution = isinstance(operator.base if isinstance(operator, Dynamic) else operator, Convolution)
+    bias = nodes[0].args[2] if convolution else None
 
     def results(*values: Tensor) -> tuple[Tensor, ...]:
         if bias is None:
             made = finished(*values)
             return made if isinstance(made, tuple) else (made,)
-        result = finished(*values[1:])
-        assert isinstance(result, Tensor), "a convolution has one result"
+        made = finished(*values[1:])
+        result = made[0] if isinstance(made, tuple) else made
         return (result + values[0].view(-1, *[1] * (result.dim() - 2)),)
 
+    mode = "symbolic" if isinstance(operator, Dynamic) else "real"
     order = {node: place for place, node in enumerate(graph.nodes)}
     first = min(nodes, key=order.__getitem__)
     with graph.inserting_before(first):
@@ -53,8 +57,10 @@ def splice(
         constants = _constants(graph, operator, program, fake_mode)
         operands = [*([] if bias is None else [bias]), *inputs, *constants]
         try:
+            if isinstance(operator, Dynamic):
+                guard(operator, [source.meta["val"] for source in inputs])
             with fake_mode, without_autocast():
-                traced = make_fx(results, decomposition_table=select_decomp_table())(
+                traced = make_fx(results, select_decomp_table(), mode)(
                     *(operand.meta["val"] for operand in operands)
                 )
             for node, result in zip(nodes, traced.graph.output_node().args[0], strict=True):
@@ -79,11 +85,13 @@ def splice(
 
 
 def _check_same(wanted: Tensor, got: Tensor) -> None:
-    layouts = [
-        (t.shape, t.dtype, t.device, [s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1])
-        for t in (wanted, got)
-    ]
-    if layouts[0] != layouts[1]:
+    layouts = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (wanted, got)]
+    same = wanted.dtype == got.dtype and wanted.device == got.device and wanted.dim() == got.dim()
+    for place in range(wanted.dim()) if same else ():
+        same &= statically_known_true(wanted.shape[place] == got.shape[place])
+        one = statically_known_true(wanted.shape[place] == 1)  # any stride is the same
+        same &= one or statically_known_true(wanted.stride(place) == got.stride(place))
+    if not same:
         raise ValueError(f"The program must give {layouts[0]}, got {layouts[1]}.")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ollie_compile.expr import Input, Read, Scope, Tensor
 from ollie_compile.lift import movement
@@ -214,6 +215,40 @@ def _subprogram(
         graph=fx.GraphModule(constants, graph),
     )
     return operator, Place(tuple(inside), tuple(roots), tuple(outside))
+
+
+def resized(operator: Subprogram, layouts: Sequence[Layout]) -> Subprogram:
+    """A subprogram with inputs of other sizes, none of which is an argument of its operators."""
+    graph = fx.Graph(operator.graph)
+    copies: dict[fx.Node, fx.Node] = {}
+    fixed: set[fx.Node] = set()
+    inputs = zip(operator.layouts, layouts, strict=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for node in operator.graph.graph.nodes:
+            if node.op == "output":
+                break
+            copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.op == "placeholder":
+                (name, _), layout = next(inputs)
+                value = torch.empty_strided(
+                    layout.shape, layout.stride, dtype=operator.dtype, device=operator.device
+                )
+                if name in operator.parameters:
+                    fixed.add(copy)
+            elif node.op == "get_attr":
+                value = getattr(operator.graph, str(node.target))
+            else:
+                arguments, named = fx.map_arg((copy.args, copy.kwargs), lambda source: source.meta["val"])
+                value = copy.target(*arguments, **named)
+            copy.meta["val"] = value
+    (results,) = node.args
+    roots = [copies[root] for root in (results if isinstance(results, tuple) else (results,))]
+    nodes = frozenset(copy for copy in graph.nodes if copy.op == "call_function")
+    order = {copy: place for place, copy in enumerate(graph.nodes)}
+    made = _subprogram(operator.kind, roots, nodes, frozenset(fixed), order)
+    if made is None:
+        raise ValueError("its results are not dense at other sizes")
+    return made[0]
 
 
 def _together(values: Sequence[Terms], side: int) -> Scope:

@@ -84,14 +84,18 @@ class Family:
             raise ValueError(f"The derivation does not hold at {sizes}: derive the expression there instead.")
         return scope
 
+    def text_at(self, **sizes: int) -> str:
+        """The text of the derived expression at these sizes, whether it holds there or not."""
+        numbers = iter(self.numbers_at(sizes))
+        return re.sub("#", lambda _: str(next(numbers)), self.skeleton)
+
     def _instance(self, original: Scope, sizes: Mapping[str, int]) -> Scope | None:
         values = self.numbers_at(sizes)
         if any(value.denominator != 1 or value < 0 for value in values):
             return None
-        text = iter(values)
         tensors: dict[str, Input | Constant] = {**original.inputs(), **self.constants}
         try:
-            scope = parse(re.sub("#", lambda _: str(next(text)), self.skeleton), tensors)
+            scope = parse(self.text_at(**sizes), tensors)
         except ValueError:  # an empty range, say: there is no such expression at these sizes
             return None
         return scope if scope.box == original.box else None

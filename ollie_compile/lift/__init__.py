@@ -5,6 +5,7 @@ from ollie_compile.lift.convolutions import (
     banded_values,
     convolution,
     transposed_convolution,
+    weight_gradient,
 )
 from ollie_compile.lift.movement import (
     cat,
@@ -39,4 +40,5 @@ __all__ = [
     "unfold",
     "unsqueeze",
     "view",
+    "weight_gradient",
 ]

@@ -54,9 +54,16 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
     return tuple(_expanded(term, node.meta["val"].shape) for term in terms)
 
 
-def unsupported(node: fx.Node) -> str | None:
-    """Why the tensors of a node have no expression: dynamic or empty shapes, a dtype or several."""
-    operands = node.all_input_nodes[:1] if node.target in _OF_NODES else node.all_input_nodes  # no indices
+def unsupported(node: fx.Node, operands: Sequence[fx.Node] | None = None) -> str | None:
+    """Why the tensors of a node have no expression: dynamic or empty shapes, a dtype or several.
+
+    Args:
+        operands: what it reads; None is all its inputs.
+    """
+    if operands is None:
+        operands = (
+            node.all_input_nodes[:1] if node.target in _OF_NODES else node.all_input_nodes
+        )  # no indices
     values = [operand.meta.get("val") for operand in (node, *operands)]
     for value in values:
         if not isinstance(value, torch.Tensor):

@@ -99,6 +99,42 @@ def transposed_convolution(
     )
 
 
+def weight_gradient(
+    input_shape: Sequence[int],
+    gradient_shape: Sequence[int],
+    taps: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Scope:
+    """The gradient of a convolution's weight, a convolution over the batch:
+    O[f, c, r..] = Sum[n, h..] A[n, c, h * stride + r * dilation - padding ..] G[n, f, h..].
+
+    Args:
+        input_shape: [batch, channels, *spatial].
+        gradient_shape: of the result's gradient, [batch, out channels, *spatial].
+        taps: sizes of the window.
+
+    Returns:
+        the expression over inputs "A" and "G".
+    """
+    a, g = Input("A", tuple(input_shape)), Input("G", tuple(gradient_shape))
+    f, c, n = Loop("f", 0, g.shape[1]), Loop("c", 0, a.shape[1]), Loop("n", 0, a.shape[0])
+    places = range(1, len(taps) + 1)
+    windows = [Loop(f"r{place}", 0, tap) for place, tap in zip(places, taps, strict=True)]
+    outs = [Loop(f"h{place}", 0, size) for place, size in zip(places, g.shape[2:], strict=True)]
+    positions = [
+        _var(out) * s + _var(window) * d - p
+        for out, window, s, p, d in zip(outs, windows, stride, padding, dilation, strict=True)
+    ]
+    return Scope(
+        (f, c, *windows),
+        (n, *outs),
+        (Read(a, (_var(n), _var(c), *positions)), Read(g, (_var(n), _var(f), *map(_var, outs)))),
+    )
+
+
 def _dilated(k: Input, dilation: Sequence[int]) -> tuple[Tensor, list[int]]:
     """A weight with zeros between its taps, and its taps with those.
 

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from ollie_compile import plan
+
 
 @pytest.fixture(autouse=True)
 def _no_wrong_candidate(caplog):
@@ -21,6 +23,7 @@ def fresh(tmp_path, monkeypatch):
     """No graph of an earlier run answers from Inductor's caches: the pass must run."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
+    plan.reset()
     yield
     torch.compiler.reset()
 

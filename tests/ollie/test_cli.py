@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -22,28 +23,50 @@ def recipe(tmp_path):
     return path
 
 
-def test_explain_prints_and_writes_json(recipe, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "deep" / "report.json"
-    assert run(monkeypatch, "explain", str(recipe), "--json", str(out), "--max-depth", "0") == 0
+def test_explain_prints_and_writes_json_and_html(recipe, tmp_path, monkeypatch, capsys, uncompiled):
+    out, page = tmp_path / "deep" / "report.json", tmp_path / "pages" / "report.html"
+    arguments = ["--json", str(out), "--html", str(page), "--max-depth", "0", "--budget-s", "20"]
+    assert run(monkeypatch, "explain", str(recipe), *arguments) == 0
     assert "conv2d 1x1x6x6 -> 4 channels, 3x3" in capsys.readouterr().out
     assert json.loads(out.read_text())["operators"][0]["search"]["complete"]
+    html = page.read_text()
+    assert "conv2d 1x1x6x6 -&gt; 4 channels, 3x3" in html
+    assert "<svg" in html
+    assert not re.search(r"(src|href)=\"?(http|//)", html)
+
+
+def test_explain_takes_functions_and_hugging_face_folders(recipe, tmp_path, monkeypatch, capsys, uncompiled):
+    from transformers import LlamaConfig, LlamaModel
+
+    function = str(recipe.with_name("net.py")) + ":build"
+    assert run(monkeypatch, "explain", function, "--input-shape", "2x1x5x5", "--budget-s", "0") == 0
+    assert "conv2d 2x1x5x5" in capsys.readouterr().out
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaModel(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "llama")
+    assert run(monkeypatch, "explain", str(tmp_path / "llama"), "--budget-s", "0") == 0
+    assert "products side by side" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-depth", "-1"], "`max_depth` must be a whole number, 0 or more, got -1"),
-        (["--model", "missing.py:f"], "The model file missing.py does not exist"),
-        (["--model", "math:nothing"], "math has no function `nothing`"),
-        (["--model", "no.such.module:f"], "The model 'no.such.module:f' names no module"),
-        (["--model", "torch.nn:Conv2d"], "it failed: "),
-        (["--input-shape", "1x3x6x6"], "for an input of shape [1, 3, 6, 6]; it failed: "),
-        (["--input-shape", "1x-1x6x6"], "`input_shape` must look like 1x3x224x224, got '1x-1x6x6'"),
-        (["--input-shape", "1xbig"], "`input_shape` must look like 1x3x224x224, got '1xbig'"),
+        (["RECIPE", "--max-depth", "-1"], "`max_depth` must be a whole number, 0 or more, got -1"),
+        (["missing.py:f", "--input-shape", "1"], "The model file missing.py does not exist"),
+        (["math:nothing", "--input-shape", "1"], "math has no function `nothing`"),
+        (["no.such.module:f", "--input-shape", "1"], "The model 'no.such.module:f' names no module"),
+        (["torch.nn:Conv2d", "--input-shape", "1"], "it failed: "),
+        (["torch.nn:Conv2d"], "`input_shape` must be given for torch.nn:Conv2d"),
+        (["no/such/model"], "The model 'no/such/model' is none: give a recipe"),
+        (["RECIPE", "--mode", "fast"], "`mode` must be one of default"),
+        (["RECIPE", "--input-shape", "1x3x6x6"], "for an input of shape [1, 3, 6, 6]; it failed: "),
+        (["RECIPE", "--input-shape", "1x-1x6x6"], "`input_shape` must look like 1x3x224x224, got '1x-1x6x6'"),
+        (["RECIPE", "--input-shape", "1xbig"], "`input_shape` must look like 1x3x224x224, got '1xbig'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(recipe, monkeypatch, capsys, arguments, message):
-    assert run(monkeypatch, "explain", str(recipe), *arguments) == 2
+    given = [str(recipe) if argument == "RECIPE" else argument for argument in arguments]
+    assert run(monkeypatch, "explain", *given) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -1,0 +1,96 @@
+"""One graph for many sizes: derived at the sizes of the compilation, and right at others."""
+
+import pytest
+import torch
+from torch import nn
+
+import ollie_compile
+from ollie_compile import polynomials
+from ollie_compile.backend import compile_with
+from ollie_compile.matching import match_matmul
+from ollie_compile.report import Report
+
+QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
+
+pytestmark = pytest.mark.usefixtures("fresh", "products_first", "uncompiled")
+
+
+@pytest.fixture
+def products_first(monkeypatch):
+    """The programs with the fewest products are bounded lowest, others never win."""
+
+    def bound(program, *arguments, **named):
+        return 1e-12 * sum(1 for scope in program.scope.scopes() if match_matmul(scope)) or 1.0
+
+    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
+
+
+def compiled(net):
+    """The net compiled once for all sizes, the report, and how often it was compiled."""
+    report, graphs = Report(), []
+
+    def backend(gm, example_inputs):
+        graphs.append(gm)
+        return compile_with(gm, example_inputs, report, options=QUICK)
+
+    return torch.compile(net, backend=backend, dynamic=True), report, graphs
+
+
+@pytest.mark.parametrize(
+    "net",
+    [nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(3, 2, 4, 2, 1)],
+    ids=["products and additions", "sub-pixel"],
+)
+def test_one_graph_serves_batches_and_images_of_many_sizes(net):
+    run, report, graphs = compiled(net.eval())
+    with torch.no_grad():
+        for shape in ((2, 3, 12, 14), (5, 3, 16, 9), (3, 3, 31, 40)):
+            x = torch.randn(shape)
+            got, want = run(x), net(x)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            assert got.stride() == want.stride()
+        assert len(graphs) == 1
+        assert report.rewritten == 1, str(report)
+        small = torch.randn(2, 3, 4, 4)  # below the sizes it was derived for: a graph of its own
+        torch.testing.assert_close(run(small), net(small), rtol=1e-4, atol=1e-5)
+        assert len(graphs) == 2
+    assert any("6" in guard or "8" in guard for guard in report.guards), report.guards
+
+
+def test_a_stride_that_may_not_divide_is_refused():
+    report = ollie_compile.explain(nn.Conv2d(3, 4, 3, 2), torch.randn(2, 3, 12, 14), dynamic=True, **QUICK)
+    assert report.rewritten == 0
+    assert "with dynamic shapes: " in str(report)
+
+
+def test_products_side_by_side_at_many_lengths():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 8, bias=False)
+
+        def forward(self, x):
+            return self.q(x).relu(), self.k(x).sigmoid()
+
+    net = Heads().eval()
+    run, report, graphs = compiled(net)
+    with torch.no_grad():
+        for shape in ((2, 7, 16), (3, 33, 16)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+    assert report.rewritten == 1, str(report)
+
+
+def test_polynomials_fit_products_of_sizes_and_refuse_quotients():
+    def fitted(function):
+        def recorded(sizes):
+            return polynomials.record(lambda x: function(x, *sizes), lambda: [torch.empty(*sizes, 6)])
+
+        return polynomials.fit(recorded, (2, 3), (1, 1), ((8, 9),))
+
+    x = torch.randn(7, 5, 6)
+    (got,) = fitted(lambda x, n, m: x.reshape(n * m, 6)[: n + 2])((7, 5), x)
+    torch.testing.assert_close(got, x.reshape(35, 6)[:9])
+    with pytest.raises(ValueError, match=r"no polynomial|may not divide"):
+        fitted(lambda x, n, m: x.reshape(n * m, 6)[: n * m // 2])
