@@ -254,11 +254,11 @@ def make_predictors(
 
 
 def parse_ranks(text: str) -> tuple[int, int, int]:
-    """ "16,16,16" as three numbers."""
+    """ "32,32,32" as three numbers."""
     try:
         first, second, third = (int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f'`ranks` must be three whole numbers like "16,16,16", got {text!r}.') from None
+        raise ValueError(f'`ranks` must be three whole numbers like "32,32,32", got {text!r}.') from None
     return first, second, third
 
 

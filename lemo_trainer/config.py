@@ -94,7 +94,7 @@ class LemoConfig:
     protect_labels: bool = False
     thresholds: str = ""
     causal_scores: bool = False
-    attention_score_tokens: int = 24
+    attention_score_tokens: int = 32
     predictors: str = ""
     predictor_refresh: int = 0
     predictor_recall: float = 0.0

@@ -6,8 +6,8 @@ with ReLU between them: the first on each token, the second on a block's tokens,
     h = relu(norm(x) W1);   g = relu(flatten(h) W2);   P(x) = g W3
     I'(m, n) = softplus(a * P_Q(x)_m . P_K(x)_n / r3 + b)        for n <= m, else 0
 
-`design="paper"` flattens, as above. `design="max"` lets W2 work on each token and takes the largest of a
-block in the place of flattening: fewer weights, and it does not matter where in its block a token stands.
+`design="paper"` flattens, as above. `design="max"`, the default, lets W2 work on each token and takes the
+largest of a block in the place of flattening: fewer weights, and no matter where in its block a token stands.
 
 Shapes: B batch, S tokens, N whole blocks, M blocks with a partial one, D hidden width, r1, r2, r3 ranks.
 """
@@ -27,7 +27,7 @@ from lemo_trainer.informativeness import allowed_blocks, map_scores
 logger = logging.getLogger(__name__)
 
 Design = Literal["paper", "max"]
-RANKS = (16, 16, 16)
+RANKS = (32, 32, 32)
 _TEMPERATURE = 0.1
 
 
@@ -160,7 +160,7 @@ class PatternPredictors(nn.Module):
         self,
         layers: Iterable[int],
         *,
-        design: Design = "paper",
+        design: Design = "max",
         block_size: int = 64,
         width: int,
         ranks: tuple[int, int, int] = RANKS,

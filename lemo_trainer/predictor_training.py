@@ -44,7 +44,7 @@ class PredictorTraining:
         seed: of the nets and of the order of the samples.
     """
 
-    design: Design = "paper"
+    design: Design = "max"
     ranks: tuple[int, int, int] = RANKS
     steps: int = 300
     batch_size: int = 1

@@ -7,7 +7,7 @@ SmolLM2-135M, LoRA on all linear layers, AdamW, bfloat16 weights (or --dtype flo
 each seed all contenders start from the same adapter and see the same samples in the same order; every loss is
 that of the dense model on held-out text.
 "all queries" makes the scores from all queries of each block, the others
-from the default's 24; "predicted" rows need the predictors of all layers, as lemo_predictors.py --save makes
+from the default's 32; "predicted" rows need the predictors of all layers, as lemo_predictors.py --save makes
 them.
 """
 

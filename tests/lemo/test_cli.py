@@ -255,7 +255,7 @@ def test_predict_train_runs_in_two_processes(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ranks", "4,4"], "must be three whole numbers like \"16,16,16\", got '4,4'"),
+        (["--ranks", "4,4"], "must be three whole numbers like \"32,32,32\", got '4,4'"),
         (["--design", "best"], "`design` must be paper or max, got 'best'"),
         (["--steps", "0"], "`steps` must be at least 1, got 0"),
         (["--seq-len", "15"], "`seq_len` must be at least 16, got 15"),
