@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from common import Table
-from ollie_main import interleaved
+from ollie_main import freezing, interleaved
 
 from ollie_compile import tune
 from ollie_compile.lower import Program
@@ -68,11 +68,13 @@ def main() -> None:
             }
             layer = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False).eval()
             layer.weight.copy_(weight)
-            frozen = torch.compile(layer, dynamic=False, options={"freezing": True})
+            frozen = torch.compile(layer, dynamic=False)
+            with freezing("inductor freezing"):
+                frozen(x)
             calls["inductor freezing"] = lambda frozen=frozen, x=x: frozen(x)
             growth = dict.fromkeys(calls, 1.0)
             for tile, derived in zip(TILES, bilinear_decomposition(conv.expression()), strict=True):
-                program = Program(simplify(derived)[0], "rows")
+                program = Program(simplify(derived)[0], "rows", "cpp")
                 assert check_program(conv, program) is None
                 values = (x_last, weight_last, *program.constants(x.dtype, x.device).values())
                 name = f"F({tile}x{tile})"

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from common import Table
-from ollie_main import CONTENDERS
+from ollie_main import CONTENDERS, freezing
 from ollie_nets import NETS
 
 NAMES = ("inductor", "inductor freezing", "ollie", "ollie freeze")
@@ -37,7 +37,8 @@ def first_call(net: str, contender: str, budget_s: float) -> float:
     with torch.no_grad():
         model(x)
         start = time.perf_counter()
-        torch.compile(model, fullgraph=True, dynamic=False, **how)(x)
+        with freezing(contender):
+            torch.compile(model, fullgraph=True, dynamic=False, **how)(x)
         return time.perf_counter() - start
 
 
