@@ -37,8 +37,8 @@ def fio(engine: str, file: Path, size: int, depth: int, seconds: float) -> float
     flight = [f"--iodepth={depth}"] if engine == "libaio" else [f"--numjobs={depth}", "--thread"]
     command = [
         "fio", "--name=x", f"--filename={file}", "--readonly", "--direct=1", "--rw=randread", f"--bs={size}",
-        f"--ioengine={engine}", *flight, f"--runtime={seconds * 1000:.0f}ms", "--time_based", "--group_reporting",
-        "--output-format=json",
+        f"--ioengine={engine}", *flight, f"--runtime={seconds * 1000:.0f}ms", "--time_based",
+        "--group_reporting", "--output-format=json",
     ]  # fmt: skip
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]["read"]

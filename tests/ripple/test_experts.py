@@ -22,7 +22,7 @@ STACKED = {"save_original_format": False}  # a layer's experts in one tensor, as
 @pytest.mark.parametrize("save", [{}, STACKED], ids=["one by one", "stacked"])
 @pytest.mark.parametrize("name", NAMES)
 def test_only_routed_experts_are_read(name, save, reordered, monkeypatch):
-    model = load(reordered(name, **save), dram_budget="200KiB", buffer=1 << 14)
+    model = load(reordered(name, **save), dram_budget="200KiB", buffer=1 << 14, io_engine="threads")
     routers = [module for path, module in model.named_modules() if path.endswith("mlp.gate")]
     routed: list[set[int]] = []
     for router in routers:
