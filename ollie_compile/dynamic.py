@@ -259,10 +259,9 @@ def is_dynamic(value: Any) -> bool:
 
 
 def hint(value: Any) -> Any:
-    """The value of a symbolic size at the compilation."""
-    if isinstance(value, torch.SymInt):
-        return int(value.node.hint)
-    return value
+    """The value of a symbolic size at the compilation; a size that depends on data has none and stays."""
+    known = isinstance(value, torch.SymInt) and value.node.hint is not None
+    return int(value.node.hint) if known else value
 
 
 def recognize(node: fx.Node) -> Operator | str:
@@ -313,11 +312,11 @@ def _copied(copy: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node] | None 
     if known:
         copy.args, copy.kwargs = fx.map_arg((copy.args, copy.kwargs), static)
     value = node.meta.get("val")
+    copy.meta["val"] = hint(value)
     if is_dynamic(value):
-        sizes = ([hint(number) for number in numbers] for numbers in (value.shape, value.stride()))
-        copy.meta["val"] = torch.empty_strided(*sizes, dtype=value.dtype, device=value.device)
-    else:
-        copy.meta["val"] = hint(value)
+        sizes = [[hint(number) for number in numbers] for numbers in (value.shape, value.stride())]
+        if all(isinstance(number, int) for numbers in sizes for number in numbers):
+            copy.meta["val"] = torch.empty_strided(*sizes, dtype=value.dtype, device=value.device)
     return copy
 
 

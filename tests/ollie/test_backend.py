@@ -6,11 +6,9 @@ from torch import nn
 
 import ollie_compile
 from ollie_compile import numeric, plan, rules
-from ollie_compile.backend import compile_with
 from ollie_compile.config import OllieConfig
 from ollie_compile.eoperators import match_selective_add
 from ollie_compile.expr import Read
-from ollie_compile.report import Report
 from tests.ollie.strategies import operator
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120}
@@ -175,21 +173,6 @@ def test_freeze_equals_eager(always_rewrite):
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options={**QUICK, "freeze": True})(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
-
-
-def test_dynamic_shapes_are_left_with_a_reason(always_rewrite):
-    net, report = nn.Conv2d(3, 4, 3).eval(), Report()
-
-    def backend(gm, example_inputs):
-        return compile_with(gm, example_inputs, report, options=QUICK)
-
-    compiled = torch.compile(net, backend=backend, dynamic=True)
-    with torch.no_grad():
-        for size in (8, 9, 11):
-            x = torch.randn(2, 3, size, size)
-            torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
-    assert not report.plans
-    assert report.untouched == [("convolution", "dynamic shapes")]
 
 
 @pytest.mark.filterwarnings(

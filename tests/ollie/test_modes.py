@@ -114,7 +114,9 @@ def test_contexts_equal_eager(always_rewrite, uncompiled, context):
         torch.testing.assert_close(got, want, rtol=loose, atol=loose)
         if context in ("gradients", "autocast"):
             gradients = [torch.autograd.grad(y.float().sum(), list(net.parameters())) for y in (got, want)]
-            torch.testing.assert_close(*gradients, rtol=loose, atol=loose)
+            for mine, theirs in zip(*gradients, strict=True):
+                largest = theirs.abs().max()
+                torch.testing.assert_close(mine / largest, theirs / largest, rtol=0, atol=2 * loose)
     made = next(made for _, made in report.plans if isinstance(made.operator, Convolution))
     assert made.winner is not None, str(report)
     assert made.operator.dtype == (torch.bfloat16 if context == "autocast" else torch.float32)

@@ -249,7 +249,7 @@ def test_quantized_tensors_stay():
     assert report.untouched == [("convolution_default", "dtypes torch.float32 and torch.qint8")]
 
 
-def test_dynamic_shapes_and_data_dependent_ones_stay():
+def test_data_dependent_shapes_stay():
     class Chosen(nn.Module):
         def __init__(self):
             super().__init__()
@@ -258,10 +258,10 @@ def test_dynamic_shapes_and_data_dependent_ones_stay():
         def forward(self, x):
             return self.inner(x[x[:, 0, 0] > 0])
 
-    for module, inputs in ((Attention(), torch.randn(2, 3, 24)), (Chosen(), torch.randn(7, 3, 24))):
-        report, _, got, want = derive(module, inputs, mode="symbolic")
-        assert not report.plans
-        equal(got, want)
+    report, _, got, want = derive(Chosen(), torch.randn(7, 3, 24), mode="symbolic")
+    assert not report.plans
+    assert not any("failed" in reason for _, reason in report.untouched)
+    equal(got, want)
 
 
 def test_a_value_that_others_need_stays_outside():
