@@ -241,7 +241,14 @@ print(reading(), sum("neurons.ripple" in file for file in files))
 """
 
 
-@pytest.mark.parametrize(("keep", "io_engine"), [(1.0, "auto"), (0.4, "auto"), (0.4, "threads")])
+@pytest.mark.parametrize(
+    ("keep", "io_engine"),
+    [
+        (0.4, "auto"),
+        pytest.param(1.0, "auto", marks=pytest.mark.slow),
+        pytest.param(0.4, "threads", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_generation_leaves_a_model_that_works_and_can_be_freed(keep, io_engine, reordered):
     command = [sys.executable, "-c", INTERRUPTED, str(reordered("llama")), str(keep), io_engine]
     run = subprocess.run(command, capture_output=True, text=True)
