@@ -222,17 +222,31 @@ class Meter:
     """
 
     STEP, FOLLOW = 0.2, 0.001
+    TRIAL_EVERY, TRIAL_FACTOR = 16, 8.0
     BOUNDS = (0.05, 1000.0)
 
     def __init__(self, model: DriveModel) -> None:
         self.probed = self.model = model
         self._factors = np.ones(2)
+        self._planned = 0
         self._lock = threading.Lock()
 
     @property
     def factors(self) -> tuple[float, float]:
         """What the probed costs of a request and of a byte are multiplied with."""
         return float(self._factors[0]), float(self._factors[1])
+
+    def next_model(self) -> DriveModel:
+        """What to plan the next reads with; every 16th time requests seem dearer, or by turns cheaper.
+
+        Reads that are all alike cannot tell the two costs apart; these trials are of another kind.
+        """
+        self._planned += 1
+        turn, trial = divmod(self._planned, self.TRIAL_EVERY)
+        if trial:
+            return self.model
+        factor = self.TRIAL_FACTOR if turn % 2 else 1 / self.TRIAL_FACTOR
+        return replace(self.model, request_seconds=self.model.request_seconds * factor)
 
     def observe(self, requests: int, size: int, seconds: float) -> None:
         """Learn from some reads; may be called by any thread."""

@@ -157,7 +157,7 @@ class Fetcher:
         self, layer: int, kind: str, places: Places, width: int, scattered: float, in_order: float
     ) -> Iterator[ReadPlan]:
         """Reads of some rows, which take so many seconds to compute with scattered or in order."""
-        collapse = self._fixed or cheapest(self.meter.model, computing=(scattered, in_order))
+        collapse = self._fixed or cheapest(self.meter.next_model(), computing=(scattered, in_order))
         base, _ = self._sidecar.section(layer, kind)
         block, capacity = self._reader.block, self._allocation.buffer
         return waves(places, capacity, base=base, width=width, block=block, collapse=collapse)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ripple_loader.access import cheapest, plan_reads
 from ripple_loader.drive import (
     DEFAULT,
     NORMS,
@@ -85,6 +86,25 @@ def test_the_meter_corrects_the_cost_that_was_wrong():
         meter.observe(*reads, float(truth.seconds(*reads)))
     assert meter.model.request_seconds == pytest.approx(1e-4, rel=0.1)
     assert meter.model.byte_seconds == pytest.approx(1e-9, rel=0.1)
+
+
+@pytest.mark.parametrize(("requests", "size"), [(5.0, 1.0), (1.0, 5.0), (10.0, 10.0), (1.0, 1.0)])
+def test_reads_become_nearly_the_cheapest_on_a_drive_that_is_not_as_probed(requests, size):
+    probed = DriveModel(request_seconds=1.2e-5, byte_seconds=5e-10)
+    truth = DriveModel(
+        request_seconds=requests * probed.request_seconds, byte_seconds=size * probed.byte_seconds
+    )
+    meter, random, took, least = Meter(probed), np.random.default_rng(0), [], []
+    for _ in range(500):
+        places = np.sort(random.choice(1536, 768, replace=False))
+        plan, best = (
+            plan_reads(places, base=0, width=6912, block=512, collapse=cheapest(model))
+            for model in (meter.next_model(), truth)
+        )
+        took.append(float(truth.seconds(len(plan.offsets), plan.size)))
+        least.append(float(truth.seconds(len(best.offsets), best.size)))
+        meter.observe(len(plan.offsets), plan.size, took[-1])
+    assert sum(took[-160:]) < 1.1 * sum(least[-160:])
 
 
 def test_a_hiccup_is_not_a_new_drive():
