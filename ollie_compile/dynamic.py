@@ -48,6 +48,8 @@ _WITHOUT_SIZES = {
     aten.neg.default,
 }
 
+_VIEWS = {aten.view.default, aten.reshape.default}
+
 Shapes = tuple[tuple[int | None, ...], ...]
 
 
@@ -282,10 +284,19 @@ def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Operator, sub
     copy = fx.Graph(graph.owning_module)
     copies: dict[fx.Node, fx.Node] = {}
     with FakeTensorMode():
+        views: dict[Any, fx.Node] = {}
         for node in graph.nodes:
-            copies[node] = _copied(copy.node_copy(node, copies.__getitem__), node, copies)
+            made_copy = _copied(copy.node_copy(node, copies.__getitem__), node, copies)
+            if node.target in _VIEWS:  # equal ones once: products that read them read one tensor
+                first = views.setdefault((node.target, repr(made_copy.args)), made_copy)
+                if first is not made_copy:
+                    copy.erase_node(made_copy)
+                made_copy = first
+            copies[node] = made_copy
         found = subprograms.find(copy, frozenset(copies[node] for node in fixed))
-    back = {copied: node for node, copied in copies.items()}
+    back: dict[fx.Node, fx.Node] = {}
+    for node, copied in copies.items():
+        back.setdefault(copied, node)
     made: list[tuple[Operator, subprograms.Place]] = []
     for operator, place in found:
         nodes, roots, inputs = (
