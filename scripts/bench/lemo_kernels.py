@@ -40,7 +40,8 @@ Branches = Callable[[Tensor, list[Tensor], LlamaRMSNorm], Tensor]
 def padded(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
     for each in rows:
         update = 0.5 * norm(gather(x, each))
-        x = x + torch.zeros_like(x).flatten(0, 1).index_copy_(0, each, update.flatten(0, 1)).view_as(x)
+        zeros = x.new_zeros(x[..., 0].numel(), x.shape[2])
+        x = x + zeros.index_copy_(0, each, update.flatten(0, 1)).view_as(x)
     return x
 
 
@@ -165,7 +166,7 @@ def branches(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> None:
             row["written_MB"] = written.bytes
             table.add(name, full_size_allocations=full / BRANCHES)
         table.add(name, **{metric: value / BRANCHES / 1e6 for metric, value in row.items()})
-    steps = {name: functools.partial(step, run) for name, run in CONTENDERS.items()}
+    steps = {name: functools.partial(step, run) for name, run in CONTENDERS.items()} if repeats else {}
     for name, taken in medians(steps, repeats).items():
         table.add(name, ms=taken / BRANCHES * 1e3)
     table.finish()
@@ -228,13 +229,14 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", nargs="*", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
     )
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="0 counts bytes only")
     options = parser.parse_args()
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for tokens in options.tokens:
             for width in options.widths:
                 branches(tokens, width, dtype, options.repeats)
-            attention(tokens, dtype, options.repeats if DEVICE == "cuda" else 1)
+            if options.repeats:
+                attention(tokens, dtype, options.repeats if DEVICE == "cuda" else 1)
 
 
 if __name__ == "__main__":
