@@ -6,6 +6,7 @@ it traces, and Inductor then has nothing to freeze. Here they become the graph's
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,9 +23,11 @@ def hold(
         inputs: real tensors in the place of parameters and buffers; one that is not real stays an input.
 
     Returns:
-        the graph, changed in place, its inputs that are left, and what makes a function of all inputs from
-        one of those.
+        a graph that shares its tensors, its inputs that are left, and what makes a function of all inputs
+        from one of those.
     """
+    # Dynamo reads from the graph that it gave what it has to pass.
+    gm = copy.deepcopy(gm, {id(value): value for value in (*gm.parameters(), *gm.buffers())})
     sources = getattr(gm, "_param_name_to_source", None)  # where Dynamo found the module's own tensors
     kept = []
     for place, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
