@@ -1,0 +1,118 @@
+"""The choice between a rewritten graph, Inductor's and eager torch."""
+
+import pytest
+import torch
+from torch import nn
+
+import ollie_compile
+from ollie_compile import gate, plan, store
+
+OPTIONS = {"margin": 0.0, "candidates": 1, "budget_s": 1e6}
+pytestmark = pytest.mark.usefixtures("fresh", "uncompiled")
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """What is measured: of whole graphs the given seconds, of operators that candidates win."""
+    given = {}
+
+    def measured(built, inputs):
+        assert all(torch.is_tensor(value) for value in inputs)
+        for call in built.values():
+            call(*map(gate._real, inputs))
+        return {which: given[which] for which in built}
+
+    monkeypatch.setattr(gate, "_measured", measured)
+    monkeypatch.setattr("ollie_compile.tune.measure", lambda calls, stop: [*range(1, len(calls)), 100.0])
+    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e-12)
+    return given
+
+
+class Counting(nn.Module):
+    """A convolution that counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"),
+    [
+        ((1.0, 2.0, 3.0, 4.0), gate.REWRITTEN),
+        ((2.0, 1.0, 3.0, 4.0), gate.INDUCTOR),
+        ((2.0, 2.0, 1.0, 4.0), gate.EAGER),
+        ((1.0, 2.0, 0.99, 4.0), gate.REWRITTEN),  # within the noise
+        ((2.0, 3.0, 3.0, 1.0), gate.REWRITTEN + gate.CONTIGUOUS),
+    ],
+)
+def test_the_fastest_graph_stays(seconds, times, chosen):
+    names = (gate.REWRITTEN, gate.INDUCTOR, gate.EAGER)
+    seconds |= dict(zip(names, times, strict=False))
+    seconds |= {gate.REWRITTEN + gate.CONTIGUOUS: times[3], gate.INDUCTOR + gate.CONTIGUOUS: times[3]}
+    net, x = Counting().eval(), torch.randn(1, 2, 6, 6)
+    report = ollie_compile.explain(net, x, **OPTIONS)
+    assert report.rewritten == (1 if chosen.startswith(gate.REWRITTEN) else 0)
+    (note,) = [note for note in report.notes if "whole graph" in note]
+    assert note.endswith(f"chosen: {chosen}")
+    assert net.calls.item() == 1  # measuring ran on copies
+
+
+def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
+    monkeypatch.setenv(store.FOLDER, str(tmp_path / "plans"))
+    plan.reset()
+    seconds |= {
+        gate.REWRITTEN: 2.0,
+        gate.INDUCTOR: 1.0,
+        gate.EAGER: 3.0,
+        gate.INDUCTOR + gate.CONTIGUOUS: 4.0,
+    }
+    net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
+    ollie_compile.explain(net, x, **OPTIONS)
+    seconds.clear()  # what is measured now fails
+    plan.reset()
+    report = ollie_compile.explain(net, x, **OPTIONS)
+    assert report.notes[-1].endswith("chosen: Inductor")
+    assert not report.plans
+    with torch.no_grad():
+        got = torch.compile(net, backend="ollie", options=OPTIONS, dynamic=False)(x)
+        torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
+    plan.reset()
+
+
+def test_without_room_to_compare_the_rewritten_graph_stays(seconds, monkeypatch):
+    def full(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(gate, "_measured", full)
+    net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
+    report = ollie_compile.explain(net, x, **OPTIONS)
+    assert report.rewritten == 1
+    assert "the whole graph was not compared: no room" in report.notes
+
+
+def test_frozen_parameters_leave_the_graph_and_inputs_stay(monkeypatch):
+    """Dynamo's own graph keeps its inputs, for it passes them by that graph."""
+    from ollie_compile import freezing
+
+    seen = []
+
+    def hold(gm, inputs):
+        before = len(gm.graph.find_nodes(op="placeholder"))
+        held, left, of_all = original(gm, inputs)
+        seen.append((before, len(gm.graph.find_nodes(op="placeholder")), len(left)))
+        return held, left, of_all
+
+    original = freezing.hold
+    monkeypatch.setattr(freezing, "hold", hold)
+    net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
+    options = {"budget_s": 0, "freeze": True}
+    with torch.no_grad():
+        got = torch.compile(net, backend="ollie", options=options, dynamic=False)(x)
+        torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
+    assert seen == [(3, 3, 1)]
