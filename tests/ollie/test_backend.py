@@ -54,7 +54,7 @@ def test_measured_plan_keeps_results_and_times_the_original():
     assert json.loads(report.to_json())["rewritten"] == report.rewritten
 
 
-def test_gradients_equal_eager(always_rewrite):
+def test_gradients_equal_eager(always_rewrite, uncompiled):
     net, x = small_net(), torch.randn(2, 3, 6, 6)
     torch.compile(net, backend="ollie", options=QUICK)(x).square().sum().backward()
     got = [p.grad.clone() for p in net.parameters()]
@@ -116,7 +116,7 @@ def test_lists_of_one_stand_for_all_dimensions(always_rewrite):
     torch.testing.assert_close(got, function(x), rtol=1e-4, atol=1e-5)
 
 
-def test_activation_checkpointing_keeps_its_savings(always_rewrite):
+def test_activation_checkpointing_keeps_its_savings(always_rewrite, uncompiled):
     from torch.utils.checkpoint import checkpoint
 
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU())
