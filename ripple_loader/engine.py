@@ -68,8 +68,9 @@ class Engine:
         reader = Reader(sidecar.path, config.queue_depth, self.report, config.io_engine)
         with torch.device("cpu"):  # transformers builds the skeleton, and so this, under the meta device
             buffers = [AlignedBuffer(self.allocation.buffer) for _ in range(BUFFERS)]
-            model = known_drive(reader, buffers[0], header.weight_bytes)
-            pace = measure_pace(sidecar, self.allocation, dtype, buffers)
+            model = known_drive(reader)
+            undecided = config.strategy == "auto" and needs_sketch(header, config)
+            pace = measure_pace(sidecar, self.allocation, dtype, buffers) if undecided else Pace()
             self._meter = Meter(model)
             self.selects = self._decide(pace, reader.block)
             self.allocation = allocate(header, config, dtype, selective=self.selects)

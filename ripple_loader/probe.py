@@ -16,18 +16,16 @@ import numpy as np
 
 from ripple_loader.access import ReadPlan
 from ripple_loader.atomic import check_space
-from ripple_loader.drive import DEFAULT, DriveModel, DriveProfile, Measurement, device_of, fit, profile_path
+from ripple_loader.drive import DEFAULT, DriveModel, DriveProfile, Measurement, device_of, profile_path
 from ripple_loader.reader import AlignedBuffer, Reader
 from ripple_loader.report import RippleReport
 
 SIZES = (4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10)
 DEPTHS = (1, 4, 16, 32, 64)
-QUICK_SIZES = (4 << 10, 16 << 10, 256 << 10)
 SMALLEST_FILE = 64 << 20
 _WRITTEN = 256 << 20
 _BUFFER = 8 << 20
 _ROUNDS = 3
-_LEAST_WORTH = 32 << 20  # bytes streamed for which a measurement at load is worth its time
 
 
 class _Bench:
@@ -144,16 +142,11 @@ def describe(profile: DriveProfile) -> None:
     Console().print(table)
 
 
-def known_drive(reader: Reader, buffer: AlignedBuffer, streamed: int) -> DriveModel:
-    """The model of the drive that a sidecar lies on: as probed, else as a short measurement has it.
-
-    Without a probe, three sizes are read for a few hundredths of a second where so much is streamed that this
-    does not show in loading; below that the numbers of a common drive do, which a few reads correct.
+def known_drive(reader: Reader) -> DriveModel:
+    """The model of the drive that a sidecar lies on: as probed, else a common drive's, which reads correct.
 
     Args:
         reader: of the sidecar; a probe that cannot be read is noted in its report.
-        buffer: to read into.
-        streamed: bytes of weights that are streamed.
     """
     kept = profile_path(device_of(reader.path))
     if kept.exists():
@@ -162,10 +155,4 @@ def known_drive(reader: Reader, buffer: AlignedBuffer, streamed: int) -> DriveMo
         except (ValueError, OSError) as error:
             reader.report.fallbacks.append(f"{error}; it is ignored: run `ripple probe` again")
             warnings.warn(reader.report.fallbacks[-1], stacklevel=2)
-    sizes = [size for size in QUICK_SIZES if size <= len(buffer.bytes)]
-    if streamed < _LEAST_WORTH or len(sizes) < 2:
-        return replace(DEFAULT, depth=reader.depth)
-    bench = _Bench(reader, buffer)
-    found = [bench.measure(size, 0.03) for size in sizes]
-    latency = min(bench.reads(sizes[0], 1) for _ in range(3))
-    return fit(found, latency, "measured at load; `ripple probe` is more thorough", norms=(1.0,))
+    return replace(DEFAULT, depth=reader.depth)

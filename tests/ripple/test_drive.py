@@ -20,7 +20,7 @@ from ripple_loader.drive import (
     fit,
     profile_path,
 )
-from ripple_loader.probe import QUICK_SIZES, SIZES, describe, probe
+from ripple_loader.probe import SIZES, describe, probe
 
 from .conftest import load, token_ids
 
@@ -46,7 +46,7 @@ def timings(model, sizes=SIZES, depth=16, noise=0.0):
 
 
 @settings(deadline=None)
-@given(MODELS, st.sampled_from([SIZES, QUICK_SIZES]))
+@given(MODELS, st.sampled_from([SIZES, SIZES[::2]]))
 def test_a_fit_explains_a_drive_that_is_as_the_model_says(model, sizes):
     found = fit(timings(model, sizes), latency=0.0, source="")
     assert found.error < 0.05
