@@ -188,7 +188,9 @@ def test_half_precision_rounds_no_more_than_twice_the_original(always_rewrite, d
     (made,) = plan._plans.values()
     limit = max(2e-5, 2 * numeric.rounding_error(made.operator, None))
     rounded = [candidate for candidate in made.candidates if candidate.error is not None]
-    assert made.winner in rounded
+    assert rounded
+    # Where the processor's products round more than its convolutions, no candidate is left.
+    assert made.winner in rounded or all(c.error > limit for c in rounded)
     assert all((c.error > limit) == ("tolerance" in (c.rejected or "")) for c in rounded)
 
 
@@ -219,7 +221,8 @@ def test_additions_by_fold_are_candidates(monkeypatch):
     conv = operator(x, net.weight.detach(), stride=2, padding=1, transposed=True)
     made = plan.plan(conv, OllieConfig(**QUICK, candidates=1), 100.0)
     fold = next(candidate for candidate in made.candidates if candidate.program.kernels == "fold")
-    assert fold.error < 2e-5
+    assert numeric.check_program(conv, fold.program) is None
+    assert numeric.rounding_error(conv, fold.program) < 2e-5
     made.winner = fold
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options={**QUICK, "candidates": 1}, dynamic=False)(x)
