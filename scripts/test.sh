@@ -8,4 +8,4 @@ python scripts/assets.py --quiet
 ruff check .
 ruff format --check .
 mypy
-HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadscope --hypothesis-profile=ci "$@"
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --hypothesis-profile=ci "$@"
