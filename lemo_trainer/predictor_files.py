@@ -63,11 +63,12 @@ def save_predictors(predictors: PatternPredictors, folder: str | Path, base: dic
         "sha256": hashlib.sha256(data).hexdigest(),
         "base": base,
     }
-    _write(folder / TENSORS_NAME, data)
-    _write(folder / JSON_NAME, (json.dumps(described, indent=1) + "\n").encode())
+    write_whole(folder / TENSORS_NAME, data)
+    write_whole(folder / JSON_NAME, (json.dumps(described, indent=1) + "\n").encode())
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that a killed process leaves as it was or whole."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     unfinished.write_bytes(data)
     unfinished.replace(path)

@@ -7,6 +7,7 @@ towards it. Hidden units that stay zero are left out on the way (the paper's ela
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness import map_scores
 from lemo_trainer.observation import Observer
 from lemo_trainer.predictor import RANKS, Design, PatternPredictors, recall_at_kept
-from lemo_trainer.predictor_files import base_fingerprint, save_predictors
+from lemo_trainer.predictor_files import base_fingerprint, save_predictors, write_whole
 from lemo_trainer.selection import BlockPlan
 
 STATE_NAME = "lemo_predict_train.pt"
@@ -235,9 +236,9 @@ class _Run:
             "seen": [net.seen for net in self._nets()],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f"{STATE_NAME}.tmp"
-        torch.save(state, unfinished)
-        unfinished.replace(self.folder / STATE_NAME)
+        data = io.BytesIO()
+        torch.save(state, data)
+        write_whole(self.folder / STATE_NAME, data.getvalue())
 
     def _saved_state(self) -> dict[str, Any] | None:
         path = self.folder / STATE_NAME
