@@ -200,16 +200,21 @@ class DetachingLayer:
             else:
                 constant = architecture.finish_attention(layer, x_BRD, heads)
             constant = self._with_mlp(layer, x_BRD, constant)
-        dense = architecture.has_dense_mlp(layer)
+
+        def mlp_of_all() -> tuple[Tensor, Tensor]:
+            """The output of an MLP that works on all rows, from the stream as it is now, and the rows."""
+            everything = torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device)
+            mlp = functools.partial(architecture.mlp_branch, layer)
+            return run(mlp, stream.take(everything)), everything
+
+        dense, parallel = architecture.has_dense_mlp(layer), architecture.is_parallel(layer)
         updates = [(constant, rest_rows), (update, rows)]
-        everything_rows = torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device)
-        mlp = functools.partial(architecture.mlp_branch, layer)
-        if dense and architecture.is_parallel(layer):
-            updates.append((run(mlp, stream.take(everything_rows)), everything_rows))
+        if dense and parallel:
+            updates.append(mlp_of_all())
         for each in updates:
             stream.add(*each)
-        if dense and not architecture.is_parallel(layer):
-            stream.add(run(mlp, stream.take(everything_rows)), everything_rows)
+        if dense and not parallel:
+            stream.add(*mlp_of_all())
         return self.streams.leave(layer, stream)
 
     def _with_mlp(self, layer: nn.Module, x: Tensor, update: Tensor) -> Tensor:
