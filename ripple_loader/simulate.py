@@ -168,7 +168,7 @@ def replay(
     for layer, order in enumerate(placed):
         base = layer * workload.layer_bytes
         if strategy.dense:
-            parts.append(_dense_layer(workload, layer, base, shares[layer]))
+            parts.append(_dense_layer(workload, layer, base, shares[layer], block))
         else:
             cached = (strategy.cache_policy, shares[layer])
             parts.append(_sparse_layer(workload, layer, base, order, cached, collapse, block))
@@ -192,13 +192,14 @@ def _uses(sets: BitSets, neurons: int) -> Array:
     return counts
 
 
-def _dense_layer(workload: Workload, layer: int, base: int, resident: int) -> Replay:
+def _dense_layer(workload: Workload, layer: int, base: int, resident: int, block: int) -> Replay:
     tokens = len(workload.replayed[layer])
     reads = np.arange(tokens if resident < workload.neurons else 0)
-    skipped = resident * workload.bundle_bytes
+    first = (base + resident * workload.bundle_bytes) // block * block
+    last = -(-(base + workload.layer_bytes) // block) * block
     return Replay(
-        offsets=np.full(len(reads), base + skipped),
-        lengths=np.full(len(reads), workload.layer_bytes - skipped),
+        offsets=np.full(len(reads), first),
+        lengths=np.full(len(reads), last - first),
         step=reads,
         token=np.arange(tokens),
         active=tokens * workload.neurons,

@@ -1,27 +1,46 @@
-"""What reading a token's neurons would take on a phone with UFS 4.0, against the paper's rivals.
+"""What reading a token's neurons takes, against the paper's rivals: on paper, throttled, on this drive.
 
-    python scripts/bench/ripple_simulate.py [--model smollm2] [--cache 0.1]
+    python scripts/bench/ripple_simulate.py [--model smollm2] [--cache 0.1] [--on ufs-4.0 throttled drive]
 
 A trace is replayed (`ripple_loader.simulate`), the same for every contender: which neurons are missing from a
-cache of equal size, which reads bring them, and what the published numbers of UFS 4.0 make of these. The last
-tokens, of held-out text, are replayed; the others shaped order and cache. Nothing is read or timed: the
-numbers do not depend on the machine.
+cache of equal size, and which reads bring them. The last tokens, of held-out text, are replayed; the others
+shaped order and cache.
+
+- ufs-4.0: what the published numbers of that phone drive make of the reads. Nothing is read, and the numbers
+  do not depend on the machine.
+- throttled: the same reads, issued with O_DIRECT while the kernel holds this process to a twentieth of the
+  reads and bytes a second of UFS 4.0 (a cgroup, which takes root). Each contender reads its tokens in one go,
+  because the kernel counts in slices of 100 ms, and an equal wait in front of it empties the account.
+- drive: the reads for this machine's drive as `ripple probe` has just measured it, issued with O_DIRECT, the
+  contenders in turn at every token.
+
+"predicted" is what the drive's model says of the reads beside what they took.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import ROOT, Table  # also makes `assets` importable
+from throttle import limited
 
-from ripple_loader import ReorderConfig
+from ripple_loader import ReorderConfig, RippleReport
+from ripple_loader.access import ReadPlan
 from ripple_loader.devices import load_devices
 from ripple_loader.drive import DriveModel
 from ripple_loader.encoding import ENCODINGS
+from ripple_loader.probe import probe
+from ripple_loader.reader import AlignedBuffer, Reader
 from ripple_loader.simulate import (
     RIPPLE,
     STRATEGIES,
@@ -36,6 +55,9 @@ from ripple_loader.source import open_source
 from ripple_loader.trace import Trace, cut_sequences, trace_source
 
 WARM_UP = 64
+SLOWED = 20  # the throttled drive is UFS 4.0 with a twentieth of its reads and bytes a second
+PAUSE = 0.5  # seconds; the kernel lets through at once what was not used in the last slice
+IN_FLIGHT = 32
 TRACES = ROOT / ".cache" / "ripple-traces"
 
 
@@ -75,8 +97,8 @@ def traced(name: str, case: Case) -> tuple[Trace, int]:
 
 
 def token_seconds(found: Replay, model: DriveModel, tokens: int) -> Any:
-    """Predicted seconds of each token after the warm-up."""
-    return np.bincount(found.token, found.seconds(model), tokens)[WARM_UP:]
+    """Predicted seconds of each token."""
+    return np.bincount(found.token, found.seconds(model), tokens)
 
 
 def ablations(strategies: dict[str, Strategy]) -> dict[str, Strategy]:
@@ -119,19 +141,128 @@ def finish(case: Case, medium: str, work: Workload, rows: dict[str, Any], more: 
     table.finish()
 
 
-def simulated(case: Case, work: Workload, placed: dict[str, Any], cache: float) -> None:
-    device = load_devices()["ufs-4.0"]
-    rows = {}
-    for contender, strategy in ablations(STRATEGIES).items():
-        order, size = placed[strategy.placement], int(cache * work.weight_bytes)
-        found = replay(work, strategy, order, device.model, cache_bytes=size, block=device.block)
-        seconds = token_seconds(found, device.model, work.tokens)
-        rows[contender] = {
-            "ms": float(seconds.mean() * 1e3),
-            "p95_ms": float(np.quantile(seconds, 0.95) * 1e3),
+@dataclass(frozen=True)
+class Run:
+    """The trace's reads under every strategy, for one drive."""
+
+    work: Workload
+    model: DriveModel
+    found: dict[str, Replay]
+
+    @classmethod
+    def of(cls, work: Workload, placed: dict[str, Any], cache: float, model: DriveModel, block: int) -> Run:
+        size = int(cache * work.weight_bytes)
+        found = {
+            name: replay(work, strategy, placed[strategy.placement], model, cache_bytes=size, block=block)
+            for name, strategy in ablations(STRATEGIES).items()
         }
-        rows[contender] |= row(found)
-    finish(case, "UFS 4.0 profile", work, rows, f"cache of {cache:.0%} of the MLPs; {device.source}")
+        return cls(work, model, found)
+
+    def rows(self, measured: dict[str, Any]) -> dict[str, dict[str, float | str]]:
+        """A row a contender; `measured` seconds of its tokens, where they were read."""
+        rows = {}
+        for name, found in self.found.items():
+            predicted = token_seconds(found, self.model, self.work.tokens)
+            seconds = measured.get(name, predicted[WARM_UP:])
+            rows[name] = {
+                "ms": float(np.mean(seconds) * 1e3),
+                "p95_ms": float(np.quantile(seconds, 0.95) * 1e3),
+            }
+            if name in measured:
+                rows[name]["predicted_ms"] = float(predicted[-len(seconds) :].mean() * 1e3)
+            rows[name] |= row(found)
+        return rows
+
+
+class RealReads:
+    """Issues the reads of replays from a file, layer by layer as decoding would.
+
+    Args:
+        file: as large as the weights; what is in it does not matter.
+        work: whose layers bound a read.
+    """
+
+    def __init__(self, file: Path, work: Workload) -> None:
+        self.reader = Reader(file, IN_FLIGHT, RippleReport(directory="", layers=1, neurons=1, budget=0))
+        self.buffer = AlignedBuffer(2 * (work.layer_bytes + (1 << 20)))
+        self.buffer.bytes.zero_()  # its pages are there before anything is timed
+
+    def plans(self, found: Replay, tokens: int) -> list[list[ReadPlan]]:
+        """For each token, the reads of each layer that reads something."""
+        starts = np.flatnonzero(np.diff(found.step, prepend=-1))
+        by_token: list[list[ReadPlan]] = [[] for _ in range(tokens)]
+        for first, last in itertools.pairwise([*starts, len(found.step)]):
+            offsets, lengths = found.offsets[first:last], found.lengths[first:last]
+            targets = np.cumsum(lengths) - lengths
+            plan = ReadPlan(offsets, offsets, lengths, targets, targets)
+            by_token[found.token[found.step[first]]].append(plan)
+        return by_token
+
+    def seconds(self, plans: list[ReadPlan]) -> float:
+        """What a token's reads take, each layer's after the one before it."""
+        start = time.perf_counter()
+        for plan in plans:
+            for read in self.reader.submit(plan, self.buffer):
+                read.result()
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def written(size: int) -> Iterator[Path]:
+    """A file of so many random bytes on this drive, not in the page cache."""
+    (ROOT / "out").mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=ROOT / "out") as file:
+        for _ in range(-(-size >> 20)):
+            file.write(os.urandom(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        yield Path(file.name)
+
+
+def on_paper(case: Case, work: Workload, placed: dict[str, Any], cache: float, tokens: int) -> None:
+    device = load_devices()["ufs-4.0"]
+    run = Run.of(work, placed, cache, device.model, device.block)
+    conditions = f"cache of {cache:.0%} of the MLPs; {device.source}"
+    finish(case, "UFS 4.0 profile", work, run.rows({}), conditions)
+
+
+def throttled(case: Case, work: Workload, placed: dict[str, Any], cache: float, tokens: int) -> None:
+    device = load_devices()["ufs-4.0"]
+    slow = replace(device, iops=device.iops // SLOWED, bandwidth=device.bandwidth // SLOWED)
+    run, measured = Run.of(work, placed, cache, slow.model, slow.block), {}
+    with written(work.weight_bytes + (1 << 20)) as file:
+        reads = RealReads(file, work)
+        with limited(file, iops=int(slow.iops), bandwidth=int(slow.bandwidth)):
+            for name, found in run.found.items():
+                before, *plans = reads.plans(found, work.tokens)[-tokens - 1 :]
+                time.sleep(PAUSE)
+                reads.seconds(before)
+                measured[name] = [reads.seconds(plan) for plan in plans]
+    conditions = (
+        f"cache of {cache:.0%} of the MLPs; {slow.iops:,} reads and {slow.bandwidth:,} bytes a second"
+    )
+    finish(case, "throttled by the kernel", work, run.rows(measured), conditions)
+
+
+def on_this_drive(case: Case, work: Workload, placed: dict[str, Any], cache: float, tokens: int) -> None:
+    with written(work.weight_bytes + (1 << 20)) as file:
+        reads = RealReads(file, work)
+        model = probe(file).at(IN_FLIGHT)
+        run = Run.of(work, placed, cache, model, reads.reader.block)
+        plans = {name: reads.plans(found, work.tokens) for name, found in run.found.items()}
+        measured: dict[str, list[float]] = {name: [] for name in plans}
+        for token in range(work.tokens - tokens, work.tokens):
+            for name, by_token in plans.items():
+                measured[name].append(reads.seconds(by_token[token]))
+    conditions = (
+        f"cache of {cache:.0%} of the MLPs; the last {tokens} tokens; {1 / model.request_seconds:,.0f} "
+        f"reads and {1 / model.byte_seconds:,.0f} bytes a second, p = {model.norm:g}"
+    )
+    finish(case, "this machine's drive", work, run.rows(measured), conditions)
+
+
+MEDIA = {"ufs-4.0": on_paper, "throttled": throttled, "drive": on_this_drive}
 
 
 def main() -> None:
@@ -140,6 +271,8 @@ def main() -> None:
     )
     parser.add_argument("--model", nargs="+", choices=sorted(cases()), default=["smollm2"])
     parser.add_argument("--cache", type=float, default=0.1, help="share of the MLPs")
+    parser.add_argument("--on", nargs="+", choices=MEDIA, default=["ufs-4.0"])
+    parser.add_argument("--read", type=int, default=32, help="tokens that are read, not only priced")
     options = parser.parse_args()
     for name in options.model:
         case = cases()[name]
@@ -147,7 +280,8 @@ def main() -> None:
         work = workload_of(trace, width, case.replayed)
         placements = {strategy.placement for strategy in ablations(STRATEGIES).values()}
         placed = {placement: place_all(work, placement, case.config) for placement in sorted(placements)}
-        simulated(case, work, placed, options.cache)
+        for medium in options.on:
+            MEDIA[medium](case, work, placed, options.cache, options.read)
 
 
 if __name__ == "__main__":
