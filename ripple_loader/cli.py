@@ -178,8 +178,8 @@ def reorder(
     active_share: ActiveShare = None,
     partners: Annotated[int | None, typer.Option(help="Co-activation partners kept for each neuron.")] = None,
     two_opt: Annotated[bool | None, typer.Option(help="Improve a linked or spectral order by 2-opt.")] = None,
-    hot_above: Annotated[
-        float | None, typer.Option(help="Neurons active for more than this share of the tokens are pinned.")
+    hot_share: Annotated[
+        float | None, typer.Option(help="Share of the neurons, the most active, that are pinned in memory.")
     ] = None,
     bundles: Annotated[
         str | None, typer.Option(help="Stored as: same, float32, float16, bfloat16, int8 or int4.")

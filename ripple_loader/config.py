@@ -102,8 +102,9 @@ class ReorderConfig:
         active_share: see `active`; with "top_k" use the `keep` you will run with.
         partners: co-activation partners kept for each neuron when linking.
         two_opt: improve a linked or spectral order by 2-opt.
-        hot_above: neurons active for more than this share of the tokens come first, out of the linking, and
-            are pinned in memory; 1.0 pins none.
+        hot_share: this share of all neurons, those that are active most often in any MLP, come first, out of
+            the linking, and are pinned in memory as far as the budget reaches; best about the share that
+            you will have memory for, and 0 pins none.
         bundles: how the sidecar stores weights; "same" as the checkpoint. "int8" and "int4" round them, with
             a scale for each 32 weights: shorter reads, other results.
         workers: layers placed at once.
@@ -117,7 +118,7 @@ class ReorderConfig:
     active_share: float = 0.5
     partners: int = 32
     two_opt: bool = True
-    hot_above: float = 0.95
+    hot_share: float = 0.1
     bundles: BundleDtype = "same"
     workers: int = 2
     seed: int = 0
@@ -126,8 +127,9 @@ class ReorderConfig:
         _check_choice(self.placement, "placement", get_args(Placement))
         _check_choice(self.active, "active", get_args(ActiveRule))
         _check_choice(self.bundles, "bundles", get_args(BundleDtype))
-        for name in ("active_share", "hot_above"):
-            _check_share(getattr(self, name), name)
+        _check_share(self.active_share, "active_share")
+        if self.hot_share != 0:
+            _check_share(self.hot_share, "hot_share")
         for name in ("tokens", "sequence_length", "partners", "workers"):
             _check_count(getattr(self, name), name)
 

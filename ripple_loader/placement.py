@@ -2,8 +2,8 @@
 
 The order is a Hamiltonian path through a layer's neurons that should be short in the distance of
 `coactivation`. Greedy linking joins the nearest pair first, gives no neuron more than two neighbours and
-never closes a circle; 2-opt then turns pieces of the path around. Hot neurons, which are nearly always active
-and so everyone's nearest, come first and stay out of the path: they are pinned in memory.
+never closes a circle; 2-opt then turns pieces of the path around. Hot neurons, which are active so often that
+they are everyone's nearest, come first and stay out of the path: they are pinned in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ripple_loader.cache import cache_shares
 from ripple_loader.coactivation import Activity, CoActivation, Indices, coactivation
 from ripple_loader.config import ReorderConfig
 from ripple_loader.trace import BitSets, unpack
@@ -126,15 +127,23 @@ class Placed:
 
     Attributes:
         order: the permutation.
-        hot: how many of its first places hold neurons that are nearly always active.
+        hot: how many of its first places hold neurons that stay in memory.
     """
 
     order: Order
     hot: int = 0
 
 
-def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig) -> Placed:
-    """Order one layer's neurons by `config.placement`; hot ones come first where the order is by activity."""
+def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig, hot: int = 0) -> Placed:
+    """Order one layer's neurons by `config.placement`.
+
+    Args:
+        sets: active sets to order by.
+        neurons: of the layer.
+        layer: its number, for the random order.
+        config: how to place.
+        hot: so many neurons, the most active, come first, where the order is by activity.
+    """
     match config.placement:
         case "identity":
             return Placed(np.arange(neurons))
@@ -142,7 +151,6 @@ def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig) -> Pla
             return Placed(np.random.default_rng((config.seed, layer)).permutation(neurons))
     activity = Activity(sets, neurons)
     by_frequency = np.argsort(-activity.counts, kind="stable")
-    hot = int(np.count_nonzero(is_hot(activity.counts, len(sets), config.hot_above)))
     if config.placement == "frequency":
         return Placed(by_frequency, hot)
     members = np.sort(by_frequency[hot:])
@@ -156,9 +164,21 @@ def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig) -> Pla
     return Placed(np.concatenate([by_frequency[:hot], order]), hot)
 
 
-def is_hot(counts: Indices, tokens: int, hot_above: float) -> npt.NDArray[np.bool_]:
-    """Which neurons are active for more than a share of the tokens; with 1.0 none is."""
-    return counts > hot_above * tokens
+def hot_neurons(uses: list[Indices], share: float) -> list[int]:
+    """How many neurons of each MLP are hot: of those of all MLPs, the share that is active most often.
+
+    Args:
+        uses: for how many tokens each neuron is active, shape (N,), by MLP.
+        share: from 0 to 1.
+    """
+    return cache_shares(uses, round(share * sum(len(one) for one in uses)))
+
+
+def most_active(counts: Indices, hot: int) -> npt.NDArray[np.bool_]:
+    """Which neurons are the so many most active ones; of equals the first."""
+    found = np.zeros(len(counts), bool)
+    found[np.argsort(-counts, kind="stable")[:hot]] = True
+    return found
 
 
 def grouped_uses(counts: Indices) -> list[float]:
@@ -195,7 +215,7 @@ class Plan:
 
     Attributes:
         orders: one permutation an MLP.
-        hot: how many of its first places hold neurons that are nearly always active.
+        hot: how many of its first places hold neurons that stay in memory.
         exact_zeros: whether inactive neurons are exactly zero.
         bundles: how the sidecar stores weights, see `ReorderConfig`.
         profile: placement, tokens, share of neurons active, share of them hot, and reads per token and MLP in

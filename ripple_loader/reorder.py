@@ -15,14 +15,23 @@ from tqdm import tqdm
 
 from ripple_loader.atomic import Workspace, check_new, check_space, whole_file, working_on
 from ripple_loader.config import ReorderConfig
-from ripple_loader.placement import Order, Placed, Plan, expected_reads, grouped_uses, is_hot, place
+from ripple_loader.placement import (
+    Order,
+    Placed,
+    Plan,
+    expected_reads,
+    grouped_uses,
+    hot_neurons,
+    most_active,
+    place,
+)
 from ripple_loader.sidecar import SIDECAR
 from ripple_loader.source import SourceModel, open_source
-from ripple_loader.trace import Trace, cut_sequences, trace_description, trace_source, unpack
+from ripple_loader.trace import Trace, count_uses, cut_sequences, trace_description, trace_source
 from ripple_loader.writing import output_bytes, write_copy
 
 _HELD_BACK = 8
-_PLACING = ("placement", "partners", "two_opt", "hot_above", "seed")
+_PLACING = ("placement", "partners", "two_opt", "hot_share", "seed")
 
 
 def reorder(
@@ -105,17 +114,24 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
     settings = {name: value for name, value in asdict(config).items() if name in _PLACING}
     stage = work.stage("orders", [trace.description, settings])
 
+    def shaping(layer: int) -> Any:
+        """The tokens that an MLP's order is made from; the others tell what it is worth."""
+        sets = trace.sets(layer)
+        return sets[np.arange(len(sets)) % _HELD_BACK != _HELD_BACK - 1]
+
+    shaping_uses = [count_uses(shaping(layer), source.neurons) for layer in range(source.layers)]
+    hot = hot_neurons(shaping_uses, config.hot_share)
+
     def one(layer: int) -> tuple[Placed, dict[str, Any]]:
         file, sets = stage / f"{layer}.npz", trace.sets(layer)
-        held_back = np.arange(len(sets)) % _HELD_BACK == _HELD_BACK - 1
         if file.exists():
             with np.load(file) as stored:
                 placed = Placed(stored["order"], int(stored["hot"]))
         else:
-            placed = place(sets[~held_back], source.neurons, layer, config)
+            placed = place(shaping(layer), source.neurons, layer, config, hot[layer])
             with whole_file(file) as partial, partial.open("wb") as opened:
                 np.savez(opened, order=placed.order, hot=placed.hot)
-        return placed, _cost(sets, held_back, placed.order, config)
+        return placed, _cost(sets, placed.order, most_active(shaping_uses[layer], hot[layer]))
 
     with ThreadPoolExecutor(config.workers) as pool:
         bar = tqdm(pool.map(one, range(source.layers)), total=source.layers, unit="MLP", desc="place")
@@ -138,17 +154,15 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
     )
 
 
-def _cost(sets: Any, held_back: Any, order: Order, config: ReorderConfig) -> dict[str, Any]:
-    """What one MLP's order costs; the means over MLPs are the plan's profile."""
-    counts = np.zeros(len(order), np.int64)
-    for start in range(0, len(sets), 1024):
-        counts += unpack(sets[start : start + 1024], len(order)).sum(0, dtype=np.int64)
-    hot = is_hot(counts, len(sets), config.hot_above)
+def _cost(sets: Any, order: Order, hot: Any) -> dict[str, Any]:
+    """What one MLP's order costs, without its hot neurons; the means over MLPs are the plan's profile."""
+    held_back = sets[_HELD_BACK - 1 :: _HELD_BACK]
+    counts = count_uses(sets, len(order))
     return {
         "tokens": len(sets),
         "uses": grouped_uses(counts),
         "activity": float(counts.sum()) / max(1, len(sets) * len(order)),
         "hot": float(hot.mean()),
-        "reads_identity": expected_reads(sets[held_back], np.arange(len(order)), hot),
-        "reads": expected_reads(sets[held_back], order, hot),
+        "reads_identity": expected_reads(held_back, np.arange(len(order)), hot),
+        "reads": expected_reads(held_back, order, hot),
     }

@@ -53,7 +53,7 @@ class SidecarHeader:
         rows: rows of a bundle (R): 3 with a gate, 2 without.
         dtype: how bundles store weights: a key of `encoding.ENCODINGS`.
         exact_zeros: whether the activation zeroes inactive neurons, which makes sparse reads exact.
-        hot: for each MLP, how many of its first places hold neurons that are nearly always active.
+        hot: for each MLP, how many of its first places hold neurons that stay in memory.
         checkpoint: fingerprint of the weight files beside the sidecar.
         files: SHA-256 of each of these weight files.
         base: SHA-256 of each weight file of the model that was reordered.

@@ -20,11 +20,10 @@ from ripple_loader.access import Collapse, cheapest, fixed_gap, plan_reads
 from ripple_loader.cache import cache_shares, make_cache
 from ripple_loader.config import CachePolicy, Placement, ReorderConfig
 from ripple_loader.drive import DriveModel
-from ripple_loader.placement import Placed, place
-from ripple_loader.trace import BitSets, Trace, unpack
+from ripple_loader.placement import Placed, hot_neurons, place
+from ripple_loader.trace import BitSets, Trace, count_uses, unpack
 
 Array = npt.NDArray[Any]
-_TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,9 @@ class Replay:
 def place_all(workload: Workload, placement: Placement, config: ReorderConfig | None = None) -> list[Placed]:
     """The order of every MLP, from the calibration part of the trace."""
     config = replace(config or ReorderConfig(), placement=placement)
-    return [place(sets, workload.neurons, layer, config) for layer, sets in enumerate(workload.calibration)]
+    uses = [count_uses(sets, workload.neurons) for sets in workload.calibration]
+    parts = enumerate(zip(workload.calibration, hot_neurons(uses, config.hot_share), strict=True))
+    return [place(sets, workload.neurons, layer, config, hot) for layer, (sets, hot) in parts]
 
 
 def replay(
@@ -160,7 +161,7 @@ def replay(
     """
     slots, layers = cache_bytes // workload.bundle_bytes, len(workload.replayed)
     if strategy.shares:
-        shares = cache_shares([_uses(sets, workload.neurons) for sets in workload.calibration], slots)
+        shares = cache_shares([count_uses(sets, workload.neurons) for sets in workload.calibration], slots)
     else:
         shares = [min(slots // layers, workload.neurons)] * layers
     collapse = cheapest(model) if strategy.collapse else fixed_gap(0)
@@ -182,14 +183,6 @@ def replay(
         hits=sum(part.hits for part in parts),
         evictions=sum(part.evictions for part in parts),
     )
-
-
-def _uses(sets: BitSets, neurons: int) -> Array:
-    """For how many tokens each neuron is active, int64, shape (N,)."""
-    counts = np.zeros(neurons, np.int64)
-    for start in range(0, len(sets), _TOKENS_AT_ONCE):
-        counts += unpack(sets[start : start + _TOKENS_AT_ONCE], neurons).sum(0, dtype=np.int64)
-    return counts
 
 
 def _dense_layer(workload: Workload, layer: int, base: int, resident: int, block: int) -> Replay:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ripple_loader.streaming import Backend
 
 BitSets = npt.NDArray[np.uint8]
+_COUNTED_AT_ONCE = 1024
 """Active sets of one MLP: shape (tokens, ceil(N / 8)), as `numpy.packbits` packs them."""
 
 _DESCRIPTION = "trace.json"
@@ -319,3 +320,11 @@ def _is_whole(path: Path) -> bool:
 def unpack(sets: BitSets, neurons: int) -> npt.NDArray[np.uint8]:
     """Active sets as zeros and ones of shape (tokens, N)."""
     return np.unpackbits(sets, axis=1, count=neurons)
+
+
+def count_uses(sets: BitSets, neurons: int) -> npt.NDArray[np.int64]:
+    """For how many tokens each neuron is active, shape (N,)."""
+    counts = np.zeros(neurons, np.int64)
+    for start in range(0, len(sets), _COUNTED_AT_ONCE):
+        counts += unpack(sets[start : start + _COUNTED_AT_ONCE], neurons).sum(0, dtype=np.int64)
+    return counts

@@ -24,9 +24,17 @@ from common import Table  # also makes `assets` importable
 
 from ripple_loader import ReorderConfig
 from ripple_loader.coactivation import Activity, coactivation, sampled_tokens
-from ripple_loader.placement import Order, expected_reads, greedy_linking, is_hot, place, spectral_order
+from ripple_loader.placement import (
+    Order,
+    expected_reads,
+    greedy_linking,
+    hot_neurons,
+    most_active,
+    place,
+    spectral_order,
+)
 from ripple_loader.source import open_source
-from ripple_loader.trace import BitSets, cut_sequences, trace_source
+from ripple_loader.trace import BitSets, count_uses, cut_sequences, trace_source
 from ripple_loader.two_opt import two_opt
 
 HELD_BACK, PARTNERS, GROUPS = 8, 32, 600
@@ -71,9 +79,12 @@ def main(layers: list[BitSets], neurons: int, conditions: str) -> None:
     whole = len(layers[0])
     quick = min(sampled_tokens(whole, neurons), whole // 8)
 
+    uses = [count_uses(sets, neurons) for sets in layers]
+    hot = hot_neurons(uses, ReorderConfig().hot_share)
+
     def placed(placement: str, **options: bool) -> Callable[[BitSets, int], Order]:
         config = ReorderConfig(placement=placement, partners=PARTNERS, **options)  # type: ignore[arg-type]
-        return lambda sets, layer: place(sets, neurons, layer, config).order
+        return lambda sets, layer: place(sets, neurons, layer, config, hot[layer]).order
 
     def spectral(sets: BitSets, _: int) -> Order:
         return spectral_order(coactivation(Activity(sets, neurons), PARTNERS), np.arange(neurons))
@@ -94,12 +105,12 @@ def main(layers: list[BitSets], neurons: int, conditions: str) -> None:
     reads: dict[str, list[float]] = {name: [] for name in contenders}
     for layer, sets in enumerate(layers):
         held_back = np.arange(len(sets)) % HELD_BACK == HELD_BACK - 1
-        hot = is_hot(Activity(sets, neurons).counts, len(sets), ReorderConfig().hot_above)
+        in_memory = most_active(uses[layer], hot[layer])
         for name, order_of in contenders.items():
             start = time.process_time()
             order = order_of(sets[~held_back], layer)
             seconds[name].append(time.process_time() - start)
-            reads[name].append(expected_reads(sets[held_back], order, hot))
+            reads[name].append(expected_reads(sets[held_back], order, in_memory))
     base = statistics.mean(reads["identity"])
     for name in contenders:
         mean = statistics.mean(reads[name])

@@ -39,6 +39,7 @@ from ripple_loader.access import ReadPlan
 from ripple_loader.devices import load_devices
 from ripple_loader.drive import DriveModel
 from ripple_loader.encoding import ENCODINGS
+from ripple_loader.placement import Placed
 from ripple_loader.probe import probe
 from ripple_loader.reader import AlignedBuffer, Reader
 from ripple_loader.simulate import (
@@ -51,8 +52,9 @@ from ripple_loader.simulate import (
     replay,
     workload_of,
 )
-from ripple_loader.source import open_source
+from ripple_loader.source import SourceModel, open_source
 from ripple_loader.trace import Trace, cut_sequences, trace_source
+from ripple_loader.writing import stored_as
 
 WARM_UP = 64
 SLOWED = 20  # the throttled drive is UFS 4.0 with a twentieth of its reads and bytes a second
@@ -85,15 +87,19 @@ def cases() -> dict[str, Case]:
     }
 
 
-def traced(name: str, case: Case) -> tuple[Trace, int]:
-    """The model's trace, its last tokens of held-out text, kept for the next run; the bytes of a neuron."""
+def bundle_bytes(source: SourceModel, bundles: str) -> int:
+    """The bytes of a neuron."""
+    return len(source.architecture.bundle) * ENCODINGS[stored_as(source, bundles)].row_bytes(source.hidden)
+
+
+def traced(name: str, case: Case) -> tuple[Trace, SourceModel]:
+    """The model's trace, its last tokens of held-out text, kept for the next run; and the model."""
     import assets
 
     source, sequences = open_source(case.directory), []
     for split, tokens in (("train", case.config.tokens - case.replayed), ("held_out", case.replayed)):
         sequences += cut_sequences(source, assets.texts(split), replace(case.config, tokens=tokens))
-    trace = trace_source(source, sequences, case.config, TRACES / name)
-    return trace, len(source.architecture.bundle) * ENCODINGS[source.down.dtype].row_bytes(source.hidden)
+    return trace_source(source, sequences, case.config, TRACES / name), source
 
 
 def token_seconds(found: Replay, model: DriveModel, tokens: int) -> Any:
@@ -101,15 +107,33 @@ def token_seconds(found: Replay, model: DriveModel, tokens: int) -> Any:
     return np.bincount(found.token, found.seconds(model), tokens)
 
 
-def ablations(strategies: dict[str, Strategy]) -> dict[str, Strategy]:
-    """Ripple without one of its parts at a time."""
-    return strategies | {
+@dataclass(frozen=True)
+class Contender:
+    """A strategy with the orders it reads in, and the weights it reads."""
+
+    strategy: Strategy
+    placed: list[Placed]
+    work: Workload
+
+
+def contenders(case: Case, work: Workload, width_int8: int) -> dict[str, Contender]:
+    """What is compared: Ripple's rivals, and Ripple without one of its parts, or with one more, at a time."""
+    strategies = STRATEGIES | {
         "Ripple, equal cache shares": replace(RIPPLE, shares=False),
         "Ripple, S3-FIFO": replace(RIPPLE, cache_policy="s3fifo"),
         "Ripple, LRU": replace(RIPPLE, cache_policy="lru"),
         "Ripple, spectral order": replace(RIPPLE, placement="spectral"),
         "Ripple, the model's order": replace(RIPPLE, placement="identity"),
         "Ripple, no collapse": replace(RIPPLE, collapse=False),
+    }
+    placements = sorted({strategy.placement for strategy in strategies.values()})
+    placed = {placement: place_all(work, placement, case.config) for placement in placements}
+    found = {name: Contender(each, placed[each.placement], work) for name, each in strategies.items()}
+    unpinned = replace(case.config, hot_share=0.0)
+    int8 = replace(work, bundle_bytes=width_int8)
+    return found | {
+        "Ripple, nothing pinned": Contender(RIPPLE, place_all(work, "linked", unpinned), work),
+        "Ripple, int8 bundles": Contender(RIPPLE, placed["linked"], int8),
     }
 
 
@@ -150,11 +174,13 @@ class Run:
     found: dict[str, Replay]
 
     @classmethod
-    def of(cls, work: Workload, placed: dict[str, Any], cache: float, model: DriveModel, block: int) -> Run:
+    def of(
+        cls, work: Workload, rivals: dict[str, Contender], cache: float, model: DriveModel, block: int
+    ) -> Run:
         size = int(cache * work.weight_bytes)
         found = {
-            name: replay(work, strategy, placed[strategy.placement], model, cache_bytes=size, block=block)
-            for name, strategy in ablations(STRATEGIES).items()
+            name: replay(each.work, each.strategy, each.placed, model, cache_bytes=size, block=block)
+            for name, each in rivals.items()
         }
         return cls(work, model, found)
 
@@ -220,17 +246,17 @@ def written(size: int) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def on_paper(case: Case, work: Workload, placed: dict[str, Any], cache: float, tokens: int) -> None:
+def on_paper(case: Case, work: Workload, rivals: dict[str, Contender], cache: float, tokens: int) -> None:
     device = load_devices()["ufs-4.0"]
-    run = Run.of(work, placed, cache, device.model, device.block)
+    run = Run.of(work, rivals, cache, device.model, device.block)
     conditions = f"cache of {cache:.0%} of the MLPs; {device.source}"
     finish(case, "UFS 4.0 profile", work, run.rows({}), conditions)
 
 
-def throttled(case: Case, work: Workload, placed: dict[str, Any], cache: float, tokens: int) -> None:
+def throttled(case: Case, work: Workload, rivals: dict[str, Contender], cache: float, tokens: int) -> None:
     device = load_devices()["ufs-4.0"]
     slow = replace(device, iops=device.iops // SLOWED, bandwidth=device.bandwidth // SLOWED)
-    run, measured = Run.of(work, placed, cache, slow.model, slow.block), {}
+    run, measured = Run.of(work, rivals, cache, slow.model, slow.block), {}
     with written(work.weight_bytes + (1 << 20)) as file:
         reads = RealReads(file, work)
         with limited(file, iops=int(slow.iops), bandwidth=int(slow.bandwidth)):
@@ -245,11 +271,11 @@ def throttled(case: Case, work: Workload, placed: dict[str, Any], cache: float, 
     finish(case, "throttled by the kernel", work, run.rows(measured), conditions)
 
 
-def on_this_drive(case: Case, work: Workload, placed: dict[str, Any], cache: float, tokens: int) -> None:
+def on_drive(case: Case, work: Workload, rivals: dict[str, Contender], cache: float, tokens: int) -> None:
     with written(work.weight_bytes + (1 << 20)) as file:
         reads = RealReads(file, work)
         model = probe(file).at(IN_FLIGHT)
-        run = Run.of(work, placed, cache, model, reads.reader.block)
+        run = Run.of(work, rivals, cache, model, reads.reader.block)
         plans = {name: reads.plans(found, work.tokens) for name, found in run.found.items()}
         measured: dict[str, list[float]] = {name: [] for name in plans}
         for token in range(work.tokens - tokens, work.tokens):
@@ -262,7 +288,7 @@ def on_this_drive(case: Case, work: Workload, placed: dict[str, Any], cache: flo
     finish(case, "this machine's drive", work, run.rows(measured), conditions)
 
 
-MEDIA = {"ufs-4.0": on_paper, "throttled": throttled, "drive": on_this_drive}
+MEDIA = {"ufs-4.0": on_paper, "throttled": throttled, "drive": on_drive}
 
 
 def main() -> None:
@@ -276,12 +302,11 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.model:
         case = cases()[name]
-        trace, width = traced(name, case)
-        work = workload_of(trace, width, case.replayed)
-        placements = {strategy.placement for strategy in ablations(STRATEGIES).values()}
-        placed = {placement: place_all(work, placement, case.config) for placement in sorted(placements)}
+        trace, source = traced(name, case)
+        work = workload_of(trace, bundle_bytes(source, "same"), case.replayed)
+        rivals = contenders(case, work, bundle_bytes(source, "int8"))
         for medium in options.on:
-            MEDIA[medium](case, work, placed, options.cache, options.read)
+            MEDIA[medium](case, work, rivals, options.cache, options.read)
 
 
 if __name__ == "__main__":

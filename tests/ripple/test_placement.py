@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ripple_loader import ReorderConfig
 from ripple_loader.coactivation import Activity, coactivation
 from ripple_loader.config import Placement
-from ripple_loader.placement import expected_reads, greedy_linking, place
+from ripple_loader.placement import expected_reads, greedy_linking, hot_neurons, most_active, place
 from ripple_loader.two_opt import two_opt
 
 SETS = st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 1 << 30)).map(
@@ -18,19 +18,29 @@ SETS = st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 1 << 30)
 
 
 @settings(max_examples=60, deadline=None)
-@given(SETS, st.sampled_from(get_args(Placement)), st.integers(1, 50), st.sampled_from([0.3, 1.0]))
-@example(np.array([[False], [True]]), "linked", 1, 0.3)
+@given(SETS, st.sampled_from(get_args(Placement)), st.integers(1, 50), st.sampled_from([0.0, 0.3, 1.0]))
+@example(np.array([[False], [True]]), "linked", 1, 1.0)
 @example(np.ones((3, 9), bool), "spectral", 2, 0.3)
-def test_every_placement_is_a_permutation_with_the_hot_neurons_first(active, placement, partners, hot_above):
+def test_every_placement_is_a_permutation_with_the_hot_neurons_first(active, placement, partners, share):
     neurons = active.shape[1]
-    config = ReorderConfig(placement=placement, partners=partners, hot_above=hot_above)
-    placed = place(np.packbits(active, axis=1), neurons, 0, config)
+    config = ReorderConfig(placement=placement, partners=partners)
+    hot = round(share * neurons)
+    placed = place(np.packbits(active, axis=1), neurons, 0, config, hot)
     assert sorted(placed.order.tolist()) == list(range(neurons))
-    hot = np.flatnonzero(active.sum(0) > hot_above * len(active))
     if placement in ("identity", "random"):
         assert placed.hot == 0
     else:
-        assert set(placed.order[: placed.hot].tolist()) == set(hot.tolist())
+        assert placed.hot == hot
+        chosen = np.flatnonzero(most_active(active.sum(0), hot))
+        assert set(placed.order[:hot].tolist()) == set(chosen.tolist())
+
+
+def test_hot_neurons_are_the_most_active_of_all_mlps():
+    uses = [np.array([9, 1, 8, 0]), np.array([2, 7, 3, 1])]
+    assert hot_neurons(uses, 3 / 8) == [2, 1]
+    assert hot_neurons(uses, 0.0) == [0, 0]
+    assert hot_neurons(uses, 1.0) == [4, 4]
+    assert most_active(uses[0], 2).tolist() == [True, False, True, False]
 
 
 @settings(deadline=None)

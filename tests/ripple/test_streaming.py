@@ -213,7 +213,7 @@ def test_a_freed_model_leaves_no_descriptor_no_thread_and_no_memory(cycles, reor
 
 @torch.no_grad()
 def test_hot_neurons_stay_in_memory(saved, tmp_path):
-    config = dataclasses.replace(SMALL, active_share=0.6, hot_above=0.7)
+    config = dataclasses.replace(SMALL, active_share=0.6, hot_share=0.3)
     plan = reorder(saved("llama"), tmp_path / "out", CALIBRATION, config)
     assert all(plan.hot)
     options = {"keep": 0.6, "buffer": 1 << 14}
