@@ -1,12 +1,13 @@
 """Train a small OPT-architecture language model whose ReLU activations are mostly zero.
 
-    python scripts/train_relu_lm.py [--steps 1100] [--target 0.9] [--batch 8]
+    python scripts/train_relu_lm.py [--model relu-lm] [--steps 1100] [--target 0.9] [--batch 8]
 
 No trained ReLU model can be had offline, so this makes one: CPython's help topics (scripts/assets.py) and the
 sources of the running interpreter's standard library, a byte-level BPE tokenizer of their own, AdamW, and an
 L1 penalty on the activations whose weight follows the share of zeros. The seed is fixed; the text, and with
-it the numbers, depends on the Python version. The model lies in .cache/relu-lm; losses and zeros are appended
-to docs/results/relu_lm.csv. Call it "trained here": it shows sparsity, not quality. A run that was killed is
+it the numbers, depends on the Python version. The model lies in .cache/relu-lm; relu-lm-wide, for which fewer
+and smaller steps will do, is one whose MLPs are six sevenths of it. Losses and zeros are appended to
+docs/results/relu_lm.csv. Call it "trained here": it shows sparsity, not quality. A run that was killed is
 gone on with by the next one with the same arguments, to the same numbers: see .cache/relu-lm.partial.
 """
 
@@ -31,10 +32,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from common import ROOT, Table  # also makes `assets` importable
 
-OUT = ROOT / ".cache" / "relu-lm"
-PARTIAL = OUT.with_suffix(".partial")  # the last checkpoint of a run that is not finished
+CACHE = ROOT / ".cache"
 SEED, VOCABULARY, LENGTH = 0, 4096, 256
-SHAPE = {"hidden_size": 384, "ffn_dim": 3072, "num_hidden_layers": 4, "num_attention_heads": 6}
+SHAPES = {
+    "relu-lm": {"hidden_size": 384, "ffn_dim": 3072, "num_hidden_layers": 4, "num_attention_heads": 6},
+    "relu-lm-wide": {"hidden_size": 512, "ffn_dim": 8192, "num_hidden_layers": 8, "num_attention_heads": 8},
+}
 LEARNING_RATE, WARM_UP = 1e-3, 50
 PENALTY, PENALTY_RATE = (
     0.01,
@@ -168,23 +171,24 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
     os.replace(written, out)
 
 
-def main(steps: int, target: float, batch: int) -> None:
+def main(name: str, steps: int, target: float, batch: int) -> None:
     from transformers import OPTConfig, OPTForCausalLM
     from transformers import get_cosine_schedule_with_warmup as cosine
 
     torch.manual_seed(SEED)
+    shape, out = SHAPES[name], CACHE / name
     train, held_out = documents()
     tokenizer = make_tokenizer(train)
     stream, held_out_stream = token_stream(train, tokenizer), token_stream(held_out, tokenizer)
     config = OPTConfig(
         vocab_size=len(tokenizer),
-        word_embed_proj_dim=SHAPE["hidden_size"],
+        word_embed_proj_dim=shape["hidden_size"],
         max_position_embeddings=2 * LENGTH,
         dropout=0.0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **SHAPE,
+        **shape,
     )
     model = OPTForCausalLM(config)
     activations = Activations(model)
@@ -195,10 +199,11 @@ def main(steps: int, target: float, batch: int) -> None:
     table = Table(
         name="relu_lm",
         title=f"ReLU model trained here, {model.num_parameters() / 1e6:.1f}M parameters",
-        config=f"OPT {SHAPE}, {VOCABULARY} tokens, {len(stream):,} of text, {steps} steps of "
+        config=f"OPT {shape}, {VOCABULARY} tokens, {len(stream):,} of text, {steps} steps of "
         f"{batch} x {LENGTH}, {arithmetic}, seed {SEED}, target {target:.0%} zeros",
     )
-    checkpoint = Checkpoint(PARTIAL, table.config, model=model, optimizer=optimizer, schedule=schedule)
+    partial = CACHE / f"{name}.partial"  # the last checkpoint of a run that is not finished
+    checkpoint = Checkpoint(partial, table.config, model=model, optimizer=optimizer, schedule=schedule)
     done, penalty, seconds = 0, PENALTY, 0.0
     if saved := checkpoint.load():
         done, penalty, seconds, table.rows = (saved[name] for name in ("step", "penalty", "seconds", "rows"))
@@ -232,18 +237,19 @@ def main(steps: int, target: float, batch: int) -> None:
     loss_, by_layer = evaluate(model, activations, held_out_stream)
     shares = {f"zeros_layer_{layer}": share for layer, share in enumerate(by_layer)}
     table.add("held out", loss=loss_, perplexity=math.exp(loss_), zeros=statistics.mean(by_layer), **shares)
-    save_model(model, tokenizer, OUT)
+    save_model(model, tokenizer, out)
     table.finish()
-    PARTIAL.unlink()
-    print(OUT)
+    partial.unlink()
+    print(out)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=SHAPES, default="relu-lm")
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--target", type=float, default=0.9, help="share of zeros to train for")
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} tokens a step")
     arguments = parser.parse_args()
-    main(arguments.steps, arguments.target, arguments.batch)
+    main(arguments.model, arguments.steps, arguments.target, arguments.batch)

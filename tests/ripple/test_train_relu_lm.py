@@ -22,13 +22,12 @@ def script(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     for name, value in {
-        "SHAPE": shape,
+        "SHAPES": {"tiny": shape},
         "VOCABULARY": 300,
         "LENGTH": 16,
         "LOG_EVERY": 2,
         "documents": lambda: (TEXTS, TEXTS[:20]),
-        "OUT": tmp_path / "model",
-        "PARTIAL": tmp_path / "model.partial",
+        "CACHE": tmp_path,
     }.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(sys.modules["common"], "RESULTS", tmp_path)
@@ -43,8 +42,9 @@ def numbers(folder):
 
 
 def test_a_killed_run_ends_with_the_same_numbers(script, tmp_path, monkeypatch):
-    script.main(7, 0.9, 2)
-    whole, weights = numbers(tmp_path), AutoModelForCausalLM.from_pretrained(script.OUT).state_dict()
+    script.main("tiny", 7, 0.9, 2)
+    whole, model = numbers(tmp_path), tmp_path / "tiny"
+    weights = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert len(whole) > 15
 
     original, calls = torch.optim.AdamW.step, []
@@ -57,14 +57,14 @@ def test_a_killed_run_ends_with_the_same_numbers(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        script.main(7, 0.9, 2)
-    assert script.PARTIAL.exists()
-    script.main(7, 0.9, 2)
+        script.main("tiny", 7, 0.9, 2)
+    assert (tmp_path / "tiny.partial").exists()
+    script.main("tiny", 7, 0.9, 2)
     assert len(calls) == 6 + 3  # steps 5 to 7, after the checkpoint of step 4
     assert numbers(tmp_path) == whole
-    for name, weight in AutoModelForCausalLM.from_pretrained(script.OUT).state_dict().items():
+    for name, weight in AutoModelForCausalLM.from_pretrained(model).state_dict().items():
         assert torch.equal(weight, weights[name])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_with(script, tmp_path, capsys):
