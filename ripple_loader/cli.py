@@ -213,6 +213,9 @@ def generate(
     keep: Annotated[
         float | None, typer.Option(help="Share of neurons computed per token; 1 is exact.")
     ] = None,
+    adjacency: Annotated[
+        float | None, typer.Option(help="How much neighbours on the drive count for each other when kept.")
+    ] = None,
     merge_gap: Annotated[
         str | None, typer.Option(help="Unneeded bytes worth reading to join two reads, or auto.")
     ] = None,
@@ -238,6 +241,7 @@ def generate(
             {
                 "dram_budget": dram_budget,
                 "keep": keep,
+                "adjacency": adjacency,
                 "merge_gap": merge_gap,
                 "buffer": buffer,
                 "queue_depth": queue_depth,

@@ -159,6 +159,8 @@ class RippleConfig(QuantizationConfigMixin):
             the model holds (embeddings, attention, KV cache) is not part of it.
         keep: share of each layer's neurons computed per token, those with the largest estimated contribution.
             1.0 is exact: a ReLU model then reads only its active neurons, others read all of them.
+        adjacency: with `keep` below 1, the share of a neuron's estimated contribution that is the mean of
+            its pair, two neighbours on the drive: fewer, longer reads for a little quality. 0 looks at each.
         strategy: "sparse" reads and computes the neurons that are selected, "dense" reads and computes all of
             them, in order, which is exact whatever `keep`; "auto" takes what the drive and the processor make
             cheaper.
@@ -176,6 +178,7 @@ class RippleConfig(QuantizationConfigMixin):
     quant_method: str = "ripple"  # the key of transformers' registry
     dram_budget: int | str = "50%"
     keep: float = 1.0
+    adjacency: float = 0.0
     strategy: Strategy = "auto"
     merge_gap: int | str = "auto"
     prefetch: bool = True
@@ -193,6 +196,8 @@ class RippleConfig(QuantizationConfigMixin):
         if self.merge_gap not in (0, "auto"):
             parse_size(self.merge_gap, "merge_gap")
         _check_share(self.keep, "keep")
+        if self.adjacency != 0:
+            _check_share(self.adjacency, "adjacency")
         _check_count(self.queue_depth, "queue_depth")
         _check_choice(self.strategy, "strategy", get_args(Strategy))
         _check_choice(self.io_engine, "io_engine", get_args(IOEngine))

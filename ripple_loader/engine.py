@@ -33,6 +33,7 @@ from ripple_loader.selection import (
     select_active,
     select_all,
     select_largest,
+    shared_by_neighbours,
 )
 from ripple_loader.sidecar import Vectors
 from ripple_loader.strategy import expect
@@ -153,7 +154,8 @@ class Engine:
         x_TH = x_TH.float().cpu()
         estimates = self._estimate(layer, x_TH)
         if self.config.keep < 1:
-            return contributions(estimates, activation)
+            score_TN = contributions(estimates, activation)
+            return shared_by_neighbours(score_TN, self.config.adjacency, self.header.hot[layer])
         vectors = self._vectors[layer]
         error_N, scale_N = torch.from_numpy(vectors.error[0]), torch.from_numpy(vectors.scale[0])
         return margins(estimates[0], error_N, scale_N, x_TH)

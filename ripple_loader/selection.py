@@ -63,6 +63,23 @@ def select_active(margin_TN: Tensor) -> Selection:
     return Selection((margin_TN > 0).any(0).nonzero().flatten().cpu().numpy(), None)
 
 
+def shared_by_neighbours(score_TN: Tensor, share: float, first: int) -> Tensor:
+    """Scores of which a share is the mean of two neighbours on the drive, so that more of them come in pairs.
+
+    Args:
+        score_TN: in the order of the drive.
+        share: 0 leaves the scores as they are, with 1 both neighbours have the same.
+        first: the place where pairs begin; neurons before it are in memory.
+    """
+    pairs = (score_TN.shape[1] - first) // 2
+    if not share or not pairs:
+        return score_TN
+    found_TN = score_TN.clone()
+    pairs_TP2 = found_TN[:, first : first + 2 * pairs].unflatten(1, (pairs, 2))
+    pairs_TP2.lerp_(pairs_TP2.mean(2, keepdim=True), share)
+    return found_TN
+
+
 def select_largest(score_TN: Tensor, keep: float) -> Selection:
     """Each token's `keep` share of the neurons, those of the largest score."""
     count = max(1, round(keep * score_TN.shape[1]))

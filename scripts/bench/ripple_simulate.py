@@ -4,7 +4,8 @@
 
 A trace is replayed (`ripple_loader.simulate`), the same for every contender: which neurons are missing from a
 cache of equal size, and which reads bring them. The last tokens, of held-out text, are replayed; the others
-shaped order and cache.
+shaped order and cache. In the "-code" cases the last are of modules of Python's library that the ReLU model has
+not seen, after an order from prose about Python.
 
 - ufs-4.0: what the published numbers of that phone drive make of the reads. Nothing is read, and the numbers
   do not depend on the machine.
@@ -32,7 +33,8 @@ from typing import Any
 
 import numpy as np
 from common import ROOT, Table  # also makes `assets` importable
-from throttle import limited
+from throttle import limited_drive
+from train_relu_lm import documents
 
 from ripple_loader import ReorderConfig, RippleReport
 from ripple_loader.access import ReadPlan
@@ -65,12 +67,13 @@ TRACES = ROOT / ".cache" / "ripple-traces"
 
 @dataclass(frozen=True)
 class Case:
-    """A model to stream: where it lies, what is active, how many tokens are replayed."""
+    """A model to stream: where it lies, what is active, how many tokens are replayed, and of which text."""
 
     directory: Path
     config: ReorderConfig
     replayed: int
     note: str
+    code: bool = False
 
 
 def cases() -> dict[str, Case]:
@@ -79,10 +82,12 @@ def cases() -> dict[str, Case]:
     relu = ReorderConfig(tokens=4096, sequence_length=256)
     half = ReorderConfig(tokens=1280, sequence_length=256, active="top_k", active_share=0.5)
     tenth = replace(half, active_share=0.1)
-    smollm2 = assets.model_dir()
+    relu_lm, smollm2 = ROOT / ".cache" / "relu-lm", assets.model_dir()
     return {
-        "relu-lm": Case(ROOT / ".cache" / "relu-lm", relu, 512, "ReLU model trained here"),
+        "relu-lm": Case(relu_lm, relu, 512, "ReLU model trained here"),
+        "relu-lm-code": Case(relu_lm, relu, 512, "ReLU model trained here, Python code replayed", True),
         "smollm2": Case(smollm2, half, 192, "half of the neurons"),
+        "smollm2-code": Case(smollm2, half, 192, "half of the neurons, Python code replayed", True),
         "smollm2-tenth": Case(smollm2, tenth, 192, "a tenth of the neurons: sparsity, not quality"),
     }
 
@@ -97,8 +102,10 @@ def traced(name: str, case: Case) -> tuple[Trace, SourceModel]:
     import assets
 
     source, sequences = open_source(case.directory), []
-    for split, tokens in (("train", case.config.tokens - case.replayed), ("held_out", case.replayed)):
-        sequences += cut_sequences(source, assets.texts(split), replace(case.config, tokens=tokens))
+    replayed = documents()[1][-40:] if case.code else assets.texts("held_out")
+    parts = (assets.texts("train"), case.config.tokens - case.replayed), (replayed, case.replayed)
+    for texts, tokens in parts:
+        sequences += cut_sequences(source, texts, replace(case.config, tokens=tokens))
     return trace_source(source, sequences, case.config, TRACES / name), source
 
 
@@ -259,7 +266,7 @@ def throttled(case: Case, work: Workload, rivals: dict[str, Contender], cache: f
     run, measured = Run.of(work, rivals, cache, slow.model, slow.block), {}
     with written(work.weight_bytes + (1 << 20)) as file:
         reads = RealReads(file, work)
-        with limited(file, iops=int(slow.iops), bandwidth=int(slow.bandwidth)):
+        with limited_drive(file, iops=int(slow.iops), bandwidth=int(slow.bandwidth)):
             for name, found in run.found.items():
                 before, *plans = reads.plans(found, work.tokens)[-tokens - 1 :]
                 time.sleep(PAUSE)

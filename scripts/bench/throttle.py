@@ -1,4 +1,4 @@
-"""Limits of the kernel on what this process reads from a drive, by a cgroup: a slower drive that is real."""
+"""Limits of the kernel on this process, by cgroups, which takes root: a slower drive or less memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_V1, _V2 = Path("/sys/fs/cgroup/blkio"), Path("/sys/fs/cgroup")
-_NAME = "ripple-bench"
+_ROOT = Path("/sys/fs/cgroup")
 
 
 def drive_of(path: Path) -> str:
@@ -21,30 +20,36 @@ def drive_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def limited(path: Path, *, iops: int, bandwidth: int) -> Iterator[None]:
-    """Hold this process to so many reads and bytes a second from the drive under `path`.
-
-    By blkio.throttle of cgroup v1 or io.max of v2, whichever the system has; that takes root.
+def _group(controller: str, v1: dict[str, str], v2: dict[str, str]) -> Iterator[None]:
+    """This process in a group of its own with these limits, of whichever version of cgroups the system has.
 
     Raises:
         OSError: neither can be written.
     """
-    drive = drive_of(path)
-    if _V1.is_dir():
-        root = _V1
-        limits = {
-            "blkio.throttle.read_iops_device": f"{drive} {iops}",
-            "blkio.throttle.read_bps_device": f"{drive} {bandwidth}",
-        }
-    else:
-        root, limits = _V2, {"io.max": f"{drive} riops={iops} rbps={bandwidth}"}
-    group = root / _NAME
-    group.mkdir(exist_ok=True)
+    old = (_ROOT / controller).is_dir()
+    parent = _ROOT / controller if old else _ROOT
+    group = parent / f"ripple-bench-{os.getpid()}"
+    group.mkdir()
     try:
-        for name, value in limits.items():
+        for name, value in (v1 if old else v2).items():
             (group / name).write_text(value)
         (group / "cgroup.procs").write_text(str(os.getpid()))
         yield
     finally:
-        (root / "cgroup.procs").write_text(str(os.getpid()))
+        (parent / "cgroup.procs").write_text(str(os.getpid()))
         group.rmdir()
+
+
+def limited_drive(path: Path, *, iops: int, bandwidth: int) -> contextlib.AbstractContextManager[None]:
+    """Hold this process to so many reads and bytes a second from the drive under `path`."""
+    drive = drive_of(path)
+    v1 = {
+        "blkio.throttle.read_iops_device": f"{drive} {iops}",
+        "blkio.throttle.read_bps_device": f"{drive} {bandwidth}",
+    }
+    return _group("blkio", v1, {"io.max": f"{drive} riops={iops} rbps={bandwidth}"})
+
+
+def limited_memory(size: int) -> contextlib.AbstractContextManager[None]:
+    """Hold this process to so many bytes more than it has, the page cache of what it reads included."""
+    return _group("memory", {"memory.limit_in_bytes": str(size)}, {"memory.max": str(size)})

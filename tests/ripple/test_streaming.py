@@ -100,6 +100,21 @@ def test_selection_does_not_depend_on_how_tokens_are_batched(reordered):
 
 
 @torch.no_grad()
+def test_adjacency_selects_neighbours(reordered):
+    reads, tokens = [], torch.randn(40, 32)
+    for adjacency in (0.0, 0.5, 1.0):
+        model = load(reordered("llama"), keep=0.3, adjacency=adjacency)
+        streaming = model.model.layers[1].mlp
+        reads.append(sum(_runs(streaming, row[None]) for row in tokens))
+    assert reads[0] > reads[1] > reads[2]
+
+
+def _runs(streaming, row):
+    places = streaming.backend.select(streaming.layer, row, streaming.activation).places
+    return 1 + int((places[1:] - places[:-1] > 1).sum())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("policy", ["linked", "s3fifo", "lru"])
 @pytest.mark.parametrize("keep", [1.0, 0.3])
 def test_the_cache_changes_reads_and_not_results(policy, keep, reordered):

@@ -1,0 +1,209 @@
+"""Tokens a second of a ReLU model three times as large as memory: Ripple, without its parts, and accelerate.
+
+    python scripts/train_relu_lm.py --model relu-lm-wide --steps 400 --batch 4     # once
+    python scripts/bench/ripple_peers.py [--rounds 5] [--memory 3]
+
+Each contender is a process of its own that loads its libraries and runs a tiny model, and then goes into a
+memory cgroup (this takes root): a limit of a third of the model's bytes for everything from there on,
+weights, buffers and the page cache. Ripple's budget is what that leaves beside the other weights and 16 MiB.
+The contenders decode the same text greedily, in turn, a few tokens each; all but int8 bundles are exact and
+have to generate the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, Table  # also makes `assets` importable
+from ripple_memory import CONSTANT, status, warm_up
+from throttle import limited_memory
+
+from ripple_loader import ReorderConfig, RippleConfig, reorder
+from ripple_loader.bundles import Sidecar
+from ripple_loader.probe import probe
+from ripple_loader.source import open_source
+from ripple_loader.trace import cut_sequences, trace_source
+
+PROMPT_TOKENS, STEP_TOKENS = 32, 8
+COPIES = {
+    "linked": ReorderConfig(sequence_length=256),
+    "unpinned": ReorderConfig(sequence_length=256, hot_share=0.0),
+    "identity": ReorderConfig(sequence_length=256, placement="identity"),
+    "int8": ReorderConfig(sequence_length=256, bundles="int8"),
+}
+RIPPLE: dict[str, Any] = {"strategy": "sparse", "buffer": "256KiB"}
+FLASH = {**RIPPLE, "cache_policy": "lru", "merge_gap": 0, "prefetch": False}
+CONTENDERS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "Ripple": ("linked", RIPPLE),
+    "Ripple, the model's order": ("identity", RIPPLE),
+    "Ripple, nothing pinned": ("unpinned", RIPPLE),
+    "Ripple, nothing pinned, LRU": ("unpinned", {**RIPPLE, "cache_policy": "lru"}),
+    "Ripple, no collapse": ("linked", {**RIPPLE, "merge_gap": 0}),
+    "Ripple, nothing read ahead": ("linked", {**RIPPLE, "prefetch": False}),
+    "Ripple, int8 bundles": ("int8", RIPPLE),
+    "Ripple, all neurons read": ("linked", {**RIPPLE, "strategy": "dense", "buffer": "2MiB"}),
+    "LLM in a Flash": ("identity", FLASH),
+    "accelerate, disk offload": ("model", None),
+}
+
+
+def offloaded(directory: Path) -> Any:
+    """The model with the linears of its MLPs offloaded to disk by accelerate."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    leaves = [name for name, module in skeleton.named_modules() if not list(module.children())]
+    places = {name: "disk" if name.endswith((".fc1", ".fc2")) else "cpu" for name in leaves}
+    with tempfile.TemporaryDirectory() as folder:
+        return AutoModelForCausalLM.from_pretrained(directory, device_map=places, offload_folder=folder)
+
+
+def load(name: str, folder: Path, memory: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    copy, options = CONTENDERS[name]
+    if options is None:
+        return offloaded(folder / copy)
+    own = sum(path.stat().st_size for path in (folder / copy).glob("*.safetensors"))
+    own -= Sidecar(folder / "linked").header.weight_bytes
+    config = RippleConfig(dram_budget=memory - own - CONSTANT, **options)
+    return AutoModelForCausalLM.from_pretrained(folder / copy, quantization_config=config)
+
+
+@torch.no_grad()
+def serve(name: str, folder: Path, memory: int) -> None:
+    """Load one contender under the limit; decode some tokens for each line of stdin, and tell of them."""
+    torch.set_num_threads(1)
+    warm_up()
+    with limited_memory(memory):
+        model = load(name, folder, memory)
+        output = model(torch.tensor([json.loads(sys.stdin.readline())]), use_cache=True)
+        print(json.dumps({"peak": status("VmHWM")}), flush=True)
+        for _ in sys.stdin:
+            report = getattr(model, "ripple_report", None)
+            if report:
+                report.reset()
+            seconds, tokens = [], []
+            for _ in range(STEP_TOKENS):
+                start = time.perf_counter()
+                tokens.append(int(output.logits[0, -1].argmax()))
+                output = model(
+                    torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True
+                )
+                seconds.append(time.perf_counter() - start)
+            found: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
+            if report:
+                calls = report.tokens * report.layers
+                found |= {"reads": report.requests / calls, "KiB": report.bytes_read / calls / 2**10}
+                found |= {"hits": report.hits / report.active}
+            print(json.dumps(found), flush=True)
+
+
+class Contender:
+    """A process that serves one contender."""
+
+    def __init__(self, name: str, folder: Path, memory: int, prompt: list[int]) -> None:
+        command = [sys.executable, __file__, "--contender", name, "--folder", str(folder)]
+        self.process = subprocess.Popen(
+            [*command, "--bytes", str(memory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.found: list[dict[str, Any]] = []
+        self.ask(prompt)
+
+    def ask(self, line: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def copies(model: Path, folder: Path) -> None:
+    """The model reordered in each way, from one trace."""
+    import assets
+
+    source, config = open_source(model), COPIES["linked"]
+    trace = folder / "trace"
+    trace_source(source, cut_sequences(source, assets.texts("train"), config), config, trace)
+    for name, each in COPIES.items():
+        reorder(model, folder / name, config=dataclasses.replace(each), trace=trace)
+    shutil.copytree(model, folder / "model")
+    probe(folder / "linked").save()
+
+
+def main(model: Path, rounds: int, share: float) -> None:
+    import assets
+    from transformers import AutoTokenizer
+
+    text = "".join(assets.texts("held_out"))[:2000]
+    prompt = AutoTokenizer.from_pretrained(model)(text).input_ids[:PROMPT_TOKENS]
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    (ROOT / "out").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
+        folder = Path(scratch)
+        copies(model, folder)
+        running = {name: Contender(name, folder, int(size / share), prompt) for name in CONTENDERS}
+        for each in running.values():
+            each.ask("warm up")
+        for _ in range(rounds):
+            for each in running.values():
+                each.found.append(each.ask("go"))
+        for each in running.values():
+            each.close()
+    exact = [
+        [tokens for found in each.found for tokens in found["tokens"]]
+        for name, each in running.items()
+        if "int8" not in name
+    ]
+    assert all(tokens == exact[0] for tokens in exact), "exact contenders generate different text"
+    table = Table(
+        "ripple_peers",
+        f"Ripple: {model.name}, {size / 1e6:.0f} MB, in {size / share / 1e6:.0f} MB",
+        f"{model.name}, ReLU model trained here, float32; memory cgroup of {1 / share:.0%} of its bytes; "
+        f"batch 1, 1 thread, {rounds} x {STEP_TOKENS} tokens after {PROMPT_TOKENS + STEP_TOKENS}; reads, "
+        f"KiB: a token and layer",
+    )
+    for name, each in running.items():
+        seconds = [one for found in each.found for one in found["seconds"]]
+        row: dict[str, float | str] = {
+            "tokens_per_s": 1 / statistics.median(seconds),
+            "slowest": 1 / max(seconds),
+        }
+        for metric in ("reads", "KiB", "hits"):
+            if metric in each.found[0]:
+                row[metric] = statistics.mean(found[metric] for found in each.found)
+        table.add(name, **row)
+    table.finish()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "relu-lm-wide")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", type=float, default=3, help="the model is so many times as large")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--bytes", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        serve(arguments.contender, arguments.folder, arguments.bytes)
+    else:
+        main(arguments.model, arguments.rounds, arguments.memory)
