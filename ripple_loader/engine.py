@@ -27,6 +27,7 @@ from ripple_loader.probe import known_drive
 from ripple_loader.reader import AlignedBuffer, Reader
 from ripple_loader.report import RippleReport
 from ripple_loader.selection import (
+    IntegerInputs,
     Selection,
     contributions,
     margins,
@@ -163,30 +164,20 @@ class Engine:
     def _estimate(self, layer: int, x_TH: Tensor) -> list[Tensor]:
         """What the sketch makes of each selecting projection: S tensors, float32, shape (T, N)."""
         S, N = self.header.rows - 1, self.header.neurons
-        estimate = torch.empty(len(x_TH), S * N, device="cpu")
+        estimate, inputs = torch.empty(len(x_TH), S * N, device="cpu"), IntegerInputs.of(x_TH)
         if layer < len(self._sketches):
-            self._estimate_rows(self._sketches[layer], x_TH, estimate)
+            inputs.products(self._sketches[layer], estimate)
         else:
             reads = self._fetcher.read(layer, "sketch", np.arange(S * N), self.header.hidden)
             with closing(reads):
                 for plan, buffer in reads:
                     part = estimate[:, plan.places[0] : plan.places[-1] + 1]
-                    self._estimate_rows(self._sketch_rows(plan, buffer), x_TH, part)
+                    inputs.products(self._sketch_rows(plan, buffer), part)
         vectors = self._vectors[layer]
         scaled = (
             estimate.view(-1, S, N).mul_(torch.from_numpy(vectors.scale)).add_(torch.from_numpy(vectors.bias))
         )
         return list(scaled.unbind(1))
-
-    def _estimate_rows(self, rows: Tensor, x_TH: Tensor, out: Tensor) -> None:
-        """Products of some sketched rows, int8, shape (some, H), with the inputs, to (T, some)."""
-        floats = self._fetcher.scratch.view(torch.float32)
-        floats = floats[: len(floats) // self.header.hidden * self.header.hidden].view(-1, self.header.hidden)
-        start = 0
-        for part in rows.split(len(floats)):
-            weight = floats[: len(part)].copy_(part)
-            torch.mm(x_TH, weight.T, out=out[:, start : start + len(part)])
-            start += len(part)
 
     def _sketch_rows(self, plan: ReadPlan, buffer: AlignedBuffer) -> Tensor:
         shape = (len(plan.places), self.header.hidden)
@@ -283,16 +274,18 @@ def measure_pace(
     x_1H, index = torch.ones(1, H, dtype=dtype), torch.arange(rows)
     stored = buffers[0].bytes[: rows * width].view(rows, width)
     gathered = buffers[1].bytes[: rows * width].view(rows, width)
-    sketched = allocation.buffer // (4 * H) or 1
-    floats = buffers[2].bytes[: 4 * H * sketched].view(torch.float32).view(sketched, H)
-    integers = buffers[1].bytes[: H * sketched].view(torch.int8).view(sketched, H)
+    sketched = allocation.buffer // H
+    integers, estimates = (
+        buffers[2].bytes[: H * sketched].view(torch.int8).view(sketched, H),
+        torch.empty(1, sketched),
+    )
 
     def compute() -> Tensor:
         *selecting, down_UH = unpack_bundles(stored, header, dtype).unbind(1)
         return sum((F.linear(x_1H, weight_UH) for weight_UH in selecting), torch.zeros(())) @ down_UH
 
-    def select() -> Tensor:
-        return x_1H.float() @ floats.copy_(integers).T
+    def select() -> None:
+        IntegerInputs.of(x_1H.float()).products(integers, estimates)
 
     return Pace(
         compute=_seconds(compute) / rows,

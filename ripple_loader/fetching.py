@@ -103,7 +103,7 @@ class Fetcher:
         self._pipeline = Pipeline(reader, buffers)
         self._ahead: _Ahead | None = None
         self._drained, self._idle = 0.0, 0.0
-        self.scratch = torch.empty(allocation.scratch, dtype=torch.uint8)
+        self._scratch = torch.empty(allocation.scratch, dtype=torch.uint8)
         slots = allocation.cache_slots
         self._sizes = [
             (count, count if whole else min(hot, count))
@@ -294,7 +294,7 @@ class Fetcher:
 
     def _gather(self, rows: Tensor, index: Slots) -> Tensor:
         """Copy the indexed rows, uint8, to the start of the scratch memory."""
-        out = self.scratch[: len(index) * rows.shape[1]].view(len(index), -1)
+        out = self._scratch[: len(index) * rows.shape[1]].view(len(index), -1)
         return torch.index_select(rows, 0, torch.from_numpy(index), out=out)
 
     def _everywhere(self, buffer: AlignedBuffer) -> Tensor:
@@ -309,7 +309,7 @@ class Fetcher:
             return unpack_bundles(stored_UB, header, dtype)
         skip = align(self._allocation.rows * header.bundle_bytes)
         size = len(stored_UB) * header.rows * header.hidden
-        rows = self.scratch[skip : skip + size * dtype.itemsize].view(dtype)
+        rows = self._scratch[skip : skip + size * dtype.itemsize].view(dtype)
         rows = rows.view(len(stored_UB), header.rows, header.hidden)
         for part, out in zip(
             stored_UB.split(_ROWS_COPIED_AT_ONCE), rows.split(_ROWS_COPIED_AT_ONCE), strict=True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ripple_loader.access import Places
 
 _ROUNDING = 1e-5
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,39 @@ class Selection:
 def select_all(neurons: int) -> Selection:
     """Every neuron for every token."""
     return Selection(np.arange(neurons), None)
+
+
+@dataclass(frozen=True)
+class IntegerInputs:
+    """Inputs as int8 in two steps, the second of what the first leaves: products with a sketch need no float.
+
+    Sums of integers do not depend on how many tokens or rows there are. What both steps leave of an input is
+    at most 1 / 64,516 of the token's largest, less than the rounding that `margins` allows for.
+
+    Attributes:
+        parts: int8, each (T, H).
+        steps: the value of one in each part, (T, 1).
+    """
+
+    parts: tuple[Tensor, Tensor]
+    steps: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, x_TH: Tensor) -> IntegerInputs:
+        """Of float32 inputs (T, H)."""
+        coarse_T1 = x_TH.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        first_TH = (x_TH / coarse_T1).round()
+        fine_T1 = coarse_T1 / 254
+        second_TH = (x_TH - first_TH * coarse_T1).div_(fine_T1).round_().clamp_(-127, 127)
+        return cls((first_TH.to(torch.int8), second_TH.to(torch.int8)), (coarse_T1, fine_T1))
+
+    def products(self, sketch_RH: Tensor, out_TR: Tensor) -> None:
+        """Products with the rows of a sketch, int8 (R, H), into float32 (T, R)."""
+        for rows_RH, found_TR in zip(
+            sketch_RH.split(_ROWS_AT_ONCE), out_TR.split(_ROWS_AT_ONCE, 1), strict=True
+        ):
+            found_TR.copy_(torch._int_mm(self.parts[0], rows_RH.T)).mul_(self.steps[0])
+            found_TR.addcmul_(torch._int_mm(self.parts[1], rows_RH.T).float(), self.steps[1])
 
 
 def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, x_TH: Tensor) -> Tensor:

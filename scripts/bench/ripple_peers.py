@@ -6,8 +6,8 @@
 Each contender is a process of its own that loads its libraries and runs a tiny model, and then goes into a
 memory cgroup (this takes root): a limit of a third of the model's bytes for everything from there on,
 weights, buffers and the page cache. Ripple's budget is what that leaves beside the other weights and 16 MiB.
-The contenders decode the same text greedily, in turn, a few tokens each; all but int8 bundles are exact and
-have to generate the same tokens.
+The contenders are given the same held-out text token by token, in turn, a few tokens each; all but int8
+bundles are exact and have to think the same tokens likeliest. No file is in the page cache at the start.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -26,7 +27,8 @@ from typing import Any
 
 import torch
 from common import ROOT, Table  # also makes `assets` importable
-from ripple_memory import CONSTANT, status, warm_up
+from ripple_main import drop_from_page_cache
+from ripple_memory import CONSTANT, warm_up
 from throttle import limited_memory
 
 from ripple_loader import ReorderConfig, RippleConfig, reorder
@@ -35,14 +37,14 @@ from ripple_loader.probe import probe
 from ripple_loader.source import open_source
 from ripple_loader.trace import cut_sequences, trace_source
 
-PROMPT_TOKENS, STEP_TOKENS = 32, 8
+WARM_UP, STEP_TOKENS = 32, 8
 COPIES = {
     "linked": ReorderConfig(sequence_length=256),
     "unpinned": ReorderConfig(sequence_length=256, hot_share=0.0),
     "identity": ReorderConfig(sequence_length=256, placement="identity"),
     "int8": ReorderConfig(sequence_length=256, bundles="int8"),
 }
-RIPPLE: dict[str, Any] = {"strategy": "sparse", "buffer": "256KiB"}
+RIPPLE: dict[str, Any] = {"strategy": "sparse", "buffer": "1MiB"}
 FLASH = {**RIPPLE, "cache_policy": "lru", "merge_gap": 0, "prefetch": False}
 CONTENDERS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "Ripple": ("linked", RIPPLE),
@@ -89,21 +91,19 @@ def serve(name: str, folder: Path, memory: int) -> None:
     warm_up()
     with limited_memory(memory):
         model = load(name, folder, memory)
-        output = model(torch.tensor([json.loads(sys.stdin.readline())]), use_cache=True)
-        print(json.dumps({"peak": status("VmHWM")}), flush=True)
-        for _ in sys.stdin:
+        cache = None
+        for line in sys.stdin:
             report = getattr(model, "ripple_report", None)
             if report:
                 report.reset()
-            seconds, tokens = [], []
-            for _ in range(STEP_TOKENS):
+            seconds, likeliest = [], []
+            for token in json.loads(line):
                 start = time.perf_counter()
-                tokens.append(int(output.logits[0, -1].argmax()))
-                output = model(
-                    torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True
-                )
+                output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                likeliest.append(int(output.logits[0, -1].argmax()))
                 seconds.append(time.perf_counter() - start)
-            found: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
+            found: dict[str, Any] = {"seconds": seconds, "likeliest": likeliest}
             if report:
                 calls = report.tokens * report.layers
                 found |= {"reads": report.requests / calls, "KiB": report.bytes_read / calls / 2**10}
@@ -114,18 +114,17 @@ def serve(name: str, folder: Path, memory: int) -> None:
 class Contender:
     """A process that serves one contender."""
 
-    def __init__(self, name: str, folder: Path, memory: int, prompt: list[int]) -> None:
+    def __init__(self, name: str, folder: Path, memory: int) -> None:
         command = [sys.executable, __file__, "--contender", name, "--folder", str(folder)]
         self.process = subprocess.Popen(
             [*command, "--bytes", str(memory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.found: list[dict[str, Any]] = []
-        self.ask(prompt)
 
-    def ask(self, line: Any) -> dict[str, Any]:
+    def give(self, tokens: list[int]) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.write(json.dumps(tokens) + "\n")
         self.process.stdin.flush()
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer
@@ -145,6 +144,10 @@ def copies(model: Path, folder: Path) -> None:
         reorder(model, folder / name, config=dataclasses.replace(each), trace=trace)
     shutil.copytree(model, folder / "model")
     probe(folder / "linked").save()
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            drop_from_page_cache(path)
 
 
 def main(model: Path, rounds: int, share: float) -> None:
@@ -152,31 +155,31 @@ def main(model: Path, rounds: int, share: float) -> None:
     from transformers import AutoTokenizer
 
     text = "".join(assets.texts("held_out"))[:2000]
-    prompt = AutoTokenizer.from_pretrained(model)(text).input_ids[:PROMPT_TOKENS]
+    tokens = AutoTokenizer.from_pretrained(model)(text).input_ids
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     (ROOT / "out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
         folder = Path(scratch)
         copies(model, folder)
-        running = {name: Contender(name, folder, int(size / share), prompt) for name in CONTENDERS}
+        running = {name: Contender(name, folder, int(size / share)) for name in CONTENDERS}
         for each in running.values():
-            each.ask("warm up")
-        for _ in range(rounds):
+            each.give(tokens[:WARM_UP])
+        for start in range(WARM_UP, WARM_UP + rounds * STEP_TOKENS, STEP_TOKENS):
             for each in running.values():
-                each.found.append(each.ask("go"))
+                each.found.append(each.give(tokens[start : start + STEP_TOKENS]))
         for each in running.values():
             each.close()
     exact = [
-        [tokens for found in each.found for tokens in found["tokens"]]
+        [token for found in each.found for token in found["likeliest"]]
         for name, each in running.items()
         if "int8" not in name
     ]
-    assert all(tokens == exact[0] for tokens in exact), "exact contenders generate different text"
+    assert all(likeliest == exact[0] for likeliest in exact), "exact contenders differ"
     table = Table(
         "ripple_peers",
         f"Ripple: {model.name}, {size / 1e6:.0f} MB, in {size / share / 1e6:.0f} MB",
         f"{model.name}, ReLU model trained here, float32; memory cgroup of {1 / share:.0%} of its bytes; "
-        f"batch 1, 1 thread, {rounds} x {STEP_TOKENS} tokens after {PROMPT_TOKENS + STEP_TOKENS}; reads, "
+        f"batch 1, 1 thread, {rounds} x {STEP_TOKENS} tokens after {WARM_UP}; reads, "
         f"KiB: a token and layer",
     )
     for name, each in running.items():

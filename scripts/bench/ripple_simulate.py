@@ -4,8 +4,8 @@
 
 A trace is replayed (`ripple_loader.simulate`), the same for every contender: which neurons are missing from a
 cache of equal size, and which reads bring them. The last tokens, of held-out text, are replayed; the others
-shaped order and cache. In the "-code" cases the last are of modules of Python's library that the ReLU model has
-not seen, after an order from prose about Python.
+shaped order and cache. In the "-code" cases the last are of modules of Python's library that the ReLU model
+has not seen, after an order from prose about Python.
 
 - ufs-4.0: what the published numbers of that phone drive make of the reads. Nothing is read, and the numbers
   do not depend on the machine.
