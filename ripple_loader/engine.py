@@ -152,19 +152,19 @@ class Engine:
 
     def _scores(self, layer: int, x_TH: Tensor, activation: nn.Module) -> Tensor:
         """What neurons are selected by, (T, N): estimated contributions, or bounds of a ReLU's input."""
-        x_TH = x_TH.float().cpu()
-        estimates = self._estimate(layer, x_TH)
+        inputs = IntegerInputs.of(x_TH.float().cpu())
+        estimates = self._estimate(layer, inputs)
         if self.config.keep < 1:
             score_TN = contributions(estimates, activation)
             return shared_by_neighbours(score_TN, self.config.adjacency, self.header.hot[layer])
         vectors = self._vectors[layer]
         error_N, scale_N = torch.from_numpy(vectors.error[0]), torch.from_numpy(vectors.scale[0])
-        return margins(estimates[0], error_N, scale_N, x_TH)
+        return margins(estimates[0], error_N, scale_N, inputs)
 
-    def _estimate(self, layer: int, x_TH: Tensor) -> list[Tensor]:
+    def _estimate(self, layer: int, inputs: IntegerInputs) -> list[Tensor]:
         """What the sketch makes of each selecting projection: S tensors, float32, shape (T, N)."""
         S, N = self.header.rows - 1, self.header.neurons
-        estimate, inputs = torch.empty(len(x_TH), S * N, device="cpu"), IntegerInputs.of(x_TH)
+        estimate = torch.empty(len(inputs.norm), S * N, device="cpu")
         if layer < len(self._sketches):
             inputs.products(self._sketches[layer], estimate)
         else:

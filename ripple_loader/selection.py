@@ -39,25 +39,32 @@ def select_all(neurons: int) -> Selection:
 class IntegerInputs:
     """Inputs as int8 in two steps, the second of what the first leaves: products with a sketch need no float.
 
-    Sums of integers do not depend on how many tokens or rows there are. What both steps leave of an input is
-    at most 1 / 64,516 of the token's largest, less than the rounding that `margins` allows for.
+    Sums of integers do not depend on how many tokens or rows there are.
 
     Attributes:
         parts: int8, each (T, H).
         steps: the value of one in each part, (T, 1).
+        norm: of the inputs, (T,).
+        left: norm of what both parts leave of them, (T,).
     """
 
     parts: tuple[Tensor, Tensor]
     steps: tuple[Tensor, Tensor]
+    norm: Tensor
+    left: Tensor
 
     @classmethod
     def of(cls, x_TH: Tensor) -> IntegerInputs:
         """Of float32 inputs (T, H)."""
         coarse_T1 = x_TH.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        first_TH = (x_TH / coarse_T1).round()
         fine_T1 = coarse_T1 / 254
-        second_TH = (x_TH - first_TH * coarse_T1).div_(fine_T1).round_().clamp_(-127, 127)
-        return cls((first_TH.to(torch.int8), second_TH.to(torch.int8)), (coarse_T1, fine_T1))
+        ratio_TH = x_TH / coarse_T1  # norms are of these, whose squares neither overflow nor vanish
+        first_TH = ratio_TH.round()
+        rest_TH = (ratio_TH - first_TH) * 254
+        second_TH = rest_TH.round().clamp_(-127, 127)
+        norm_T = coarse_T1[:, 0] * ratio_TH.norm(dim=1)
+        left_T = fine_T1[:, 0] * (rest_TH - second_TH).norm(dim=1)
+        return cls((first_TH.to(torch.int8), second_TH.to(torch.int8)), (coarse_T1, fine_T1), norm_T, left_T)
 
     def products(self, sketch_RH: Tensor, out_TR: Tensor) -> None:
         """Products with the rows of a sketch, int8 (R, H), into float32 (T, R)."""
@@ -68,20 +75,20 @@ class IntegerInputs:
             found_TR.addcmul_(torch._int_mm(self.parts[1], rows_RH.T).float(), self.steps[1])
 
 
-def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, x_TH: Tensor) -> Tensor:
+def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, inputs: IntegerInputs) -> Tensor:
     """An upper bound on each pre-activation, shape (T, N).
 
-    |w.x - sketch.x| <= |w - sketch| |x| bounds what rounding can hide.
+    |w.x - sketch.y| <= |w - sketch| |x| + |sketch| |x - y| bounds what rounding of weights and inputs hides.
 
     Args:
-        estimate_TN: the sketch's pre-activations, float32.
+        estimate_TN: the sketch's pre-activations of the rounded inputs y, float32.
         error_N: norm of each row's rounding error.
         scale_N: value of a sketch step; 127 of them bound every weight, and so floating-point rounding.
-        x_TH: the inputs.
+        inputs: x and y.
     """
-    norm_T = x_TH.float().norm(dim=1)
-    slack_N = error_N + _ROUNDING * 127 * scale_N * x_TH.shape[1] ** 0.5
-    return estimate_TN + norm_T[:, None] * slack_N
+    largest_N = 127 * scale_N * inputs.parts[0].shape[1] ** 0.5
+    slack_TN = inputs.norm[:, None] * (error_N + _ROUNDING * largest_N)
+    return estimate_TN + slack_TN.addcmul_(inputs.left[:, None], largest_N)
 
 
 def contributions(estimates_STN: list[Tensor], activation: nn.Module) -> Tensor:

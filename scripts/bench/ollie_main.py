@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,44 @@ def interleaved(
     return samples
 
 
+def compare(
+    net: torch.nn.Module, x: torch.Tensor, contenders: Sequence[str], rounds: int, calls: int, budget_s: float
+) -> dict[str, dict[str, float]]:
+    """The columns of eager and of each contender for one net, which must equal eager; one thread, no_grad."""
+    running: dict[str, Callable[[], object]] = {"eager": lambda: net(x)}
+    compile_s, error = {"eager": 0.0}, {"eager": 0.0}
+    with torch.no_grad():
+        want = net(x)
+        for name in contenders:
+            how = copy.deepcopy(CONTENDERS[name])
+            if how["backend"] == "ollie":
+                how["options"]["budget_s"] = budget_s
+            torch.compiler.reset()
+            start = time.perf_counter()
+            compiled = torch.compile(net, fullgraph=True, dynamic=False, **how)
+            with freezing(name):
+                got = compiled(x)
+            compile_s[name] = time.perf_counter() - start
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+            error[name] = ((got - want).abs().max() / want.abs().max()).item()
+            running[name] = lambda compiled=compiled: compiled(x)
+        samples = interleaved(running, rounds, calls)
+    median = {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
+    best = min(seconds for name, seconds in median.items() if not name.startswith("ollie"))
+    return {
+        name: {
+            "median_ms": median[name] * 1e3,
+            "p10_ms": sorted(times)[len(times) // 10] * 1e3,
+            "p90_ms": sorted(times)[len(times) * 9 // 10] * 1e3,
+            "speedup_over_best_peer": best / median[name],
+            "speedup_over_inductor": median.get("inductor", float("nan")) / median[name],
+            "largest_relative_error": error[name],
+            "compile_s": compile_s[name],
+        }
+        for name, times in samples.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,40 +112,11 @@ def main() -> None:
             torch.manual_seed(0)
             net = build()
             x = torch.randn(batch, *shape)
-            calls: dict[str, Callable[[], object]] = {}
-            compile_s = {"eager": 0.0}
-            error = {"eager": 0.0}
-            with torch.no_grad():
-                net.eval()
-                want = net(x)
-                calls["eager"] = lambda net=net, x=x: net(x)
-                for name in arguments.contenders:
-                    how = copy.deepcopy(CONTENDERS[name])
-                    if how["backend"] == "ollie":
-                        how["options"]["budget_s"] = arguments.budget_s
-                    torch.compiler.reset()
-                    start = time.perf_counter()
-                    compiled = torch.compile(net, fullgraph=True, dynamic=False, **how)
-                    with freezing(name):
-                        got = compiled(x)
-                    compile_s[name] = time.perf_counter() - start
-                    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-                    error[name] = ((got - want).abs().max() / want.abs().max()).item()
-                    calls[name] = lambda compiled=compiled, x=x: compiled(x)
-                samples = interleaved(calls, arguments.rounds, arguments.calls)
-            median = {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
-            best = min(seconds for name, seconds in median.items() if not name.startswith("ollie"))
-            for name, times in samples.items():
-                table.add(
-                    f"{net_name} batch {batch}: {name}",
-                    median_ms=median[name] * 1e3,
-                    p10_ms=sorted(times)[len(times) // 10] * 1e3,
-                    p90_ms=sorted(times)[len(times) * 9 // 10] * 1e3,
-                    speedup_over_best_peer=best / median[name],
-                    speedup_over_inductor=median.get("inductor", float("nan")) / median[name],
-                    largest_relative_error=error[name],
-                    compile_s=compile_s[name],
-                )
+            rows = compare(
+                net.eval(), x, arguments.contenders, arguments.rounds, arguments.calls, arguments.budget_s
+            )
+            for name, row in rows.items():
+                table.add(f"{net_name} batch {batch}: {name}", **row)
     table.finish()
 
 

@@ -8,13 +8,10 @@ Weights are random, one thread; outputs must equal eager's before anything is ti
 from __future__ import annotations
 
 import argparse
-import copy
-import time
-from collections.abc import Callable
 
 import torch
 from common import Table
-from ollie_main import CONTENDERS, freezing, interleaved
+from ollie_main import compare
 from ollie_small_nets import SMALL_NETS
 
 NAMES = ("inductor", "inductor freezing", "ollie freeze")
@@ -35,33 +32,8 @@ def main() -> None:
     for net, (build, shape) in ((net, SMALL_NETS[net]) for net in arguments.nets):
         torch.manual_seed(0)
         model, x = build().eval(), torch.randn(shape)
-        with torch.no_grad():
-            want = model(x)
-            calls: dict[str, Callable[[], object]] = {"eager": lambda model=model, x=x: model(x)}
-            compile_s = {"eager": 0.0}
-            for name in NAMES:
-                how = copy.deepcopy(CONTENDERS[name])
-                if how["backend"] == "ollie":
-                    how["options"]["budget_s"] = arguments.budget_s
-                torch.compiler.reset()
-                start = time.perf_counter()
-                compiled = torch.compile(model, fullgraph=True, dynamic=False, **how)
-                with freezing(name):
-                    torch.testing.assert_close(compiled(x), want, rtol=1e-3, atol=1e-4)
-                compile_s[name] = time.perf_counter() - start
-                calls[name] = lambda compiled=compiled, x=x: compiled(x)
-            samples = interleaved(calls, arguments.rounds)
-        median = {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
-        best = min(seconds for name, seconds in median.items() if not name.startswith("ollie"))
-        for name, times in samples.items():
-            table.add(
-                f"{net}: {name}",
-                median_ms=median[name] * 1e3,
-                p10_ms=sorted(times)[len(times) // 10] * 1e3,
-                p90_ms=sorted(times)[len(times) * 9 // 10] * 1e3,
-                speedup_over_best_peer=best / median[name],
-                compile_s=compile_s[name],
-            )
+        for name, row in compare(model, x, NAMES, arguments.rounds, 5, arguments.budget_s).items():
+            table.add(f"{net}: {name}", **row)
     table.finish()
 
 

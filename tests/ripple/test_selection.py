@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from ripple_loader.selection import IntegerInputs, margins, shared_by_neighbours
+
+
+@pytest.mark.parametrize(("tokens", "rows", "hidden"), [(1, 1, 1), (1, 5000, 48), (7, 100, 2048)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
+def test_integer_products_are_within_the_rounding_that_margins_allow_for(tokens, rows, hidden, scale):
+    torch.manual_seed(0)
+    x_TH = torch.randn(tokens, hidden) * scale
+    x_TH[0, 0] *= 50  # an outlier makes the steps of its token coarse
+    sketch_RH = torch.randint(-127, 128, (rows, hidden), dtype=torch.int8)
+    found_TR = torch.empty(tokens, rows)
+    inputs = IntegerInputs.of(x_TH)
+    inputs.products(sketch_RH, found_TR)
+    exact_TR = (x_TH.double() @ sketch_RH.double().T).float()
+    allowed_TR = margins(torch.zeros(tokens, rows), torch.zeros(rows), torch.ones(rows), inputs)
+    assert ((found_TR - exact_TR).abs() <= allowed_TR).all()
+
+
+def test_integer_products_of_zeros_are_zero():
+    found = torch.empty(2, 3)
+    IntegerInputs.of(torch.zeros(2, 8)).products(torch.ones(3, 8, dtype=torch.int8), found)
+    assert not found.any()
+
+
+def test_a_token_has_the_same_products_alone_and_among_others():
+    torch.manual_seed(0)
+    x, sketch = torch.randn(9, 64), torch.randint(-127, 128, (33, 64), dtype=torch.int8)
+    together, alone = torch.empty(9, 33), torch.empty(1, 33)
+    IntegerInputs.of(x).products(sketch, together)
+    for token, row in zip(x, together, strict=True):
+        IntegerInputs.of(token[None]).products(sketch, alone)
+        assert torch.equal(alone[0], row)
+
+
+def test_neighbours_share_their_scores_behind_the_pinned_ones():
+    score = torch.tensor([[9.0, 1.0, 3.0, 5.0, 7.0]])
+    assert shared_by_neighbours(score, 0.0, 1).tolist() == [[9, 1, 3, 5, 7]]
+    assert shared_by_neighbours(score, 1.0, 1).tolist() == [[9, 2, 2, 6, 6]]
+    assert shared_by_neighbours(score, 0.5, 2).tolist() == [[9, 1, 3.5, 4.5, 7]]
+    assert shared_by_neighbours(score, 0.5, 5).tolist() == [[9, 1, 3, 5, 7]]
+    assert score.tolist() == [[9, 1, 3, 5, 7]]
