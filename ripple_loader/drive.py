@@ -111,10 +111,13 @@ def fit(
         if math.isinf(norm):
             request, byte = each_M.min(), (each_M / size_M).min()
         else:
-            columns = np.stack([np.ones_like(size_M), size_M**norm], 1) / (each_M**norm)[:, None]
-            scale = np.abs(columns).max(0)
-            powers = np.linalg.lstsq(columns / scale, np.ones_like(each_M), rcond=None)[0] / scale
-            request, byte = np.maximum(powers, 0) ** (1 / norm)
+            # By Gram-Schmidt: LAPACK would take 32 MiB of address space, more than the budget has for it.
+            first_M, second_M = each_M**-norm, (size_M / each_M) ** norm
+            along = (first_M * second_M).sum() / (first_M**2).sum()
+            rest_M = second_M - along * first_M
+            of_byte = rest_M.sum() / max((rest_M**2).sum(), np.finfo(float).tiny)
+            of_request = (first_M * (1 - of_byte * second_M)).sum() / (first_M**2).sum()
+            request, byte = (max(power, 0.0) ** (1 / norm) for power in (of_request, of_byte))
         # A drive too noisy to separate them still has a time for its shortest and its longest reads.
         request, byte = max(request, 0.01 * each_M.min()), max(byte, 0.01 * (each_M / size_M).min())
         error = np.sqrt(np.mean((_norm(request, size_M * byte, norm) / each_M - 1) ** 2))

@@ -15,6 +15,7 @@ from ripple_loader.access import Places
 
 _ROUNDING = 1e-5
 _ROWS_AT_ONCE = 4096
+_PARTS = 3
 
 
 @dataclass(frozen=True)
@@ -37,42 +38,47 @@ def select_all(neurons: int) -> Selection:
 
 @dataclass(frozen=True)
 class IntegerInputs:
-    """Inputs as int8 in two steps, the second of what the first leaves: products with a sketch need no float.
+    """Inputs as sums of int8 parts, each of what those before it leave: products with a sketch need no float.
 
-    Sums of integers do not depend on how many tokens or rows there are.
+    Sums of integers do not depend on how many tokens or rows there are. Where one of a token's inputs is
+    hundreds of times as large as the others, as some models have it, two parts would leave too much of those.
 
     Attributes:
         parts: int8, each (T, H).
         steps: the value of one in each part, (T, 1).
         norm: of the inputs, (T,).
-        left: norm of what both parts leave of them, (T,).
+        left: norm of what all parts leave of them, (T,).
     """
 
-    parts: tuple[Tensor, Tensor]
-    steps: tuple[Tensor, Tensor]
+    parts: list[Tensor]
+    steps: list[Tensor]
     norm: Tensor
     left: Tensor
 
     @classmethod
     def of(cls, x_TH: Tensor) -> IntegerInputs:
         """Of float32 inputs (T, H)."""
-        coarse_T1 = x_TH.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        fine_T1 = coarse_T1 / 254
-        ratio_TH = x_TH / coarse_T1  # norms are of these, whose squares neither overflow nor vanish
-        first_TH = ratio_TH.round()
-        rest_TH = (ratio_TH - first_TH) * 254
-        second_TH = rest_TH.round().clamp_(-127, 127)
-        norm_T = coarse_T1[:, 0] * ratio_TH.norm(dim=1)
-        left_T = fine_T1[:, 0] * (rest_TH - second_TH).norm(dim=1)
-        return cls((first_TH.to(torch.int8), second_TH.to(torch.int8)), (coarse_T1, fine_T1), norm_T, left_T)
+        step_T1 = x_TH.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        rest_TH = x_TH / step_T1  # norms are of these, whose squares neither overflow nor vanish
+        norm_T = step_T1[:, 0] * rest_TH.norm(dim=1)
+        parts, steps = [], []
+        for finer in range(_PARTS):
+            if finer:
+                rest_TH, step_T1 = rest_TH * 254, step_T1 / 254
+            part_TH = rest_TH.round().clamp_(-127, 127)
+            rest_TH = rest_TH - part_TH
+            parts.append(part_TH.to(torch.int8))
+            steps.append(step_T1)
+        return cls(parts, steps, norm_T, step_T1[:, 0] * rest_TH.norm(dim=1))
 
     def products(self, sketch_RH: Tensor, out_TR: Tensor) -> None:
         """Products with the rows of a sketch, int8 (R, H), into float32 (T, R)."""
+        out_TR.zero_()
         for rows_RH, found_TR in zip(
             sketch_RH.split(_ROWS_AT_ONCE), out_TR.split(_ROWS_AT_ONCE, 1), strict=True
         ):
-            found_TR.copy_(torch._int_mm(self.parts[0], rows_RH.T)).mul_(self.steps[0])
-            found_TR.addcmul_(torch._int_mm(self.parts[1], rows_RH.T).float(), self.steps[1])
+            for part_TH, step_T1 in zip(reversed(self.parts), reversed(self.steps), strict=True):
+                found_TR.addcmul_(torch._int_mm(part_TH, rows_RH.T).float(), step_T1)
 
 
 def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, inputs: IntegerInputs) -> Tensor:
