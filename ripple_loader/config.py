@@ -45,9 +45,10 @@ def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` should be one of {', '.join(choices)}, got {value!r}.")
 
 
-def _check_share(value: float, name: str) -> None:
-    if not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"`{name}` should be above 0 and at most 1, got {value!r}.")
+def _check_share(value: float, name: str, *, zero: bool = False) -> None:
+    if not isinstance(value, int | float) or not 0 <= value <= 1 or not (value or zero):
+        least = "at least" if zero else "above"
+        raise ValueError(f"`{name}` should be {least} 0 and at most 1, got {value!r}.")
 
 
 def _check_count(value: int, name: str) -> None:
@@ -128,8 +129,7 @@ class ReorderConfig:
         _check_choice(self.active, "active", get_args(ActiveRule))
         _check_choice(self.bundles, "bundles", get_args(BundleDtype))
         _check_share(self.active_share, "active_share")
-        if self.hot_share != 0:
-            _check_share(self.hot_share, "hot_share")
+        _check_share(self.hot_share, "hot_share", zero=True)
         for name in ("tokens", "sequence_length", "partners", "workers"):
             _check_count(getattr(self, name), name)
 
@@ -160,7 +160,8 @@ class RippleConfig(QuantizationConfigMixin):
         keep: share of each layer's neurons computed per token, those with the largest estimated contribution.
             1.0 is exact: a ReLU model then reads only its active neurons, others read all of them.
         adjacency: with `keep` below 1, the share of a neuron's estimated contribution that is the mean of
-            its pair, two neighbours on the drive: fewer, longer reads for a little quality. 0 looks at each.
+            its pair, two neighbours on the drive: fewer, longer reads for a little quality. 0 looks at each,
+            and where no neurons are selected it does nothing.
         strategy: "sparse" reads and computes the neurons that are selected, "dense" reads and computes all of
             them, in order, which is exact whatever `keep`; "auto" takes what the drive and the processor make
             cheaper.
@@ -196,8 +197,7 @@ class RippleConfig(QuantizationConfigMixin):
         if self.merge_gap not in (0, "auto"):
             parse_size(self.merge_gap, "merge_gap")
         _check_share(self.keep, "keep")
-        if self.adjacency != 0:
-            _check_share(self.adjacency, "adjacency")
+        _check_share(self.adjacency, "adjacency", zero=True)
         _check_count(self.queue_depth, "queue_depth")
         _check_choice(self.strategy, "strategy", get_args(Strategy))
         _check_choice(self.io_engine, "io_engine", get_args(IOEngine))

@@ -134,7 +134,7 @@ class Placed:
     hot: int = 0
 
 
-def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig, hot: int = 0) -> Placed:
+def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig, hot: int) -> Placed:
     """Order one layer's neurons by `config.placement`.
 
     Args:
@@ -142,7 +142,7 @@ def place(sets: BitSets, neurons: int, layer: int, config: ReorderConfig, hot: i
         neurons: of the layer.
         layer: its number, for the random order.
         config: how to place.
-        hot: so many neurons, the most active, come first, where the order is by activity.
+        hot: so many neurons, the most active, come first where the order is by activity, see `hot_neurons`.
     """
     match config.placement:
         case "identity":
@@ -168,10 +168,11 @@ def hot_neurons(uses: list[Indices], share: float) -> list[int]:
     """How many neurons of each MLP are hot: of those of all MLPs, the share that is active most often.
 
     Args:
-        uses: for how many tokens each neuron is active, shape (N,), by MLP.
+        uses: for how many tokens each neuron is active, shape (N,), by MLP; one that never is cannot be hot.
         share: from 0 to 1.
     """
-    return cache_shares(uses, round(share * sum(len(one) for one in uses)))
+    active = sum(int(np.count_nonzero(one)) for one in uses)
+    return cache_shares(uses, min(active, round(share * sum(len(one) for one in uses))))
 
 
 def most_active(counts: Indices, hot: int) -> npt.NDArray[np.bool_]:

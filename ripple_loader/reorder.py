@@ -131,7 +131,7 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
             placed = place(shaping(layer), source.neurons, layer, config, hot[layer])
             with whole_file(file) as partial, partial.open("wb") as opened:
                 np.savez(opened, order=placed.order, hot=placed.hot)
-        return placed, _cost(sets, placed.order, most_active(shaping_uses[layer], hot[layer]))
+        return placed, _cost(sets, placed.order, most_active(shaping_uses[layer], placed.hot))
 
     with ThreadPoolExecutor(config.workers) as pool:
         bar = tqdm(pool.map(one, range(source.layers)), total=source.layers, unit="MLP", desc="place")
@@ -155,7 +155,7 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
 
 
 def _cost(sets: Any, order: Order, hot: Any) -> dict[str, Any]:
-    """What one MLP's order costs, without its hot neurons; the means over MLPs are the plan's profile."""
+    """What one MLP's order costs, without what it pins; the means over MLPs are the plan's profile."""
     held_back = sets[_HELD_BACK - 1 :: _HELD_BACK]
     counts = count_uses(sets, len(order))
     return {

@@ -16,6 +16,7 @@ from ripple_loader.access import Places
 _ROUNDING = 1e-5
 _ROWS_AT_ONCE = 4096
 _PARTS = 3
+_LEAST = 1e-30  # of a token's largest input; its finest step is still a normal number
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class IntegerInputs:
     @classmethod
     def of(cls, x_TH: Tensor) -> IntegerInputs:
         """Of float32 inputs (T, H)."""
-        step_T1 = x_TH.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        step_T1 = x_TH.abs().amax(1, keepdim=True).clamp(min=_LEAST) / 127
         rest_TH = x_TH / step_T1  # norms are of these, whose squares neither overflow nor vanish
         norm_T = step_T1[:, 0] * rest_TH.norm(dim=1)
         parts, steps = [], []
@@ -72,13 +73,20 @@ class IntegerInputs:
         return cls(parts, steps, norm_T, step_T1[:, 0] * rest_TH.norm(dim=1))
 
     def products(self, sketch_RH: Tensor, out_TR: Tensor) -> None:
-        """Products with the rows of a sketch, int8 (R, H), into float32 (T, R)."""
-        out_TR.zero_()
+        """Products with the rows of a sketch, int8 (R, H), into float32 (T, R).
+
+        Processors without units for them multiply the integers as floats.
+        """
+        if not torch.cpu._is_vnni_supported():
+            y_TH = sum((p * step for p, step in zip(self.parts, self.steps, strict=True)), torch.zeros(()))
         for rows_RH, found_TR in zip(
             sketch_RH.split(_ROWS_AT_ONCE), out_TR.split(_ROWS_AT_ONCE, 1), strict=True
         ):
-            for part_TH, step_T1 in zip(reversed(self.parts), reversed(self.steps), strict=True):
-                found_TR.addcmul_(torch._int_mm(part_TH, rows_RH.T).float(), step_T1)
+            if not torch.cpu._is_vnni_supported():
+                torch.mm(y_TH, rows_RH.T.float(), out=found_TR)
+                continue
+            products_STR = torch._int_mm(torch.cat(self.parts), rows_RH.T).unflatten(0, (_PARTS, -1))
+            found_TR.copy_((products_STR * torch.stack(self.steps)).sum(0))
 
 
 def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, inputs: IntegerInputs) -> Tensor:
@@ -107,7 +115,8 @@ def contributions(estimates_STN: list[Tensor], activation: nn.Module) -> Tensor:
 
 def select_active(margin_TN: Tensor) -> Selection:
     """All neurons that a ReLU may leave above zero, so that no active neuron is missed."""
-    return Selection((margin_TN > 0).any(0).nonzero().flatten().cpu().numpy(), None)
+    inactive_TN = margin_TN <= 0  # NaN is neither: what is not known to be inactive is computed
+    return Selection((~inactive_TN).any(0).nonzero().flatten().cpu().numpy(), None)
 
 
 def shared_by_neighbours(score_TN: Tensor, share: float, first: int) -> Tensor:

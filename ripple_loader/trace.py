@@ -38,8 +38,8 @@ from ripple_loader.source import SourceModel
 if TYPE_CHECKING:
     from ripple_loader.streaming import Backend
 
-BitSets = npt.NDArray[np.uint8]
 _COUNTED_AT_ONCE = 1024
+BitSets = npt.NDArray[np.uint8]
 """Active sets of one MLP: shape (tokens, ceil(N / 8)), as `numpy.packbits` packs them."""
 
 _DESCRIPTION = "trace.json"

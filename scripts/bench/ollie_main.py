@@ -20,16 +20,20 @@ from ollie_nets import NETS
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "inductor": {"backend": "inductor"},
-    "inductor freezing": {"backend": "inductor"},
-    "inductor max-autotune freezing": {"backend": "inductor", "options": {"max_autotune": True}},
+    "inductor freezing": {"backend": "inductor", "options": {"freezing": True}},
+    "inductor max-autotune freezing": {
+        "backend": "inductor",
+        "options": {"max_autotune": True, "freezing": True},
+    },
     "ollie": {"backend": "ollie", "options": {}},
     "ollie freeze": {"backend": "ollie", "options": {"freeze": True}},
 }
 
 
 def freezing(name: str) -> Any:
-    """Inductor's freezing for a contender of that name: as an option of torch.compile it comes too late, for
-    Dynamo has made the parameters inputs by then."""
+    """Inductor's freezing for a contender of that name. As an option of torch.compile it comes too late, for
+    Dynamo has made the parameters inputs by then; without the option, Dynamo takes a net that is compiled by
+    Inductor's default for the same."""
     from torch._inductor import config
 
     return config.patch(freezing=name.startswith("inductor") and name.endswith("freezing"))
@@ -73,6 +77,9 @@ def compare(
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
             error[name] = ((got - want).abs().max() / want.abs().max()).item()
             running[name] = lambda compiled=compiled: compiled(x)
+        for name, call in running.items():  # the resets made all but the last compile anew at the next call
+            with freezing(name):
+                call()
         samples = interleaved(running, rounds, calls)
     median = {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
     best = min(seconds for name, seconds in median.items() if not name.startswith("ollie"))

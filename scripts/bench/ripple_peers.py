@@ -13,7 +13,6 @@ bundles are exact and have to think the same tokens likeliest. No file is in the
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -141,7 +140,7 @@ def copies(model: Path, folder: Path) -> None:
     trace = folder / "trace"
     trace_source(source, cut_sequences(source, assets.texts("train"), config), config, trace)
     for name, each in COPIES.items():
-        reorder(model, folder / name, config=dataclasses.replace(each), trace=trace)
+        reorder(model, folder / name, config=each, trace=trace)
     shutil.copytree(model, folder / "model")
     probe(folder / "linked").save()
     os.sync()
@@ -160,6 +159,7 @@ def main(model: Path, rounds: int, share: float) -> None:
     (ROOT / "out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
         folder = Path(scratch)
+        os.environ["XDG_CACHE_HOME"] = scratch  # the probe is this run's
         copies(model, folder)
         running = {name: Contender(name, folder, int(size / share)) for name in CONTENDERS}
         for each in running.values():

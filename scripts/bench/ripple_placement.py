@@ -79,7 +79,8 @@ def main(layers: list[BitSets], neurons: int, conditions: str) -> None:
     whole = len(layers[0])
     quick = min(sampled_tokens(whole, neurons), whole // 8)
 
-    uses = [count_uses(sets, neurons) for sets in layers]
+    held_back = np.arange(whole) % HELD_BACK == HELD_BACK - 1
+    uses = [count_uses(sets[~held_back], neurons) for sets in layers]
     hot = hot_neurons(uses, ReorderConfig().hot_share)
 
     def placed(placement: str, **options: bool) -> Callable[[BitSets, int], Order]:
@@ -104,7 +105,6 @@ def main(layers: list[BitSets], neurons: int, conditions: str) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     reads: dict[str, list[float]] = {name: [] for name in contenders}
     for layer, sets in enumerate(layers):
-        held_back = np.arange(len(sets)) % HELD_BACK == HELD_BACK - 1
         in_memory = most_active(uses[layer], hot[layer])
         for name, order_of in contenders.items():
             start = time.process_time()

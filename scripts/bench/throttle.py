@@ -27,7 +27,10 @@ def _group(controller: str, v1: dict[str, str], v2: dict[str, str]) -> Iterator[
         OSError: neither can be written.
     """
     old = (_ROOT / controller).is_dir()
-    parent = _ROOT / controller if old else _ROOT
+    base = _ROOT / controller if old else _ROOT
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    own = next(path for _, names, path in lines if names == (controller if old else ""))
+    parent = base / own.strip("/")
     group = parent / f"ripple-bench-{os.getpid()}"
     group.mkdir()
     try:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ripple_loader.selection import IntegerInputs, margins, shared_by_neighbours
+from ripple_loader.selection import IntegerInputs, margins, select_active, shared_by_neighbours
 
 
 @pytest.mark.parametrize(("tokens", "rows", "hidden"), [(1, 1, 1), (1, 5000, 48), (7, 100, 2048)])
@@ -42,3 +42,28 @@ def test_neighbours_share_their_scores_behind_the_pinned_ones():
     assert shared_by_neighbours(score, 0.5, 2).tolist() == [[9, 1, 3.5, 4.5, 7]]
     assert shared_by_neighbours(score, 0.5, 5).tolist() == [[9, 1, 3, 5, 7]]
     assert score.tolist() == [[9, 1, 3, 5, 7]]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_no_neuron_is_thought_inactive_where_an_input_is_not_finite(value):
+    x_TH = torch.ones(2, 8)
+    x_TH[1, 3] = value
+    inputs, estimate_TN = IntegerInputs.of(x_TH), torch.empty(2, 5)
+    inputs.products(-torch.ones(5, 8, dtype=torch.int8), estimate_TN)
+    margin_TN = margins(estimate_TN, torch.ones(5), torch.ones(5), inputs)
+    assert select_active(margin_TN).places.tolist() == [0, 1, 2, 3, 4]
+    assert len(select_active(margin_TN[:1] - 1e3).places) == 0
+
+
+def test_processors_without_integer_units_get_the_same(monkeypatch):
+    torch.manual_seed(0)
+    inputs, sketch = (
+        IntegerInputs.of(torch.randn(3, 64)),
+        torch.randint(-127, 128, (50, 64), dtype=torch.int8),
+    )
+    found = {}
+    for has_units in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has_units=has_units: has_units)
+        found[has_units] = torch.empty(3, 50)
+        inputs.products(sketch, found[has_units])
+    torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-2)
