@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ripple_loader.access import Places
 
 _ROUNDING = 1e-5
-_ROWS_AT_ONCE = 4096
+_FEW_TOKENS = 4
+_FLOATS_AT_ONCE = 1 << 16
 _PARTS = 3
 _LEAST = 1e-30  # of a token's largest input; its finest step is still a normal number
 
@@ -41,8 +42,8 @@ def select_all(neurons: int) -> Selection:
 class IntegerInputs:
     """Inputs as sums of int8 parts, each of what those before it leave: products with a sketch need no float.
 
-    Sums of integers do not depend on how many tokens or rows there are. Where one of a token's inputs is
-    hundreds of times as large as the others, as some models have it, two parts would leave too much of those.
+    Where one of a token's inputs is hundreds of times as large as the others, as some models have it, two
+    parts would leave too much of those.
 
     Attributes:
         parts: int8, each (T, H).
@@ -75,18 +76,17 @@ class IntegerInputs:
     def products(self, sketch_RH: Tensor, out_TR: Tensor) -> None:
         """Products with the rows of a sketch, int8 (R, H), into float32 (T, R).
 
-        Processors without units for them multiply the integers as floats.
+        Processors without units for them multiply the integers as floats, and so do all for many tokens: some
+        rows at a time, for the memory that this takes is beyond the DRAM budget.
         """
-        if not torch.cpu._is_vnni_supported():
-            y_TH = sum((p * step for p, step in zip(self.parts, self.steps, strict=True)), torch.zeros(()))
-        for rows_RH, found_TR in zip(
-            sketch_RH.split(_ROWS_AT_ONCE), out_TR.split(_ROWS_AT_ONCE, 1), strict=True
-        ):
-            if not torch.cpu._is_vnni_supported():
-                torch.mm(y_TH, rows_RH.T.float(), out=found_TR)
-                continue
-            products_STR = torch._int_mm(torch.cat(self.parts), rows_RH.T).unflatten(0, (_PARTS, -1))
-            found_TR.copy_((products_STR * torch.stack(self.steps)).sum(0))
+        if len(self.norm) <= _FEW_TOKENS and torch.cpu._is_vnni_supported():
+            products_STR = torch._int_mm(torch.cat(self.parts), sketch_RH.T).unflatten(0, (_PARTS, -1))
+            torch.sum(products_STR * torch.stack(self.steps), 0, out=out_TR)
+            return
+        y_TH = sum((p * step for p, step in zip(self.parts, self.steps, strict=True)), torch.zeros(()))
+        rows = max(1, _FLOATS_AT_ONCE // sketch_RH.shape[1])
+        for rows_RH, found_TR in zip(sketch_RH.split(rows), out_TR.split(rows, 1), strict=True):
+            torch.mm(y_TH, rows_RH.T.float(), out=found_TR)
 
 
 def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, inputs: IntegerInputs) -> Tensor:

@@ -25,16 +25,6 @@ def test_integer_products_of_zeros_are_zero():
     assert not found.any()
 
 
-def test_a_token_has_the_same_products_alone_and_among_others():
-    torch.manual_seed(0)
-    x, sketch = torch.randn(9, 64), torch.randint(-127, 128, (33, 64), dtype=torch.int8)
-    together, alone = torch.empty(9, 33), torch.empty(1, 33)
-    IntegerInputs.of(x).products(sketch, together)
-    for token, row in zip(x, together, strict=True):
-        IntegerInputs.of(token[None]).products(sketch, alone)
-        assert torch.equal(alone[0], row)
-
-
 def test_neighbours_share_their_scores_behind_the_pinned_ones():
     score = torch.tensor([[9.0, 1.0, 3.0, 5.0, 7.0]])
     assert shared_by_neighbours(score, 0.0, 1).tolist() == [[9, 1, 3, 5, 7]]
