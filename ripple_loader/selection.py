@@ -83,7 +83,7 @@ class IntegerInputs:
             products_STR = torch._int_mm(torch.cat(self.parts), sketch_RH.T).unflatten(0, (_PARTS, -1))
             torch.sum(products_STR * torch.stack(self.steps), 0, out=out_TR)
             return
-        y_TH = sum((p * step for p, step in zip(self.parts, self.steps, strict=True)), torch.zeros(()))
+        y_TH = torch.stack([p * step for p, step in zip(self.parts, self.steps, strict=True)]).sum(0)
         rows = max(1, _FLOATS_AT_ONCE // sketch_RH.shape[1])
         for rows_RH, found_TR in zip(sketch_RH.split(rows), out_TR.split(rows, 1), strict=True):
             torch.mm(y_TH, rows_RH.T.float(), out=found_TR)

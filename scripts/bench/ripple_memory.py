@@ -4,7 +4,7 @@
 
 Each contender is a process of its own. "peak" is its largest resident set beyond what it held with all
 libraries loaded and a tiny model run. "beyond" is what of that is neither the model's own parameters nor the
-budget. Ripple's rows run under an RLIMIT_DATA that leaves 16 MiB for it: a larger allocation would fail.
+budget. Ripple's rows run under an RLIMIT_DATA that leaves 20 MiB for it: a larger allocation would fail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ripple_loader import ReorderConfig, RippleConfig, reorder
 from ripple_loader.bundles import Sidecar
 from ripple_loader.config import parse_size
 
-PROMPT_TOKENS, NEW_TOKENS, CONSTANT = 32, 8, 16 << 20
+PROMPT_TOKENS, NEW_TOKENS, CONSTANT = 32, 8, 20 << 20
 CONTENDERS = {
     "in memory, transformers": None,
     "accelerate, disk offload": "accelerate",

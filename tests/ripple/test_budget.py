@@ -89,7 +89,7 @@ try:
 except MemoryError:
     print("the limit is one")
 """
-CONSTANT = 16 << 20  # activations, logits, thread stacks, the allocator's slack
+CONSTANT = 20 << 20  # activations, logits, thread stacks, the allocator's slack
 
 
 @pytest.fixture(scope="module")
