@@ -275,10 +275,8 @@ def measure_pace(
     stored = buffers[0].bytes[: rows * width].view(rows, width)
     gathered = buffers[1].bytes[: rows * width].view(rows, width)
     sketched = allocation.buffer // H
-    integers, estimates = (
-        buffers[2].bytes[: H * sketched].view(torch.int8).view(sketched, H),
-        torch.empty(1, sketched),
-    )
+    integers = buffers[2].bytes[: H * sketched].view(torch.int8).view(sketched, H)
+    estimates = torch.empty(1, sketched)
 
     def compute() -> Tensor:
         *selecting, down_UH = unpack_bundles(stored, header, dtype).unbind(1)
