@@ -47,10 +47,8 @@ def test_no_neuron_is_thought_inactive_where_an_input_is_not_finite(value):
 
 def test_processors_without_integer_units_get_the_same(monkeypatch):
     torch.manual_seed(0)
-    inputs, sketch = (
-        IntegerInputs.of(torch.randn(3, 64)),
-        torch.randint(-127, 128, (50, 64), dtype=torch.int8),
-    )
+    inputs = IntegerInputs.of(torch.randn(3, 64))
+    sketch = torch.randint(-127, 128, (50, 64), dtype=torch.int8)
     found = {}
     for has_units in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has_units=has_units: has_units)
