@@ -16,13 +16,11 @@ from tqdm import tqdm
 from ripple_loader.atomic import Workspace, check_new, check_space, whole_file, working_on
 from ripple_loader.config import ReorderConfig
 from ripple_loader.placement import (
-    Order,
     Placed,
     Plan,
     expected_reads,
     grouped_uses,
     hot_neurons,
-    most_active,
     place,
 )
 from ripple_loader.sidecar import SIDECAR
@@ -119,8 +117,8 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
         sets = trace.sets(layer)
         return sets[np.arange(len(sets)) % _HELD_BACK != _HELD_BACK - 1]
 
-    shaping_uses = [count_uses(shaping(layer), source.neurons) for layer in range(source.layers)]
-    hot = hot_neurons(shaping_uses, config.hot_share)
+    counts = [count_uses(shaping(layer), source.neurons) for layer in range(source.layers)]
+    hot = hot_neurons(counts, config.hot_share)
 
     def one(layer: int) -> tuple[Placed, dict[str, Any]]:
         file, sets = stage / f"{layer}.npz", trace.sets(layer)
@@ -131,7 +129,7 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
             placed = place(shaping(layer), source.neurons, layer, config, hot[layer])
             with whole_file(file) as partial, partial.open("wb") as opened:
                 np.savez(opened, order=placed.order, hot=placed.hot)
-        return placed, _cost(sets, placed.order, most_active(shaping_uses[layer], placed.hot))
+        return placed, _cost(sets, placed)
 
     with ThreadPoolExecutor(config.workers) as pool:
         bar = tqdm(pool.map(one, range(source.layers)), total=source.layers, unit="MLP", desc="place")
@@ -154,9 +152,11 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
     )
 
 
-def _cost(sets: Any, order: Order, hot: Any) -> dict[str, Any]:
+def _cost(sets: Any, placed: Placed) -> dict[str, Any]:
     """What one MLP's order costs, without what it pins; the means over MLPs are the plan's profile."""
-    held_back = sets[_HELD_BACK - 1 :: _HELD_BACK]
+    order, held_back = placed.order, sets[_HELD_BACK - 1 :: _HELD_BACK]
+    hot = np.zeros(len(order), bool)
+    hot[order[: placed.hot]] = True
     counts = count_uses(sets, len(order))
     return {
         "tokens": len(sets),
