@@ -171,6 +171,9 @@ _PLAIN = Architecture(
     down=Projection("fc2", 1),
     activation="activation_fn",
 )
+_UP_DOWN = replace(
+    _PLAIN, selector=Projection("up_proj", 0), down=Projection("down_proj", 1), activation="act_fn"
+)
 _GPT_NEOX = replace(
     _PLAIN,
     selector=Projection("dense_h_to_4h", 0),
@@ -191,6 +194,7 @@ _MIXTRAL = replace(
 _GPT2 = replace(_STARCODER2, layers="h", selector=Projection("c_fc", 1), down=Projection("c_proj", 0))
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "arcee": _UP_DOWN,
     "falcon": replace(_GPT_NEOX, layers="h"),
     "gemma": _GATED,
     "gemma2": _GATED,
@@ -202,6 +206,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": _GATED,
     "mistral": _GATED,
     "mixtral": _MIXTRAL,
+    "nemotron": _UP_DOWN,
     "olmo2": _GATED,
     "olmoe": _EXPERTS,
     "opt": replace(_PLAIN, mlp=""),

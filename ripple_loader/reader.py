@@ -47,11 +47,39 @@ class AlignedBuffer:
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
 
 
-class _Timed:
-    """One plan's reads, in one or several parts; tells the meter when all are done."""
+class _Busy:
+    """How long the drive takes for reads that overlap, counted together.
 
-    def __init__(self, requests: int, size: int, parts: int) -> None:
-        self.requests, self.size, self.parts, self.started = requests, size, parts, 0.0
+    Reads have no time of their own while others are in flight: they share the drive, and the last to end
+    would seem to have taken none.
+    """
+
+    ENOUGH = 2  # times as many as are in flight, which at the end are about as far as others at the start
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._since, self._running, self._ended, self._requests, self._size = 0.0, 0, 0, 0, 0
+
+    def begin(self) -> None:
+        """Some reads are about to start."""
+        with self._lock:
+            if not self._running:
+                self._since, self._ended, self._requests, self._size = time.perf_counter(), 0, 0, 0
+            self._running += 1
+
+    def end(self, requests: int, size: int) -> tuple[int, int, float] | None:
+        """They are done; returns requests, bytes and seconds of all since the last time it did, or None."""
+        with self._lock:
+            self._running -= 1
+            self._ended += 1
+            self._requests += requests
+            self._size += size
+            if self._ended < self.ENOUGH * self._running:
+                return None
+            now = time.perf_counter()
+            found = self._requests, self._size, now - self._since
+            self._since, self._ended, self._requests, self._size = now, 0, 0, 0
+            return found
 
 
 class Reader:
@@ -78,7 +106,7 @@ class Reader:
     def __init__(self, path: Path, depth: int, report: RippleReport, engine: IOEngine = "auto") -> None:
         self.path, self.report, self.depth = path, report, depth
         self.meter: Meter | None = None
-        self._lock, self._idle_since = Lock(), 0.0
+        self._busy = _Busy()
         self._descriptor, self.block, refusal = _open_direct(path)
         self.direct = refusal is None
         if refusal is not None:
@@ -127,15 +155,20 @@ class Reader:
         self.report.requests += len(offsets)
         self.report.bytes_read += plan.size
         parts = 1 if self.engine == "aio" else min(self._threads, len(offsets))
-        timed = _Timed(len(offsets), plan.size, parts)
         pieces = [(offsets[part::parts], lengths[part::parts], targets[part::parts]) for part in range(parts)]
-        return [self._pool.submit(self._read, timed, *piece, buffer) for piece in pieces]
+        return [self._pool.submit(self._read, *piece, buffer) for piece in pieces]
 
-    def _read(
-        self, timed: _Timed, offsets: Array, lengths: Array, targets: Array, buffer: AlignedBuffer
-    ) -> None:
-        """Read some pieces, in a thread of the pool."""
-        timed.started = timed.started or time.perf_counter()
+    def _read(self, offsets: Array, lengths: Array, targets: Array, buffer: AlignedBuffer) -> None:
+        """Read some pieces, in a thread of the pool; tell the meter how long the drive took."""
+        self._busy.begin()
+        try:
+            self._read_pieces(offsets, lengths, targets, buffer)
+        finally:
+            found = self._busy.end(len(offsets), int(lengths.sum()))
+        if found and self.meter is not None:
+            self.meter.observe(*found)
+
+    def _read_pieces(self, offsets: Array, lengths: Array, targets: Array, buffer: AlignedBuffer) -> None:
         left = np.arange(len(offsets))
         if self.engine == "aio":
             queue = self._queues.popleft()
@@ -148,7 +181,6 @@ class Reader:
             )  # short or failed: read again, for the drive's own error
         for piece in left.tolist():
             self._read_piece(int(offsets[piece]), int(lengths[piece]), int(targets[piece]), buffer)
-        self._done(timed)
 
     def _read_piece(self, offset: int, length: int, target: int, buffer: AlignedBuffer) -> None:
         done = 0
@@ -170,21 +202,6 @@ class Reader:
                     f"{self.path} ends at byte {offset + done}, inside a bundle: reorder the model again",
                 )
             done = start + got
-
-    def _done(self, timed: _Timed) -> None:
-        """Count a part; after the last, tell the meter how long the drive took.
-
-        Of plans that overlap, each counts from the end of the one before, so that no second counts twice.
-        """
-        with self._lock:
-            timed.parts -= 1
-            if timed.parts:
-                return
-            now = time.perf_counter()
-            seconds = now - max(timed.started, self._idle_since)
-            self._idle_since = now
-        if self.meter is not None:
-            self.meter.observe(timed.requests, timed.size, seconds)
 
 
 class Ticket:

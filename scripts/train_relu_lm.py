@@ -1,12 +1,13 @@
-"""Train a small OPT-architecture language model whose ReLU activations are mostly zero.
+"""Train a small language model whose ReLU activations are mostly zero.
 
     python scripts/train_relu_lm.py [--model relu-lm] [--steps 1100] [--target 0.9] [--batch 8]
 
 No trained ReLU model can be had offline, so this makes one: CPython's help topics (scripts/assets.py) and the
 sources of the running interpreter's standard library, a byte-level BPE tokenizer of their own, AdamW, and an
 L1 penalty on the activations whose weight follows the share of zeros. The seed is fixed; the text, and with
-it the numbers, depends on the Python version. The model lies in .cache/relu-lm; relu-lm-wide, for which fewer
-and smaller steps will do, is one whose MLPs are six sevenths of it. Losses and zeros are appended to
+it the numbers, depends on the Python version. The model lies in .cache/relu-lm and has OPT's architecture;
+relu-lm-wide, for which fewer and smaller steps will do, is one whose MLPs are six sevenths of it, with
+Arcee's architecture (squared ReLU), which other engines know too. Losses and zeros are appended to
 docs/results/relu_lm.csv. Call it "trained here": it shows sparsity, not quality. A run that was killed is
 gone on with by the next one with the same arguments, to the same numbers: see .cache/relu-lm.partial.
 """
@@ -34,9 +35,25 @@ from common import ROOT, Table  # also makes `assets` importable
 
 CACHE = ROOT / ".cache"
 SEED, VOCABULARY, LENGTH = 0, 4096, 256
-SHAPES = {
-    "relu-lm": {"hidden_size": 384, "ffn_dim": 3072, "num_hidden_layers": 4, "num_attention_heads": 6},
-    "relu-lm-wide": {"hidden_size": 512, "ffn_dim": 8192, "num_hidden_layers": 8, "num_attention_heads": 8},
+SHAPES: dict[str, dict[str, Any]] = {
+    "relu-lm": {
+        "model_type": "opt",
+        "hidden_size": 384,
+        "word_embed_proj_dim": 384,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "dropout": 0.0,
+    },
+    "relu-lm-wide": {
+        "model_type": "arcee",
+        "hidden_size": 512,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
 }
 LEARNING_RATE, WARM_UP = 1e-3, 50
 PENALTY, PENALTY_RATE = (
@@ -93,13 +110,14 @@ def batches(stream: Tensor, steps: int, batch: int) -> Iterator[Tensor]:
 
 
 class Activations:
-    """Sees what each layer's `fc2` is given: the mean activation and the share of zeros."""
+    """Sees what the last linear of each MLP is given: the mean activation and the share of zeros."""
 
     def __init__(self, model: Any) -> None:
         self.means: list[Tensor] = []
         self.zeros: list[float] = []
-        for layer in model.model.decoder.layers:
-            layer.fc2.register_forward_pre_hook(lambda _, args: self.record(args[0]))
+        for name, module in model.named_modules():
+            if name.endswith((".fc2", ".down_proj")):
+                module.register_forward_pre_hook(lambda _, args: self.record(args[0]))
 
     def record(self, activation: Tensor) -> None:
         self.means.append(activation.float().mean())
@@ -172,7 +190,7 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
 
 
 def main(name: str, steps: int, target: float, batch: int) -> None:
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers import get_cosine_schedule_with_warmup as cosine
 
     torch.manual_seed(SEED)
@@ -180,17 +198,15 @@ def main(name: str, steps: int, target: float, batch: int) -> None:
     train, held_out = documents()
     tokenizer = make_tokenizer(train)
     stream, held_out_stream = token_stream(train, tokenizer), token_stream(held_out, tokenizer)
-    config = OPTConfig(
+    config = AutoConfig.for_model(
         vocab_size=len(tokenizer),
-        word_embed_proj_dim=shape["hidden_size"],
         max_position_embeddings=2 * LENGTH,
-        dropout=0.0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         **shape,
     )
-    model = OPTForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     activations = Activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = cosine(optimizer, WARM_UP, steps)
@@ -199,7 +215,7 @@ def main(name: str, steps: int, target: float, batch: int) -> None:
     table = Table(
         name="relu_lm",
         title=f"ReLU model trained here, {model.num_parameters() / 1e6:.1f}M parameters",
-        config=f"OPT {shape}, {VOCABULARY} tokens, {len(stream):,} of text, {steps} steps of "
+        config=f"{shape}, {VOCABULARY} tokens, {len(stream):,} of text, {steps} steps of "
         f"{batch} x {LENGTH}, {arithmetic}, seed {SEED}, target {target:.0%} zeros",
     )
     partial = CACHE / f"{name}.partial"  # the last checkpoint of a run that is not finished

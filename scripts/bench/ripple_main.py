@@ -123,9 +123,10 @@ def selects(model: Any) -> bool:
 
 def accelerate_offload(directory: Path, scratch: Path) -> Any:
     """The model with its MLPs offloaded to disk by accelerate."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    skeleton = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     places: dict[str, str] = {}
     for name, _ in skeleton.named_modules():
         if name.endswith(".mlp"):

@@ -1,11 +1,12 @@
-"""Tokens a second of a ReLU model three times as large as memory: Ripple, without its parts, and accelerate.
+"""Tokens a second of a ReLU model three times as large as memory: Ripple, without its parts, and its peers.
 
     python scripts/train_relu_lm.py --model relu-lm-wide --steps 400 --batch 4     # once
+    pip install -e ".[peers]"                                                      # llama.cpp and airllm
     python scripts/bench/ripple_peers.py [--rounds 5] [--memory 3]
 
 Each contender is a process of its own that loads its libraries and runs a tiny model, and then goes into a
 memory cgroup (this takes root): a limit of a third of the model's bytes for everything from there on,
-weights, buffers and the page cache. Ripple's budget is what that leaves beside the other weights and 16 MiB.
+weights, buffers and the page cache. Ripple's budget is what that leaves beside the other weights and 20 MiB.
 The contenders are given the same held-out text token by token, in turn, a few tokens each; all but int8
 bundles are exact and have to think the same tokens likeliest. No file is in the page cache at the start.
 """
@@ -13,6 +14,8 @@ bundles are exact and have to think the same tokens likeliest. No file is in the
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -26,7 +29,8 @@ from typing import Any
 
 import torch
 from common import ROOT, Table  # also makes `assets` importable
-from ripple_main import drop_from_page_cache
+from other_engines import Decoder, airllm, llama_cpp, transformers_decoder, write_gguf
+from ripple_main import accelerate_offload, drop_from_page_cache
 from ripple_memory import CONSTANT, warm_up
 from throttle import limited_memory
 
@@ -45,7 +49,7 @@ COPIES = {
 }
 RIPPLE: dict[str, Any] = {"strategy": "sparse", "buffer": "1MiB"}
 FLASH = {**RIPPLE, "cache_policy": "lru", "merge_gap": 0, "prefetch": False}
-CONTENDERS: dict[str, tuple[str, dict[str, Any] | None]] = {
+CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Ripple": ("linked", RIPPLE),
     "Ripple, the model's order": ("identity", RIPPLE),
     "Ripple, nothing pinned": ("unpinned", RIPPLE),
@@ -55,32 +59,26 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "Ripple, int8 bundles": ("int8", RIPPLE),
     "Ripple, all neurons read": ("linked", {**RIPPLE, "strategy": "dense", "buffer": "2MiB"}),
     "LLM in a Flash": ("identity", FLASH),
-    "accelerate, disk offload": ("model", None),
 }
+PEERS = ["accelerate, disk offload", "llama.cpp, mmap", "airllm"]
 
 
-def offloaded(directory: Path) -> Any:
-    """The model with the linears of its MLPs offloaded to disk by accelerate."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    leaves = [name for name, module in skeleton.named_modules() if not list(module.children())]
-    places = {name: "disk" if name.endswith((".fc1", ".fc2")) else "cpu" for name in leaves}
-    with tempfile.TemporaryDirectory() as folder:
-        return AutoModelForCausalLM.from_pretrained(directory, device_map=places, offload_folder=folder)
-
-
-def load(name: str, folder: Path, memory: int) -> Any:
+def load(name: str, folder: Path, memory: int) -> tuple[Decoder, Any]:
+    """A contender, and its model if it is one of Ripple's."""
     from transformers import AutoModelForCausalLM
 
+    if name == "llama.cpp, mmap":
+        return llama_cpp(folder / "model.gguf"), None
+    if name == "airllm":
+        return airllm(folder / "model", folder / "shards"), None
+    if name == "accelerate, disk offload":
+        return transformers_decoder(accelerate_offload(folder / "model", folder / "offload")), None
     copy, options = CONTENDERS[name]
-    if options is None:
-        return offloaded(folder / copy)
     own = sum(path.stat().st_size for path in (folder / copy).glob("*.safetensors"))
     own -= Sidecar(folder / "linked").header.weight_bytes
     config = RippleConfig(dram_budget=memory - own - CONSTANT, **options)
-    return AutoModelForCausalLM.from_pretrained(folder / copy, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(folder / copy, quantization_config=config)
+    return transformers_decoder(model), model
 
 
 @torch.no_grad()
@@ -88,26 +86,25 @@ def serve(name: str, folder: Path, memory: int) -> None:
     """Load one contender under the limit; decode some tokens for each line of stdin, and tell of them."""
     torch.set_num_threads(1)
     warm_up()
-    with limited_memory(memory):
-        model = load(name, folder, memory)
-        cache = None
+    if name in PEERS[1:]:
+        importlib.import_module("airllm" if name == "airllm" else "llama_cpp")
+    with limited_memory(memory), contextlib.redirect_stdout(sys.stderr):
+        decode, model = load(name, folder, memory)
+        report = model.ripple_report if model else None
         for line in sys.stdin:
-            report = getattr(model, "ripple_report", None)
             if report:
                 report.reset()
             seconds, likeliest = [], []
             for token in json.loads(line):
                 start = time.perf_counter()
-                output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                likeliest.append(int(output.logits[0, -1].argmax()))
+                likeliest.append(decode(token))
                 seconds.append(time.perf_counter() - start)
             found: dict[str, Any] = {"seconds": seconds, "likeliest": likeliest}
             if report:
                 calls = report.tokens * report.layers
                 found |= {"reads": report.requests / calls, "KiB": report.bytes_read / calls / 2**10}
                 found |= {"hits": report.hits / report.active}
-            print(json.dumps(found), flush=True)
+            print(json.dumps(found), file=sys.__stdout__, flush=True)
 
 
 class Contender:
@@ -142,6 +139,8 @@ def copies(model: Path, folder: Path) -> None:
     for name, each in COPIES.items():
         reorder(model, folder / name, config=each, trace=trace)
     shutil.copytree(model, folder / "model")
+    write_gguf(model, folder / "model.gguf")
+    airllm(folder / "model", folder / "shards")
     probe(folder / "linked").save()
     os.sync()
     for path in folder.rglob("*"):
@@ -161,7 +160,7 @@ def main(model: Path, rounds: int, share: float) -> None:
         folder = Path(scratch)
         os.environ["XDG_CACHE_HOME"] = scratch  # the probe is this run's
         copies(model, folder)
-        running = {name: Contender(name, folder, int(size / share)) for name in CONTENDERS}
+        running = {name: Contender(name, folder, int(size / share)) for name in (*CONTENDERS, *PEERS)}
         for each in running.values():
             each.give(tokens[:WARM_UP])
         for start in range(WARM_UP, WARM_UP + rounds * STEP_TOKENS, STEP_TOKENS):
@@ -202,7 +201,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "relu-lm-wide")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=float, default=3, help="the model is so many times as large")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=[*CONTENDERS, *PEERS], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--bytes", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

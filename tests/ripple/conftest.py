@@ -35,6 +35,7 @@ VISION = {
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 MODELS: dict[str, dict[str, Any]] = {
+    "arcee": {"model_type": "arcee", **GROUPED},
     "falcon": {"model_type": "falcon", "bias": True, "ffn_hidden_size": 96},
     "gemma": {"model_type": "gemma", **GROUPED, "head_dim": 8},
     "gemma2": {"model_type": "gemma2", **GROUPED, "head_dim": 8},
@@ -54,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **GROUPED, "mlp_bias": True},
     "mistral": {"model_type": "mistral", **GROUPED},
     "mixtral": {"model_type": "mixtral", **GROUPED, "num_local_experts": 4},
+    "nemotron": {"model_type": "nemotron", **GROUPED, "mlp_bias": True},
     "olmo2": {"model_type": "olmo2", **GROUPED},
     "olmoe": {"model_type": "olmoe", **GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32},

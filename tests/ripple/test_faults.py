@@ -213,6 +213,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, torch
 from transformers import AutoModelForCausalLM
 from ripple_loader import RippleConfig
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 directory, keep, io_engine = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 config = RippleConfig(dram_budget="60KiB", buffer=1 << 14, keep=keep, strategy="sparse", io_engine=io_engine)
 model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)

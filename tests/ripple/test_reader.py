@@ -3,7 +3,9 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import warnings
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,27 @@ def test_reads_what_the_file_holds_and_counts(file):
     assert reader.report.requests > 0
     assert reader.report.bytes_read >= 67 * 1000
     assert reader.report.bytes_read % 512 == 0
+
+
+def test_the_meter_is_told_of_all_reads_and_of_no_second_twice(file):
+    class Told:
+        def observe(self, requests, size, seconds):
+            told.append((requests, size, seconds))
+
+    told: list[tuple[int, int, float]] = []
+    reader = Reader(file, 4, report(), "threads")
+    reader.meter = Told()
+    start = time.perf_counter()
+    for first in range(0, 40, 4):  # plans of two reads each, two at a time, by four threads
+        overlapping = [
+            (plan_reads(np.array([place, place + 20]), base=0, width=512, block=512, collapse=fixed_gap(0)))
+            for place in (first, first + 2)
+        ]
+        reads = [read for plan in overlapping for read in reader.submit(plan, AlignedBuffer(4096))]
+        wait(reads)
+    assert sum(seconds for _, _, seconds in told) <= time.perf_counter() - start
+    assert sum(requests for requests, _, _ in told) == reader.report.requests
+    assert sum(size for _, size, _ in told) == reader.report.bytes_read
 
 
 def test_the_buffer_is_seen_as_any_dtype():

@@ -12,15 +12,19 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train_relu_lm.py"
 TEXTS = [f"def f{number}(x):\n    return x + {number} * {number}\n" * 10 for number in range(60)]
 
 
-@pytest.fixture
-def script(monkeypatch, tmp_path):
+@pytest.fixture(params=["opt", "arcee"])
+def script(request, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(SCRIPT.parent / "bench")
     spec = importlib.util.spec_from_file_location("train_relu_lm", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if request.param == "opt":
+        shape |= {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0}
+    else:
+        shape |= {"model_type": "arcee", "intermediate_size": 32}
     for name, value in {
         "SHAPES": {"tiny": shape},
         "VOCABULARY": 300,
