@@ -1,4 +1,4 @@
-"""How a DRAM budget is spent: buffers first, then sketches, then the neuron cache."""
+"""How a DRAM budget is spent: buffers first, then sketches or predictors, then the neuron cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ripple_loader.cache import INDEX_BYTES, cache_shares
 from ripple_loader.config import RippleConfig, parse_size
+from ripple_loader.predictor import Predictor
 from ripple_loader.sidecar import BLOCK, SidecarHeader, Vectors, align
 
 _BUFFER_SHARE = 8
@@ -29,6 +30,7 @@ class Allocation:
             dtype.
         rows: neurons that fit into it.
         sketch_layers: layers whose sketch is resident; the others read theirs in every forward call.
+        rank: of the predictors that are held instead of sketches; 0 where there are none.
         cache_slots: cached neurons of each MLP, hot ones included.
         resident: bytes by kind.
     """
@@ -38,12 +40,34 @@ class Allocation:
     scratch: int
     rows: int
     sketch_layers: int
+    rank: int
     cache_slots: list[int]
     resident: dict[str, int]
 
 
+def rank_in_use(header: SidecarHeader, config: RippleConfig) -> int:
+    """The rank of the predictors that select, 0 where sketches do.
+
+    Raises:
+        ValueError: `recall` asks for predictors that the sidecar has not.
+    """
+    if config.recall == 1:
+        return 0
+    if not header.exact_zeros:
+        raise ValueError(
+            f"`recall` should be 1 for this {header.model_type}, whose activations are never exactly zero: "
+            "use `keep`."
+        )
+    if not header.rank:
+        raise ValueError(
+            "`recall` below 1 should find predictors in the sidecar, which has none: reorder the model again "
+            "with `predictor` above 0."
+        )
+    return header.rank
+
+
 def needs_sketch(header: SidecarHeader, config: RippleConfig) -> bool:
-    """Whether neurons are selected at all; otherwise every one is read."""
+    """Whether neurons are selected at all, by sketches or predictors; otherwise every one is read."""
     return header.exact_zeros or config.keep < 1
 
 
@@ -56,10 +80,10 @@ def allocate(
         header: of the sidecar to stream.
         config: the budget and what it is for.
         dtype: the model's, in which neurons are computed; they are cached as they are stored.
-        selective: whether neurons are selected, by sketches; by default where `needs_sketch` says.
+        selective: whether neurons are selected; by default where `needs_sketch` says.
 
     Raises:
-        ValueError: the budget does not hold the buffers.
+        ValueError: the budget does not hold the buffers and predictors, or there are no predictors.
     """
     budget = parse_size(config.dram_budget, "dram_budget", total=header.weight_bytes)
     vectors = header.layers * 4 * Vectors.size(header.rows, header.neurons, header.hidden)
@@ -71,10 +95,12 @@ def allocate(
     buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest, affordable)))
     rows = min(header.neurons, max(1, buffer // max(header.bundle_bytes, decoded)))
     scratch = align(rows * header.bundle_bytes) + align(rows * converted)
-    sketching = needs_sketch(header, config) if selective is None else selective
+    selecting = needs_sketch(header, config) if selective is None else selective
+    rank = rank_in_use(header, config) * selecting
     resident = {
         "buffers": BUFFERS * buffer + scratch,
         "vectors": vectors,
+        "predictors": header.layers * Predictor.size(rank, header.neurons, header.hidden),
         "sketch": 0,
         "index": 0,
         "cache": 0,
@@ -86,14 +112,14 @@ def allocate(
             "raise it."
         )
     sketch_bytes = header.section_bytes()["sketch"]
-    sketch_layers = min(header.layers, left // sketch_bytes) if sketching else 0
+    sketch_layers = min(header.layers, left // sketch_bytes) if selecting and not rank else 0
     resident["sketch"] = sketch_layers * sketch_bytes
     left -= resident["sketch"]
     index = header.layers * header.neurons * INDEX_BYTES
-    cache_slots = _divide(header, max(0, (left - index) // header.bundle_bytes), selective=sketching)
+    cache_slots = _divide(header, max(0, (left - index) // header.bundle_bytes), selective=selecting)
     if any(cache_slots):
         resident["index"], resident["cache"] = index, sum(cache_slots) * header.bundle_bytes
-    return Allocation(budget, buffer, scratch, rows, sketch_layers, cache_slots, resident)
+    return Allocation(budget, buffer, scratch, rows, sketch_layers, rank, cache_slots, resident)
 
 
 def _divide(header: SidecarHeader, slots: int, *, selective: bool) -> list[int]:

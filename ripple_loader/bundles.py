@@ -20,6 +20,8 @@ from torch import Tensor
 from ripple_loader.checkpoint import fingerprint, read_shards
 from ripple_loader.config import check_keys
 from ripple_loader.encoding import Encoding
+from ripple_loader.predictor import Predictor
+from ripple_loader.selection import sketch_rows
 from ripple_loader.sidecar import (
     CHECKSUM_CHUNK,
     SIDECAR,
@@ -45,20 +47,6 @@ def unpack_bundles(bytes_NB: Tensor, header: SidecarHeader, dtype: torch.dtype) 
         return header.encoding.decode(bytes_NB, header.hidden, dtype).view(N, header.rows, header.hidden)
     rows_RNB = bytes_NB.split(header.row_bytes, dim=1)
     return torch.stack([header.encoding.decode(row_NB, header.hidden, dtype) for row_NB in rows_RNB], dim=1)
-
-
-def sketch_rows(weight_NH: Tensor) -> tuple[Array, Array, Array]:
-    """Round each row to int8 with one scale.
-
-    Returns:
-        The rounded rows (int8, NH), the value of a step (float32, N), and the norm of the rounding error
-        (float32, N), by which |w.x - sketch.x| <= error |x| (Cauchy-Schwarz).
-    """
-    weight_NH = weight_NH.float()
-    scale_N = weight_NH.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    rounded_NH = (weight_NH / scale_N[:, None]).round()
-    error_N = (weight_NH - rounded_NH * scale_N[:, None]).norm(dim=1)
-    return rounded_NH.to(torch.int8).numpy(), scale_N.numpy(), error_N.numpy()
 
 
 class SidecarWriter:
@@ -92,13 +80,20 @@ class SidecarWriter:
         finally:
             self._file.close()
 
-    def write_layer(self, rows_RNH: list[Tensor], biases: dict[int, Tensor], permutation_N: Array) -> None:
+    def write_layer(
+        self,
+        rows_RNH: list[Tensor],
+        biases: dict[int, Tensor],
+        permutation_N: Array,
+        inputs_MH: Tensor | None = None,
+    ) -> None:
         """Append one layer.
 
         Args:
             rows_RNH: its bundle rows, each (N, H), already in placement order, in any float dtype.
             biases: bias of each row that has one, in placement order; the last row's is the output's.
             permutation_N: the model's own index of the neuron at each place.
+            inputs_MH: some of its inputs, which its predictor is fitted to if the header has a rank.
         """
         N, H, S = self.header.neurons, self.header.hidden, self.header.rows - 1
         bundles = pack_bundles(rows_RNH, self.header.encoding)
@@ -112,6 +107,11 @@ class SidecarWriter:
         vectors = Vectors(np.stack(bias_SN), down_bias_H, np.stack(scales), np.stack(errors))
         self._write(np.frombuffer(vectors.pack(), np.uint8))
         self._write(permutation_N.astype("<i4"))
+        if self.header.rank:
+            assert inputs_MH is not None
+            bias_N = torch.from_numpy(bias_SN[0]).float()
+            predictor = Predictor.fit(inputs_MH, stored_NRH[:, 0], bias_N, self.header.rank)
+            self._write(np.frombuffer(predictor.pack(), np.uint8))
 
     def _write(self, array: Array) -> None:
         """Append one section, padded to a block."""
@@ -187,6 +187,12 @@ class Sidecar:
         """int32, shape (N,): the model's own index of the neuron at each place."""
         offset, _ = self.section(layer, "permutation")
         return np.fromfile(self.path, "<i4", self.header.neurons, offset=offset)
+
+    def predictor(self, layer: int) -> Predictor:
+        """What predicts the active neurons of a layer, where the header has a rank."""
+        header, (offset, size) = self.header, self.section(layer, "predictor")
+        data = np.fromfile(self.path, np.uint8, size, offset=offset)
+        return Predictor.unpack(data.tobytes(), header.rank, header.neurons, header.hidden)
 
     def bundles(self, layer: int) -> Tensor:
         """The bundles of a layer as they are stored: uint8, shape (N, bytes of a bundle)."""

@@ -18,6 +18,8 @@ CachePolicy = Literal["linked", "s3fifo", "lru"]
 IOEngine = Literal["auto", "aio", "threads"]
 Strategy = Literal["auto", "dense", "sparse"]
 
+RECALLS = (0.8, 0.999)  # for which predictors know how sure to be
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -106,6 +108,8 @@ class ReorderConfig:
         hot_share: this share of all neurons, those that are active most often in any MLP, come first, out of
             the linking, and are pinned in memory as far as the budget reaches; best about the share that
             you will have memory for, and 0 pins none.
+        predictor: rank of the low-rank predictors of ReLU models (`RippleConfig.recall`), as a share of the
+            hidden size; 0 makes none.
         bundles: how the sidecar stores weights; "same" as the checkpoint. "int8" and "int4" round them, with
             a scale for each 32 weights: shorter reads, other results.
         workers: layers placed at once.
@@ -120,6 +124,7 @@ class ReorderConfig:
     partners: int = 32
     two_opt: bool = True
     hot_share: float = 0.1
+    predictor: float = 0.125
     bundles: BundleDtype = "same"
     workers: int = 2
     seed: int = 0
@@ -130,6 +135,7 @@ class ReorderConfig:
         _check_choice(self.bundles, "bundles", get_args(BundleDtype))
         _check_share(self.active_share, "active_share")
         _check_share(self.hot_share, "hot_share", zero=True)
+        _check_share(self.predictor, "predictor", zero=True)
         for name in ("tokens", "sequence_length", "partners", "workers"):
             _check_count(getattr(self, name), name)
 
@@ -159,6 +165,10 @@ class RippleConfig(QuantizationConfigMixin):
             the model holds (embeddings, attention, KV cache) is not part of it.
         keep: share of each layer's neurons computed per token, those with the largest estimated contribution.
             1.0 is exact: a ReLU model then reads only its active neurons, others read all of them.
+        recall: share of a ReLU model's active neurons to find. 1.0 is exact: an int8 sketch, a quarter of the
+            float32 weights that select, rules out what cannot be active. Below, low-rank predictors, an
+            eighth of that and faster, leave out about 1 - `recall` of them, mostly the least active; how
+            many follows the calibration text.
         adjacency: with `keep` below 1, the share of a neuron's estimated contribution that is the mean of
             its pair, two neighbours on the drive: fewer, longer reads for a little quality. 0 looks at each,
             and where no neurons are selected it does nothing.
@@ -179,6 +189,7 @@ class RippleConfig(QuantizationConfigMixin):
     quant_method: str = "ripple"  # the key of transformers' registry
     dram_budget: int | str = "50%"
     keep: float = 1.0
+    recall: float = 1.0
     adjacency: float = 0.0
     strategy: Strategy = "auto"
     merge_gap: int | str = "auto"
@@ -197,6 +208,14 @@ class RippleConfig(QuantizationConfigMixin):
         if self.merge_gap not in (0, "auto"):
             parse_size(self.merge_gap, "merge_gap")
         _check_share(self.keep, "keep")
+        if self.recall != 1 and not (
+            isinstance(self.recall, float) and RECALLS[0] <= self.recall <= RECALLS[1]
+        ):
+            raise ValueError(
+                f"`recall` should be 1 or between {RECALLS[0]} and {RECALLS[1]}, got {self.recall!r}."
+            )
+        if self.recall < 1 and self.keep < 1:
+            raise ValueError("`recall` and `keep` should not both be below 1: each says what to leave out.")
         _check_share(self.adjacency, "adjacency", zero=True)
         _check_count(self.queue_depth, "queue_depth")
         _check_choice(self.strategy, "strategy", get_args(Strategy))

@@ -94,6 +94,9 @@ class Engine:
             self._vectors = [self._read_vectors(layer) for layer in range(header.layers)]
             self._biased = [bool(vectors.bias.any()) for vectors in self._vectors]
             self._sketches = [self._read_sketch(layer) for layer in range(self.allocation.sketch_layers)]
+            held = range(header.layers if self.allocation.rank else 0)
+            self._predictors = [sidecar.predictor(layer) for layer in held]
+            self._slack = [predictor.slack(config.recall) for predictor in self._predictors]
         self.report.reset()
 
     def _decide(self, pace: Pace, block: int) -> bool:
@@ -152,12 +155,15 @@ class Engine:
 
     def _scores(self, layer: int, x_TH: Tensor, activation: nn.Module) -> Tensor:
         """What neurons are selected by, (T, N): estimated contributions, or bounds of a ReLU's input."""
+        vectors = self._vectors[layer]
+        if self._predictors:
+            likely_TN = self._predictors[layer].estimate(x_TH.float().cpu())
+            return likely_TN.add_(torch.from_numpy(vectors.bias[0]) + self._slack[layer])
         inputs = IntegerInputs.of(x_TH.float().cpu())
         estimates = self._estimate(layer, inputs)
         if self.config.keep < 1:
             score_TN = contributions(estimates, activation)
             return shared_by_neighbours(score_TN, self.config.adjacency, self.header.hot[layer])
-        vectors = self._vectors[layer]
         error_N, scale_N = torch.from_numpy(vectors.error[0]), torch.from_numpy(vectors.scale[0])
         return margins(estimates[0], error_N, scale_N, inputs)
 
@@ -244,7 +250,9 @@ class Engine:
         if count == self.header.neurons:
             self._fetcher.read_ahead(following, np.arange(count))
         elif (
-            self.config.prefetch and len(x_TH) == 1 and layer < following < len(self._sketches)
+            self.config.prefetch
+            and len(x_TH) == 1
+            and layer < following < max(len(self._sketches), len(self._predictors))
         ):  # the next token's first MLP cannot be foreseen
             score_N = self._scores(following, x_TH, activation)[0]
             best = score_N.topk(count).indices.numpy()
@@ -274,8 +282,9 @@ def measure_pace(
     x_1H, index = torch.ones(1, H, dtype=dtype), torch.arange(rows)
     stored = buffers[0].bytes[: rows * width].view(rows, width)
     gathered = buffers[1].bytes[: rows * width].view(rows, width)
-    sketched = allocation.buffer // H
-    integers = buffers[2].bytes[: H * sketched].view(torch.int8).view(sketched, H)
+    width_K = allocation.rank or H
+    sketched = allocation.buffer // width_K
+    integers = buffers[2].bytes[: width_K * sketched].view(torch.int8).view(sketched, width_K)
     estimates = torch.empty(1, sketched)
 
     def compute() -> Tensor:
@@ -283,12 +292,12 @@ def measure_pace(
         return sum((F.linear(x_1H, weight_UH) for weight_UH in selecting), torch.zeros(())) @ down_UH
 
     def select() -> None:
-        IntegerInputs.of(x_1H.float()).products(integers, estimates)
+        IntegerInputs.of(x_1H[:, :width_K].float()).products(integers, estimates)
 
     return Pace(
         compute=_seconds(compute) / rows,
         gather=_seconds(lambda: torch.index_select(stored, 0, index, out=gathered)) / rows,
-        select=_seconds(select) / sketched * (header.rows - 1) * header.neurons,
+        select=_seconds(select) / sketched * (1 if allocation.rank else header.rows - 1) * header.neurons,
     )
 
 

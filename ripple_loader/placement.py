@@ -219,6 +219,7 @@ class Plan:
         hot: how many of its first places hold neurons that stay in memory.
         exact_zeros: whether inactive neurons are exactly zero.
         bundles: how the sidecar stores weights, see `ReorderConfig`.
+        rank: of the predictors, 0 for none.
         profile: placement, tokens, share of neurons active, share of them hot, and reads per token and MLP in
             the model's own order and in this one, without the hot neurons, counted on tokens that did not
             shape it; "uses", for each MLP: see `grouped_uses`.
@@ -228,4 +229,5 @@ class Plan:
     hot: list[int]
     exact_zeros: bool
     bundles: str
+    rank: int
     profile: dict[str, Any]

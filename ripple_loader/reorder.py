@@ -23,6 +23,7 @@ from ripple_loader.placement import (
     hot_neurons,
     place,
 )
+from ripple_loader.predictor import rank_of
 from ripple_loader.sidecar import SIDECAR
 from ripple_loader.source import SourceModel, open_source
 from ripple_loader.trace import Trace, count_uses, cut_sequences, trace_description, trace_source
@@ -64,7 +65,7 @@ def reorder(
     config, out = config or ReorderConfig(), Path(out_dir)
     check_new(out)
     source = open_reorderable(Path(model_dir))
-    check_space(out, sum(output_bytes(source, config.bundles)))
+    check_space(out, sum(output_bytes(source, config.bundles, _rank(source, config))))
     if (trace is None) == (calibration is None):
         got = "none" if trace is None else "both"
         raise ValueError(f"one of `calibration` and `trace` should be given, got {got}.")
@@ -81,8 +82,8 @@ def reorder(
             file=sys.stderr,
         )
         orders = [hashlib.sha256(order.tobytes()).hexdigest() for order in plan.orders]
-        key = [found.description, config.bundles, plan.hot, orders]
-        write_copy(source, plan, work.stage(Workspace.OUTPUT, key))
+        key = [found.description, config.bundles, plan.hot, plan.rank, orders]
+        write_copy(source, plan, found, work.stage(Workspace.OUTPUT, key))
     return plan
 
 
@@ -92,6 +93,11 @@ def open_reorderable(directory: Path) -> SourceModel:
     if (directory / SIDECAR).exists():
         raise ValueError(f"{directory} is reordered already: give the original model's directory.")
     return source
+
+
+def _rank(source: SourceModel, config: ReorderConfig) -> int:
+    """Of the predictors, which only a model with exact zeros has."""
+    return rank_of(source.hidden, config.predictor) if source.exact_zeros else 0
 
 
 def trace_of(source: SourceModel, directory: Path) -> Trace:
@@ -143,6 +149,7 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
         hot=[one.hot for one in placed],
         exact_zeros=trace.exact_zeros,
         bundles=config.bundles,
+        rank=_rank(source, config),
         profile={
             "placement": config.placement,
             "tokens": trace.description["tokens"],

@@ -13,7 +13,7 @@ class RippleReport:
         directory: where the neurons are streamed from.
         layers, neurons: layers with streamed MLPs, neurons in each MLP (or expert).
         budget: the DRAM budget in bytes.
-        resident: bytes held by kind: buffers, vectors, sketch, index, cache.
+        resident: bytes held by kind: buffers, vectors, predictors, sketch, index, cache.
         cache_slots: neurons that fit into the cache of each MLP.
         pinned: hot neurons that stay in the cache, over all MLPs.
         fallbacks: what was done otherwise than asked, and why.

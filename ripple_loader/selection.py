@@ -1,4 +1,4 @@
-"""Which neurons a token needs, decided from the int8 sketch before anything is read.
+"""Which neurons a token needs, decided from int8 weights in memory before anything is read.
 
 Dimension key: T tokens, N neurons, H hidden, S sketched rows a neuron (gate and up, or fc1).
 """
@@ -6,13 +6,16 @@ Dimension key: T tokens, N neurons, H hidden, S sketched rows a neuron (gate and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from ripple_loader.access import Places
 
+Array = npt.NDArray[Any]
 _ROUNDING = 1e-5
 _FEW_TOKENS = 4
 _FLOATS_AT_ONCE = 1 << 16
@@ -87,6 +90,20 @@ class IntegerInputs:
         rows = max(1, _FLOATS_AT_ONCE // sketch_RH.shape[1])
         for rows_RH, found_TR in zip(sketch_RH.split(rows), out_TR.split(rows, 1), strict=True):
             torch.mm(y_TH, rows_RH.T.float(), out=found_TR)
+
+
+def sketch_rows(weight_NH: Tensor) -> tuple[Array, Array, Array]:
+    """Round each row to int8 with one scale.
+
+    Returns:
+        The rounded rows (int8, NH), the value of a step (float32, N), and the norm of the rounding error
+        (float32, N), by which |w.x - sketch.x| <= error |x| (Cauchy-Schwarz).
+    """
+    weight_NH = weight_NH.float()
+    scale_N = weight_NH.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    rounded_NH = (weight_NH / scale_N[:, None]).round()
+    error_N = (weight_NH - rounded_NH * scale_N[:, None]).norm(dim=1)
+    return rounded_NH.to(torch.int8).numpy(), scale_N.numpy(), error_N.numpy()
 
 
 def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, inputs: IntegerInputs) -> Tensor:

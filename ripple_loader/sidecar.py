@@ -8,6 +8,7 @@ weights. Its sections are byte tensors that start and end on a 4096-byte boundar
     layers.I.sketch       int8 copy of the rows that select: gate and up, or fc1
     layers.I.vectors      float32 biases and sketch scales, see `Vectors`
     layers.I.permutation  int32: the model's own index of the neuron at each place
+    layers.I.predictor    of ReLU models: predicts their active neurons, see `predictor.Predictor`
     checksums             uint32: CRC-32 of the container's header, then of each MiB of the sections before
 
 I counts the streamed MLPs: the layers, or, in a mixture of experts, the experts of the first layer that has
@@ -28,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ripple_loader.encoding import ENCODINGS, Encoding
+from ripple_loader.predictor import Predictor
 
 SIDECAR = "neurons.ripple"
-VERSION = 3
+VERSION = 4
 BLOCK = 4096
 CHECKSUM_CHUNK = 1 << 20
 
@@ -57,6 +59,7 @@ class SidecarHeader:
         checkpoint: fingerprint of the weight files beside the sidecar.
         files: SHA-256 of each of these weight files.
         base: SHA-256 of each weight file of the model that was reordered.
+        rank: of the predictors; 0 where there are none.
         profile: how the order was found: placement, calibration tokens, activity, expected reads.
         version: of this format.
     """
@@ -73,6 +76,7 @@ class SidecarHeader:
     files: dict[str, str]
     base: dict[str, str]
     experts: int | None = None
+    rank: int = 0
     profile: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
@@ -80,6 +84,8 @@ class SidecarHeader:
         for name in ("layers", "neurons", "hidden"):
             if type(getattr(self, name)) is not int or not 0 < getattr(self, name) < 1 << 31:
                 raise ValueError(f"`{name}` should be a positive int32, got {getattr(self, name)!r}")
+        if type(self.rank) is not int or not 0 <= self.rank <= self.hidden:
+            raise ValueError(f"`rank` should be at most {self.hidden}, got {self.rank!r}")
         if self.rows not in (2, 3):
             raise ValueError(f"`rows` should be 2 or 3, got {self.rows!r}")
         if self.dtype not in ENCODINGS:
@@ -110,12 +116,14 @@ class SidecarHeader:
 
     def section_bytes(self) -> dict[str, int]:
         """Unpadded size of each section of one layer, in file order."""
-        return {
+        sizes = {
             "bundles": self.neurons * self.bundle_bytes,
             "sketch": (self.rows - 1) * self.neurons * self.hidden,
             "vectors": 4 * Vectors.size(self.rows, self.neurons, self.hidden),
             "permutation": 4 * self.neurons,
+            "predictor": Predictor.size(self.rank, self.neurons, self.hidden),
         }
+        return {kind: size for kind, size in sizes.items() if size}
 
     def layout(self) -> Layout:
         """Where everything lies in the file."""

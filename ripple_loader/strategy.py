@@ -1,7 +1,7 @@
 """Whether selecting neurons pays on this drive and processor, or reading all of them in order is cheaper.
 
-Selecting costs memory (sketches, which the cache lacks then), time before any read can start, and short
-reads. Both ways are priced for a layer and a token with `drive.DriveModel` and the processor's
+Selecting costs memory (sketches or predictors, which the cache lacks then), time before any read can start,
+and short reads. Both ways are priced for a layer and a token with `drive.DriveModel` and the processor's
 `fetching.Pace`; reads and computing overlap, so that the longer of the two counts. Decided once, when the
 model is loaded: which neurons a token gets must not depend on how fast the drive was a moment ago.
 """
@@ -82,7 +82,7 @@ def expect(
         )
         reading = float(model.seconds(len(plan.offsets), plan.size))
     sketch = header.section_bytes()["sketch"]
-    unread = 1 - sparse.sketch_layers / header.layers
+    unread = 0.0 if sparse.rank else 1 - sparse.sketch_layers / header.layers
     selecting = max(pace.select, unread * float(model.seconds(np.ceil(sketch / LONGEST_READ), sketch)))
     some = max(reading, count * (pace.compute + pace.gather)) + selecting
     return Expected(dense=everything, sparse=some, share=share)

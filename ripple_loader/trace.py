@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ripple_loader.streaming import Backend
 
 _COUNTED_AT_ONCE = 1024
+_SAMPLED_EVERY = 4  # tokens, of which inputs are kept for predictors
 BitSets = npt.NDArray[np.uint8]
 """Active sets of one MLP: shape (tokens, ceil(N / 8)), as `numpy.packbits` packs them."""
 
@@ -143,11 +144,28 @@ class Trace:
 
     def sets(self, layer: int) -> BitSets:
         """The active sets of one MLP, for the tokens that reached it."""
+        return np.concatenate(self._tensors(str(layer)))
+
+    def inputs(self, layer: int) -> Tensor:
+        """Some of the inputs of one MLP, float32, shape (M, H), where zeros are exact.
+
+        Raises:
+            ValueError: the trace is of an earlier version, which kept none.
+        """
+        if not self.description.get("inputs"):
+            raise ValueError(
+                f"{self.directory} should hold inputs of the MLPs, which predictors are fitted to: trace the "
+                "model again, or reorder with `predictor` 0."
+            )
+        return torch.from_numpy(np.concatenate(self._tensors(f"{layer}.inputs")))
+
+    def _tensors(self, name: str) -> list[npt.NDArray[Any]]:
+        """A tensor of each sequence."""
         parts = []
         for file in self._files:
             with safe_open(file, "np") as stored:
-                parts.append(stored.get_tensor(str(layer)))
-        return np.concatenate(parts)
+                parts.append(stored.get_tensor(name))
+        return parts
 
 
 def trace_description(source: SourceModel, sequences: list[Tensor], config: ReorderConfig) -> dict[str, Any]:
@@ -160,6 +178,7 @@ def trace_description(source: SourceModel, sequences: list[Tensor], config: Reor
         "mlps": source.layers,
         "neurons": source.neurons,
         "exact_zeros": source.exact_zeros,
+        "inputs": source.exact_zeros,
         "active": config.active,
         "active_share": config.active_share,
         "sequences": len(sequences),
@@ -234,7 +253,7 @@ class Tracer:
 
     def __init__(self, source: SourceModel, config: ReorderConfig) -> None:
         self.source, self.config = source, config
-        self._found: dict[int, BitSets] = {}
+        self._found: dict[str, npt.NDArray[Any]] = {}
 
     def __deepcopy__(self, memo: Any) -> Tracer:
         return self  # transformers copies the config that brings the tracer to the model
@@ -251,7 +270,9 @@ class Tracer:
         mask_TN = active_mask(
             a_TN, self.config.active, self.config.active_share, exact_zeros=self.source.exact_zeros
         )
-        self._found[layer] = np.packbits(mask_TN.cpu().numpy(), axis=1)
+        self._found[str(layer)] = np.packbits(mask_TN.cpu().numpy(), axis=1)
+        if self.source.exact_zeros:
+            self._found[f"{layer}.inputs"] = x_TH[::_SAMPLED_EVERY].float().cpu().numpy()
         down_NH, bias_H = self._part(layer, down, x_TH)
         return F.linear(a_TN, down_NH.T, bias_H)
 
@@ -260,11 +281,14 @@ class Tracer:
         assert weight is not None
         return weight.to(like), None if bias is None else bias.to(like)
 
-    def take(self) -> dict[str, BitSets]:
-        """The active sets since the last call by number of the MLP; empty where no token reached it."""
+    def take(self) -> dict[str, npt.NDArray[Any]]:
+        """The active sets since the last call by number of the MLP, and inputs; empty where no token came."""
         found, self._found = self._found, {}
-        nothing = np.empty((0, -(-self.source.neurons // 8)), np.uint8)
-        return {str(layer): found.get(layer, nothing) for layer in range(self.source.layers)}
+        for layer in range(self.source.layers):
+            found.setdefault(str(layer), np.empty((0, -(-self.source.neurons // 8)), np.uint8))
+            if self.source.exact_zeros:
+                found.setdefault(f"{layer}.inputs", np.empty((0, self.source.hidden), np.float32))
+        return found
 
 
 @register_quantization_config("ripple_trace")

@@ -23,19 +23,26 @@ from ripple_loader.encoding import ENCODINGS, Encoding, rounding_error
 from ripple_loader.placement import Order, Plan
 from ripple_loader.sidecar import SIDECAR, SidecarHeader
 from ripple_loader.source import SourceModel
+from ripple_loader.trace import Trace
 
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ripple"}
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "I4"}
 _SAMPLED_MLPS = 8
 
 
-def write_copy(source: SourceModel, plan: Plan, out: Path) -> None:
+def write_copy(source: SourceModel, plan: Plan, trace: Trace, out: Path) -> None:
     """Write into `out`, going on with what it holds; memory is about six copies of one MLP.
+
+    Args:
+        source: the model.
+        plan: its orders.
+        trace: what they were made from; predictors are fitted to its inputs.
+        out: a directory.
 
     Raises:
         OSError: not enough disk space.
     """
-    shards, sidecar = output_bytes(source, plan.bundles)
+    shards, sidecar = output_bytes(source, plan.bundles, plan.rank)
     for path in out.glob(LEFTOVERS):
         path.unlink()
     written = sum(path.stat().st_size for path in out.iterdir())
@@ -52,14 +59,15 @@ def write_copy(source: SourceModel, plan: Plan, out: Path) -> None:
         header = _sidecar_header(source, plan, checkpoint=checkpoint, files=files, base=base)
         with whole_file(out / SIDECAR) as partial, SidecarWriter(partial, header) as writer:
             for layer, order in enumerate(plan.orders):
-                writer.write_layer(*_bundle_parts(source, layer, order), order)
+                inputs = trace.inputs(layer) if plan.rank else None
+                writer.write_layer(*_bundle_parts(source, layer, order), order, inputs)
                 bar.update(sidecar // source.layers)
 
 
-def output_bytes(source: SourceModel, bundles: str) -> tuple[int, int]:
+def output_bytes(source: SourceModel, bundles: str, rank: int) -> tuple[int, int]:
     """Bytes of the weight files and of the sidecar, up to what the profile adds to its header."""
     base = {shard.path.name: "0" * 64 for shard in source.shards}
-    plan = Plan(orders=[], hot=[0] * source.layers, exact_zeros=False, bundles=bundles, profile={})
+    plan = Plan(orders=[], hot=[0] * source.layers, exact_zeros=False, bundles=bundles, rank=rank, profile={})
     header = _sidecar_header(source, plan, checkpoint="0" * 64, files=base, base=base)
     return sum(shard.path.stat().st_size for shard in source.shards), header.layout().file_bytes
 
@@ -86,6 +94,7 @@ def _sidecar_header(
         dtype=dtype,
         exact_zeros=plan.exact_zeros,
         hot=plan.hot,
+        rank=plan.rank,
         checkpoint=checkpoint,
         files=files,
         base=base,

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from ripple_loader.bundles import Sidecar, SidecarWriter, pack_bundles, sketch_rows, unpack_bundles
+from ripple_loader.bundles import Sidecar, SidecarWriter, pack_bundles, unpack_bundles
 from ripple_loader.encoding import DTYPES, ENCODINGS
+from ripple_loader.selection import sketch_rows
 from ripple_loader.sidecar import BLOCK, SIDECAR, SidecarHeader, Vectors
 
 from .conftest import load
