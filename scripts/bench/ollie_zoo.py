@@ -28,7 +28,11 @@ BACKENDS = ("inductor", "ollie")
 
 @contextlib.contextmanager
 def cold() -> Iterator[None]:
-    """No cache answers: Inductor's and OLLIE's lie in a folder of their own."""
+    """No cache answers: Inductor's and OLLIE's lie in a folder of their own, and what it holds in memory goes,
+    such as the kernels that another backend has had built."""
+    from torch._inductor.utils import clear_caches
+
+    clear_caches()
     with tempfile.TemporaryDirectory() as folder:
         names = ("TORCHINDUCTOR_CACHE_DIR", "OLLIE_CACHE_DIR")
         before = {name: os.environ.get(name) for name in names}

@@ -88,9 +88,11 @@ def serve(name: str, folder: Path, memory: int) -> None:
     """Load one contender under the limit; decode some tokens for each line of stdin, and tell of them."""
     torch.set_num_threads(1)
     warm_up()
-    if name in PEERS[1:]:
-        importlib.import_module("airllm" if name == "airllm" else "llama_cpp")
-    with limited_memory(memory), contextlib.redirect_stdout(sys.stderr):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # stdout is for the answers
+        if name in PEERS[1:]:
+            importlib.import_module("airllm" if name == "airllm" else "llama_cpp")
+        stack.enter_context(limited_memory(memory))
         decode, model = load(name, folder, memory)
         report = model.ripple_report if model else None
         for line in sys.stdin:
