@@ -15,7 +15,7 @@ import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached ca
 from ollie_compile import freezing, gate
 from ollie_compile import plan as plans
 from ollie_compile.config import OllieConfig, mode_options
-from ollie_compile.passes import DerivationPass, operator_count
+from ollie_compile.passes import DerivationPass
 from ollie_compile.report import Report
 
 
@@ -50,7 +50,7 @@ def compile_with(
     from torch._inductor import config as inductor_config
 
     config, inductor = OllieConfig.with_inductor(options)
-    config = config.budgeted(operator_count(gm.graph), mode)
+    config = config.for_mode(mode)
     inductor = mode_options(mode) | inductor
     config = replace(config, freeze=config.freeze or inductor_config.freezing)
     if config.freeze and torch.is_grad_enabled():
@@ -74,8 +74,8 @@ def _fastest(
 ) -> Any:
     reports = iter([report])  # of the first of several compilations
 
-    def rewritten(graph: fx.GraphModule, more: dict[str, Any]) -> Any:
-        return build(graph, patches(config, inductor | more, next(reports, Report())))
+    def rewritten(graph: fx.GraphModule, more: dict[str, Any], config: OllieConfig, changed: bool) -> Any:
+        return build(graph, patches(config, inductor | more, next(reports, Report()), changed=changed))
 
     def original(graph: fx.GraphModule, more: dict[str, Any]) -> Any:
         return build(graph, inductor | more | {"freezing": config.freeze})
@@ -98,13 +98,15 @@ def _unfrozen(config: OllieConfig, report: Report, why: str) -> OllieConfig:
     return replace(config, freeze=False)
 
 
-def patches(config: OllieConfig, inductor: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Inductor's options with the pass behind the user's own."""
+def patches(
+    config: OllieConfig, inductor: dict[str, Any], report: Report, *, changed: bool = False
+) -> dict[str, Any]:
+    """Inductor's options with the pass behind the user's own; `changed` as in `DerivationPass`."""
     from torch._inductor import config as inductor_config
 
     before = inductor.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
     before = before if isinstance(before, (list, tuple)) else (before,)
-    derivation = DerivationPass(config, report, before)
+    derivation = DerivationPass(config, report, before, changed=changed)
     return inductor | {"joint_custom_pre_pass": derivation, "freezing": config.freeze}
 
 

@@ -25,21 +25,39 @@ from ollie_compile.verify import check_derivation, check_notation
 
 logger = logging.getLogger(__name__)
 
+ORIGINAL_S, TIMED = 0.05, 0.2  # seconds in which an original is timed, and of the time for preparing at most
 SEARCHED, BOUNDED = 0.5, 0.8  # shares of the time for preparing after which no search, no bound begins
 MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
 MAX_BOUNDED = 24  # candidates of one operator whose cost is bounded, those with the least work first
+KERNELS_S = 1.0  # what it takes to build the kernels of a bilinear form
 CALLED = 2  # times the programs to be compiled are timed as they are called
 HALF_SLACK = 2.0  # times the rounding of the original that a candidate may have above the tolerance
 NO_FASTER = "measured no faster than the original"
 LATER = "cheaper candidates came first"
 
 
+def time_original(made: Plan, stop: float) -> None:
+    """Time the operator as torch calls it; what it takes is what can be gained at most."""
+    left = stop - time.perf_counter()
+    if left <= 0:
+        made.reason = OUT_OF_TIME
+        return
+    layouts = _layouts(made.operator)
+    made.original_s = min(
+        cost.median_seconds(
+            functools.partial(same.reference, *same.example_inputs()),
+            budget_s=min(ORIGINAL_S, TIMED * left / len(layouts)),
+        )
+        for same in layouts
+    )
+
+
 def prepare(made: Plan, config: OllieConfig, stop: float) -> None:
     """Search, bound every candidate and time the first of them as they are called."""
     operator = made.operator
     start = time.perf_counter()
-    if stop <= start:
-        made.reason = OUT_OF_TIME
+    if made.reason or stop <= start:
+        made.reason = made.reason or OUT_OF_TIME
         return
     if config.verify and isinstance(operator, Subprogram) and operator.declared:
         wrong = check_notation(operator)
@@ -54,10 +72,6 @@ def prepare(made: Plan, config: OllieConfig, stop: float) -> None:
         workers=config.workers,
     )
     made.stats = found.stats
-    made.original_s = min(
-        cost.median_seconds(functools.partial(same.reference, *same.example_inputs()), budget_s=0.05)
-        for same in _layouts(operator)
-    )
     made.candidates = [
         Candidate(program, derivation)
         for derivation in found.derivations
@@ -125,14 +139,17 @@ def _left(made: Plan) -> list[Candidate]:
 
 
 def _by_family(candidates: list[Candidate]) -> Iterator[Candidate]:
-    """The candidates in turn from bilinear forms, products and convolutions: bounds of one kind compare."""
+    """The candidates in turn from products, convolutions and bilinear forms: bounds of one kind compare.
+
+    Those whose kernels are to be built before they can be timed come last.
+    """
     families: dict[tuple[bool, bool], list[Candidate]] = {}
     for candidate in candidates:
         program = candidate.program
         families.setdefault((bool(program.scope.constants()), program.layout in CONVOLVED), []).append(
             candidate
         )
-    rows = itertools.zip_longest(*families.values())
+    rows = itertools.zip_longest(*sorted(families.values(), key=lambda row: row[0].program.kernels == "cpp"))
     return (candidate for row in rows for candidate in row if candidate is not None)
 
 
@@ -149,18 +166,22 @@ def _call(made: Plan, config: OllieConfig, stop: float) -> None:
     """Time a few candidates as they are called, without a compiler; the others are rejected."""
     _with_kernels(made)
     operator = made.operator
-    slowest, timed = 0.0, 0
+    timed = 0
+    slowest: dict[str, float] = {"cpp": KERNELS_S}
     for candidate in _by_family(_left(made)):
         start = time.perf_counter()
+        kernels = candidate.program.kernels
         if timed >= CALLED * config.candidates:
             candidate.rejected = LATER
-        elif start + slowest > stop:
+        elif start + slowest.get(kernels, 0.0) > stop:
             candidate.rejected = OUT_OF_TIME
         else:
             timed += 1
             call = tune.called(*_function(operator, candidate, config))
+            candidate.operators = call.operators
             candidate.measured_s = cost.median_seconds(call)
-            slowest = max(slowest, time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            slowest[kernels] = max(slowest.get(kernels, 0.0), taken)
 
 
 def _layouts(operator: Operator) -> list[Operator]:
@@ -189,15 +210,22 @@ def _function(
 
 
 def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> None:
-    """Compile what may beat what is known, then measure it, the best call and the original in turn."""
+    """Compile what may beat what is known, then measure it, the best call and the original in turn.
+
+    What could not be compiled in all its places before `stop` is left out.
+    """
     operator = made.operator
     assert made.original_s is not None
     bar = made.original_s * (1 - config.margin)
-    calls, timed = [], []
+    calls: list[tune.Call] = []
+    timed: list[Candidate] = []
+    if not _is_called(operator):
+        stop -= tune.pace.seconds(0)  # the original is compiled too
     for candidate in sorted(_left(made), key=lambda candidate: candidate.measured_s or math.inf):
         if (candidate.measured_s or math.inf) > bar:
             break
-        if checks.passes(candidate):
+        candidate.compile_s = tune.pace.seconds(candidate.operators)
+        if _fits(made, candidate, stop) and checks.passes(candidate):
             calls.append(tune.called(*_function(operator, candidate, config)))
             timed.append(candidate)
             bar = candidate.measured_s or bar
@@ -205,17 +233,17 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
     best = timed[0] if timed else None
     hopeful = [c for c in _left(made) if c.bound_s < bar and c.program.kernels != "cpp"]
     hopeful.sort(key=lambda candidate: candidate.bound_s * (candidate.measured_s or math.inf))
-    slowest, compiled = 0.0, 0
+    compiled = 0
     for candidate in hopeful:
-        start = time.perf_counter()
         if compiled == config.candidates:
             break
-        if start + slowest > stop:
-            if candidate is not best:
-                candidate.rejected = OUT_OF_TIME
+        candidate.compile_s = tune.pace.seconds(candidate.operators)
+        if candidate is best:
+            if time.perf_counter() + (1 + made.places) * candidate.compile_s > stop:
+                continue
+        elif not _fits(made, candidate, stop - candidate.compile_s) or not checks.passes(candidate):
             continue
-        if candidate is not best and not checks.passes(candidate):
-            continue
+        start = time.perf_counter()
         try:
             call = tune.compiled(*_function(operator, candidate, config))
         except Exception as error:  # whatever a code generator raises: the original still stands
@@ -223,27 +251,40 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
             logger.warning("ollie: %s: %s did not compile: %s", operator, candidate.program, error)
             continue
         compiled += 1
-        slowest = max(slowest, time.perf_counter() - start)
+        candidate.compile_s = time.perf_counter() - start
+        tune.pace.took(candidate.compile_s, candidate.operators)
         if candidate is best:
             calls[0] = call
         else:
             calls.append(call)
             timed.append(candidate)
-    if timed:
-        _compare(made, config, calls, timed, stop)
+    fitting = [place for place, candidate in enumerate(timed) if _fits(made, candidate, stop)]
+    if fitting:
+        _compare(made, config, [calls[place] for place in fitting], [timed[place] for place in fitting], stop)
     for candidate in _left(made):
         if candidate is not made.winner:
             candidate.rejected = NO_FASTER if candidate.measured_s else LATER
-    if not timed and not made.cut:
+    if not fitting and not made.cut:
         made.reason = "the original measured fastest" if made.candidates else "no candidate is left"
+
+
+def _fits(made: Plan, candidate: Candidate, stop: float) -> bool:
+    """Whether a candidate can be compiled in all places of its operator; otherwise it is rejected."""
+    if time.perf_counter() + made.places * candidate.compile_s > stop:
+        candidate.rejected = OUT_OF_TIME
+    return candidate.rejected is None
+
+
+def _is_called(operator: Operator) -> bool:
+    """Whether Inductor leaves an operator as it is: a call of the library."""
+    return isinstance(operator, Convolution | Gradient)
 
 
 def _compare(
     made: Plan, config: OllieConfig, calls: list[tune.Call], timed: list[Candidate], stop: float
 ) -> None:
     operator = made.operator
-    # A convolution is one call of the library, which Inductor leaves as it is.
-    build = tune.called if isinstance(operator, Convolution | Gradient) else tune.compiled
+    build = tune.called if _is_called(operator) else tune.compiled
     originals = [build(same.reference, same.example_inputs(), constant=()) for same in _layouts(operator)]
     times = tune.measure([*calls, *originals], stop)
     made.original_s = min(times[len(calls) :])
@@ -272,7 +313,10 @@ def _take_cheapest(made: Plan, config: OllieConfig, checks: _Checks) -> None:
         elif checks.passes(candidate):
             passed += 1
             if made.winner is None:
-                made.winner, made.reason = candidate, "lowest cost bound"
+                operators = tune.called(*_function(made.operator, candidate, config)).operators
+                candidate.compile_s = tune.pace.seconds(operators)
+                if _fits(made, candidate, checks.stop):
+                    made.winner, made.reason = candidate, "lowest cost bound"
             else:
                 candidate.rejected = "another candidate has a lower bound"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Self, get_origin
 
-# Of the default budget: what Inductor takes for a graph and for each of its operators, on one core.
-START_S, OPERATOR_S = 2.0, 0.05
+# What Inductor takes at least for a graph and for each of its operators where no cache answers, on one core.
+START_S, OPERATOR_S = 1.0, 0.02
 LONG_S = 60.0
 
 
@@ -21,8 +21,9 @@ class OllieConfig:
     Args:
         max_depth: explorative derivation steps; repairs of guided derivations do not count, and n products
             that are derived together may take n - 1 times as many.
-        budget_s: seconds of search and measurement for one compiled graph; 0 derives nothing. None is about
-            as long as Inductor takes for the graph, and a minute in the modes of max-autotune.
+        budget_s: seconds that one compiled graph may take beyond Inductor's own: of search, measurement, and
+            of compiling what is derived; 0 derives nothing. None is as long as Inductor takes for the graph,
+            and a minute in the modes of max-autotune.
         workers: processes that derive the candidates of one operator side by side; they pay where a search
             takes seconds, and more than 1 needs a system that forks processes.
         tune: "measure" compiles the best candidates and times them against the original on this device;
@@ -75,13 +76,21 @@ class OllieConfig:
             if not known or not valid(value):
                 raise ValueError(f"`{name}` must be {must}, got {value!r}.")
 
-    def budgeted(self, operators: int, mode: str | None = None) -> Self:
-        """Itself with a budget of seconds, for a graph of so many operators."""
+    def for_mode(self, mode: str | None) -> Self:
+        """Itself with the budget of a mode of torch.compile, where none is given and the mode has one."""
+        if self.budget_s is not None or mode is None or not mode.startswith("max-autotune"):
+            return self
+        return dataclasses.replace(self, budget_s=LONG_S)
+
+    def budgeted(self, operators: int, inductor_s: float = 0.0) -> Self:
+        """Itself with a budget of seconds, for a graph of so many operators.
+
+        Args:
+            inductor_s: what Inductor took for it, perhaps from its caches.
+        """
         if self.budget_s is not None:
             return self
-        long = mode is not None and mode.startswith("max-autotune")
-        seconds = LONG_S if long else START_S + OPERATOR_S * operators
-        return dataclasses.replace(self, budget_s=seconds)
+        return dataclasses.replace(self, budget_s=max(inductor_s, START_S + OPERATOR_S * operators))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:

@@ -29,6 +29,6 @@ def inductor_configs(
     from ollie_compile.backend import patches
 
     config, inductor = OllieConfig.with_inductor(options)
-    if mode is not None and mode.startswith("max-autotune"):
-        config = config.budgeted(0, mode)
-    return patches(config, mode_options(mode) | inductor, Report() if report is None else report)
+    return patches(
+        config.for_mode(mode), mode_options(mode) | inductor, Report() if report is None else report
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import time
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ollie_compile import store, tune
 from ollie_compile.config import OllieConfig
+from ollie_compile.passes import UnchangedError, operator_count
 from ollie_compile.report import Report
 from ollie_compile.rules import of_users
 
@@ -22,11 +24,12 @@ MEASURE_S = 5.0  # after which no more than the fewest rounds are timed
 REWRITTEN, INDUCTOR, EAGER = "rewritten", "Inductor", "eager"
 CONTIGUOUS = ", contiguous convolutions"
 LONG_S = 20.0  # a budget that pays for one compilation more
+AGAIN = 0.25  # of Inductor's time, what it takes for a graph most of whose kernels it has built before
 MARGIN = 0.03  # by which eager torch must be faster
 PLAIN = {"layout_optimization": False}
 
 Compiled = Callable[..., Any]
-Compiler = Callable[[fx.GraphModule, dict[str, Any]], Compiled]
+Compiler = Callable[..., Compiled]
 
 
 def fastest(
@@ -42,50 +45,67 @@ def fastest(
     fastest; with a long budget also with convolutions that Inductor does not make channels-last. The choice
     is kept on disk.
 
-    Graphs whose gradients are computed, and those of dynamic shapes, are rewritten without this comparison.
+    Inductor's own comes first: the time it takes is the default budget, and a graph in which nothing is
+    rewritten need not be compiled again. Graphs whose gradients are computed, and those of dynamic shapes,
+    are rewritten without this comparison.
 
     Args:
         inductor: options of Inductor, part of what the choice depends on.
-        rewritten, original: compile a graph with further options, with and without derived programs.
+        rewritten: compiles a graph with further options, a config with a budget of planning, and whether to
+            raise `UnchangedError` where nothing is rewritten.
+        original: compiles a graph with further options and without derived programs.
     """
 
-    def build(which: str, graph: fx.GraphModule) -> Compiled:
+    def build(which: str, graph: fx.GraphModule, config: OllieConfig, *, changed: bool = False) -> Compiled:
         if which == EAGER:
             return graph
-        compiler = rewritten if which.startswith(REWRITTEN) else original
-        return compiler(graph, PLAIN if which.endswith(CONTIGUOUS) else {})
+        more = PLAIN if which.endswith(CONTIGUOUS) else {}
+        return (
+            rewritten(graph, more, config, changed) if which.startswith(REWRITTEN) else original(graph, more)
+        )
 
     tensors = all(isinstance(value, Tensor) for value in inputs)
     fixed = tensors and all(type(size) is int for value in inputs for size in value.shape)
     if config.tune != "measure" or config.budget_s == 0 or torch.is_grad_enabled() or not fixed:
-        return build(REWRITTEN, gm)
+        return build(REWRITTEN, gm, config.budgeted(operator_count(gm.graph)))
     name = _name(gm, inputs, config, inductor)
     known = store.read(name) if name is not None else None
     if known is not None and known.get("chosen") in known.get("seconds", ()):
         _say(report, known["chosen"], known["seconds"])
-        return build(known["chosen"], gm)
+        return build(known["chosen"], gm, replace(config, budget_s=known.get("planning_s", config.budget_s)))
     spare = _copied(gm)
+    start = time.perf_counter()
+    first = build(INDUCTOR, _copied(spare), config)
+    inductor_s = time.perf_counter() - start
+    config = config.budgeted(operator_count(spare.graph), inductor_s)
+    assert config.budget_s is not None, "a budget that is not given is chosen by now"
+    convolved = any("conv" in str(node.target) for node in spare.graph.nodes)
+    contiguous = convolved and config.budget_s >= LONG_S
+    reserved_s = inductor_s * (AGAIN + contiguous)
+    config = replace(config, budget_s=max(0.0, config.budget_s - reserved_s))
     before = _counts(report)
-    built = {REWRITTEN: build(REWRITTEN, gm)}
+    built: dict[str, Compiled] = {}
+    with contextlib.suppress(UnchangedError):
+        built[REWRITTEN] = build(REWRITTEN, gm, config, changed=True)
     seen, lifted, replaced = (now - then for now, then in zip(_counts(report), before, strict=True))
-    if seen and not lifted:
-        return built[REWRITTEN]
+    if not lifted and (seen or REWRITTEN not in built):
+        return built.get(REWRITTEN, first)
+    last = next(iter(built.values()), first)
     try:
         built[EAGER] = _copied(spare)
-        if replaced or not seen:  # Inductor's cache has answered where the pass has seen nothing
-            built[INDUCTOR] = build(INDUCTOR, _copied(spare))
+        if replaced or REWRITTEN not in built or not seen:  # Inductor's cache may have answered
+            built[INDUCTOR] = first
         seconds = _measured(built, inputs)
-        convolved = any("conv" in str(node.target) for node in spare.graph.nodes)
-        if convolved and (config.budget_s or 0.0) >= LONG_S:
+        if contiguous:
             best = min(seconds.keys() - {EAGER}, key=seconds.__getitem__)
-            built[best + CONTIGUOUS] = build(best + CONTIGUOUS, spare)
+            built[best + CONTIGUOUS] = build(best + CONTIGUOUS, spare, config)
             seconds = _measured(built, inputs)
     except Exception as error:  # such as too little memory for all of them
         report.note(f"the whole graph was not compared: {str(error).partition(chr(10))[0]}")
-        return built[REWRITTEN]
+        return last
     chosen = min(seconds, key=lambda which: seconds[which] * (1 + MARGIN * (which == EAGER)))
     if name is not None:
-        store.write(name, {"chosen": chosen, "seconds": seconds})
+        store.write(name, {"chosen": chosen, "seconds": seconds, "planning_s": config.budget_s})
     _say(report, chosen, seconds)
     if not chosen.startswith(REWRITTEN):
         report.kept += replaced

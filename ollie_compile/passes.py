@@ -28,18 +28,30 @@ logger = logging.getLogger(__name__)
 _SOURCES = tuple(sorted(str(path) for path in Path(__file__).parent.rglob("*.py")))
 
 
+class UnchangedError(Exception):
+    """A graph that Inductor compiles for what is rewritten in it, and nothing is."""
+
+
 class DerivationPass(CustomGraphPass):
     """Replaces convolutions, subprograms of several products, and users' operators by their best programs.
 
     As Inductor's `joint_custom_pre_pass` it runs before constant folding in inference, and before the
-    partitioner in training, where convolutions and their gradients are all that it rewrites. `before` are
-    the user's own passes.
+    partitioner in training, where convolutions and their gradients are all that it rewrites.
+
+    Args:
+        before: the user's own passes.
+        changed: whether to stop the compilation with `UnchangedError` where nothing is rewritten.
     """
 
     def __init__(
-        self, config: OllieConfig, report: Report, before: Sequence[Callable[[fx.Graph], None]]
+        self,
+        config: OllieConfig,
+        report: Report,
+        before: Sequence[Callable[[fx.Graph], None]],
+        *,
+        changed: bool = False,
     ) -> None:
-        self.config, self.report, self.before = config, report, before
+        self.config, self.report, self.before, self.changed = config, report, before, changed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DerivationPass:
         """Itself: AOTInductor copies its options, and what was decided belongs into the caller's report."""
@@ -56,9 +68,11 @@ class DerivationPass(CustomGraphPass):
         assert self.config.budget_s is not None, "a budget that is not given is chosen by now"
         for custom in self.before:
             custom(graph)
-        if self.config.half_in_float32 and (count := precision.in_float32(graph)):
+        rounded = precision.in_float32(graph) if self.config.half_in_float32 else 0
+        if rounded:
             self.report.note(
-                f"{count} products of half precision are computed in float32: results round less than eager's"
+                f"{rounded} products of half precision are computed in float32: "
+                "results round less than eager's"
             )
         targets = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
         training = _is_training(graph)
@@ -98,7 +112,7 @@ class DerivationPass(CustomGraphPass):
         made_all |= plans.plan_all(
             {operator: count for operator, count in new.items() if operator not in made_all},
             self.config,
-            stop - time.perf_counter(),
+            stop - time.perf_counter() - sum(plans.rewriting_s(made_all[it], wanted[it]) for it in made_all),
         )
         for node, inputs, found in alone:
             targets[str(node.target)] -= 1
@@ -118,6 +132,8 @@ class DerivationPass(CustomGraphPass):
         self.report.others.update(+targets)
         self.report.guards += _guards(graph)
         logger.info("ollie: %s", self.report.summary)
+        if self.changed and not rounded and not self.report.rewritten:
+            raise UnchangedError
 
     def _subprograms(self, graph: fx.Graph) -> list[tuple[Operator, subprograms.Place]]:
         try:

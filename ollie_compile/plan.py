@@ -1,7 +1,8 @@
 """Plans: for each operator of a graph search, bound, check, measure, and keep the winner.
 
-A graph's operators are prepared first, each with an equal share of the time: searched, bounded and the most
-promising candidates timed as they are called. What is left of the time goes to where most can be gained.
+A graph's operators are timed first, and prepared with a share of the time by what they take in all their
+places: searched, bounded and the most promising candidates timed as they are called. What is left of the time
+goes to where most can be gained.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,6 +33,7 @@ OUT_OF_TIME = "no time left in the budget"
 class Candidate:
     """A program with what is known about it; times in seconds, `error` relative to the largest output.
 
+    `operators` are those that it consists of, `compile_s` is what Inductor took for it, or may take.
     `reproducer` is Python source that shows again what is wrong with it.
     """
 
@@ -39,6 +41,8 @@ class Candidate:
     derivation: Derivation
     bound_s: float = math.inf
     measured_s: float | None = None
+    operators: int = 0
+    compile_s: float = 0.0
     error: float | None = None
     rejected: str | None = None
     reproducer: str | None = None
@@ -46,10 +50,14 @@ class Candidate:
 
 @dataclass(slots=True)
 class Plan:
-    """What was found for one operator in `budget_s`; `winner` None keeps the original."""
+    """What was found for one operator in `budget_s`; `winner` None keeps the original.
+
+    `places` is how often the operator occurs in the graph that it was made for.
+    """
 
     operator: Operator
     budget_s: float
+    places: int = 1
     winner: Candidate | None = None
     reason: str = ""
     original_s: float | None = None
@@ -72,6 +80,12 @@ class Plan:
         """Seconds of one call that the candidates left could save at best."""
         bounds = [candidate.bound_s for candidate in self.candidates if candidate.rejected is None]
         return max(0.0, (self.original_s or 0.0) - min(bounds, default=math.inf))
+
+
+def rewriting_s(made: Plan | Exception, places: int) -> float:
+    """What Inductor may take for the programs that a plan puts in so many places of a graph."""
+    winner = made.winner if isinstance(made, Plan) else None
+    return 0.0 if winner is None else places * winner.compile_s
 
 
 _plans: dict[tuple[Operator, OllieConfig, int, frozenset[str]], Plan] = {}
@@ -99,27 +113,35 @@ def plan_all(
 ) -> dict[Operator, Plan | Exception]:
     """The plans for a graph's operators, of this process, from the disk or made now, or why that failed.
 
-    A plan that the budget cut short is made anew when it is asked for again with a larger one.
+    A plan that the budget cut short is made anew when it is asked for again with a larger one. Where winners
+    would take Inductor too long in all their places, the originals are kept.
 
     Args:
         operators: with how often each occurs.
-        budget_s: seconds for all of them; 0 keeps the originals.
+        budget_s: seconds for all of them, and for compiling what wins in the graph; 0 keeps the originals.
     """
     from ollie_compile import saved
 
     made: dict[Operator, Plan | Exception] = {}
-    for operator in operators:
-        known = _plans.get(_key(operator, config))
+    left_s = budget_s
+    for operator, places in operators.items():
         if config.budget_s == 0:
             made[operator] = Plan(operator, budget_s, reason=OUT_OF_TIME)
-        elif known is not None and (known.complete or budget_s <= SAME_BUDGET * known.budget_s):
-            made[operator] = known
-        elif (kept := saved.load(operator, config, budget_s)) is not None:
-            made[operator] = _plans[_key(operator, config)] = kept
+            continue
+        known = _plans.get(_key(operator, config))
+        if known is None or not (known.complete or budget_s <= SAME_BUDGET * known.budget_s):
+            known = saved.load(operator, config, budget_s)
+            if known is None:
+                continue
+            _plans[_key(operator, config)] = known
+        if rewriting_s(known, places) > left_s:
+            known = replace(known, winner=None, reason=OUT_OF_TIME)
+        left_s -= rewriting_s(known, places)
+        made[operator] = known
     new = {operator: count for operator, count in operators.items() if operator not in made}
     if new:
         with tune.outside_compilation():
-            made |= _make(new, config, budget_s)
+            made |= _make(new, config, budget_s, time.perf_counter() + left_s)
     return made
 
 
@@ -128,35 +150,41 @@ def _key(operator: Operator, config: OllieConfig) -> tuple[Operator, OllieConfig
 
 
 def _make(
-    operators: Mapping[Operator, int], config: OllieConfig, budget_s: float
+    operators: Mapping[Operator, int], config: OllieConfig, budget_s: float, stop: float
 ) -> dict[Operator, Plan | Exception]:
     from ollie_compile import choice, cost, saved
 
     made: dict[Operator, Plan | Exception] = {}
-    start = time.perf_counter()
-    stop = start + budget_s
-    for left, operator in zip(range(len(operators), 0, -1), operators, strict=True):
-        begun = time.perf_counter()
-        fresh = Plan(operator, budget_s)
-        made[operator] = fresh
-        share = (start + PREPARED * budget_s - begun) / left
-        try:
-            choice.prepare(fresh, config, begun + share)
-        except Exception as error:  # a fault in planning must not take the user's model with it
-            made[operator] = error
-        fresh.seconds = time.perf_counter() - begun
-    prepared = [result for result in made.values() if isinstance(result, Plan)]
-    gains = {fresh.operator: operators[fresh.operator] * fresh.gain_s for fresh in prepared}
-    hoped = sum(gains.values())
-    for fresh in sorted(prepared, key=lambda fresh: -gains[fresh.operator]):
-        begun, gain = time.perf_counter(), gains[fresh.operator]
-        share = gain / hoped if hoped > 0 else 1.0
-        hoped -= gain
-        try:
-            choice.decide(fresh, config, begun + share * (stop - begun))
-        except Exception as error:
-            made[fresh.operator] = error
-        fresh.seconds += time.perf_counter() - begun
+    prepared_by = stop - (1 - PREPARED) * (stop - time.perf_counter())
+
+    def in_time(step: Callable[[Plan, float], None], until: float, weight: Callable[[Plan], float]) -> None:
+        """Take a step of every plan, those that weigh most first, each with a share of the time by that."""
+        plans = sorted((one for one in made.values() if isinstance(one, Plan)), key=weight, reverse=True)
+        weights = [weight(one) for one in plans]
+        for place, fresh in enumerate(plans):
+            begun = time.perf_counter()
+            left = sum(weights[place:])
+            share = weights[place] / left if left > 0 else 1.0
+            try:
+                step(fresh, begun + share * (until - begun))
+            except Exception as error:  # a fault in planning must not take the user's model with it
+                made[fresh.operator] = error
+            fresh.seconds += time.perf_counter() - begun
+            until -= rewriting_s(made[fresh.operator], fresh.places)
+
+    for operator, places in operators.items():
+        made[operator] = Plan(operator, budget_s, places)
+    in_time(choice.time_original, prepared_by, lambda fresh: 1.0)
+    in_time(
+        lambda fresh, until: choice.prepare(fresh, config, until),
+        prepared_by,
+        lambda fresh: fresh.places * (fresh.original_s or 0.0),
+    )
+    in_time(
+        lambda fresh, until: choice.decide(fresh, config, until),
+        stop,
+        lambda fresh: fresh.places * fresh.gain_s,
+    )
     for operator, result in made.items():
         if isinstance(result, Plan):
             _plans[_key(operator, config)] = result

@@ -88,6 +88,7 @@ def _content(made: Plan) -> dict[str, Any]:
             "kernels": winner.program.kernels,
             "bound_s": winner.bound_s,
             "measured_s": winner.measured_s,
+            "compile_s": winner.compile_s,
             "error": winner.error,
             "depth": winner.derivation.depth,
             "steps": [[list(step.rules), str(step.scope)] for step in winner.derivation.steps],
@@ -130,6 +131,7 @@ def _plan(content: Mapping[str, Any], operator: Operator) -> Plan:
         derivation,
         bound_s=winner["bound_s"],
         measured_s=winner["measured_s"],
+        compile_s=float(winner["compile_s"]),
         error=winner["error"],
     )
     made.candidates = [made.winner]

@@ -16,7 +16,29 @@ from ollie_compile.cost import synchronize
 ROUNDS, FEWEST_ROUNDS = 15, 3
 SAMPLE_S = 0.001  # one sample repeats a call for about this long
 
+# What Inductor takes for a candidate and for each of its operators, until some have been compiled.
+CANDIDATE_S, OPERATOR_S = 0.5, 0.006
+
 Call = Callable[[], object]
+
+
+class Pace:
+    """How long Inductor takes for a candidate, by those that it has compiled."""
+
+    def __init__(self) -> None:
+        self.taken = self.expected = 0.0
+
+    def seconds(self, operators: int) -> float:
+        """What a candidate of so many operators is expected to take."""
+        usual = CANDIDATE_S + OPERATOR_S * operators
+        return usual * self.taken / self.expected if self.expected else usual
+
+    def took(self, seconds: float, operators: int) -> None:
+        self.taken += seconds
+        self.expected += CANDIDATE_S + OPERATOR_S * operators
+
+
+pace = Pace()
 
 
 @contextlib.contextmanager
@@ -45,6 +67,20 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+class Called:
+    """A call of a traced function operator by operator."""
+
+    def __init__(self, graph: fx.GraphModule, values: Sequence[Tensor]) -> None:
+        self.graph, self.values = graph, values
+
+    @property
+    def operators(self) -> int:
+        return len(self.graph.graph.nodes) - len(self.graph.graph.find_nodes(op="placeholder")) - 1
+
+    def __call__(self) -> object:
+        return self.graph(*self.values)
+
+
 def compiled(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Call:
     """A call of `function(*inputs)` through Inductor.
 
@@ -58,10 +94,9 @@ def compiled(function: Callable[..., Any], inputs: Sequence[Tensor], constant: i
     return lambda: call(*values)
 
 
-def called(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Call:
+def called(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Called:
     """A call of `function(*inputs)` operator by operator, as `compiled` but without a compiler."""
-    graph, values = _traced(function, inputs, constant)
-    return lambda: graph(*values)
+    return Called(*_traced(function, inputs, constant))
 
 
 def _traced(

@@ -1,5 +1,8 @@
 """The choice between a rewritten graph, Inductor's and eager torch."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +86,40 @@ def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
         got = torch.compile(net, backend="ollie", options=OPTIONS, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
     plan.reset()
+
+
+def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeypatch):
+    finished = []
+    compile_fx = importlib.import_module("torch._inductor.compile_fx").compile_fx
+
+    def compiled(gm, inputs, config_patches=None, **named):
+        call = compile_fx(gm, inputs, config_patches=config_patches, **named)
+        if config_patches is not None:  # it calls itself once they are applied
+            finished.append(call)
+        return call
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiled)
+    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e12)
+    seconds |= {gate.INDUCTOR: 1.0, gate.EAGER: 2.0, gate.INDUCTOR + gate.CONTIGUOUS: 3.0}
+    net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
+    report = ollie_compile.explain(net, x, **OPTIONS | {"budget_s": gate.LONG_S - 1})
+    assert len(finished) == 1
+    assert report.notes[-1].endswith("chosen: Inductor")
+    assert [made.winner for _, made in report.plans] == [None]
+
+
+def test_the_default_budget_is_what_inductor_takes(monkeypatch):
+    planned = []
+    clock = iter([100.0, 108.0])
+    monkeypatch.setattr(gate, "time", SimpleNamespace(perf_counter=lambda: next(clock, 108.0)))
+
+    def make(operators, config, budget_s, stop):
+        planned.append(config)
+        return {operator: plan.Plan(operator, budget_s) for operator in operators}
+
+    monkeypatch.setattr(plan, "_make", make)
+    ollie_compile.explain(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()).eval(), torch.randn(1, 2, 6, 6))
+    assert [config.budget_s for config in planned] == [pytest.approx((1 - gate.AGAIN) * 8.0)]
 
 
 def test_without_room_to_compare_the_rewritten_graph_stays(seconds, monkeypatch):

@@ -28,6 +28,7 @@ def clock(monkeypatch):
     monkeypatch.setattr("ollie_compile.choice.time", clock)
     monkeypatch.setattr("ollie_compile.cost.median_seconds", lambda *_, **__: 1.0)
     monkeypatch.setattr("ollie_compile.plan._plans", {})
+    monkeypatch.setattr(tune, "pace", tune.Pace())
     monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e-12)
     return clock
 
@@ -59,7 +60,7 @@ def compiling(monkeypatch, clock):
 
     monkeypatch.setattr("ollie_compile.cost.median_seconds", lambda *_, **__: next(times, compiling.called))
     monkeypatch.setattr(tune, "compiled", compiled)
-    monkeypatch.setattr(tune, "called", lambda *_, **__: None)
+    monkeypatch.setattr(tune, "called", lambda *_, **__: SimpleNamespace(operators=0))
     monkeypatch.setattr(tune, "measure", lambda calls, stop: [*range(1, len(calls)), 100.0])
     return compiling
 
@@ -102,10 +103,68 @@ def test_checks_leave_time_to_measure(check, compiling):
 
 def test_no_compilation_begins_that_would_not_end_in_time(check, compiling):
     compiling.seconds = 6.0
-    made = plan.plan(conv(), MEASURE, 10.0)
+    made = plan.plan(conv(), MEASURE, 13.0)  # the winner is compiled in its graph as well
     assert compiling.calls == 1
     assert made.winner is not None
+    assert made.winner.compile_s == 6.0
     assert plan.OUT_OF_TIME in rejected(made)
+
+
+def test_a_winner_has_time_to_be_compiled_in_all_its_places(check, compiling):
+    compiling.seconds = 2.0
+    made = plan.plan_all({conv(): 4}, MEASURE, 9.9)[conv()]
+    assert compiling.calls == 1  # nothing was known of how long it takes
+    assert made.winner is None
+    assert made.reason == plan.OUT_OF_TIME
+    assert not made.complete
+    assert plan.plan_all({conv(): 4}, MEASURE, 50.0)[conv()].winner is not None
+
+
+def test_what_no_compilation_can_pay_for_does_not_begin(check, compiling):
+    tune.pace.took(2.0, operators=0)
+    made = plan.plan_all({conv(): 4}, MEASURE, 9.9)[conv()]
+    assert compiling.calls == 0
+    assert made.reason == plan.OUT_OF_TIME
+
+
+def test_a_known_winner_is_left_out_where_it_has_too_many_places(check, compiling):
+    compiling.seconds = 1.0
+    known = plan.plan(conv(), MEASURE, 20.0)
+    assert known.complete
+    assert plan.plan_all({conv(): 20}, MEASURE, 20.0)[conv()] is known
+    assert plan.plan_all({conv(): 21}, MEASURE, 20.0)[conv()].winner is None
+    assert plan.plan_all({conv(): 1}, MEASURE, 20.0)[conv()] is known
+
+
+def test_time_for_what_wins_is_not_given_to_other_operators(monkeypatch, check):
+    small, large = conv(), conv(torch.float64)
+    seen = []
+
+    def decide(made, config, stop):
+        seen.append(stop)
+        made.winner = plan.Candidate(None, None, compile_s=0.5)
+
+    monkeypatch.setattr(choice, "decide", decide)
+    monkeypatch.setattr("ollie_compile.saved.save", lambda *_: None)
+    plan.plan_all({small: 1, large: 9}, MEASURE, 10.0)
+    assert seen == pytest.approx([9.0, 5.5])
+
+
+def test_time_to_prepare_goes_to_operators_by_what_they_take(monkeypatch, check):
+    small, large = conv(), conv(torch.float64)
+    seen = []
+    monkeypatch.setattr(choice, "prepare", lambda made, config, stop: seen.append((made.operator, stop)))
+    plan.plan_all({small: 1, large: 9}, MEASURE, 10.0)
+    assert [operator for operator, _ in seen] == [large, small]
+    assert [stop for _, stop in seen] == pytest.approx([9.0 * plan.PREPARED, 10.0 * plan.PREPARED])
+
+
+def test_the_pace_of_compilations_is_that_of_earlier_ones():
+    pace = tune.Pace()
+    unknown = pace.seconds(100)
+    assert unknown == pytest.approx(tune.CANDIDATE_S + 100 * tune.OPERATOR_S)
+    pace.took(3 * unknown, operators=100)
+    assert pace.seconds(200) == pytest.approx(3 * (tune.CANDIDATE_S + 200 * tune.OPERATOR_S))
 
 
 def test_what_is_faster_as_it_is_called_wins_without_time_to_compile(check, compiling):
