@@ -212,13 +212,14 @@ def profile_path(device: str) -> Path:
 
 
 class Meter:
-    """A drive's model corrected by what its reads really take: two factors, on requests and on bytes.
+    """A drive's model corrected by what its reads really take: factors on requests and on bytes, and a delay.
 
     Each set of reads moves the factors towards what explains its time, in proportion to how much each cost
     had to do with it (normalized least mean squares). So reads bound by bytes correct the cost of bytes,
     after which gaps are cut where the drive is saturated, and reads bound by requests that of requests, after
     which gaps grow. The factor of a cost that hardly shows in the reads follows the other slowly, as a slow
-    drive is slow at both, so that what was given up for its cost is tried again.
+    drive is slow at both, so that what was given up for its cost is tried again. The delay is what reads take
+    more, few or many, where the processor is busy; it decides nothing.
 
     Args:
         model: the probed or assumed costs.
@@ -227,10 +228,11 @@ class Meter:
     STEP, FOLLOW = 0.2, 0.001
     TRIAL_EVERY, TRIAL_FACTOR = 16, 8.0
     BOUNDS = (0.05, 1000.0)
+    DELAY, MOST_DELAYS = 1e-4, 10  # seconds that a delay is of the order of, and how many of these it may be
 
     def __init__(self, model: DriveModel) -> None:
         self.probed = self.model = model
-        self._factors = np.ones(2)
+        self._factors, self._delay = np.ones(2), 0.0
         self._planned = 0
         self._lock = threading.Lock()
 
@@ -257,17 +259,21 @@ class Meter:
         costs = np.array([requests * probed.request_seconds, size * probed.byte_seconds])
         with self._lock:
             parts = self._factors * costs
-            predicted = float(_norm(parts[0], parts[1], probed.norm))
-            excess = seconds - max(predicted, probed.latency)
-            if predicted < probed.latency and excess < probed.latency:
-                return  # so few reads say nothing about throughput, but for a drive that became slow
+            busy = float(_norm(parts[0], parts[1], probed.norm))
+            predicted = max(busy, probed.latency) + self._delay
+            error = np.clip(seconds - predicted, -predicted, predicted)  # a hiccup is not a new drive
+            if busy < probed.latency and error < probed.latency:
+                # So few reads say nothing about throughput, but for a drive that became slow.
+                self._delay_by(self.STEP * error)
+                return
             if math.isinf(probed.norm):
                 share = (parts == parts.max()).astype(float)
             else:
-                share = (parts / predicted) ** probed.norm
-            slope = share / self._factors * predicted
-            error = np.clip(excess, -predicted, predicted)  # a hiccup is not a new drive
-            factors = self._factors + self.STEP * error * slope / (slope @ slope)
+                share = (parts / busy) ** probed.norm
+            slope = share / self._factors * busy
+            step = self.STEP * error / (slope @ slope + self.DELAY**2)
+            self._delay_by(step * self.DELAY**2)
+            factors = self._factors + step * slope
             factors += self.FOLLOW * (1 - share) * (self._factors[::-1] - self._factors)
             self._factors = factors.clip(*self.BOUNDS)
             self.model = replace(
@@ -275,3 +281,6 @@ class Meter:
                 request_seconds=probed.request_seconds * self._factors[0],
                 byte_seconds=probed.byte_seconds * self._factors[1],
             )
+
+    def _delay_by(self, more: float) -> None:
+        self._delay = float(np.clip(self._delay + more, 0.0, self.MOST_DELAYS * self.DELAY))

@@ -151,7 +151,9 @@ class Engine:
         if not self.selects:
             return select_all(self.header.neurons)
         score_TN = self._scores(layer, x_TH, activation)
-        return select_largest(score_TN, self.config.keep) if self.config.keep < 1 else select_active(score_TN)
+        if self.config.keep < 1:
+            return select_largest(score_TN, self.config.keep)
+        return select_active(score_TN, certain=not self._predictors)
 
     def _scores(self, layer: int, x_TH: Tensor, activation: nn.Module) -> Tensor:
         """What neurons are selected by, (T, N): estimated contributions, or bounds of a ReLU's input."""

@@ -130,10 +130,15 @@ def contributions(estimates_STN: list[Tensor], activation: nn.Module) -> Tensor:
     return score_TN.abs()
 
 
-def select_active(margin_TN: Tensor) -> Selection:
-    """All neurons that a ReLU may leave above zero, so that no active neuron is missed."""
-    inactive_TN = margin_TN <= 0  # NaN is neither: what is not known to be inactive is computed
-    return Selection((~inactive_TN).any(0).nonzero().flatten().cpu().numpy(), None)
+def select_active(margin_TN: Tensor, *, certain: bool) -> Selection:
+    """All neurons that a ReLU may leave above zero.
+
+    Args:
+        margin_TN: upper bounds of their pre-activations.
+        certain: whether the bounds are; if not, a token leaves out the same neurons in any batch.
+    """
+    needed_TN = ~(margin_TN <= 0)  # NaN is neither: what is not known to be inactive is computed
+    return Selection(needed_TN.any(0).nonzero().flatten().cpu().numpy(), None if certain else needed_TN)
 
 
 def shared_by_neighbours(score_TN: Tensor, share: float, first: int) -> Tensor:

@@ -107,6 +107,15 @@ def test_reads_become_nearly_the_cheapest_on_a_drive_that_is_not_as_probed(reque
     assert sum(took[-160:]) < 1.1 * sum(least[-160:])
 
 
+def test_a_busy_processor_is_not_a_slow_drive():
+    meter, random = Meter(DEFAULT), np.random.default_rng(0)
+    for _ in range(3000):
+        reads = int(random.integers(1, 60)), 1 << int(random.integers(12, 23))
+        meter.observe(*reads, float(DEFAULT.seconds(*reads)) + random.exponential(5e-4))
+    assert max(meter.factors) < 1.9
+    assert min(meter.factors) > 0.6
+
+
 def test_a_hiccup_is_not_a_new_drive():
     meter = Meter(DEFAULT)
     meter.observe(100, 1 << 20, 1e6)

@@ -100,6 +100,17 @@ def test_predictors_take_less_memory_than_sketches_and_read_ahead(reordered):
 
 
 @torch.no_grad()
+def test_a_token_gets_the_same_neurons_in_a_prompt_as_alone(reordered):
+    model, ids = load(reordered("opt"), recall=0.8), token_ids(12)
+    cache, alone = None, []
+    for token in ids.split(1, dim=1):
+        output = model(token, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        alone.append(output.logits)
+    assert relative_error(torch.cat(alone, 1), model(ids).logits) < 1e-5
+
+
+@torch.no_grad()
 def test_dense_reads_all_whatever_the_recall(reordered):
     reference = make_model("opt")(token_ids()).logits
     model = load(reordered("opt"), recall=0.8, strategy="dense")
