@@ -1,15 +1,18 @@
-"""The paper's seven networks: eager, Inductor and its options, OLLIE (docs/results/ollie_main.csv).
+"""The paper's seven networks: eager, Inductor and its options, OpenVINO, OLLIE (docs/results/ollie_main.csv).
 
+    pip install -e ".[peers]"     # OpenVINO; without it its rows are left out
     python scripts/bench/ollie_main.py [--nets fsrcnn ...] [--batch 1 16] [--rounds 30]
 
 Weights are random: the nets' shapes decide their speed. Times are medians of interleaved rounds on one
-thread; outputs must equal eager's before anything is timed.
+thread; outputs must equal eager's before anything is timed. OpenVINO's is its runtime on the converted net,
+for inference alone: its backend of torch.compile does not work with every version of torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +28,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         "backend": "inductor",
         "options": {"max_autotune": True, "freezing": True},
     },
+    "openvino": {"backend": "openvino"},
     "ollie": {"backend": "ollie", "options": {}},
     "ollie freeze": {"backend": "ollie", "options": {"freeze": True}},
 }
@@ -37,6 +41,21 @@ def freezing(name: str) -> Any:
     from torch._inductor import config
 
     return config.patch(freezing=name.startswith("inductor") and name.endswith("freezing"))
+
+
+def openvino(net: torch.nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """OpenVINO's runtime on the converted net: one thread, float32, tensors shared."""
+    import openvino as library
+
+    hints = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    model = library.convert_model(net, example_input=x, input=[tuple(x.shape)])
+    request = library.Core().compile_model(model, "CPU", hints).create_infer_request()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        found = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(found[0])
+
+    return run
 
 
 def interleaved(
@@ -70,7 +89,10 @@ def compare(
                 how["options"]["budget_s"] = budget_s
             torch.compiler.reset()
             start = time.perf_counter()
-            compiled = torch.compile(net, fullgraph=True, dynamic=False, **how)
+            if name == "openvino":
+                compiled = openvino(net, x)
+            else:
+                compiled = torch.compile(net, fullgraph=True, dynamic=False, **how)
             with freezing(name):
                 got = compiled(x)
             compile_s[name] = time.perf_counter() - start
@@ -106,7 +128,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--budget-s", type=float, default=60.0, help="OLLIE's search and measurement")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    installed = [name for name in CONTENDERS if name != "openvino" or importlib.util.find_spec("openvino")]
+    parser.add_argument("--contenders", nargs="+", default=installed, choices=CONTENDERS)
     parser.add_argument("--calls", type=int, default=5, help="calls timed together")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
