@@ -181,6 +181,9 @@ def reorder(
     hot_share: Annotated[
         float | None, typer.Option(help="Share of the neurons, the most active, that are pinned in memory.")
     ] = None,
+    predictor: Annotated[
+        float | None, typer.Option(help="Rank of a ReLU model's predictors, of the hidden size; 0 for none.")
+    ] = None,
     bundles: Annotated[
         str | None, typer.Option(help="Stored as: same, float32, float16, bfloat16, int8 or int4.")
     ] = None,
@@ -213,6 +216,9 @@ def generate(
     keep: Annotated[
         float | None, typer.Option(help="Share of neurons computed per token; 1 is exact.")
     ] = None,
+    recall: Annotated[
+        float | None, typer.Option(help="Share of a ReLU model's active neurons to find; 1 is exact.")
+    ] = None,
     adjacency: Annotated[
         float | None, typer.Option(help="How much neighbours on the drive count for each other when kept.")
     ] = None,
@@ -241,6 +247,7 @@ def generate(
             {
                 "dram_budget": dram_budget,
                 "keep": keep,
+                "recall": recall,
                 "adjacency": adjacency,
                 "merge_gap": merge_gap,
                 "buffer": buffer,

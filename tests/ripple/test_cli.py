@@ -111,6 +111,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(saved, reordered, text, tmp_p
     assert "not exist yet" in bad("reorder", model, "--calibration", text, "--out", tmp_path)
     assert "ripple reorder" in bad("generate", model, "hello")
     assert "got 7.0" in bad("generate", reordered("llama"), "hello", "--keep", 7)
+    assert "between 0.8 and 0.999" in bad("generate", reordered("opt"), "hello", "--recall", 0.5)
+    assert "use `keep`" in bad("generate", reordered("llama"), "hello", "--recall", 0.9)
     assert "at least" in bad("generate", reordered("llama"), "hello", "--dram-budget", "5")
     assert SIDECAR in bad("inspect", tmp_path)
     recipe = tmp_path / "recipe.yaml"
