@@ -4,7 +4,9 @@
 
 The oracle ranks neurons by |act(gate) up|, which is known only after reading them. The others rank by what a
 resident copy says: the gate alone (plain, or times the mean |up| of calibration text), or int8 and int4
-sketches of gate and up with one scale a row. Selected neurons are computed exactly.
+sketches of gate and up with one scale a row. "energy": not so many of each token's neurons, but the fewest
+that make up a share of the sum of squares, a share that keeps as many on average. Selected neurons are
+computed exactly.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch
 from common import Table  # also makes `assets` importable
 from torch import Tensor
 from torch.nn import functional as F
+
+from ripple_loader.trace import active_mask
 
 KEEPS = (0.5, 0.25)
 CALIBRATION, HELD_OUT = (2, 512), (2, 512)  # sequences, tokens
@@ -40,7 +44,7 @@ class Selector:
         self.sketches = {
             bits: [rounded(p.weight, bits) for p in (mlp.gate_proj, mlp.up_proj)] for bits in (8, 4)
         }
-        self.method, self.keep = "oracle", 1.0
+        self.method, self.keep, self.energy, self.kept = "oracle", 1.0, 0.0, 0.0
         mlp.down_proj.register_forward_pre_hook(lambda _, args: (self.mask(args[0]),))
         mlp.register_forward_pre_hook(self.remember)
 
@@ -63,9 +67,10 @@ class Selector:
     def mask(self, activation: Tensor) -> Tensor:
         if self.keep == 1.0:
             return activation
-        score = self.score(activation)
-        best = score.topk(round(self.keep * score.shape[-1]), dim=-1).indices
-        return activation * torch.zeros_like(score).scatter_(-1, best, 1.0)
+        rule, share = ("energy", self.energy) if self.energy else ("top_k", self.keep)
+        kept = active_mask(self.score(activation), rule, share, exact_zeros=False)
+        self.kept = kept.float().mean().item()
+        return activation * kept
 
 
 def mean_up(model: Any, ids: Tensor) -> list[Tensor]:
@@ -93,13 +98,13 @@ def main() -> None:
         ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in assets.texts(split)])
         return ids[: count * length].view(count, length)
 
-    ids = sequences("held_out", *HELD_OUT)
-    ups = mean_up(model, sequences("train", *CALIBRATION))
+    ids, calibration = sequences("held_out", *HELD_OUT), sequences("train", *CALIBRATION)
+    ups = mean_up(model, calibration)
     selectors = [Selector(layer.mlp, up) for layer, up in zip(model.model.layers, ups, strict=True)]
 
-    def perplexity(method: str, keep: float) -> float:
+    def perplexity(method: str, keep: float, energy: float = 0.0) -> float:
         for selector in selectors:
-            selector.method, selector.keep = method, keep
+            selector.method, selector.keep, selector.energy = method, keep, energy
         return math.exp(statistics.mean(model(row[None], labels=row[None]).loss.item() for row in ids))
 
     table = Table(
@@ -118,6 +123,24 @@ def main() -> None:
     }.items():
         scores = {f"perplexity_{keep:.0%}_kept": perplexity(method, keep) for keep in KEEPS}
         table.add(method, bytes_a_neuron=resident, **scores)
+
+    def share_for(keep: float) -> float:
+        """The share of the energy that keeps so many neurons of the calibration text."""
+        low, high = 0.5, 1.0
+        while high - low > 1e-3:
+            energy = (low + high) / 2
+            for selector in selectors:
+                selector.method, selector.energy = "sketch int8", energy
+            model(calibration[:1])
+            few = statistics.mean(selector.kept for selector in selectors) < keep
+            low, high = (energy, high) if few else (low, energy)
+        return (low + high) / 2
+
+    scores, kept = {}, {}
+    for keep in KEEPS:
+        scores[f"perplexity_{keep:.0%}_kept"] = perplexity("sketch int8", keep, share_for(keep))
+        kept[f"kept_at_{keep:.0%}"] = statistics.mean(selector.kept for selector in selectors)
+    table.add("sketch int8, energy", bytes_a_neuron=2 * row + 8, **scores, **kept)
     table.finish()
 
 
