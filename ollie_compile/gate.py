@@ -60,9 +60,9 @@ def fastest(
         if which == EAGER:
             return graph
         more = PLAIN if which.endswith(CONTIGUOUS) else {}
-        return (
-            rewritten(graph, more, config, changed) if which.startswith(REWRITTEN) else original(graph, more)
-        )
+        if which.startswith(REWRITTEN):
+            return rewritten(graph, more, config, changed)
+        return original(graph, more)
 
     tensors = all(isinstance(value, Tensor) for value in inputs)
     fixed = tensors and all(type(size) is int for value in inputs for size in value.shape)
@@ -76,13 +76,7 @@ def fastest(
     spare = _copied(gm)
     start = time.perf_counter()
     first = build(INDUCTOR, _copied(spare), config)
-    inductor_s = time.perf_counter() - start
-    config = config.budgeted(operator_count(spare.graph), inductor_s)
-    assert config.budget_s is not None, "a budget that is not given is chosen by now"
-    convolved = any("conv" in str(node.target) for node in spare.graph.nodes)
-    contiguous = convolved and config.budget_s >= LONG_S
-    reserved_s = inductor_s * (AGAIN + contiguous)
-    config = replace(config, budget_s=max(0.0, config.budget_s - reserved_s))
+    config, contiguous = _for_planning(config, spare.graph, time.perf_counter() - start)
     before = _counts(report)
     built: dict[str, Compiled] = {}
     with contextlib.suppress(UnchangedError):
@@ -110,6 +104,20 @@ def fastest(
     if not chosen.startswith(REWRITTEN):
         report.kept += replaced
     return built[chosen]
+
+
+def _for_planning(config: OllieConfig, graph: fx.Graph, inductor_s: float) -> tuple[OllieConfig, bool]:
+    """A config with what the budget leaves for planning, and whether it pays for contiguous convolutions.
+
+    Args:
+        inductor_s: what Inductor took for the graph.
+    """
+    config = config.budgeted(operator_count(graph), inductor_s)
+    assert config.budget_s is not None, "a budget that is not given is chosen by now"
+    convolved = any("conv" in str(node.target) for node in graph.nodes)
+    contiguous = convolved and config.budget_s >= LONG_S
+    compiling_s = inductor_s * (AGAIN + contiguous)
+    return replace(config, budget_s=max(0.0, config.budget_s - compiling_s)), contiguous
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
