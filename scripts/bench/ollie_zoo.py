@@ -28,8 +28,8 @@ BACKENDS = ("inductor", "ollie")
 
 @contextlib.contextmanager
 def cold() -> Iterator[None]:
-    """No cache answers: Inductor's and OLLIE's lie in a folder of their own, and what Inductor holds in memory
-    goes, such as the kernels that another backend has had built."""
+    """No cache answers: Inductor's and OLLIE's lie in a folder of their own, and what Inductor holds in
+    memory goes, such as the kernels that another backend has had built."""
     from torch._inductor.utils import clear_caches
 
     clear_caches()
