@@ -58,6 +58,8 @@ def rank_in_use(header: SidecarHeader, config: RippleConfig) -> int:
             f"`recall` should be 1 for this {header.model_type}, whose activations are never exactly zero: "
             "use `keep`."
         )
+    if config.strategy == "dense":
+        return 0
     if not header.rank:
         raise ValueError(
             "`recall` below 1 should find predictors in the sidecar, which has none: reorder the model again "
@@ -91,16 +93,17 @@ def allocate(
     largest = header.section_bytes()["bundles"] + 2 * BLOCK
     decoded = header.rows * header.hidden * dtype.itemsize
     converted = 0 if header.encoding.stores(dtype) else decoded
-    affordable = (budget - vectors - align(converted)) // _BUFFER_SHARE
+    rank = rank_in_use(header, config)
+    predictors = header.layers * Predictor.size(rank, header.neurons, header.hidden)
+    affordable = (budget - vectors - predictors - align(converted)) // _BUFFER_SHARE
     buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest, affordable)))
     rows = min(header.neurons, max(1, buffer // max(header.bundle_bytes, decoded)))
     scratch = align(rows * header.bundle_bytes) + align(rows * converted)
     selecting = needs_sketch(header, config) if selective is None else selective
-    rank = rank_in_use(header, config) * selecting
     resident = {
         "buffers": BUFFERS * buffer + scratch,
         "vectors": vectors,
-        "predictors": header.layers * Predictor.size(rank, header.neurons, header.hidden),
+        "predictors": predictors * selecting,
         "sketch": 0,
         "index": 0,
         "cache": 0,
@@ -119,7 +122,7 @@ def allocate(
     cache_slots = _divide(header, max(0, (left - index) // header.bundle_bytes), selective=selecting)
     if any(cache_slots):
         resident["index"], resident["cache"] = index, sum(cache_slots) * header.bundle_bytes
-    return Allocation(budget, buffer, scratch, rows, sketch_layers, rank, cache_slots, resident)
+    return Allocation(budget, buffer, scratch, rows, sketch_layers, rank * selecting, cache_slots, resident)
 
 
 def _divide(header: SidecarHeader, slots: int, *, selective: bool) -> list[int]:

@@ -40,13 +40,17 @@ def pack_bundles(rows_RNH: list[Tensor], encoding: Encoding) -> Tensor:
     return torch.cat([encoding.encode(row_NH) for row_NH in rows_RNH], dim=1)
 
 
-def unpack_bundles(bytes_NB: Tensor, header: SidecarHeader, dtype: torch.dtype) -> Tensor:
-    """Decode bundles to `dtype`, shape (N, R, H); a view where they are stored so."""
-    N = len(bytes_NB)
+def unpack_bundles(
+    bytes_NB: Tensor, header: SidecarHeader, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Decode bundles to `dtype`, shape (N, R, H): a view where they are stored so, else in `out` if given."""
+    shape = len(bytes_NB), header.rows, header.hidden
     if header.encoding.stores(dtype):
-        return header.encoding.decode(bytes_NB, header.hidden, dtype).view(N, header.rows, header.hidden)
-    rows_RNB = bytes_NB.split(header.row_bytes, dim=1)
-    return torch.stack([header.encoding.decode(row_NB, header.hidden, dtype) for row_NB in rows_RNB], dim=1)
+        return bytes_NB.view(dtype).view(shape)
+    rows_NRH = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
+    for row, row_NB in enumerate(bytes_NB.split(header.row_bytes, dim=1)):
+        header.encoding.decode(row_NB, rows_NRH[:, row])
+    return rows_NRH
 
 
 class SidecarWriter:
@@ -192,7 +196,7 @@ class Sidecar:
         """What predicts the active neurons of a layer, where the header has a rank."""
         header, (offset, size) = self.header, self.section(layer, "predictor")
         data = np.fromfile(self.path, np.uint8, size, offset=offset)
-        return Predictor.unpack(data.tobytes(), header.rank, header.neurons, header.hidden)
+        return Predictor.unpack(torch.from_numpy(data), header.rank, header.neurons, header.hidden)
 
     def bundles(self, layer: int) -> Tensor:
         """The bundles of a layer as they are stored: uint8, shape (N, bytes of a bundle)."""

@@ -160,15 +160,15 @@ class RippleConfig(QuantizationConfigMixin):
     Treat an instance as frozen; transformers' base class rules out `frozen=True`.
 
     Attributes:
-        dram_budget: most memory that Ripple holds for the streamed MLPs: buffers, sketches, and the
-            neuron cache. Bytes, a size ("2GiB") or a share of the streamed weights ("25%"). What the rest of
-            the model holds (embeddings, attention, KV cache) is not part of it.
+        dram_budget: most memory that Ripple holds for the streamed MLPs: buffers, sketches or predictors, and
+            the neuron cache. Bytes, a size ("2GiB") or a share of the streamed weights ("25%"). What the rest
+            of the model holds (embeddings, attention, KV cache) is not part of it.
         keep: share of each layer's neurons computed per token, those with the largest estimated contribution.
             1.0 is exact: a ReLU model then reads only its active neurons, others read all of them.
         recall: share of a ReLU model's active neurons to find. 1.0 is exact: an int8 sketch, a quarter of the
-            float32 weights that select, rules out what cannot be active. Below, low-rank predictors, an
-            eighth of that and faster, leave out about 1 - `recall` of them, mostly the least active; how
-            many follows the calibration text.
+            float32 weights that select, rules out what cannot be active. Below, low-rank predictors, a
+            sixth to a quarter of that and faster, leave out about 1 - `recall` of them, mostly the least
+            active; how many follows the calibration text.
         adjacency: with `keep` below 1, the share of a neuron's estimated contribution that is the mean of
             its pair, two neighbours on the drive: fewer, longer reads for a little quality. 0 looks at each,
             and where no neurons are selected it does nothing.

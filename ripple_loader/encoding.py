@@ -24,7 +24,7 @@ class Encoding(ABC):
         """Bytes of a row of `hidden` weights."""
 
     def stores(self, dtype: torch.dtype) -> bool:
-        """Whether decoding to `dtype` is a view of the bytes."""
+        """Whether rows of `dtype` are a view of the bytes."""
         return False
 
     @abstractmethod
@@ -32,8 +32,8 @@ class Encoding(ABC):
         """Bytes of some rows: uint8, shape (N, B)."""
 
     @abstractmethod
-    def decode(self, bytes_NB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-        """The rows that some bytes stand for, shape (N, H); a view where `dtype` is the stored one."""
+    def decode(self, bytes_NB: Tensor, out_NH: Tensor) -> None:
+        """Write the rows that some bytes stand for, in any float dtype; both may be parts of others."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class FloatEncoding(Encoding):
     def encode(self, weight_NH: Tensor) -> Tensor:
         return weight_NH.to(self.dtype).contiguous().view(torch.uint8)
 
-    def decode(self, bytes_NB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-        return bytes_NB.view(self.dtype).to(dtype)
+    def decode(self, bytes_NB: Tensor, out_NH: Tensor) -> None:
+        out_NH.copy_(bytes_NB.view(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,20 @@ class IntegerEncoding(Encoding):
             stored = integers_NH.to(torch.int8).view(torch.uint8)
         return torch.cat([stored, scale_NG1.view(N, -1).view(torch.uint8)], dim=1)
 
-    def decode(self, bytes_NB: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-        N = len(bytes_NB)
-        stored, scales = bytes_NB.split([-(-hidden * self.bits // 8), 2 * -(-hidden // GROUP)], dim=1)
-        scale_NG1 = (
-            scales.clone(memory_format=torch.contiguous_format).view(torch.float16)[:, :, None].to(dtype)
-        )
+    def decode(self, bytes_NB: Tensor, out_NH: Tensor) -> None:
+        N, H = out_NH.shape
+        stored, scales = bytes_NB.split([-(-H * self.bits // 8), 2 * -(-H // GROUP)], dim=1)
+        scale_NG = scales.clone(memory_format=torch.contiguous_format).view(torch.float16).to(out_NH.dtype)
         if self.bits == 4:
-            halves = torch.stack([stored & 15, stored >> 4], dim=2).view(N, -1)[:, :hidden]
-            integers_NH = halves.to(torch.int8) - (1 << (self.bits - 1))
+            halves = torch.stack([stored & 15, stored >> 4], dim=2).view(N, -1)[:, :H]
+            integers_NH = halves.view(torch.int8) - (1 << (self.bits - 1))
         else:
-            integers_NH = stored.contiguous().view(torch.int8)
-        groups_NGg = F.pad(integers_NH, (0, -hidden % GROUP)).view(N, -1, GROUP)
-        return (groups_NGg.to(dtype) * scale_NG1).view(N, -1)[:, :hidden]
+            integers_NH = stored.view(torch.int8)
+        whole = H // GROUP * GROUP
+        groups, into = (part[:, :whole].unflatten(1, (-1, GROUP)) for part in (integers_NH, out_NH))
+        torch.mul(groups, scale_NG[:, : whole // GROUP, None], out=into)
+        if whole < H:
+            torch.mul(integers_NH[:, whole:], scale_NG[:, -1:], out=out_NH[:, whole:])
 
 
 ENCODINGS: dict[str, Encoding] = {
@@ -108,6 +109,7 @@ ENCODINGS: dict[str, Encoding] = {
 
 def rounding_error(encoding: Encoding, weight_NH: Tensor) -> float:
     """What an encoding loses: the norm of the difference relative to that of the weights."""
-    back_NH = encoding.decode(encoding.encode(weight_NH), weight_NH.shape[1], torch.float32)
+    back_NH = torch.empty(weight_NH.shape, dtype=torch.float32)
+    encoding.decode(encoding.encode(weight_NH), back_NH)
     norm = weight_NH.float().norm()
     return ((back_NH - weight_NH.float()).norm() / norm).item() if norm else 0.0

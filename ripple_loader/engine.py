@@ -96,7 +96,7 @@ class Engine:
             self._sketches = [self._read_sketch(layer) for layer in range(self.allocation.sketch_layers)]
             held = range(header.layers if self.allocation.rank else 0)
             self._predictors = [sidecar.predictor(layer) for layer in held]
-            self._slack = [predictor.slack(config.recall) for predictor in self._predictors]
+            self._deviations = [predictor.deviations(config.recall) for predictor in self._predictors]
         self.report.reset()
 
     def _decide(self, pace: Pace, block: int) -> bool:
@@ -159,8 +159,9 @@ class Engine:
         """What neurons are selected by, (T, N): estimated contributions, or bounds of a ReLU's input."""
         vectors = self._vectors[layer]
         if self._predictors:
-            likely_TN = self._predictors[layer].estimate(x_TH.float().cpu())
-            return likely_TN.add_(torch.from_numpy(vectors.bias[0]) + self._slack[layer])
+            predictor, deviations = self._predictors[layer], self._deviations[layer]
+            likely_TN = predictor.estimate(x_TH.float().cpu()).add_(torch.from_numpy(vectors.bias[0]))
+            return likely_TN.add_(predictor.deviation, alpha=deviations)
         inputs = IntegerInputs.of(x_TH.float().cpu())
         estimates = self._estimate(layer, inputs)
         if self.config.keep < 1:
@@ -293,8 +294,11 @@ def measure_pace(
         *selecting, down_UH = unpack_bundles(stored, header, dtype).unbind(1)
         return sum((F.linear(x_1H, weight_UH) for weight_UH in selecting), torch.zeros(())) @ down_UH
 
+    basis_KH = torch.zeros(allocation.rank, H, device="cpu")
+
     def select() -> None:
-        IntegerInputs.of(x_1H[:, :width_K].float()).products(integers, estimates)
+        x = x_1H.float() @ basis_KH.T if allocation.rank else x_1H.float()
+        IntegerInputs.of(x).products(integers, estimates)
 
     return Pace(
         compute=_seconds(compute) / rows,

@@ -24,7 +24,7 @@ from ripple_loader.reader import AlignedBuffer, Pipeline, Reader, Ticket
 from ripple_loader.sidecar import align
 
 _ROWS_COPIED_AT_ONCE = 32
-_WEIGHTS_DECODED_AT_ONCE = 1 << 18  # some copies of so many floats are beyond the budget
+_ROWS_DECODED_AT_ONCE = 64  # what int4 takes for them is beyond the budget
 _IDLE_MEMORY = 0.9  # of the mean of how long the drive has nothing to do between two layers
 
 
@@ -312,9 +312,9 @@ class Fetcher:
         size = len(stored_UB) * header.rows * header.hidden
         rows = self._scratch[skip : skip + size * dtype.itemsize].view(dtype)
         rows = rows.view(len(stored_UB), header.rows, header.hidden)
-        at_once = max(1, _WEIGHTS_DECODED_AT_ONCE // (header.rows * header.hidden))
-        for part, out in zip(stored_UB.split(at_once), rows.split(at_once), strict=True):
-            out.copy_(unpack_bundles(part, header, dtype))
+        parts = stored_UB.split(_ROWS_DECODED_AT_ONCE), rows.split(_ROWS_DECODED_AT_ONCE)
+        for part, out in zip(*parts, strict=True):
+            unpack_bundles(part, header, dtype, out)
         return rows
 
     def _admit(self, layer: int, places: Places, spots: Places, buffer: AlignedBuffer) -> None:

@@ -12,6 +12,7 @@ Dimension key: T tokens, M sampled tokens, N neurons, H hidden, K rank, L levels
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -23,6 +24,7 @@ from ripple_loader.config import RECALLS
 from ripple_loader.selection import IntegerInputs, sketch_rows
 
 _HELD_BACK = 4  # every fourth sampled token measures what the others' subspace leaves
+_MOST, _FEWEST = 4096, 32  # sampled tokens to fit to, and held back to be sure of what they say
 _MULTIPLE = 8  # of which ranks are, for the processor
 _LEAST = 1e-6  # of the largest pre-activation: floating point leaves as much
 MISSES = np.geomspace(1 - RECALLS[1], 1 - RECALLS[0], 12)
@@ -31,7 +33,7 @@ MISSES = np.geomspace(1 - RECALLS[1], 1 - RECALLS[0], 12)
 
 def rank_of(hidden: int, share: float) -> int:
     """The rank of a predictor for a share of the hidden size; 0 where the share is."""
-    return min(hidden, -(-round(share * hidden) // _MULTIPLE) * _MULTIPLE)
+    return min(hidden, math.ceil(share * hidden / _MULTIPLE) * _MULTIPLE)
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,19 @@ class Predictor:
 
         Where the inputs are too few to tell, the slack is infinite, and all neurons are taken to be active.
         """
-        held_back = torch.arange(len(x_MH)) % _HELD_BACK == _HELD_BACK - 1
-        basis_KH = torch.zeros(rank, x_MH.shape[1])
+        x_MH = x_MH[x_MH.isfinite().all(1)]
+        x_MH = x_MH[:: -(-len(x_MH) // _MOST)] if len(x_MH) else x_MH
+        held_back = torch.arange(len(x_MH), device="cpu") % _HELD_BACK == _HELD_BACK - 1
+        basis_KH = torch.zeros(rank, x_MH.shape[1], device="cpu")
         found = torch.linalg.svd(x_MH[~held_back], full_matrices=False).Vh[:rank]
         basis_KH[: len(found)] = found
         rows, scale, _ = map(torch.from_numpy, sketch_rows(weight_NH @ basis_KH.T))
         estimate_MN = _products(x_MH[held_back], basis_KH, rows, scale) + bias_N
         exact_MN = x_MH[held_back] @ weight_NH.T + bias_N
         active_MN = exact_MN > 0
-        if not active_MN.any():
-            unknown = torch.full((len(MISSES),), torch.inf)
-            return cls(basis_KH, rows, scale, torch.ones(len(rows)), unknown)
+        if len(exact_MN) < _FEWEST or not active_MN.any():
+            unknown = torch.full((len(MISSES),), torch.inf, device="cpu")
+            return cls(basis_KH, rows, scale, torch.ones(len(rows), device="cpu"), unknown)
         left_MN = estimate_MN - exact_MN
         deviation_N = left_MN.square().mean(0).sqrt().clamp_min(_LEAST * float(exact_MN.abs().amax()))
         short = -(estimate_MN / deviation_N)[active_MN].numpy()
@@ -85,19 +89,20 @@ class Predictor:
         """Pre-activations without bias as the subspace has them, float32, shape (T, N)."""
         return _products(x_TH, self.basis, self.rows, self.scale)
 
-    def slack(self, recall: float) -> Tensor:
-        """What to add to the estimates so that this share of the active neurons is above zero, shape (N,)."""
-        return self.deviation * float(np.interp(np.log(1 - recall), np.log(MISSES), self.levels.numpy()))
+    def deviations(self, recall: float) -> float:
+        """How many to add to the estimates so that this share of the active neurons is above zero."""
+        return float(np.interp(np.log(1 - recall), np.log(MISSES), self.levels.numpy()))
 
     def pack(self) -> bytes:
+        """What `unpack` takes."""
         floats = (self.basis, self.scale, self.deviation, self.levels)
         return b"".join(part.numpy().tobytes() for part in (*floats, self.rows))
 
     @classmethod
-    def unpack(cls, data: bytes, rank: int, neurons: int, hidden: int) -> Self:
+    def unpack(cls, data: Tensor, rank: int, neurons: int, hidden: int) -> Self:
+        """Views of a packed one, uint8, shape (`size`,)."""
         sizes = [rank * hidden, neurons, neurons, len(MISSES)]
-        floats = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        numbers, rows = floats.split([4 * sum(sizes), rank * neurons])
+        numbers, rows = data.split([4 * sum(sizes), rank * neurons])
         basis, scale, deviation, levels = numbers.view(torch.float32).split(sizes)
         return cls(
             basis.view(rank, hidden), rows.view(torch.int8).view(neurons, rank), scale, deviation, levels

@@ -6,10 +6,12 @@ model before the weights are read.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -22,6 +24,22 @@ if TYPE_CHECKING:
     from ripple_loader.streaming import Backend
 
 register_quantization_config("ripple")(RippleConfig)
+
+
+def read_alone(tensor: Tensor) -> None:
+    """Have the kernel read a tensor that lies in a mapped file now, and never what lies around it there.
+
+    Weights that stay in memory are views of the mapped checkpoint, whose neighbours are the MLPs. Where
+    memory is short, read-ahead of those, megabytes at each fault, would push the weights out again.
+    """
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - start
+    try:
+        madvise = ctypes.CDLL(None).madvise
+        for advice in (mmap.MADV_RANDOM, mmap.MADV_WILLNEED):
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+    except (AttributeError, TypeError):  # a system without it
+        return
 
 
 class StreamingQuantizer(HfQuantizer):
@@ -47,6 +65,11 @@ class StreamingQuantizer(HfQuantizer):
             *(model._keys_to_ignore_on_load_unexpected or ()),
             *sites[0].architecture.streamed_names(),
         }
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":
+                read_alone(parameter)
 
     def is_serializable(self) -> bool:
         return False

@@ -48,10 +48,10 @@ class AlignedBuffer:
 
 
 class _Busy:
-    """How long the drive takes for reads that overlap, counted together.
+    """How long the drive takes for plans whose reads overlap, counted together.
 
-    Reads have no time of their own while others are in flight: they share the drive, and the last to end
-    would seem to have taken none.
+    A plan has no time of its own while another's reads are in flight: they share the drive, and the last to
+    end would seem to have taken none.
     """
 
     ENOUGH = 2  # times as many as are in flight, which at the end are about as far as others at the start
@@ -61,7 +61,7 @@ class _Busy:
         self._since, self._running, self._ended, self._requests, self._size = 0.0, 0, 0, 0, 0
 
     def begin(self) -> None:
-        """Some reads are about to start."""
+        """A plan's reads are about to start."""
         with self._lock:
             if not self._running:
                 self._since, self._ended, self._requests, self._size = time.perf_counter(), 0, 0, 0
@@ -80,6 +80,25 @@ class _Busy:
             found = self._requests, self._size, now - self._since
             self._since, self._ended, self._requests, self._size = now, 0, 0, 0
             return found
+
+
+class _Parts:
+    """Counts the parts of one plan's reads, which several threads do."""
+
+    def __init__(self, parts: int) -> None:
+        self._lock, self._waiting, self._left = Lock(), parts, parts
+
+    def first(self) -> bool:
+        """Whether the part that starts is the first to do so."""
+        with self._lock:
+            self._waiting, before = 0, self._waiting
+            return before > 0
+
+    def last(self) -> bool:
+        """Whether the part that ends is the last to do so."""
+        with self._lock:
+            self._left -= 1
+            return not self._left
 
 
 class Reader:
@@ -156,15 +175,26 @@ class Reader:
         self.report.bytes_read += plan.size
         parts = 1 if self.engine == "aio" else min(self._threads, len(offsets))
         pieces = [(offsets[part::parts], lengths[part::parts], targets[part::parts]) for part in range(parts)]
-        return [self._pool.submit(self._read, *piece, buffer) for piece in pieces]
+        whole = len(offsets), plan.size, _Parts(parts)
+        return [self._pool.submit(self._read, *whole, *piece, buffer) for piece in pieces]
 
-    def _read(self, offsets: Array, lengths: Array, targets: Array, buffer: AlignedBuffer) -> None:
-        """Read some pieces, in a thread of the pool; tell the meter how long the drive took."""
-        self._busy.begin()
+    def _read(
+        self,
+        count: int,
+        size: int,
+        parts: _Parts,
+        offsets: Array,
+        lengths: Array,
+        targets: Array,
+        buffer: AlignedBuffer,
+    ) -> None:
+        """Read a part of a plan, in a thread of the pool; after the last, tell the meter how long it took."""
+        if parts.first():
+            self._busy.begin()
         try:
             self._read_pieces(offsets, lengths, targets, buffer)
         finally:
-            found = self._busy.end(len(offsets), int(lengths.sum()))
+            found = self._busy.end(count, size) if parts.last() else None
         if found and self.meter is not None:
             self.meter.observe(*found)
 

@@ -70,6 +70,8 @@ def reorder(
         got = "none" if trace is None else "both"
         raise ValueError(f"one of `calibration` and `trace` should be given, got {got}.")
     found = trace_of(source, Path(trace)) if trace is not None else None
+    if found is not None and _rank(source, config):
+        found.check_inputs()
     sequences = cut_sequences(source, calibration, config) if calibration is not None else []
     with working_on(out) as work:
         if found is None:

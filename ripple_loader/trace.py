@@ -146,17 +146,16 @@ class Trace:
         """The active sets of one MLP, for the tokens that reached it."""
         return np.concatenate(self._tensors(str(layer)))
 
-    def inputs(self, layer: int) -> Tensor:
-        """Some of the inputs of one MLP, float32, shape (M, H), where zeros are exact.
-
-        Raises:
-            ValueError: the trace is of an earlier version, which kept none.
-        """
-        if not self.description.get("inputs"):
+    def check_inputs(self) -> None:
+        """ValueError where a trace with exact zeros is of an earlier version, which kept no inputs."""
+        if not self.description.get("inputs_every"):
             raise ValueError(
                 f"{self.directory} should hold inputs of the MLPs, which predictors are fitted to: trace the "
                 "model again, or reorder with `predictor` 0."
             )
+
+    def inputs(self, layer: int) -> Tensor:
+        """Inputs of one MLP, float32, shape (M, H): of every fourth token, where zeros are exact."""
         return torch.from_numpy(np.concatenate(self._tensors(f"{layer}.inputs")))
 
     def _tensors(self, name: str) -> list[npt.NDArray[Any]]:
@@ -178,12 +177,12 @@ def trace_description(source: SourceModel, sequences: list[Tensor], config: Reor
         "mlps": source.layers,
         "neurons": source.neurons,
         "exact_zeros": source.exact_zeros,
-        "inputs": source.exact_zeros,
         "active": config.active,
         "active_share": config.active_share,
         "sequences": len(sequences),
         "tokens": sum(ids.shape[1] for ids in sequences),
         "token_ids": digest.hexdigest(),
+        **({"inputs_every": _SAMPLED_EVERY} if source.exact_zeros else {}),
     }
 
 
@@ -272,7 +271,10 @@ class Tracer:
         )
         self._found[str(layer)] = np.packbits(mask_TN.cpu().numpy(), axis=1)
         if self.source.exact_zeros:
-            self._found[f"{layer}.inputs"] = x_TH[::_SAMPLED_EVERY].float().cpu().numpy()
+            # safetensors writes what lies in memory, whatever the strides.
+            self._found[f"{layer}.inputs"] = np.ascontiguousarray(
+                x_TH[::_SAMPLED_EVERY].float().cpu().numpy()
+            )
         down_NH, bias_H = self._part(layer, down, x_TH)
         return F.linear(a_TN, down_NH.T, bias_H)
 

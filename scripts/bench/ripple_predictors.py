@@ -79,7 +79,7 @@ class Layer:
             return margins(estimate * self.scale + self.bias, self.error, self.scale, inputs) > 0
         share, recall = self.rule
         predictor = self.predictor(share)
-        return predictor.estimate(self.x) + self.bias + predictor.slack(recall) > 0
+        return predictor.estimate(self.x) + self.bias + predictor.deviations(recall) * predictor.deviation > 0
 
     def masked(self, activation: Tensor) -> Tensor:
         a_TN, mask_TN = activation.flatten(0, -2), self.selected()

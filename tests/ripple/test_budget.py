@@ -10,7 +10,7 @@ from ripple_loader import ReorderConfig, RippleConfig, reorder
 from ripple_loader.budget import allocate
 from ripple_loader.sidecar import SidecarHeader
 
-from .conftest import make_model
+from .conftest import make_model, token_ids
 
 HEADERS = st.builds(
     lambda **sizes: SidecarHeader(
@@ -68,7 +68,7 @@ def status(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024
 
-copy, warm_up, share, keep, own, constant = sys.argv[1:]
+copy, warm_up, share, keep, recall, own, constant = sys.argv[1:]
 threading.stack_size(256 << 10)
 warm = AutoModelForCausalLM.from_pretrained(warm_up)  # loads whatever code loading needs
 warm.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
@@ -78,7 +78,7 @@ resident, data = status("VmRSS"), status("VmData")
 budget = parse_size(share, "", total=Sidecar(copy).header.weight_bytes)
 files = sum(path.stat().st_size for path in Path(copy).glob("*.safetensors"))
 resource.setrlimit(resource.RLIMIT_DATA, (data + files + budget + int(constant),) * 2)
-config = RippleConfig(dram_budget=share, keep=float(keep), strategy="sparse")
+config = RippleConfig(dram_budget=share, keep=float(keep), recall=float(recall), strategy="sparse")
 model = AutoModelForCausalLM.from_pretrained(copy, quantization_config=config)
 model.generate(torch.ones(1, 16, dtype=torch.long), max_new_tokens=8)
 assert sum(parameter.nbytes for parameter in model.parameters()) == int(own)
@@ -94,23 +94,43 @@ CONSTANT = 20 << 20  # activations, logits, thread stacks, the allocator's slack
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A model with 100 MB of MLP weights, reordered, and the bytes of its other weights."""
-    path = tmp_path_factory.mktemp("large")
-    model = make_model("llama", hidden_size=256, intermediate_size=4096, num_hidden_layers=8)
-    model.save_pretrained(path / "model")
-    own = sum(p.nbytes for name, p in model.named_parameters() if ".mlp." not in name)
-    config = ReorderConfig(placement="identity", tokens=16)
-    reorder(path / "model", path / "copy", [torch.arange(3, 30)], config)
-    return path / "copy", own
+    """`large(name, bundles)`: a model with 70 to 100 MB of MLP weights, reordered, and its other bytes."""
+    made = {}
+
+    def get(name, bundles):
+        if (name, bundles) not in made:
+            path = tmp_path_factory.mktemp(name)
+            model = make_model(name, hidden_size=256, intermediate_size=4096, num_hidden_layers=8)
+            model.save_pretrained(path / "model")
+            own = sum(p.nbytes for key, p in model.named_parameters() if ".mlp." not in key)
+            config = ReorderConfig(placement="identity", tokens=192, sequence_length=64, bundles=bundles)
+            calibration = [token_ids(64, seed=seed)[0] for seed in range(3)]
+            reorder(path / "model", path / "copy", calibration, config)
+            made[name, bundles] = path / "copy", own
+        return made[name, bundles]
+
+    return get
 
 
-@pytest.mark.parametrize(("budget", "keep"), [("10%", 1.0), ("25%", 1.0), ("50%", 0.25)])
-def test_loading_and_generating_stay_within_the_budget_and_a_constant(budget, keep, large, saved):
+@pytest.mark.parametrize(
+    ("name", "bundles", "budget", "keep", "recall"),
+    [
+        ("llama", "same", "10%", 1.0, 1.0),
+        ("llama", "same", "25%", 1.0, 1.0),
+        ("llama", "same", "50%", 0.25, 1.0),
+        ("llama", "int8", "50%", 0.5, 1.0),
+        ("llama", "int4", "75%", 0.5, 1.0),
+        ("arcee", "same", "25%", 1.0, 0.95),
+    ],
+)
+def test_loading_and_generating_stay_within_the_budget_and_a_constant(
+    name, bundles, budget, keep, recall, large, saved
+):
     """RLIMIT_DATA stops every allocation beyond it; the weight files, which transformers maps whole, count.
     The peak resident set counts what is read of them.
     """
-    directory, own = large
-    command = [sys.executable, "-c", PEAK, directory, saved("llama"), budget, keep, own, CONSTANT]
+    directory, own = large(name, bundles)
+    command = [sys.executable, "-c", PEAK, directory, saved("llama"), budget, keep, recall, own, CONSTANT]
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     beyond, limited = run.stdout.splitlines()
