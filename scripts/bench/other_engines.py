@@ -1,6 +1,8 @@
 """llama.cpp and airllm as contenders: a model from a transformers checkpoint, decoded token by token.
 
-pip install -e ".[peers]"     # builds llama.cpp, some minutes
+    pip install -e ".[peers]"     # builds llama.cpp, some minutes
+
+Best in an environment of its own: airllm's wheel brings a package named `tests`, which hides this project's.
 """
 
 from __future__ import annotations
