@@ -14,6 +14,7 @@ import torch
 
 from ripple_loader.access import fixed_gap, plan_reads
 from ripple_loader.aio import AsyncReads
+from ripple_loader.quantizer import read_alone
 from ripple_loader.reader import AlignedBuffer, Pipeline, Reader
 from ripple_loader.report import RippleReport
 
@@ -160,6 +161,17 @@ def test_a_whole_model_runs_without_o_direct(reordered, monkeypatch):
         warnings.simplefilter("error")
         assert relative_error(model(token_ids()).logits, reference) < 1e-6
     assert len(model.ripple_report.fallbacks) == 1
+
+
+def test_weights_of_a_mapped_file_are_read_alone_and_stay_what_they_are(file):
+    mapped = torch.from_file(str(file), size=1 << 18, dtype=torch.int32)
+    part, expected = mapped[1000:200_000], np.fromfile(file, np.int32)[1000:200_000]
+    read_alone(part)
+    assert np.array_equal(part.numpy(), expected)
+    advice = [line for line in Path("/proc/self/smaps").read_text().splitlines() if "VmFlags" in line]
+    assert any(" rr" in line for line in advice)  # read at random
+    read_alone(torch.empty(0))
+    read_alone(torch.ones(3))
 
 
 def test_a_directory_in_memory(reordered):
