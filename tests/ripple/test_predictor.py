@@ -137,6 +137,15 @@ def test_a_token_gets_the_same_neurons_in_a_prompt_as_alone(predicting):
 
 
 @torch.no_grad()
+def test_a_trace_that_was_too_short_is_told_of_and_leaves_nothing_out(reordered):
+    with pytest.warns(UserWarning, match="2 of 2 MLPs compute all neurons: the trace had too few tokens"):
+        model = load(reordered("opt"), recall=0.8)
+    assert "too few tokens" in model.ripple_report.fallbacks[0]
+    reference = make_model("opt")(token_ids()).logits
+    assert relative_error(model(token_ids()).logits, reference) < 1e-5
+
+
+@torch.no_grad()
 def test_dense_reads_all_whatever_the_recall(predicting):
     reference = make_model("opt")(token_ids()).logits
     model = load(predicting("opt"), recall=0.8, strategy="dense")
