@@ -31,6 +31,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "openvino": {"backend": "openvino"},
     "ollie": {"backend": "ollie", "options": {}},
     "ollie freeze": {"backend": "ollie", "options": {"freeze": True}},
+    "ollie max-autotune freeze": {"backend": "ollie", "options": {"freeze": True, "max_autotune": True}},
 }
 
 
@@ -61,13 +62,18 @@ def openvino(net: torch.nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], 
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, count: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` samples each, all in turn."""
+    """Seconds of each call, `rounds` samples each, all in turn.
+
+    Before each sample the call is made once more: it finds the caches, and a pool of threads that another
+    contender may have left busy, as the one before it left them.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(min(3, count)):
             call()
     for _ in range(rounds):
         for name, call in calls.items():
+            call()
             start = time.perf_counter()
             for _ in range(count):
                 call()
