@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,17 +63,18 @@ def openvino(net: torch.nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], 
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, count: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` samples each, all in turn.
+    """Seconds of each call, `rounds` samples each, all in each round in an order of its own.
 
-    Before each sample the call is made once more: it finds the caches, and a pool of threads that another
-    contender may have left busy, as the one before it left them.
+    Before each sample the call is made once, for it finds the caches, and perhaps threads that are still
+    busy, as the contender before it left them.
     """
+    turns = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(min(3, count)):
             call()
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name, call in turns.sample(list(calls.items()), len(calls)):
             call()
             start = time.perf_counter()
             for _ in range(count):
