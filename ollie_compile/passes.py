@@ -123,10 +123,13 @@ class DerivationPass(CustomGraphPass):
             if isinstance(made, Exception):
                 self.report.left(node.name, f"planning failed: {made}")
                 continue
-            winner = made.winner
-            if winner and splice(graph, made.operator, [node], inputs, winner.program) is None:
-                self.report.left(node.name, NOT_SPLICED)
-                continue
+            if made.winner is not None:
+                inputs = [replaced.get(source, source) for source in inputs]
+                results = splice(graph, made.operator, [node], inputs, made.winner.program)
+                if results is None:
+                    self.report.left(node.name, NOT_SPLICED)
+                    continue
+                replaced[node] = results[0]
             self.report.planned(node.name, made)
         gradients.release(graph)
         self.report.others.update(+targets)

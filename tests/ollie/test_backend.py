@@ -45,6 +45,19 @@ def test_found_by_name_and_equal_to_eager(always_rewrite):
     assert any(made.winner is not None for made in plan._plans.values())
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_operators_in_a_row_are_all_replaced(always_rewrite, uncompiled, freeze):
+    """The second takes what now stands for the first's result."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.ConvTranspose2d(n, n - 1, 4, 2, 1) for n in (4, 3, 2))).eval()
+    x = torch.randn(1, 4, 3, 5)
+    report = ollie_compile.explain(net, x, **QUICK, freeze=freeze)
+    assert report.rewritten == 3
+    with torch.no_grad():
+        got = torch.compile(net, backend="ollie", options={**QUICK, "freeze": freeze})(x)
+        torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
+
+
 def test_measured_plan_keeps_results_and_times_the_original():
     net, x = small_net().eval(), torch.randn(1, 3, 8, 8)
     report = ollie_compile.explain(net, x, candidates=1, budget_s=600)
