@@ -6,6 +6,7 @@ Dimension key: N neurons, U of them wanted, R rows of a bundle, B its bytes, H h
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ripple_loader.cache import NeuronCache, Slots, make_cache
 from ripple_loader.config import RippleConfig, parse_size
 from ripple_loader.drive import Meter
 from ripple_loader.reader import AlignedBuffer, Pipeline, Reader, Ticket
+from ripple_loader.report import RippleReport
 from ripple_loader.sidecar import align
 
 _ROWS_COPIED_AT_ONCE = 32
@@ -67,6 +69,18 @@ class Batch:
     wanted: Mask | None
 
 
+def staging(size: int, report: RippleReport) -> Tensor:
+    """Memory for gathered neurons, uint8: pinned where there is a GPU, which then reads it directly."""
+    if torch.cuda.is_available():
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:  # such as a limit on locked memory
+            reason = str(error).partition("\n")[0]
+            report.fallbacks.append(f"neurons are copied to the GPU from pageable memory: {reason}")
+            warnings.warn(report.fallbacks[-1], stacklevel=2)
+    return torch.empty(size, dtype=torch.uint8)
+
+
 class Fetcher:
     """The neuron caches and the reads of one model's MLPs; hands out one MLP at a time.
 
@@ -104,7 +118,7 @@ class Fetcher:
         self._pipeline = Pipeline(reader, buffers)
         self._ahead: _Ahead | None = None
         self._drained, self._idle = 0.0, 0.0
-        self._scratch = torch.empty(allocation.scratch, dtype=torch.uint8)
+        self._scratch = staging(allocation.scratch, self.report)
         slots = allocation.cache_slots
         self._sizes = [
             (count, count if whole else min(hot, count))

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from ripple_loader import RippleConfig, attach, reorder
 from ripple_loader.engine import Engine
+from ripple_loader.fetching import staging
+from ripple_loader.report import RippleReport
 from ripple_loader.selection import Selection
 from ripple_loader.source import open_source
 from ripple_loader.trace import calibration_sequences, cut_sequences, trace_source, unpack
@@ -30,6 +32,26 @@ def test_another_default_device_changes_nothing(name, keep, reordered):
     expected = layer(x)
     with torch.device("meta"):  # as `torch.set_default_device("cuda")` does with a GPU
         torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory can be had")
+def test_neurons_are_copied_from_pageable_memory_where_none_is_pinned(monkeypatch):
+    report = RippleReport(directory="", layers=1, neurons=1, budget=0)
+    assert staging(16, report).shape == (16,)
+    assert not report.fallbacks
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="copied to the GPU from pageable memory: pin_memory"):
+        memory = staging(16, report)
+    assert memory.shape == (16,)
+    assert not memory.is_pinned()
+    assert len(report.fallbacks) == 1
+
+
+@pytest.mark.gpu
+def test_gathered_neurons_lie_in_pinned_memory_beside_a_gpu():
+    report = RippleReport(directory="", layers=1, neurons=1, budget=0)
+    assert staging(16, report).is_pinned()
+    assert not report.fallbacks
 
 
 def test_calibration_may_lie_anywhere():
