@@ -10,7 +10,6 @@ import functools
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import closing
 
@@ -100,11 +99,10 @@ class Engine:
             self._predictors = [sidecar.predictor(layer) for layer in held]
             self._deviations = [predictor.deviations(config.recall) for predictor in self._predictors]
         if unsure := sum(map(math.isinf, self._deviations)):
-            self.report.fallbacks.append(
+            self.report.fall_back(
                 f"{unsure} of {header.layers} MLPs compute all neurons: the trace had too few tokens to fit "
                 "their predictors to"
             )
-            warnings.warn(self.report.fallbacks[-1], stacklevel=2)
         self.report.reset()
 
     def _decide(self, pace: Pace, block: int) -> bool:

@@ -6,7 +6,6 @@ Dimension key: N neurons, U of them wanted, R rows of a bundle, B its bytes, H h
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,8 +75,7 @@ def staging(size: int, report: RippleReport) -> Tensor:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:  # such as a limit on locked memory
             reason = str(error).partition("\n")[0]
-            report.fallbacks.append(f"neurons are copied to the GPU from pageable memory: {reason}")
-            warnings.warn(report.fallbacks[-1], stacklevel=2)
+            report.fall_back(f"neurons are copied to the GPU from pageable memory: {reason}")
     return torch.empty(size, dtype=torch.uint8)
 
 

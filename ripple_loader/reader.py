@@ -11,7 +11,6 @@ import errno
 import mmap
 import os
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,9 +82,10 @@ class _Busy:
 
 
 class _Parts:
-    """Counts the parts of one plan's reads, which several threads do."""
+    """Counts the parts of one plan's reads, which several threads do; of `requests`, `size` bytes in all."""
 
-    def __init__(self, parts: int) -> None:
+    def __init__(self, parts: int, requests: int, size: int) -> None:
+        self.requests, self.size = requests, size
         self._lock, self._waiting, self._left = Lock(), parts, parts
 
     def first(self) -> bool:
@@ -148,8 +148,7 @@ class Reader:
         self._start_threads()
 
     def _fall_back(self, what: str) -> None:
-        self.report.fallbacks.append(f"{self.path} {what}")
-        warnings.warn(self.report.fallbacks[-1], stacklevel=3)
+        self.report.fall_back(f"{self.path} {what}", stacklevel=3)
 
     def _open_queues(self, engine: IOEngine) -> deque[AsyncReads]:
         """The kernel's queues for asynchronous reads; none where threads do them."""
@@ -175,18 +174,11 @@ class Reader:
         self.report.bytes_read += plan.size
         parts = 1 if self.engine == "aio" else min(self._threads, len(offsets))
         pieces = [(offsets[part::parts], lengths[part::parts], targets[part::parts]) for part in range(parts)]
-        whole = len(offsets), plan.size, _Parts(parts)
-        return [self._pool.submit(self._read, *whole, *piece, buffer) for piece in pieces]
+        whole = _Parts(parts, len(offsets), plan.size)
+        return [self._pool.submit(self._read, whole, *piece, buffer) for piece in pieces]
 
     def _read(
-        self,
-        count: int,
-        size: int,
-        parts: _Parts,
-        offsets: Array,
-        lengths: Array,
-        targets: Array,
-        buffer: AlignedBuffer,
+        self, parts: _Parts, offsets: Array, lengths: Array, targets: Array, buffer: AlignedBuffer
     ) -> None:
         """Read a part of a plan, in a thread of the pool; after the last, tell the meter how long it took."""
         if parts.first():
@@ -194,7 +186,7 @@ class Reader:
         try:
             self._read_pieces(offsets, lengths, targets, buffer)
         finally:
-            found = self._busy.end(count, size) if parts.last() else None
+            found = self._busy.end(parts.requests, parts.size) if parts.last() else None
         if found and self.meter is not None:
             self.meter.observe(*found)
 

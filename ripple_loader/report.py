@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 
 
@@ -62,6 +63,11 @@ class RippleReport:
     def recall(self) -> float:
         """Share of the active neurons that the layer before foresaw; 0 where none was asked."""
         return self.foreseen / max(1, self.asked)
+
+    def fall_back(self, what: str, *, stacklevel: int = 2) -> None:
+        """Note what is done otherwise than asked, and why, and warn of it, `stacklevel` frames up."""
+        self.fallbacks.append(what)
+        warnings.warn(what, stacklevel=stacklevel + 1)
 
     def reset(self) -> None:
         """Set the counters to zero."""

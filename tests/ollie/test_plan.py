@@ -150,15 +150,6 @@ def test_time_for_what_wins_is_not_given_to_other_operators(monkeypatch, check):
     assert seen == pytest.approx([9.0, 5.5])
 
 
-def test_time_to_prepare_goes_to_operators_by_what_they_take(monkeypatch, check):
-    small, large = conv(), conv(torch.float64)
-    seen = []
-    monkeypatch.setattr(choice, "prepare", lambda made, config, stop: seen.append((made.operator, stop)))
-    plan.plan_all({small: 1, large: 9}, MEASURE, 10.0)
-    assert [operator for operator, _ in seen] == [large, small]
-    assert [stop for _, stop in seen] == pytest.approx([9.0 * plan.PREPARED, 10.0 * plan.PREPARED])
-
-
 def test_the_pace_of_compilations_is_that_of_earlier_ones():
     pace = tune.Pace()
     unknown = pace.seconds(100)
@@ -175,13 +166,16 @@ def test_what_is_faster_as_it_is_called_wins_without_time_to_compile(check, comp
     assert made.winner is not None
 
 
-def test_time_goes_to_operators_by_what_they_can_gain(monkeypatch, check):
+@pytest.mark.parametrize(("step", "share"), [("prepare", plan.PREPARED), ("decide", 1.0)])
+def test_time_goes_to_operators_by_what_they_take_and_then_by_what_they_can_gain(
+    step, share, monkeypatch, check
+):
     small, large = conv(), conv(torch.float64)
     seen = []
-    monkeypatch.setattr(choice, "decide", lambda made, config, stop: seen.append((made.operator, stop)))
+    monkeypatch.setattr(choice, step, lambda made, config, stop: seen.append((made.operator, stop)))
     plan.plan_all({small: 1, large: 9}, MEASURE, 10.0)
     assert [operator for operator, _ in seen] == [large, small]
-    assert [stop for _, stop in seen] == pytest.approx([9.0, 10.0])
+    assert [stop for _, stop in seen] == pytest.approx([9.0 * share, 10.0 * share])
 
 
 def test_bounds_leave_time_to_check(monkeypatch, clock, check):

@@ -34,9 +34,17 @@ def test_another_default_device_changes_nothing(name, keep, reordered):
         torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory can be had")
 def test_neurons_are_copied_from_pageable_memory_where_none_is_pinned(monkeypatch):
+    empty = torch.empty
+
+    def refused(*size, pin_memory=False, **named):
+        if pin_memory:
+            raise RuntimeError("pin_memory is beyond the limit of locked memory")
+        return empty(*size, **named)
+
+    monkeypatch.setattr(torch, "empty", refused)
     report = RippleReport(directory="", layers=1, neurons=1, budget=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert staging(16, report).shape == (16,)
     assert not report.fallbacks
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
