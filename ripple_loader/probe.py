@@ -6,7 +6,6 @@ import datetime
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -153,6 +152,5 @@ def known_drive(reader: Reader) -> DriveModel:
         try:
             return DriveProfile.load(kept).at(reader.depth)
         except (ValueError, OSError) as error:
-            reader.report.fallbacks.append(f"{error}; it is ignored: run `ripple probe` again")
-            warnings.warn(reader.report.fallbacks[-1], stacklevel=2)
+            reader.report.fall_back(f"{error}; it is ignored: run `ripple probe` again")
     return replace(DEFAULT, depth=reader.depth)
