@@ -15,6 +15,7 @@ from ollie_compile import store
 from ollie_compile.convolutions import ConvolutionCall
 from ollie_compile.expr import Scope
 from ollie_compile.lower import Product, Program, operator_of
+from ollie_compile.matrices import match_bilinear
 from ollie_compile.transforms import is_transform, row_loop
 
 
@@ -115,18 +116,40 @@ def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
     return 3 * count * dtype.itemsize / profile.seconds(device, f"addition of {count} {dtype}", measure)
 
 
+def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Measured multiplications of a matrix product whose operands fit a cache."""
+    size = 256
+    return size**3 / product_seconds(1, size, size, size, False, dtype, device)
+
+
 def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device) -> float:
     """Time of the program's operators, and of moving each eOperator's reads and result once."""
     total = 0.0
-    for scope in set(program.scope.scopes()):
+    left, seen = [program.scope], set[Scope]()
+    while left:
+        scope = left.pop()
+        if scope in seen:
+            continue
+        seen.add(scope)
         operator = operator_of(scope, program.layout)
-        if isinstance(operator, Product):
+        whole = match_bilinear(scope) if program.kernels == "cpp" else None
+        below = [*scope.below()]
+        if whole is not None:
+            below = [
+                read.tensor for read in (whole.data.read, whole.weight) if isinstance(read.tensor, Scope)
+            ]
+            products = math.prod(loop.extent for loop in whole.product.traversal + whole.product.summation)
+            elements = sum(math.prod(t.shape) for t in (scope, whole.data.read.tensor, whole.weight.tensor))
+            total += products / products_per_second(dtype, device)
+            total += elements * dtype.itemsize / bytes_per_second(dtype, device)
+        elif isinstance(operator, Product):
             total += product_seconds(*operator.shape(scope), operator.shared, dtype, device)
         elif operator is not None:
             call = ConvolutionCall.of(scope, operator)
             total += convolution_seconds(call, program.layout == "channels last", dtype, device)
         else:
             total += _moved(scope) * dtype.itemsize / bytes_per_second(dtype, device)
+        left += below
     return total
 
 

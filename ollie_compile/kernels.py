@@ -140,7 +140,7 @@ def _transform(
     """One or two constant matrices applied to strided dimensions of a tensor, windows of it among them.
 
     O[.., i1, .., i2, ..] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * x[offset + steps . j + stride . loops], where
-    x is read as it lies in memory, and never outside of it.
+    where x is read as it lies in memory, and never outside of it.
 
     Args:
         x: contiguous.
@@ -186,6 +186,60 @@ transform = torch.ops.ollie.transform.default
 
 @torch.library.register_fake("ollie::transform", lib=_library)
 def _(x: Tensor, size: list[int], *_others: object) -> Tensor:
+    return x.new_empty(size)
+
+
+def _bilinear(
+    x: Tensor,
+    weight: Tensor,
+    size: list[int],
+    stride: list[int],
+    offset: int,
+    places: list[int],
+    steps: list[int],
+    features: int,
+    channels: list[int],
+    channel_stride: list[int],
+    matrices: str,
+) -> Tensor:
+    """A bilinear form as a whole: constant matrices, a product for each of their rows, matrices again.
+
+    With V[i1, i2, t, c] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * x[offset + steps . j + stride . t + c],
+    O[t, k1, k2, f] = Sum[i1, i2] C[k1, i1] * D[k2, i2] * Sum[c] V[i1, i2, t, c] * W[i1, i2, c, f],
+    where x is read as it lies in memory, and never outside of it.
+
+    Args:
+        x: contiguous.
+        weight: W as `bilinear_kernels.packed` gives it.
+        size: of the result.
+        stride: of x along each dimension of the result, 0 at the rows of matrices and at features.
+        places: dimensions of the result that are rows of matrices, one or two.
+        steps: strides of x along what the data's matrices sum over.
+        features: how many dimensions f has, the result's last.
+        channels, channel_stride: sizes and strides of x along c, the last stride 1.
+        matrices: those of the data and those of the result as JSON, [[A, B], [C, D]] or [[A], [C]].
+
+    Returns:
+        [*size], contiguous, in the dtype of `x`.
+    """
+    from ollie_compile import bilinear_kernels
+
+    x, weight = x.contiguous(), weight.contiguous()
+    plain = x.device.type == "cpu" and x.dtype == torch.float32
+    call = bilinear_kernels.bilinear if plain else bilinear_kernels.reference
+    return call(x, weight, size, stride, offset, places, steps, features, channels, channel_stride, matrices)
+
+
+_library.define(
+    "bilinear(Tensor x, Tensor weight, SymInt[] size, SymInt[] stride, SymInt offset, SymInt[] places, "
+    "SymInt[] steps, int features, SymInt[] channels, SymInt[] channel_stride, str matrices) -> Tensor"
+)
+_library.impl("bilinear", _bilinear, "CompositeExplicitAutograd")
+bilinear = torch.ops.ollie.bilinear.default
+
+
+@torch.library.register_fake("ollie::bilinear", lib=_library)
+def _(x: Tensor, weight: Tensor, size: list[int], *_others: object) -> Tensor:
     return x.new_empty(size)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +26,9 @@ from ollie_compile.convolutions import (
     output_order,
 )
 from ollie_compile.eoperators import Banded, SelectiveAdd, match_banded, match_selective_add
-from ollie_compile.expr import ELEMENTWISE, Read, Scope
+from ollie_compile.expr import ELEMENTWISE, Constant, Read, Scope
 from ollie_compile.matching import Matmul, match_matmul
-from ollie_compile.matrices import Transform, match_transform, start, strides
+from ollie_compile.matrices import Bilinear, Transform, match_bilinear, match_transform, start, strides
 from ollie_compile.transforms import is_transform
 from ollie_compile.views import Window, is_view, padded
 
@@ -99,6 +100,8 @@ def programs(scope: Scope, device: torch.device) -> list[Program]:
     kernels: Kernels = "aten" if plain else "triton"
     if device.type == "cpu" and any(map(is_transform, scopes)):
         kernels = "cpp"
+        if any(map(match_bilinear, scopes)):
+            layouts = layouts[:1]  # what is left of products goes through no library
     return [Program(scope, layout, kernels) for layout in layouts]
 
 
@@ -173,6 +176,22 @@ def _is_eoperator(scope: Scope) -> bool:
     return taps <= MAX_TAPS and all(is_view(read) for read in scope.factors)
 
 
+def _joined(result: Tensor, call: Transform) -> Tensor:
+    """The result of a transform's kernel in the dimensions of its scope."""
+    names = [loop.name for loop in call.loops]
+    for part in call.joined:
+        at = names.index(part.whole)
+        result = result.flatten(at, at + 1).narrow(at, part.start, part.size)
+        names[at : at + 2] = [part.name]
+    return result
+
+
+def _rows(matrix: Constant) -> list[list[float]]:
+    values = list(map(float, matrix.values))
+    width = matrix.shape[1]
+    return [values[at : at + width] for at in range(0, len(values), width)]
+
+
 class _Lowering:
     def __init__(self, inputs: Mapping[str, Tensor], program: Program) -> None:
         self.inputs, self.layout, self.kernels = inputs, program.layout, program.kernels
@@ -195,8 +214,10 @@ class _Lowering:
         add = match_selective_add(scope) if self.kernels != "aten" else None
         if add is not None and (self.kernels == "triton" or add.folds):
             return self._selective_add(scope, add)
+        if self.kernels == "cpp" and (whole := match_bilinear(scope)):
+            return self._bilinear(whole)
         if self.kernels == "cpp" and (transform := match_transform(scope)):
-            return self._matrices(scope, transform)
+            return self._matrices(transform)
         return self._transform(scope) if is_transform(scope) else self._eoperator(scope)
 
     def _tensor(self, read: Read) -> Tensor:
@@ -221,9 +242,26 @@ class _Lowering:
         matrix = self.inputs[transforms.matrix(scope).name]
         return transforms.apply(scope, matrix, lambda value, loops: window.at({summed.name: value}, loops))
 
-    def _matrices(self, scope: Scope, call: Transform) -> Tensor:
+    def _matrices(self, call: Transform) -> Tensor:
         from ollie_compile import kernels
 
+        value, step, offset = self._strided(call)
+        rows = [one.row for one in call.matrices]
+        names = [loop.name for loop in call.loops]
+        result = kernels.transform(
+            value,
+            [loop.extent for loop in call.loops],
+            [step[name] for name in names],
+            offset,
+            [names.index(row) for row in rows],
+            [step[one.column] for one in call.matrices],
+            [float(number) for one in call.matrices for number in one.constant.values],
+            [one.constant.shape[1] for one in call.matrices],
+        )
+        return _joined(result, call)
+
+    def _strided(self, call: Transform) -> tuple[Tensor, dict[str, int], int]:
+        """What a transform reads, padded and contiguous, its stride along each iterator, and its start."""
         last = call.loops[-1].name
         places = sorted(range(len(call.read.index)), key=lambda at: last in call.read.index[at].iterators())
         index = tuple(call.read.index[at] for at in places)
@@ -232,23 +270,34 @@ class _Lowering:
             self._tensor(call.read).permute(places), box, [at.bounds(call.ranges) for at in index]
         )
         value = value.contiguous()
-        rows = [one.row for one in call.matrices]
-        names = [loop.name for loop in call.loops]
-        result = kernels.transform(
+        offset = start(index, value.stride(), box, {name: low for name, (low, _) in call.ranges.items()})
+        return value, {name: strides(index, value.stride(), name) for name in call.ranges}, offset
+
+    def _bilinear(self, call: Bilinear) -> Tensor:
+        from ollie_compile import bilinear_kernels, kernels
+
+        value, step, offset = self._strided(call.data)
+        product = call.product
+        loops = {loop.name: loop for loop in product.traversal + product.summation}
+        groups = (call.products, tuple(name for name, _ in call.contracted), call.features)
+        weight = self._operand(call.weight, product, groups)
+        of_data = dict(call.tiles)
+        names = [loop.name for loop in call.result.loops]
+        both = (call.data.matrices, call.result.matrices)
+        result = kernels.bilinear(
             value,
-            [loop.extent for loop in call.loops],
-            [strides(index, value.stride(), name) for name in names],
-            start(index, value.stride(), box, {name: low for name, (low, _) in call.ranges.items()}),
-            [names.index(row) for row in rows],
-            [strides(index, value.stride(), one.column) for one in call.matrices],
-            [float(number) for one in call.matrices for number in one.constant.values],
-            [one.constant.shape[1] for one in call.matrices],
+            bilinear_kernels.packed(weight),
+            [loop.extent for loop in call.result.loops],
+            [step[of_data[name]] if name in of_data else 0 for name in names],
+            offset,
+            [names.index(one.row) for one in call.result.matrices],
+            [step[one.column] for one in call.data.matrices],
+            len(call.features),
+            [loops[name].extent for name, _ in call.contracted],
+            [step[name] for _, name in call.contracted],
+            json.dumps([[_rows(one.constant) for one in side] for side in both]),
         )
-        for part in call.joined:
-            at = names.index(part.whole)
-            result = result.flatten(at, at + 1).narrow(at, part.start, part.size)
-            names[at : at + 2] = [part.name]
-        return result
+        return _joined(result, call.result)
 
     def _convolution(self, scope: Scope, match: ConvolutionMatch) -> Tensor:
         read, other = scope.factors[match.data], scope.factors[1 - match.data]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 
 import torch
@@ -71,6 +72,7 @@ def splice(
                 graph.erase_node(first.prev)
             return None
         places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+        places |= _numbers(graph, traced.graph, fake_mode)
         made = graph.graph_copy(traced.graph, places)
     # Recomputation tags, source lines and module names hold for all that stands in the node's place.
     inherited = {key: value for key, value in first.meta.items() if key not in _OWN_META}
@@ -107,17 +109,32 @@ def _erase(node: fx.Node) -> None:
 def _constants(
     graph: fx.Graph, operator: Operator, program: Program, fake_mode: FakeTensorMode
 ) -> list[fx.Node]:
-    """Nodes for the constants of `program`, held by the graph's module as torch.tensor literals are."""
-    module = graph.owning_module
-    assert module is not None, "Inductor's graphs belong to a module"
-    nodes = []
+    """Nodes for the constants of `program`."""
     with unset_fake_temporarily():
         constants = program.constants(operator.dtype, operator.device)
-    for name, value in constants.items():
-        attribute = f"_ollie_{name}_{value.dtype}_{value.device}".replace(".", "_").replace(":", "_")
-        module.register_buffer(attribute, value, persistent=False)
-        held = graph.get_attr(attribute)
-        lifted = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (held,))
-        lifted.meta["val"] = held.meta["val"] = fake_mode.from_tensor(value)
-        nodes.append(lifted)
-    return nodes
+    return [_held(graph, name, value, fake_mode) for name, value in constants.items()]
+
+
+def _numbers(graph: fx.Graph, traced: fx.Graph, fake_mode: FakeTensorMode) -> dict[fx.Node, fx.Node]:
+    """Nodes of `graph` for the numbers in `traced`: what fills a tensor is not evaluated by freezing."""
+    found = {}
+    for node in traced.find_nodes(op="call_function", target=torch.ops.aten.full.default):
+        size, number = node.args[:2]
+        if not size:
+            meta = node.meta["val"]
+            with unset_fake_temporarily():
+                value = torch.full((), number, dtype=meta.dtype, device=meta.device)
+            found[node] = _held(graph, f"number_{number!r}", value, fake_mode)
+    return found
+
+
+def _held(graph: fx.Graph, name: str, value: Tensor, fake_mode: FakeTensorMode) -> fx.Node:
+    """A node for a constant that the graph's module holds as it does torch.tensor literals."""
+    module = graph.owning_module
+    assert module is not None, "Inductor's graphs belong to a module"
+    attribute = re.sub(r"\W", "_", f"_ollie_{name}_{value.dtype}_{value.device}")
+    module.register_buffer(attribute, value, persistent=False)
+    held = graph.get_attr(attribute)
+    lifted = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (held,))
+    lifted.meta["val"] = held.meta["val"] = fake_mode.from_tensor(value)
+    return lifted

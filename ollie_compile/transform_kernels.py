@@ -18,64 +18,72 @@ from torch import Tensor
 
 Numbers = tuple[int, ...]
 
-_SOURCE = """
+VECTORS = """
 #include <cstdint>
+// Inductor's own kernels round each product; here a product and the sum it goes into are one instruction.
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
 #ifdef __AVX512F__
 typedef float V __attribute__((vector_size(64)));
 #else
 typedef float V __attribute__((vector_size(32)));
 #endif
-template <typename T> static inline T load(const float* from) {{
+template <typename T> static inline T load(const float* from) {
   T x;
   __builtin_memcpy(&x, from, sizeof(T));
   return x;
-}}
-template <typename T> static inline void store(float* to, T x) {{ __builtin_memcpy(to, &x, sizeof(T)); }}
-template <typename T>
-static inline void tile(const float* __restrict in, const int64_t* step, float* __restrict out,
-                        const int64_t* row) {{
-{body}
-}}
+}
+template <typename T> static inline void store(float* to, T x) { __builtin_memcpy(to, &x, sizeof(T)); }
+"""
+
+_TRANSFORM = """
 extern "C" void transform(const float* in, float* out, int64_t dims, const int64_t* size,
                           const int64_t* stride, const int64_t* out_stride, const int64_t* step,
-                          const int64_t* row, int64_t threads) {{
+                          const int64_t* row, int64_t threads) {
   int64_t total = 1;
   for (int64_t d = 0; d + 1 < dims; d++) total *= size[d];
   const int64_t width = size[dims - 1], lanes = sizeof(V) / sizeof(float);
   #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t at = 0; at < total; at++) {{
+  for (int64_t at = 0; at < total; at++) {
     const float* from = in;
     float* to = out;
     int64_t rest = at;
-    for (int64_t d = dims - 2; d >= 0; d--) {{
+    for (int64_t d = dims - 2; d >= 0; d--) {
       const int64_t place = rest % size[d];
       rest /= size[d];
       from += place * stride[d];
       to += place * out_stride[d];
-    }}
+    }
     int64_t c = 0;
     for (; c + lanes <= width; c += lanes) tile<V>(from + c, step, to + c, row);
     for (; c < width; c++) tile<float>(from + c, step, to + c, row);
-  }}
-}}
+  }
+}
 """
 
 
-def source(matrices: Sequence[Sequence[Sequence[float]]]) -> str:
+def tile_source(name: str, matrices: Sequence[Sequence[Sequence[float]]]) -> str:
     """C++ of O[i1, i2] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * X[j1, j2], or with one matrix, for one tile."""
     first, second = matrices[0], matrices[1] if len(matrices) > 1 else [[1.0]]
     rows, columns, others, across = len(first), len(first[0]), len(second), len(second[0])
-    lines = []
+    lines = [
+        "template <typename T>",
+        f"static inline void {name}(const float* __restrict in, const int64_t* step, float* __restrict out,",
+        "                        const int64_t* row) {",
+    ]
     for b in range(across):
         for a in range(columns):
-            lines.append(f"T x{a}_{b} = load<T>(in + {a} * step[0] + {b} * step[1]);")
+            lines.append(f"  T x{a}_{b} = load<T>(in + {a} * step[0] + {b} * step[1]);")
         for i in range(rows):
-            lines.append(f"T t{i}_{b} = {_sum(first[i], [f'x{a}_{b}' for a in range(columns)])};")
+            lines.append(f"  T t{i}_{b} = {_sum(first[i], [f'x{a}_{b}' for a in range(columns)])};")
     for i in range(rows):
         for k in range(others):
             value = _sum(second[k], [f"t{i}_{b}" for b in range(across)])
-            lines.append(f"store<T>(out + {i} * row[0] + {k} * row[1], {value});")
-    return _SOURCE.format(body="\n".join(f"  {line}" for line in lines))
+            lines.append(f"  store<T>(out + {i} * row[0] + {k} * row[1], {value});")
+    return "\n".join([*lines, "}", ""])
 
 
 def _sum(coefficients: Sequence[float], names: Sequence[str]) -> str:
@@ -93,7 +101,7 @@ Matrices = tuple[tuple[tuple[float, ...], ...], ...]
 def _library(matrices: Matrices) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load(source(matrices), needs_vec_isa=True)
+    return CppCodeCache.load(VECTORS + tile_source("tile", matrices) + _TRANSFORM, needs_vec_isa=True)
 
 
 def matrices_of(

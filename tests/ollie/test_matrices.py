@@ -1,13 +1,17 @@
 """Constant matrices in one kernel: what is matched, and that the C++ kernels compute it."""
 
+import json
+import math
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.library import opcheck
 
-from ollie_compile import kernels
+from ollie_compile import bilinear_kernels, kernels
 from ollie_compile.expr import Constant
 from ollie_compile.lower import Program, programs
-from ollie_compile.matrices import match_transform
+from ollie_compile.matrices import match_bilinear, match_transform
 from ollie_compile.numeric import check_program, rounding_error
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import bilinear_decomposition
@@ -23,6 +27,16 @@ CASES = {
 }
 
 
+@contextmanager
+def threads_set(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("place", [0, 1], ids=["F2", "F4"])
 def test_a_bilinear_form_is_its_convolution_in_a_few_kernels(case, place):
@@ -30,8 +44,8 @@ def test_a_bilinear_form_is_its_convolution_in_a_few_kernels(case, place):
     conv = operator(torch.zeros(shape), torch.zeros(taps), **options)
     derived = list(bilinear_decomposition(conv.expression()))[place]
     scope = simplify(derived)[0]
-    calls = [call for inner in scope.scopes() if (call := match_transform(inner))]
-    assert max(len(call.matrices) for call in calls) == nested
+    (call,) = (call for inner in scope.scopes() if (call := match_bilinear(inner)))
+    assert len(call.result.matrices) == len(call.data.matrices) == nested
     (written,) = (p for p in programs(scope, torch.device("cpu")) if p.layout == "rows")
     assert written.kernels == "cpp"
     assert check_program(conv, written) is None
@@ -53,8 +67,59 @@ def test_bilinear_forms_that_are_found_are_their_convolutions(options):
     written = [Program(d.scope, "rows", "cpp") for d in found if d.scope.constants()]
     assert written
     for program in written:
+        assert any(map(match_bilinear, program.scope.scopes()))
         assert check_program(conv, program) is None
         assert rounding_error(conv, program) < 1e-5
+
+
+def test_what_a_product_is_beside_a_bilinear_form_keeps_its_own_kernels():
+    """Groups: each has products of its own, which the kernel does not know."""
+    conv = operator(torch.zeros(1, 8, 9, 9), torch.zeros(6, 4, 3, 3), padding=1, groups=2)
+    found = search(conv.expression(), max_depth=1, budget_s=60.0).derivations
+    scopes = [d.scope for d in found if d.scope.constants()]
+    assert scopes
+    for scope in scopes:
+        assert not any(map(match_bilinear, scope.scopes()))
+        assert check_program(conv, Program(scope, "rows", "cpp")) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("tiles", "channels", "features"),
+    [((1, 1), (3,), 5), ((7, 5), (16,), 64), ((20, 9), (2, 17), 81)],
+    ids=["one tile", "whole vectors", "several blocks, what is left of vectors and panels"],
+)
+def test_the_kernel_of_a_bilinear_form_is_its_sums(tiles, channels, features, threads):
+    torch.manual_seed(0)
+    data = [[[1.0, 0.0, -1.0, 0.5], [0.0, 2.0, 1.0, 0.0], [0.0, -1.0, 1.0, 3.0]], [[1.0, 1.0, -1.0]]]
+    result = [[[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]], [[0.5], [-1.0]]]
+    x = torch.randn(3, 2 * tiles[0] + 2, tiles[1] + 2, *channels)  # windows of 4 by 2, of 3 by 1
+    weight = torch.randn(3, math.prod(channels), features)
+    packed = bilinear_kernels.packed(weight)
+    arguments = (
+        x,
+        packed,
+        [3, tiles[0], 2, tiles[1], 2, features],
+        [x.stride(0), 2 * x.stride(1), 0, x.stride(2), 0, 0],
+        0,
+        [2, 4],
+        [x.stride(1), x.stride(2)],
+        1,
+        list(channels),
+        list(x.stride()[3:]),
+        json.dumps([data, result]),
+    )
+    window = x.double().flatten(3).unfold(1, 4, 2).unfold(2, 3, 1)  # [n, p, q, c, j1, j2]
+    a, b, c, d = (torch.tensor(matrix).double() for matrix in (*data, *result))
+    moved = torch.einsum("aj,bk,npqcjk->abnpqc", a, b, window).flatten(0, 1)
+    products = torch.einsum("inpqc,icf->inpqf", moved, weight.double()).unflatten(0, (3, 1))
+    want = torch.einsum("ka,lb,abnpqf->npkqlf", c, d, products)
+    with threads_set(threads):
+        got = kernels.bilinear(*arguments)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
+    exact = kernels.bilinear(x.double(), packed.double(), *arguments[2:])
+    torch.testing.assert_close(exact, want)
+    opcheck(kernels.bilinear, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
