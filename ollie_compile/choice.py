@@ -31,12 +31,15 @@ MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; 
 MAX_BOUNDED = 24  # candidates of one operator whose cost is bounded, those with the least work first
 KERNELS_S = 1.0  # what it takes to build the kernels of a bilinear form
 CALLED = 2  # times the programs to be compiled are timed as they are called
+COMPARED = (
+    2  # programs, as they are called, beside the compiled ones and the original: the first timing is short
+)
 HALF_SLACK = 2.0  # times the rounding of the original that a candidate may have above the tolerance
 NO_FASTER = "measured no faster than the original"
 LATER = "cheaper candidates came first"
 
 
-def time_original(made: Plan, stop: float) -> None:
+def time_original(made: Plan, config: OllieConfig, stop: float) -> None:
     """Time the operator as torch calls it; what it takes is what can be gained at most."""
     left = stop - time.perf_counter()
     if left <= 0:
@@ -45,7 +48,7 @@ def time_original(made: Plan, stop: float) -> None:
     layouts = _layouts(made.operator)
     made.original_s = min(
         cost.median_seconds(
-            functools.partial(same.reference, *same.example_inputs()),
+            tune.called(same.reference, same.example_inputs(), constant=_constant(same, config)),
             budget_s=min(ORIGINAL_S, TIMED * left / len(layouts)),
         )
         for same in layouts
@@ -197,8 +200,6 @@ def _function(
     operator: Operator, candidate: Candidate, config: OllieConfig
 ) -> tuple[Callable[..., Tensors], tuple[Tensor, ...], list[int]]:
     """A program as a function, its inputs, and those of them that are constant."""
-    names = list(operator.inputs)
-    constant = [names.index(name) for name in operator.parameters if name in names] if config.freeze else []
     program = candidate.program
     if program.kernels == "cpp":
         operator = _layouts(operator)[-1]
@@ -206,7 +207,13 @@ def _function(
         *operator.example_inputs(),
         *program.constants(operator.dtype, operator.device).values(),
     )
-    return operator.finished(program), values, constant
+    return operator.finished(program), values, _constant(operator, config)
+
+
+def _constant(operator: Operator, config: OllieConfig) -> list[int]:
+    """The places of an operator's inputs that are the same in every call."""
+    names = list(operator.inputs)
+    return [names.index(name) for name in operator.parameters if name in names] if config.freeze else []
 
 
 def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> None:
@@ -222,15 +229,13 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
     if not _is_called(operator):
         stop -= tune.pace.seconds(0)  # the original is compiled too
     for candidate in sorted(_left(made), key=lambda candidate: candidate.measured_s or math.inf):
-        if (candidate.measured_s or math.inf) > bar:
+        if (candidate.measured_s or math.inf) > bar or len(timed) == COMPARED:
             break
         candidate.compile_s = tune.pace.seconds(candidate.operators)
         if _fits(made, candidate, stop) and checks.passes(candidate):
             calls.append(tune.called(*_function(operator, candidate, config)))
             timed.append(candidate)
-            bar = candidate.measured_s or bar
-            break
-    best = timed[0] if timed else None
+    bar = min([bar, *(candidate.measured_s or math.inf for candidate in timed)])
     hopeful = [c for c in _left(made) if c.bound_s < bar and c.program.kernels != "cpp"]
     hopeful.sort(key=lambda candidate: candidate.bound_s * (candidate.measured_s or math.inf))
     compiled = 0
@@ -238,7 +243,7 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
         if compiled == config.candidates:
             break
         candidate.compile_s = tune.pace.seconds(candidate.operators)
-        if candidate is best:
+        if candidate in timed:
             if time.perf_counter() + (1 + made.places) * candidate.compile_s > stop:
                 continue
         elif not _fits(made, candidate, stop - candidate.compile_s) or not checks.passes(candidate):
@@ -253,8 +258,8 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
         compiled += 1
         candidate.compile_s = time.perf_counter() - start
         tune.pace.took(candidate.compile_s, candidate.operators)
-        if candidate is best:
-            calls[0] = call
+        if candidate in timed:
+            calls[timed.index(candidate)] = call
         else:
             calls.append(call)
             timed.append(candidate)
@@ -285,7 +290,10 @@ def _compare(
 ) -> None:
     operator = made.operator
     build = tune.called if _is_called(operator) else tune.compiled
-    originals = [build(same.reference, same.example_inputs(), constant=()) for same in _layouts(operator)]
+    originals = [
+        build(same.reference, same.example_inputs(), constant=_constant(same, config))
+        for same in _layouts(operator)
+    ]
     times = tune.measure([*calls, *originals], stop)
     made.original_s = min(times[len(calls) :])
     for candidate, seconds in zip(timed, times[: len(calls)], strict=True):

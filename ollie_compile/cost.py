@@ -117,9 +117,18 @@ def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """Measured multiplications of a matrix product whose operands fit a cache."""
-    size = 256
-    return size**3 / product_seconds(1, size, size, size, False, dtype, device)
+    """Measured multiplications of a matrix product or a convolution that fit a cache, whichever is faster."""
+    size, channels, side = 256, 64, 28
+    image = torch.zeros(1, channels, side, side, dtype=dtype, device=device)
+    weight = torch.zeros(channels, channels, 3, 3, dtype=dtype, device=device)
+    image, weight = (t.contiguous(memory_format=torch.channels_last) for t in (image, weight))
+    seconds = profile.seconds(
+        device,
+        f"convolution of {channels}x{side}x{side} {dtype}",
+        lambda: median_seconds(lambda: torch.conv2d(image, weight, padding=1)),
+    )
+    product = product_seconds(1, size, size, size, False, dtype, device)
+    return max(size**3 / product, (channels * 3 * side) ** 2 / seconds)
 
 
 def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device) -> float:

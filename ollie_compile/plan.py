@@ -29,7 +29,7 @@ SAME_BUDGET = 1.05  # equal budgets of a graph leave an operator shares that dif
 OUT_OF_TIME = "no time left in the budget"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Candidate:
     """A program with what is known about it; times in seconds, `error` relative to the largest output.
 
@@ -174,7 +174,7 @@ def _make(
 
     for operator, places in operators.items():
         made[operator] = Plan(operator, budget_s, places)
-    in_time(choice.time_original, prepared_by, lambda fresh: 1.0)
+    in_time(lambda fresh, until: choice.time_original(fresh, config, until), prepared_by, lambda fresh: 1.0)
     in_time(
         lambda fresh, until: choice.prepare(fresh, config, until),
         prepared_by,

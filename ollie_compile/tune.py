@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ollie_compile.cost import synchronize
+from ollie_compile.packing import pack
 
 ROUNDS, FEWEST_ROUNDS = 15, 3
 SAMPLE_S = 0.001  # one sample repeats a call for about this long
@@ -85,7 +86,8 @@ def compiled(function: Callable[..., Any], inputs: Sequence[Tensor], constant: i
     """A call of `function(*inputs)` through Inductor.
 
     Args:
-        constant: position or positions of inputs whose transforms are done ahead of the call.
+        constant: position or positions of inputs whose transforms are done ahead of the call, and which
+            convolutions read packed.
     """
     from torch._inductor.compile_fx import compile_fx
 
@@ -106,13 +108,20 @@ def _traced(
 
     graph = make_fx(lambda *values: function(*values))(*inputs)  # a bound method is not traced
     places = (constant,) if isinstance(constant, int) else constant
-    return _fold(graph, list(inputs), places) if places else (graph, list(inputs))
+    if not places:
+        return graph, list(inputs)
+    graph, made, kept = _fold(graph, list(inputs), places)
+    return graph, pack(graph, made + kept, len(made))
 
 
 def _fold(
     graph: fx.GraphModule, values: list[Tensor], constant: Collection[int]
-) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Compute what depends on the inputs at `constant` alone; the results become the first inputs."""
+) -> tuple[fx.GraphModule, list[Tensor], list[Tensor]]:
+    """Compute what depends on the inputs at `constant` alone; the results become the first inputs.
+
+    Returns:
+        the graph, those results, and the other inputs.
+    """
     interpreter = fx.Interpreter(graph)
     placeholders = graph.graph.find_nodes(op="placeholder")
     folded: dict[fx.Node, Tensor] = {placeholders[place]: values[place] for place in constant}
@@ -127,13 +136,14 @@ def _fold(
         if late:
             with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
                 name = graph.graph.placeholder(f"folded_{len(made)}")
+                name.meta = dict(node.meta)
             for user in late:
                 user.replace_input_with(node, name)
             made.insert(0, value)
     for node in reversed(folded):
         graph.graph.erase_node(node)
     graph.recompile()
-    return graph, made + kept
+    return graph, made, kept
 
 
 def measure(calls: Sequence[Call], stop: float = math.inf) -> list[float]:
