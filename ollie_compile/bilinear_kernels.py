@@ -28,6 +28,7 @@ ROWS = 6  # tiles that one step of the products computes at once
 
 _BILINEAR = """
 #include <cstdlib>
+#include <cstring>
 #ifdef __AVX512F__
 enum { PANELS = 4 };
 #else
@@ -79,43 +80,78 @@ static void product(const float* a, int64_t lda, const float* b, int64_t ldb, fl
     case 1: return rows<1, N>(a, lda, b, ldb, c, ldc, depth);
   }
 }
-extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims, const int64_t* size,
-                         const int64_t* stride, const int64_t* out_stride, const int64_t* step,
-                         const int64_t* row, int64_t chunks, const int64_t* chunk, int64_t width,
-                         int64_t features, int64_t first, int64_t second, int64_t block,
-                         int64_t threads) {
-  int64_t tiles = 1;
-  for (int64_t d = 0; d < dims; d++) tiles *= size[d];
-  const int64_t depth = chunks * width, planes = first * second, panels = (features + PANEL - 1) / PANEL;
-  const int64_t groups = (panels + PANELS - 1) / PANELS, blocks = (tiles + block - 1) / block;
+struct Tile {
+  int64_t from, to, read[2], written[2];
+};
+static inline bool whole(int64_t first, int64_t step, int64_t count, int64_t extent) {
+  const int64_t last = first + step * (count - 1);
+  return first >= 0 && last >= 0 && first < extent && last < extent;
+}
+// `reads` and `writes` hold for each matrix: stride, first position, step, extent, positions a tile each.
+extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims, const int64_t* tiles,
+                         const int64_t* stride, const int64_t* out_stride, const int64_t* reads,
+                         const int64_t* writes, int64_t chunks, const int64_t* chunk, int64_t width,
+                         int64_t features, int64_t block, int64_t threads) {
+  int64_t all = 1;
+  for (int64_t d = 0; d < dims; d++) all *= tiles[d];
+  const int64_t depth = chunks * width, planes = FIRST * SECOND, panels = (features + PANEL - 1) / PANEL;
+  const int64_t groups = (panels + PANELS - 1) / PANELS, blocks = (all + block - 1) / block;
   const int64_t wanted = (threads + blocks - 1) / blocks, splits = wanted < groups ? wanted : groups;
   // Planes do not begin a multiple of 4096 bytes apart, where their values would meet in the first cache.
   const int64_t plane = block * depth + PANEL, found = block * PANELS * PANEL + PANEL;
-  const int64_t inside[2] = {second * plane, plane}, outside[2] = {second * found, found};
+  const int64_t inside[2] = {SECOND * plane, plane}, outside[2] = {SECOND * found, found};
+  const int64_t *const read[2] = {reads, reads + 4 + dims}, *const write[2] = {writes, writes + 4 + dims};
+  const int64_t step[2] = {read[0][0], MATRICES > 1 ? read[1][0] : 0};
+  const int64_t row[2] = {write[0][0], MATRICES > 1 ? write[1][0] : 0};
+  const int64_t edge_step[2] = {COLUMNS1 * width, width};
+  const int64_t edge_row[2] = {ROWS1 * PANELS * PANEL, PANELS * PANEL};
+  const int64_t edges = COLUMNS0 * COLUMNS1 * width + ROWS0 * ROWS1 * PANELS * PANEL;
   #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t item = 0; item < blocks * splits; item++) {
     static thread_local Scratch scratch;
-    float* const v = scratch.of(planes * (plane + found));
-    float* const m = v + planes * plane;
+    float* const v = scratch.of(planes * (plane + found) + edges);
+    float *const m = v + planes * plane, *const edge = m + planes * found;
     const int64_t begin = item / splits * block, part = item % splits;
-    const int64_t count = tiles - begin < block ? tiles - begin : block;
-    float* to[MOST];
+    const int64_t count = all - begin < block ? all - begin : block;
+    Tile at[MOST];
     for (int64_t t = 0; t < count; t++) {
-      const float* from = x;
-      to[t] = y;
+      Tile& tile = at[t];
+      tile.from = tile.to = 0;
+      for (int k = 0; k < MATRICES; k++) {
+        tile.read[k] = read[k][1];
+        tile.written[k] = write[k][1];
+      }
       int64_t rest = begin + t;
       for (int64_t d = dims - 1; d >= 0; d--) {
-        const int64_t place = rest % size[d];
-        rest /= size[d];
-        from += place * stride[d];
-        to[t] += place * out_stride[d];
+        const int64_t place = rest % tiles[d];
+        rest /= tiles[d];
+        tile.from += place * stride[d];
+        tile.to += place * out_stride[d];
+        for (int k = 0; k < MATRICES; k++) {
+          tile.read[k] += place * read[k][4 + d];
+          tile.written[k] += place * write[k][4 + d];
+        }
       }
+      bool plain = whole(tile.read[0], read[0][2], COLUMNS0, read[0][3]);
+      if (MATRICES > 1) plain = plain && whole(tile.read[1], read[1][2], COLUMNS1, read[1][3]);
       for (int64_t each = 0; each < chunks; each++) {
-        const float* const in = from + chunk[each];
+        const float* in = x + tile.from + chunk[each];
         float* const out = v + t * depth + each * width;
+        if (!plain) {  // what lies outside is 0
+          for (int64_t a = 0; a < COLUMNS0; a++)
+            for (int64_t b = 0; b < COLUMNS1; b++) {
+              bool held = whole(tile.read[0] + a * read[0][2], 0, 1, read[0][3]);
+              if (MATRICES > 1) held = held && whole(tile.read[1] + b * read[1][2], 0, 1, read[1][3]);
+              float* const to = edge + a * edge_step[0] + b * edge_step[1];
+              if (held) memcpy(to, in + a * step[0] + b * step[1], width * sizeof(float));
+              else memset(to, 0, width * sizeof(float));
+            }
+          in = edge;
+        }
+        const int64_t* const by = plain ? step : edge_step;
         int64_t c = 0;
-        for (; c + LANES <= width; c += LANES) forward<V>(in + c, step, out + c, inside);
-        for (; c < width; c++) forward<float>(in + c, step, out + c, inside);
+        for (; c + LANES <= width; c += LANES) forward<V>(in + c, by, out + c, inside);
+        for (; c < width; c++) forward<float>(in + c, by, out + c, inside);
       }
     }
     for (int64_t group = groups * part / splits; group < groups * (part + 1) / splits; group++) {
@@ -131,14 +167,28 @@ extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims,
           case 1: product<1>(a, depth, b, depth * PANEL, c, PANELS * PANEL, count, depth); break;
         }
       }
-      const int64_t all = features - panel * PANEL;
-      const int64_t some = all < PANELS * PANEL ? all : PANELS * PANEL;
+      const int64_t last = features - panel * PANEL;
+      const int64_t some = last < PANELS * PANEL ? last : PANELS * PANEL;
+      float* const result = edge + COLUMNS0 * COLUMNS1 * width;
       for (int64_t t = 0; t < count; t++) {
+        const Tile& tile = at[t];
+        bool plain = whole(tile.written[0], 1, ROWS0, write[0][3]);
+        if (MATRICES > 1) plain = plain && whole(tile.written[1], 1, ROWS1, write[1][3]);
         const float* const in = m + t * PANELS * PANEL;
-        float* const out = to[t] + panel * PANEL;
+        float* const to = y + tile.to + panel * PANEL;
+        float* const out = plain ? to : result;
+        const int64_t* const by = plain ? row : edge_row;
         int64_t f = 0;
-        for (; f + LANES <= some; f += LANES) backward<V>(in + f, outside, out + f, row);
-        for (; f < some; f++) backward<float>(in + f, outside, out + f, row);
+        for (; f + LANES <= some; f += LANES) backward<V>(in + f, outside, out + f, by);
+        for (; f < some; f++) backward<float>(in + f, outside, out + f, by);
+        if (plain) continue;
+        for (int64_t a = 0; a < ROWS0; a++)
+          for (int64_t b = 0; b < ROWS1; b++) {
+            bool held = whole(tile.written[0] + a, 0, 1, write[0][3]);
+            if (MATRICES > 1) held = held && whole(tile.written[1] + b, 0, 1, write[1][3]);
+            if (held) memcpy(to + a * row[0] + b * row[1], result + a * edge_row[0] + b * edge_row[1],
+                             some * sizeof(float));
+          }
       }
     }
   }
@@ -166,8 +216,15 @@ def packed(weight: Tensor) -> Tensor:
 def _library(data: Matrices, result: Matrices) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
+    sizes = {
+        "MATRICES": len(data),
+        **{name: len(one) for name, one in zip(("FIRST", "SECOND"), (*data, [[]]), strict=False)},
+        **{f"COLUMNS{at}": len(one[0]) for at, one in enumerate((*data, [[1.0]])[:2])},
+        **{f"ROWS{at}": len(one) for at, one in enumerate((*result, [[1.0]])[:2])},
+    }
+    known = "enum { " + ", ".join(f"{name} = {size}" for name, size in sizes.items()) + " };\n"
     tiles = tile_source("forward", data) + tile_source("backward", result)
-    return CppCodeCache.load(VECTORS + tiles + _BILINEAR, needs_vec_isa=True)
+    return CppCodeCache.load(VECTORS + tiles + known + _BILINEAR, needs_vec_isa=True)
 
 
 def matrices(text: str) -> tuple[Matrices, Matrices]:
@@ -192,46 +249,36 @@ def _block(tiles: int, planes: int, contracted: int, features: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _prepared(
-    size: Numbers,
+    tiles: Numbers,
     stride: Numbers,
-    places: Numbers,
-    steps: Numbers,
-    features: int,
+    out_stride: Numbers,
+    reads: Numbers,
+    writes: Numbers,
     channels: Numbers,
     channel_stride: Numbers,
+    features: int,
     text: str,
     threads: int,
 ) -> Callable[[int, int, int], object]:
     """The kernel with its arguments but for the addresses of the data, of the weights and of the result."""
     data, result = matrices(text)
-    loops = [at for at in range(len(size) - features) if at not in places]
-    out_stride = [math.prod(size[at + 1 :]) for at in range(len(size))]
-    two = [0] * (2 - len(places))
-    first, second = (*(len(matrix) for matrix in data), 1)[:2]
     chunk = [
         sum(place * step for place, step in zip(at, channel_stride, strict=False))
         for at in itertools.product(*map(range, channels[:-1]))
     ]
-    tiles = math.prod(size[at] for at in loops)
-    columns = math.prod(size[len(size) - features :])
+    planes = math.prod(len(matrix) for matrix in data)
 
     def numbers(given: Sequence[int]) -> Any:
         return (ctypes.c_int64 * len(given))(*given)
 
     arguments = (
-        ctypes.c_int64(len(loops)),
-        numbers([size[at] for at in loops]),
-        numbers([stride[at] for at in loops]),
-        numbers([out_stride[at] for at in loops]),
-        numbers([*steps, *two]),
-        numbers([*(out_stride[at] for at in places), *two]),
+        ctypes.c_int64(len(tiles)),
+        *map(numbers, (tiles, stride, out_stride, reads, writes)),
         ctypes.c_int64(len(chunk)),
         numbers(chunk),
         ctypes.c_int64(channels[-1]),
-        ctypes.c_int64(columns),
-        ctypes.c_int64(first),
-        ctypes.c_int64(second),
-        ctypes.c_int64(_block(tiles, first * second, math.prod(channels), columns)),
+        ctypes.c_int64(features),
+        ctypes.c_int64(_block(math.prod(tiles), planes, math.prod(channels), features)),
         ctypes.c_int64(threads),
     )
     kernel = _library(data, result).bilinear
@@ -243,13 +290,15 @@ def bilinear(
     x: Tensor,
     weight: Tensor,
     size: Sequence[int],
+    tiles: Sequence[int],
     stride: Sequence[int],
+    out_stride: Sequence[int],
     offset: int,
-    places: Sequence[int],
-    steps: Sequence[int],
-    features: int,
+    reads: Sequence[int],
+    writes: Sequence[int],
     channels: Sequence[int],
     channel_stride: Sequence[int],
+    features: int,
     text: str,
 ) -> Tensor:
     """`kernels.bilinear` for contiguous float32 tensors of a CPU."""
@@ -259,13 +308,14 @@ def bilinear(
     out = x.new_empty(size)
     if out.numel():
         call = _prepared(
-            tuple(size),
+            tuple(tiles),
             tuple(stride),
-            tuple(places),
-            tuple(steps),
-            features,
+            tuple(out_stride),
+            tuple(reads),
+            tuple(writes),
             tuple(channels),
             tuple(channel_stride),
+            features,
             text,
             torch.get_num_threads(),
         )
@@ -277,39 +327,59 @@ def reference(
     x: Tensor,
     weight: Tensor,
     size: Sequence[int],
+    tiles: Sequence[int],
     stride: Sequence[int],
+    out_stride: Sequence[int],
     offset: int,
-    places: Sequence[int],
-    steps: Sequence[int],
-    features: int,
+    reads: Sequence[int],
+    writes: Sequence[int],
     channels: Sequence[int],
     channel_stride: Sequence[int],
+    features: int,
     text: str,
 ) -> Tensor:
     """The same of any dtype and device, by torch."""
     data, result = (
         [torch.tensor(one, dtype=x.dtype, device=x.device) for one in side] for side in matrices(text)
     )
-    loops = [at for at in range(len(size) - features) if at not in places]
-    at = torch.full((), offset, device=x.device)
-    columns = [matrix.shape[1] for matrix in data]
-    for count, step in (
-        *zip(columns, steps, strict=True),
-        *((size[loop], stride[loop]) for loop in loops),
-        *zip(channels, channel_stride, strict=True),
-    ):
-        at = at.unsqueeze(-1) + torch.arange(count, device=x.device) * step
-    taken = x.flatten()[at].flatten(len(data) + len(loops))
-    for matrix in data:  # each takes the first dimension and leaves its rows as the last
-        taken = torch.tensordot(taken, matrix, ([0], [1]))
-    tiles = [size[loop] for loop in loops]
-    plain = weight.transpose(1, 2).flatten(2)[..., : math.prod(size[len(size) - features :])]
-    products = torch.einsum("tcp,pcf->ptf", taken.reshape(math.prod(tiles), -1, len(plain)), plain)
-    found = products.unflatten(0, [len(matrix) for matrix in data])
+
+    def places(
+        strides: Sequence[int], windows: Sequence[int], within: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Where values lie over [*tiles, *within], and whether they are there."""
+        each = 4 + len(tiles)
+        extents = [*tiles, *within]
+        grid = [
+            torch.arange(extent, device=x.device).view(-1, *[1] * (len(extents) - at - 1))
+            for at, extent in enumerate(extents)
+        ]
+        where = sum(step * at for step, at in zip(strides, grid, strict=False))
+        held = torch.ones(extents, dtype=torch.bool, device=x.device)
+        for number in range(len(within)):
+            own_stride, first, step, extent, *by = windows[number * each : (number + 1) * each]
+            inside = grid[len(tiles) + number]
+            position = first + step * inside + sum(b * at for b, at in zip(by, grid, strict=False))
+            held &= (position >= 0) & (position < extent)
+            where = where + own_stride * inside
+        return torch.as_tensor(where, device=x.device).expand(extents), held
+
+    where, held = places(stride, reads, [matrix.shape[1] for matrix in data])
+    along = torch.zeros((), dtype=torch.int64, device=x.device)
+    for count, step in zip(channels, channel_stride, strict=True):
+        along = along.unsqueeze(-1) + torch.arange(count, device=x.device) * step
+    index = (where + offset).masked_fill(~held, 0).unsqueeze(-1)
+    index = torch.where(held.unsqueeze(-1), index + along.flatten(), 0)
+    taken = x.flatten()[index] * held.unsqueeze(-1)  # [*tiles, *columns, channels]
+    taken = taken.flatten(0, len(tiles) - 1)
+    for matrix in data:  # each takes the first of the columns and leaves its rows as the last
+        taken = torch.tensordot(taken, matrix, ([1], [1]))
+    planes = taken.flatten(2)
+    plain = weight.transpose(1, 2).flatten(2)[..., :features]
+    found = torch.einsum("tcp,pcf->tfp", planes, plain).unflatten(2, [len(matrix) for matrix in data])
     for matrix in result:
-        found = torch.tensordot(found, matrix, ([0], [1]))
-    rows = [len(matrix) for matrix in result]
-    found = found.reshape(*tiles, *size[len(size) - features :], *rows)
-    trailing = range(len(size) - features, len(size))
-    order = [*loops, *trailing, *places]
-    return found.permute([order.index(at) for at in range(len(size))]).contiguous()
+        found = torch.tensordot(found, matrix, ([2], [1]))  # [tiles, features, *rows]
+    where, held = places(out_stride, writes, [len(matrix) for matrix in result])
+    out = x.new_zeros(math.prod(size))
+    index = where[held].unsqueeze(-1) + torch.arange(features, device=x.device)
+    out[index] = found.movedim(1, -1).reshape(*held.shape, features)[held]
+    return out.view(*size)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 
 from ollie_compile import store
+from ollie_compile.bilinear import match_bilinear
 from ollie_compile.convolutions import ConvolutionCall
 from ollie_compile.expr import Scope
 from ollie_compile.lower import Product, Program, operator_of
-from ollie_compile.matrices import match_bilinear
 from ollie_compile.transforms import is_transform, row_loop
 
 

@@ -193,30 +193,34 @@ def _bilinear(
     x: Tensor,
     weight: Tensor,
     size: list[int],
+    tiles: list[int],
     stride: list[int],
+    out_stride: list[int],
     offset: int,
-    places: list[int],
-    steps: list[int],
-    features: int,
+    reads: list[int],
+    writes: list[int],
     channels: list[int],
     channel_stride: list[int],
+    features: int,
     matrices: str,
 ) -> Tensor:
     """A bilinear form as a whole: constant matrices, a product for each of their rows, matrices again.
 
-    With V[i1, i2, t, c] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * x[offset + steps . j + stride . t + c],
-    O[t, k1, k2, f] = Sum[i1, i2] C[k1, i1] * D[k2, i2] * Sum[c] V[i1, i2, t, c] * W[i1, i2, c, f],
-    where x is read as it lies in memory, and never outside of it.
+    With V[i1, i2, t, c] = Sum[j1, j2] A[i1, j1] * B[i2, j2] * x[offset + stride . t + steps . j + c],
+    P[i1, i2, t, f] = Sum[c] V[i1, i2, t, c] * W[i1, i2, c, f] and
+    O[out_stride . t + rows . k + f] = Sum[i1, i2] C[k1, i1] * D[k2, i2] * P[i1, i2, t, f],
+    where what lies outside of a window's extent is read as 0 and not written.
 
     Args:
         x: contiguous.
         weight: W as `bilinear_kernels.packed` gives it.
         size: of the result.
-        stride: of x along each dimension of the result, 0 at the rows of matrices and at features.
-        places: dimensions of the result that are rows of matrices, one or two.
-        steps: strides of x along what the data's matrices sum over.
-        features: how many dimensions f has, the result's last.
+        tiles: extents of t; stride, out_stride: of x and of the result along each.
+        reads: for each matrix of the data the stride of x along what it sums over, the position of its first
+            value at the first tile, the step and the extent of positions, and how far each of t moves it.
+        writes: for each matrix of the result the same along its rows.
         channels, channel_stride: sizes and strides of x along c, the last stride 1.
+        features: how many f are, which lie side by side in the result.
         matrices: those of the data and those of the result as JSON, [[A, B], [C, D]] or [[A], [C]].
 
     Returns:
@@ -227,12 +231,27 @@ def _bilinear(
     x, weight = x.contiguous(), weight.contiguous()
     plain = x.device.type == "cpu" and x.dtype == torch.float32
     call = bilinear_kernels.bilinear if plain else bilinear_kernels.reference
-    return call(x, weight, size, stride, offset, places, steps, features, channels, channel_stride, matrices)
+    return call(
+        x,
+        weight,
+        size,
+        tiles,
+        stride,
+        out_stride,
+        offset,
+        reads,
+        writes,
+        channels,
+        channel_stride,
+        features,
+        matrices,
+    )
 
 
 _library.define(
-    "bilinear(Tensor x, Tensor weight, SymInt[] size, SymInt[] stride, SymInt offset, SymInt[] places, "
-    "SymInt[] steps, int features, SymInt[] channels, SymInt[] channel_stride, str matrices) -> Tensor"
+    "bilinear(Tensor x, Tensor weight, SymInt[] size, SymInt[] tiles, SymInt[] stride, SymInt[] out_stride, "
+    "SymInt offset, SymInt[] reads, SymInt[] writes, SymInt[] channels, SymInt[] channel_stride, "
+    "int features, str matrices) -> Tensor"
 )
 _library.impl("bilinear", _bilinear, "CompositeExplicitAutograd")
 bilinear = torch.ops.ollie.bilinear.default

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ollie_compile import transforms
+from ollie_compile import bilinear, transforms
+from ollie_compile.bilinear import Bilinear, match_bilinear
 from ollie_compile.convolutions import (
     ConvolutionCall,
     ConvolutionMatch,
@@ -26,11 +26,11 @@ from ollie_compile.convolutions import (
     output_order,
 )
 from ollie_compile.eoperators import Banded, SelectiveAdd, match_banded, match_selective_add
-from ollie_compile.expr import ELEMENTWISE, Constant, Read, Scope
+from ollie_compile.expr import ELEMENTWISE, Affine, Read, Scope
 from ollie_compile.matching import Matmul, match_matmul
-from ollie_compile.matrices import Bilinear, Transform, match_bilinear, match_transform, start, strides
+from ollie_compile.matrices import Transform, match_transform, start, strides
 from ollie_compile.transforms import is_transform
-from ollie_compile.views import Window, is_view, padded
+from ollie_compile.views import Box, Window, is_view, padded
 
 MAX_TAPS = 128  # summed terms of one eOperator; more would make kernels that take minutes to compile
 
@@ -176,22 +176,6 @@ def _is_eoperator(scope: Scope) -> bool:
     return taps <= MAX_TAPS and all(is_view(read) for read in scope.factors)
 
 
-def _joined(result: Tensor, call: Transform) -> Tensor:
-    """The result of a transform's kernel in the dimensions of its scope."""
-    names = [loop.name for loop in call.loops]
-    for part in call.joined:
-        at = names.index(part.whole)
-        result = result.flatten(at, at + 1).narrow(at, part.start, part.size)
-        names[at : at + 2] = [part.name]
-    return result
-
-
-def _rows(matrix: Constant) -> list[list[float]]:
-    values = list(map(float, matrix.values))
-    width = matrix.shape[1]
-    return [values[at : at + width] for at in range(0, len(values), width)]
-
-
 class _Lowering:
     def __init__(self, inputs: Mapping[str, Tensor], program: Program) -> None:
         self.inputs, self.layout, self.kernels = inputs, program.layout, program.kernels
@@ -245,59 +229,52 @@ class _Lowering:
     def _matrices(self, call: Transform) -> Tensor:
         from ollie_compile import kernels
 
-        value, step, offset = self._strided(call)
-        rows = [one.row for one in call.matrices]
+        value, index, box = self._contiguous(call)
         names = [loop.name for loop in call.loops]
         result = kernels.transform(
             value,
             [loop.extent for loop in call.loops],
-            [step[name] for name in names],
-            offset,
-            [names.index(row) for row in rows],
-            [step[one.column] for one in call.matrices],
+            [strides(index, value.stride(), name) for name in names],
+            start(index, value.stride(), box, {name: low for name, (low, _) in call.ranges.items()}),
+            [names.index(one.row) for one in call.matrices],
+            [strides(index, value.stride(), one.column) for one in call.matrices],
             [float(number) for one in call.matrices for number in one.constant.values],
             [one.constant.shape[1] for one in call.matrices],
         )
-        return _joined(result, call)
+        for part in call.joined:
+            at = names.index(part.whole)
+            result = result.flatten(at, at + 1).narrow(at, part.start, part.size)
+            names[at : at + 2] = [part.name]
+        return result
 
-    def _strided(self, call: Transform) -> tuple[Tensor, dict[str, int], int]:
-        """What a transform reads, padded and contiguous, its stride along each iterator, and its start."""
-        last = call.loops[-1].name
-        places = sorted(range(len(call.read.index)), key=lambda at: last in call.read.index[at].iterators())
-        index = tuple(call.read.index[at] for at in places)
-        box = tuple(call.read.tensor.box[at] for at in places)
-        value, box = padded(
-            self._tensor(call.read).permute(places), box, [at.bounds(call.ranges) for at in index]
-        )
-        value = value.contiguous()
-        offset = start(index, value.stride(), box, {name: low for name, (low, _) in call.ranges.items()})
-        return value, {name: strides(index, value.stride(), name) for name in call.ranges}, offset
+    def _contiguous(
+        self, call: Transform, kept: Collection[int | None] = ()
+    ) -> tuple[Tensor, tuple[Affine, ...], Box]:
+        """What a transform reads, contiguous along its last loop, with its index and box.
+
+        It is padded to all that is read, but for the dimensions `kept`.
+        """
+        last, read = call.loops[-1].name, call.read
+        places = sorted(range(len(read.index)), key=lambda at: last in read.index[at].iterators())
+        index, box = tuple(read.index[at] for at in places), tuple(read.tensor.box[at] for at in places)
+        bounds = [
+            (low, high - 1) if place in kept else at.bounds(call.ranges)
+            for place, at, (low, high) in zip(places, index, box, strict=True)
+        ]
+        value, box = padded(self._tensor(read).permute(places), box, bounds)
+        return value.contiguous(), index, box
 
     def _bilinear(self, call: Bilinear) -> Tensor:
         from ollie_compile import bilinear_kernels, kernels
 
-        value, step, offset = self._strided(call.data)
-        product = call.product
-        loops = {loop.name: loop for loop in product.traversal + product.summation}
-        groups = (call.products, tuple(name for name, _ in call.contracted), call.features)
-        weight = self._operand(call.weight, product, groups)
-        of_data = dict(call.tiles)
-        names = [loop.name for loop in call.result.loops]
-        both = (call.data.matrices, call.result.matrices)
-        result = kernels.bilinear(
+        value, index, box = self._contiguous(call.data, bilinear.windows(call))
+        contracted = tuple(name for name, _ in call.contracted)
+        weight = self._operand(call.weight, call.product, (call.products, contracted, call.features))
+        return kernels.bilinear(
             value,
             bilinear_kernels.packed(weight),
-            [loop.extent for loop in call.result.loops],
-            [step[of_data[name]] if name in of_data else 0 for name in names],
-            offset,
-            [names.index(one.row) for one in call.result.matrices],
-            [step[one.column] for one in call.data.matrices],
-            len(call.features),
-            [loops[name].extent for name, _ in call.contracted],
-            [step[name] for _, name in call.contracted],
-            json.dumps([[_rows(one.constant) for one in side] for side in both]),
+            **bilinear.arguments(call, index, box, value.stride()),
         )
-        return _joined(result, call.result)
 
     def _convolution(self, scope: Scope, match: ConvolutionMatch) -> Tensor:
         read, other = scope.factors[match.data], scope.factors[1 - match.data]

@@ -1,14 +1,12 @@
-"""Constant matrices as a target of matching: what one kernel applies to a tensor, one or two at once, and
-products between two such kernels, which are a bilinear form as a whole."""
+"""Constant matrices as a target of matching: what one kernel applies to a tensor, one or two at once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ollie_compile import transforms
-from ollie_compile.expr import Affine, Constant, Loop, Quotient, Ranges, Read, Remainder, Scope, once
-from ollie_compile.matching import match_matmul
+from ollie_compile.expr import Affine, Constant, Loop, Quotient, Ranges, Read, Remainder, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,85 +48,6 @@ class Transform:
         """Of all iterators of the read, the columns among them."""
         columns = {one.column: (0, one.constant.shape[1]) for one in self.matrices}
         return {loop.name: (loop.low, loop.high) for loop in self.loops} | columns
-
-
-@dataclass(frozen=True, slots=True)
-class Bilinear:
-    """O[loops] = Sum[columns] matrices * Sum[contracted] (matrices * data) * weight: a window, tile by tile.
-
-    Args:
-        result: the matrices of the result, the features its last loops.
-        data: the matrices of the data, in the order of those.
-        product: the scope between them.
-        weight: its factor that is not the data.
-        tiles: loops of the result that the data has too, each with its name in `data`.
-        features: iterators of `product` that only the weight has, in the order of the result's loops.
-        products: iterators of `product` that the matrices of the result sum over, in their order.
-        contracted: iterators of `product` that it sums over, each with its name in `data`, in its order.
-    """
-
-    result: Transform
-    data: Transform
-    product: Scope
-    weight: Read
-    tiles: tuple[tuple[str, str], ...]
-    features: tuple[str, ...]
-    products: tuple[str, ...]
-    contracted: tuple[tuple[str, str], ...]
-
-
-@once
-def match_bilinear(scope: Scope) -> Bilinear | None:
-    """The bilinear form that one kernel computes a scope by, or None."""
-    result = match_transform(scope)
-    product = result.read.tensor if result is not None else None
-    if result is None or not isinstance(product, Scope):
-        return None
-    match, outside = match_matmul(product), _identity(result.read, result.ranges)
-    if match is None or outside is None:
-        return None
-    inner = {name: own for own, name in outside.items()}
-    products = tuple(inner.get(one.column, "") for one in result.matrices)
-    if set(products) != set(match.batch):
-        return None
-    for place, (rows, columns) in enumerate(((match.rows, match.columns), (match.columns, match.rows))):
-        read = product.factors[place]
-        data = match_transform(read.tensor) if isinstance(read.tensor, Scope) else None
-        inside = _identity(read, product.ranges)
-        if data is None or inside is None or data.joined:
-            continue
-        by_row = {inside[one.row]: one for one in data.matrices}
-        last = [inner.get(loop.name, "") for loop in result.loops[len(result.loops) - len(columns) :]]
-        contracted = [(inside[loop.name], loop.name) for loop in data.loops]
-        contracted = [(name, own) for name, own in contracted if name in match.contracted]
-        contiguous = bool(contracted) and contracted[-1][1] == data.loops[-1].name
-        if by_row.keys() != set(products) or set(last) != set(columns) or not contiguous:
-            continue
-        own = {name: loop for loop, name in inside.items()}
-        tiles = [(loop.name, own[inner[loop.name]]) for loop in result.loops if inner.get(loop.name) in rows]
-        return Bilinear(
-            result=result,
-            data=replace(data, matrices=tuple(by_row[name] for name in products)),
-            product=product,
-            weight=product.factors[1 - place],
-            tiles=tuple(tiles),
-            features=tuple(last),
-            products=products,
-            contracted=tuple(contracted),
-        )
-    return None
-
-
-def _identity(read: Read, ranges: Ranges) -> dict[str, str] | None:
-    """The reader's iterator for each traversal iterator of the scope that it reads as a whole, or None."""
-    assert isinstance(read.tensor, Scope)
-    names = {}
-    for loop, index in zip(read.tensor.traversal, read.index, strict=True):
-        name = index.iterator
-        if name is None or index != Affine.of(name) or ranges[name] != (loop.low, loop.high):
-            return None
-        names[loop.name] = name
-    return names if len(set(names.values())) == len(names) else None
 
 
 def match_transform(scope: Scope) -> Transform | None:

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.library import opcheck
+from torch.nn import functional
 
 from ollie_compile import bilinear_kernels, kernels
+from ollie_compile.bilinear import match_bilinear
 from ollie_compile.expr import Constant
 from ollie_compile.lower import Program, programs
-from ollie_compile.matrices import match_bilinear, match_transform
+from ollie_compile.matrices import match_transform
 from ollie_compile.numeric import check_program, rounding_error
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import bilinear_decomposition
@@ -93,33 +95,37 @@ def test_the_kernel_of_a_bilinear_form_is_its_sums(tiles, channels, features, th
     torch.manual_seed(0)
     data = [[[1.0, 0.0, -1.0, 0.5], [0.0, 2.0, 1.0, 0.0], [0.0, -1.0, 1.0, 3.0]], [[1.0, 1.0, -1.0]]]
     result = [[[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]], [[0.5], [-1.0]]]
-    x = torch.randn(3, 2 * tiles[0] + 2, tiles[1] + 2, *channels)  # windows of 4 by 2, of 3 by 1
+    height, width = 2 * tiles[0] + 1, tiles[1] + 1
+    x = torch.randn(3, height, width, *channels)
     weight = torch.randn(3, math.prod(channels), features)
     packed = bilinear_kernels.packed(weight)
-    arguments = (
-        x,
-        packed,
-        [3, tiles[0], 2, tiles[1], 2, features],
-        [x.stride(0), 2 * x.stride(1), 0, x.stride(2), 0, 0],
-        0,
-        [2, 4],
-        [x.stride(1), x.stride(2)],
-        1,
-        list(channels),
-        list(x.stride()[3:]),
-        json.dumps([data, result]),
-    )
-    window = x.double().flatten(3).unfold(1, 4, 2).unfold(2, 3, 1)  # [n, p, q, c, j1, j2]
+    # Windows of 4 by steps of 2 that begin one place outside, of 3 by steps of 1; the last row is cut off.
+    out = (3, 2 * tiles[0] - 1, 2 * tiles[1], features)
+    arguments = {
+        "size": list(out),
+        "tiles": [3, *tiles],
+        "stride": [x.stride(0), 2 * x.stride(1), x.stride(2)],
+        "out_stride": [math.prod(out[1:]), 2 * out[2] * features, 2 * features],
+        "offset": -x.stride(1),
+        "reads": [x.stride(1), -1, 1, height, 0, 2, 0, x.stride(2), 0, 1, width, 0, 0, 1],
+        "writes": [out[2] * features, 0, 1, out[1], 0, 2, 0, features, 0, 1, out[2], 0, 0, 2],
+        "channels": list(channels),
+        "channel_stride": list(x.stride()[3:]),
+        "features": features,
+        "matrices": json.dumps([data, result]),
+    }
+    around = functional.pad(x.double().flatten(3), (0, 0, 0, 1, 1, 0))
+    window = around.unfold(1, 4, 2).unfold(2, 3, 1)  # [n, p, q, c, j1, j2]
     a, b, c, d = (torch.tensor(matrix).double() for matrix in (*data, *result))
     moved = torch.einsum("aj,bk,npqcjk->abnpqc", a, b, window).flatten(0, 1)
     products = torch.einsum("inpqc,icf->inpqf", moved, weight.double()).unflatten(0, (3, 1))
-    want = torch.einsum("ka,lb,abnpqf->npkqlf", c, d, products)
+    want = torch.einsum("ka,lb,abnpqf->npkqlf", c, d, products).flatten(1, 2).flatten(2, 3)[:, : out[1]]
     with threads_set(threads):
-        got = kernels.bilinear(*arguments)
+        got = kernels.bilinear(x, packed, **arguments)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
-    exact = kernels.bilinear(x.double(), packed.double(), *arguments[2:])
+    exact = kernels.bilinear(x.double(), packed.double(), **arguments)
     torch.testing.assert_close(exact, want)
-    opcheck(kernels.bilinear, arguments, test_utils=("test_schema", "test_faketensor"))
+    opcheck(kernels.bilinear, (x, packed), arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
