@@ -21,7 +21,8 @@ class Bilinear:
         data: the matrices of the data, in the order of those.
         product: the scope between them.
         weight: its factor that is not the data.
-        tiles: loops of the result that the data has too, each with its name in `data`.
+        apart: iterators of `product` that both factors and the result have.
+        tiles: loops of the result that the data has too, each with its name in `data`, those apart first.
         features: iterators of `product` that only the weight has, in the order of the result's loops.
         products: iterators of `product` that the matrices of the result sum over, in their order.
         contracted: iterators of `product` that it sums over, each with its name in `data`, in its order.
@@ -31,6 +32,7 @@ class Bilinear:
     data: Transform
     product: Scope
     weight: Read
+    apart: tuple[str, ...]
     tiles: tuple[tuple[str, str], ...]
     features: tuple[str, ...]
     products: tuple[str, ...]
@@ -49,8 +51,9 @@ def match_bilinear(scope: Scope) -> Bilinear | None:
         return None
     inner = {name: own for own, name in outside.items()}
     products = tuple(inner.get(one.column, "") for one in result.matrices)
-    if set(products) != set(match.batch):
+    if not set(products) <= set(match.batch):
         return None
+    apart = tuple(name for name in match.batch if name not in products)
     for place, (rows, columns) in enumerate(((match.rows, match.columns), (match.columns, match.rows))):
         read = product.factors[place]
         data = match_transform(read.tensor) if isinstance(read.tensor, Scope) else None
@@ -67,12 +70,14 @@ def match_bilinear(scope: Scope) -> Bilinear | None:
         own = {name: loop for loop, name in inside.items()}
         if not {part.whole for part in result.joined} <= {name for name in inner if inner[name] in rows}:
             continue
-        tiles = [(loop.name, own[inner[loop.name]]) for loop in result.loops if inner.get(loop.name) in rows]
+        shared = [inner[loop.name] for loop in result.loops if inner.get(loop.name) in rows]
+        tiles = [(outside[name], own[name]) for name in (*apart, *shared)]
         return Bilinear(
             result=result,
             data=replace(data, matrices=tuple(by_row[name] for name in products)),
             product=product,
             weight=product.factors[1 - place],
+            apart=apart,
             tiles=tuple(tiles),
             features=tuple(last),
             products=products,
@@ -149,6 +154,7 @@ def arguments(
     product = {loop.name: loop.extent for loop in call.product.traversal + call.product.summation}
     return {
         "size": [*size.values()],
+        "apart": len(call.apart),
         "tiles": [loops[name] for name in tiles],
         "stride": [strides(index, stride, name) for name in moved],
         "out_stride": [

@@ -24,17 +24,17 @@ from ollie_compile.transform_kernels import VECTORS, Numbers, tile_source
 PANEL = 16  # features that lie side by side in packed weights
 CACHED = 1 << 17  # elements of transformed data that a block of tiles keeps in a core's second cache
 MOST = 96  # tiles of a block
-ROWS = 6  # tiles that one step of the products computes at once
+ROWS = 6  # tiles that one step of the products computes at once, where the features are many
 
 _BILINEAR = """
 #include <cstdlib>
 #include <cstring>
 #ifdef __AVX512F__
-enum { PANELS = 4 };
+constexpr int64_t PANELS = 4;
 #else
-enum { PANELS = 1 };
+constexpr int64_t PANELS = 1;
 #endif
-enum { PANEL = 16, ROWS = 6, MOST = 96, LANES = sizeof(V) / sizeof(float), WIDE = PANEL / LANES };
+constexpr int64_t PANEL = 16, MOST = 96, LANES = sizeof(V) / sizeof(float), WIDE = PANEL / LANES;
 struct Scratch {
   float* data = nullptr;
   int64_t size = 0;
@@ -65,20 +65,21 @@ static inline void rows(const float* __restrict a, int64_t lda, const float* __r
   for (int r = 0; r < R; r++)
     for (int n = 0; n < N * WIDE; n++) store<V>(c + r * ldc + n * LANES, sum[r][n]);
 }
+// As many rows as there are registers for beside the weights.
+template <int N> constexpr int most() { return PANELS == 1 ? 6 : N == 1 ? 14 : N == 2 ? 12 : N == 3 ? 8 : 6; }
+template <int R, int N>
+static void last(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                 int64_t count, int64_t depth) {
+  if (count == R) return rows<R, N>(a, lda, b, ldb, c, ldc, depth);
+  if constexpr (R > 1) last<R - 1, N>(a, lda, b, ldb, c, ldc, count, depth);
+}
 template <int N>
 static void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                     int64_t count, int64_t depth) {
+  constexpr int R = most<N>();
   int64_t m = 0;
-  for (; m + ROWS <= count; m += ROWS) rows<ROWS, N>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth);
-  a += m * lda;
-  c += m * ldc;
-  switch (count - m) {
-    case 5: return rows<5, N>(a, lda, b, ldb, c, ldc, depth);
-    case 4: return rows<4, N>(a, lda, b, ldb, c, ldc, depth);
-    case 3: return rows<3, N>(a, lda, b, ldb, c, ldc, depth);
-    case 2: return rows<2, N>(a, lda, b, ldb, c, ldc, depth);
-    case 1: return rows<1, N>(a, lda, b, ldb, c, ldc, depth);
-  }
+  for (; m + R <= count; m += R) rows<R, N>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth);
+  last<R - 1, N>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, count - m, depth);
 }
 struct Tile {
   int64_t from, to, read[2], written[2];
@@ -88,15 +89,17 @@ static inline bool whole(int64_t first, int64_t step, int64_t count, int64_t ext
   return first >= 0 && last >= 0 && first < extent && last < extent;
 }
 // `reads` and `writes` hold for each matrix: stride, first position, step, extent, positions a tile each.
-extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims, const int64_t* tiles,
-                         const int64_t* stride, const int64_t* out_stride, const int64_t* reads,
-                         const int64_t* writes, int64_t chunks, const int64_t* chunk, int64_t width,
-                         int64_t features, int64_t block, int64_t threads) {
-  int64_t all = 1;
-  for (int64_t d = 0; d < dims; d++) all *= tiles[d];
+// The first `apart` dimensions have weights of their own.
+extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims, int64_t apart,
+                         const int64_t* tiles, const int64_t* stride, const int64_t* out_stride,
+                         const int64_t* reads, const int64_t* writes, int64_t chunks, const int64_t* chunk,
+                         int64_t width, int64_t features, int64_t block, int64_t threads) {
+  int64_t all = 1, weights = 1;
+  for (int64_t d = 0; d < dims; d++) (d < apart ? weights : all) *= tiles[d];
   const int64_t depth = chunks * width, planes = FIRST * SECOND, panels = (features + PANEL - 1) / PANEL;
   const int64_t groups = (panels + PANELS - 1) / PANELS, blocks = (all + block - 1) / block;
-  const int64_t wanted = (threads + blocks - 1) / blocks, splits = wanted < groups ? wanted : groups;
+  const int64_t items = weights * blocks, wanted = (threads + items - 1) / items;
+  const int64_t splits = wanted < groups ? wanted : groups;
   // Planes do not begin a multiple of 4096 bytes apart, where their values would meet in the first cache.
   const int64_t plane = block * depth + PANEL, found = block * PANELS * PANEL + PANEL;
   const int64_t inside[2] = {SECOND * plane, plane}, outside[2] = {SECOND * found, found};
@@ -107,11 +110,13 @@ extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims,
   const int64_t edge_row[2] = {ROWS1 * PANELS * PANEL, PANELS * PANEL};
   const int64_t edges = COLUMNS0 * COLUMNS1 * width + ROWS0 * ROWS1 * PANELS * PANEL;
   #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < blocks * splits; item++) {
+  for (int64_t item = 0; item < items * splits; item++) {
     static thread_local Scratch scratch;
     float* const v = scratch.of(planes * (plane + found) + edges);
     float *const m = v + planes * plane, *const edge = m + planes * found;
-    const int64_t begin = item / splits * block, part = item % splits;
+    const int64_t begin = item / splits % blocks * block, part = item % splits;
+    const int64_t own = item / splits / blocks;
+    const float* const w = u + own * planes * panels * depth * PANEL;
     const int64_t count = all - begin < block ? all - begin : block;
     Tile at[MOST];
     for (int64_t t = 0; t < count; t++) {
@@ -121,7 +126,7 @@ extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims,
         tile.read[k] = read[k][1];
         tile.written[k] = write[k][1];
       }
-      int64_t rest = begin + t;
+      int64_t rest = own * all + begin + t;
       for (int64_t d = dims - 1; d >= 0; d--) {
         const int64_t place = rest % tiles[d];
         rest /= tiles[d];
@@ -158,7 +163,7 @@ extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims,
       const int64_t panel = group * PANELS, left = panels - panel < PANELS ? panels - panel : PANELS;
       for (int64_t p = 0; p < planes; p++) {
         const float* const a = v + p * plane;
-        const float* const b = u + (p * panels + panel) * depth * PANEL;
+        const float* const b = w + (p * panels + panel) * depth * PANEL;
         float* const c = m + p * found;
         switch (left) {
           case 4: product<4>(a, depth, b, depth * PANEL, c, PANELS * PANEL, count, depth); break;
@@ -202,14 +207,13 @@ def packed(weight: Tensor) -> Tensor:
     """Weights in the order in which the kernel reads them.
 
     Args:
-        weight: [planes, contracted, features].
+        weight: [apart, planes, contracted, features].
 
     Returns:
-        [planes, panels, contracted, PANEL], zeros beyond the features.
+        [apart, planes, panels, contracted, PANEL], zeros beyond the features.
     """
-    planes, contracted, features = weight.shape
-    padded = functional.pad(weight, (0, -features % PANEL))
-    return padded.view(planes, contracted, -1, PANEL).transpose(1, 2).contiguous()
+    padded = functional.pad(weight, (0, -weight.shape[-1] % PANEL))
+    return padded.unflatten(-1, (-1, PANEL)).transpose(2, 3).contiguous()
 
 
 @functools.lru_cache(maxsize=64)
@@ -222,14 +226,16 @@ def _library(data: Matrices, result: Matrices) -> Any:
         **{f"COLUMNS{at}": len(one[0]) for at, one in enumerate((*data, [[1.0]])[:2])},
         **{f"ROWS{at}": len(one) for at, one in enumerate((*result, [[1.0]])[:2])},
     }
-    known = "enum { " + ", ".join(f"{name} = {size}" for name, size in sizes.items()) + " };\n"
+    known = f"constexpr int64_t {', '.join(f'{name} = {size}' for name, size in sizes.items())};\n"
     tiles = tile_source("forward", data) + tile_source("backward", result)
     return CppCodeCache.load(VECTORS + tiles + known + _BILINEAR, needs_vec_isa=True)
 
 
 def matrices(text: str) -> tuple[Matrices, Matrices]:
     """Those of the data and of the result, from JSON."""
-    data, result = (tuple(tuple(map(tuple, matrix)) for matrix in side) for side in json.loads(text))
+    data, result = (
+        tuple(tuple(tuple(map(float, row)) for row in matrix) for matrix in side) for side in json.loads(text)
+    )
     return data, result
 
 
@@ -249,6 +255,7 @@ def _block(tiles: int, planes: int, contracted: int, features: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _prepared(
+    apart: int,
     tiles: Numbers,
     stride: Numbers,
     out_stride: Numbers,
@@ -273,12 +280,13 @@ def _prepared(
 
     arguments = (
         ctypes.c_int64(len(tiles)),
+        ctypes.c_int64(apart),
         *map(numbers, (tiles, stride, out_stride, reads, writes)),
         ctypes.c_int64(len(chunk)),
         numbers(chunk),
         ctypes.c_int64(channels[-1]),
         ctypes.c_int64(features),
-        ctypes.c_int64(_block(math.prod(tiles), planes, math.prod(channels), features)),
+        ctypes.c_int64(_block(math.prod(tiles[apart:]), planes, math.prod(channels), features)),
         ctypes.c_int64(threads),
     )
     kernel = _library(data, result).bilinear
@@ -290,6 +298,7 @@ def bilinear(
     x: Tensor,
     weight: Tensor,
     size: Sequence[int],
+    apart: int,
     tiles: Sequence[int],
     stride: Sequence[int],
     out_stride: Sequence[int],
@@ -308,6 +317,7 @@ def bilinear(
     out = x.new_empty(size)
     if out.numel():
         call = _prepared(
+            apart,
             tuple(tiles),
             tuple(stride),
             tuple(out_stride),
@@ -327,6 +337,7 @@ def reference(
     x: Tensor,
     weight: Tensor,
     size: Sequence[int],
+    apart: int,
     tiles: Sequence[int],
     stride: Sequence[int],
     out_stride: Sequence[int],
@@ -370,12 +381,14 @@ def reference(
     index = (where + offset).masked_fill(~held, 0).unsqueeze(-1)
     index = torch.where(held.unsqueeze(-1), index + along.flatten(), 0)
     taken = x.flatten()[index] * held.unsqueeze(-1)  # [*tiles, *columns, channels]
+    weights = math.prod(tiles[:apart])
     taken = taken.flatten(0, len(tiles) - 1)
     for matrix in data:  # each takes the first of the columns and leaves its rows as the last
         taken = torch.tensordot(taken, matrix, ([1], [1]))
-    planes = taken.flatten(2)
-    plain = weight.transpose(1, 2).flatten(2)[..., :features]
-    found = torch.einsum("tcp,pcf->tfp", planes, plain).unflatten(2, [len(matrix) for matrix in data])
+    planes = taken.flatten(2).unflatten(0, (weights, -1))
+    plain = weight.transpose(2, 3).flatten(3)[..., :features]
+    found = torch.einsum("atcp,apcf->atfp", planes, plain).flatten(0, 1)
+    found = found.unflatten(2, [len(matrix) for matrix in data])
     for matrix in result:
         found = torch.tensordot(found, matrix, ([2], [1]))  # [tiles, features, *rows]
     where, held = places(out_stride, writes, [len(matrix) for matrix in result])

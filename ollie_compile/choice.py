@@ -207,7 +207,10 @@ def _function(
         *operator.example_inputs(),
         *program.constants(operator.dtype, operator.device).values(),
     )
-    return operator.finished(program), values, _constant(operator, config)
+    constant = _constant(operator, config)
+    if constant:
+        constant += range(len(operator.inputs), len(values))
+    return operator.finished(program), values, constant
 
 
 def _constant(operator: Operator, config: OllieConfig) -> list[int]:

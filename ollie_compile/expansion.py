@@ -13,7 +13,7 @@ from typing import Any
 
 from ollie_compile.expr import Read, Scope, canonical, once
 from ollie_compile.lower import is_lowerable
-from ollie_compile.matching import match_matmul, repair_convolution, repair_product
+from ollie_compile.matching import match_matmul, repair_convolution, repair_phases, repair_product
 from ollie_compile.rules import EXPLORATIVE, RELATING, rewrites, simplify
 from ollie_compile.transforms import is_transform
 
@@ -74,6 +74,7 @@ def completed(repair: Repair, scope: Scope) -> Iterator[Step]:
 COMPLETIONS: tuple[Expansion, ...] = (
     functools.partial(completed, repair_product),
     functools.partial(completed, repair_convolution),
+    functools.partial(completed, repair_phases),
 )
 
 

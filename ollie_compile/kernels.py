@@ -193,6 +193,7 @@ def _bilinear(
     x: Tensor,
     weight: Tensor,
     size: list[int],
+    apart: int,
     tiles: list[int],
     stride: list[int],
     out_stride: list[int],
@@ -215,6 +216,7 @@ def _bilinear(
         x: contiguous.
         weight: W as `bilinear_kernels.packed` gives it.
         size: of the result.
+        apart: how many of t's dimensions, the first ones, W has too.
         tiles: extents of t; stride, out_stride: of x and of the result along each.
         reads: for each matrix of the data the stride of x along what it sums over, the position of its first
             value at the first tile, the step and the extent of positions, and how far each of t moves it.
@@ -235,6 +237,7 @@ def _bilinear(
         x,
         weight,
         size,
+        apart,
         tiles,
         stride,
         out_stride,
@@ -249,9 +252,9 @@ def _bilinear(
 
 
 _library.define(
-    "bilinear(Tensor x, Tensor weight, SymInt[] size, SymInt[] tiles, SymInt[] stride, SymInt[] out_stride, "
-    "SymInt offset, SymInt[] reads, SymInt[] writes, SymInt[] channels, SymInt[] channel_stride, "
-    "int features, str matrices) -> Tensor"
+    "bilinear(Tensor x, Tensor weight, SymInt[] size, int apart, SymInt[] tiles, SymInt[] stride, "
+    "SymInt[] out_stride, SymInt offset, SymInt[] reads, SymInt[] writes, SymInt[] channels, "
+    "SymInt[] channel_stride, int features, str matrices) -> Tensor"
 )
 _library.impl("bilinear", _bilinear, "CompositeExplicitAutograd")
 bilinear = torch.ops.ollie.bilinear.default

@@ -269,7 +269,8 @@ class _Lowering:
 
         value, index, box = self._contiguous(call.data, bilinear.windows(call))
         contracted = tuple(name for name, _ in call.contracted)
-        weight = self._operand(call.weight, call.product, (call.products, contracted, call.features))
+        groups = (call.apart, call.products, contracted, call.features)
+        weight = self._operand(call.weight, call.product, groups)
         return kernels.bilinear(
             value,
             bilinear_kernels.packed(weight),

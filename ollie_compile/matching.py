@@ -14,7 +14,7 @@ from ollie_compile.convolutions import match_convolution
 from ollie_compile.expr import Affine, Read, Scope, once
 from ollie_compile.rules import Rule, applied, simplify
 from ollie_compile.rules.layout import dimension_splitting, rearrange
-from ollie_compile.rules.substitution import split_variable, substitute
+from ollie_compile.rules.substitution import split_phases, split_variable, substitute
 from ollie_compile.rules.summation import split_summation
 from ollie_compile.rules.windows import dilation_splitting, stride_splitting
 
@@ -172,6 +172,18 @@ def repair_convolution(scope: Scope) -> tuple[str, Scope] | None:
     rules: dict[str, Rule] = {"dilation splitting": dilation_splitting, "stride splitting": stride_splitting}
     steps = ((name, derived) for name, rule in rules.items() for derived in applied(scope, rule))
     return next(steps, None)
+
+
+def repair_phases(scope: Scope) -> tuple[str, Scope] | None:
+    """The derivation that splits the first iterator that is divided by 2 into phases; as `repair_product`."""
+    traversal = {loop.name for loop in scope.traversal}
+    for division in scope.divisions():
+        name = division.of.iterator
+        if division.by == 2 and name in traversal and division.of.coefficient(name) == 1:
+            derived = split_phases(scope, name)
+            if derived is not None:
+                return "phase splitting", derived
+    return None
 
 
 def _repair_nested_taps(scope: Scope) -> tuple[str, Scope] | None:

@@ -17,20 +17,25 @@ TILES = (2, 4)
 
 @dataclass(frozen=True, slots=True)
 class Correlation:
-    """A dimension of a factor that is read at `out + tap + const` or `out - tap + const`."""
+    """A dimension of a factor that is read at `out + tap + const` or `out - tap + const`.
+
+    What else it is read at, `start`, is traversed too: windows that begin elsewhere.
+    """
 
     data: int
     place: int
     out: Loop
     tap: Loop
     step: int
+    start: Affine
 
 
 def correlations(scope: Scope) -> list[Correlation]:
     """The dimensions of a contraction of two factors that a bilinear form can compute.
 
     The data must be read at out +- tap, `out` traversed and in no other index, `tap` summed and else only
-    in the other factor; something else must be summed too, or nothing is gained.
+    in the other factor; something else must be summed too, or nothing is gained. Other iterators of that
+    dimension must be traversed and in the other factor.
     """
     if not scope.is_contraction or len(scope.factors) != 2 or scope.terms() != 2:
         return []
@@ -41,15 +46,19 @@ def correlations(scope: Scope) -> list[Correlation]:
         used = [name for index in read.index for name in set(index.iterators())]
         other = [name for index in scope.factors[1 - data].index for name in set(index.iterators())]
         for place, index in enumerate(read.index):
-            if len(index.terms) != 2:
-                continue
-            for (out, one), (tap, step) in (index.terms, index.terms[::-1]):
+            for (out, one), (tap, step) in itertools.permutations(index.terms, 2):
                 if not (isinstance(out, str) and isinstance(tap, str)):
                     continue
                 if out not in traversal or tap not in summation or one != 1 or abs(step) != 1:
                     continue
+                begin = index - Affine.of(out) - Affine.of(tap) * step - index.const
+                moved = set(begin.iterators())
+                if not moved <= traversal.keys() & set(other) or any(begin.divisions()):
+                    continue
+                if any(used.count(name) > 1 for name in moved):
+                    continue
                 if used.count(out) == 1 and used.count(tap) == 1 and out not in other and tap in other:
-                    found.append(Correlation(data, place, traversal[out], summation[tap], step))
+                    found.append(Correlation(data, place, traversal[out], summation[tap], step, begin))
     taps = {correlation.tap.name for correlation in found}
     return found if summation.keys() - taps else []
 
@@ -140,7 +149,8 @@ def _transformed_data(scope: Scope, at: Correlation, matrix: Constant, i: Loop, 
     channels: list[tuple[Loop, Affine]] = []
     for place, index in enumerate(read.index):
         if place == at.place:
-            inside.append(_var(q) * tile + _var(j) + index.const + at.out.low + first)
+            inside.append(_var(q) * tile + _var(j) + at.start + index.const + at.out.low + first)
+            lead += [(loop, _var(loop)) for loop in (loops[name] for name in at.start.iterators())]
             lead.append((q, _var(q)))
             continue
         if not index.terms:

@@ -79,6 +79,41 @@ def variable_splitting(scope: Scope) -> Iterator[Scope]:
         yield split_variable(scope, name, by, offset)
 
 
+def split_phases(scope: Scope, name: str) -> Scope | None:
+    """Traverse by whole and half steps of 2 from the start of the iterator `name`.
+
+    `split_variable` takes the steps from where a division takes them, and needs another whole step where
+    those begin elsewhere. Here that moves into the reads, for (x + 1) // 2 is x for a half step x: a stride
+    of 2 becomes windows side by side, each with taps of its own, that begin half a step apart.
+
+    Returns:
+        None where a division of the half step is left.
+    """
+    loop = next(loop for loop in scope.traversal if loop.name == name)
+    view = split_variable(scope, name, 2, -loop.low)
+    (read,) = view.factors
+    inner = read.tensor
+    assert isinstance(inner, Scope)
+    place = next(at for at, other in enumerate(scope.traversal) if other.name == name)
+    half = inner.traversal[place + 1].name
+
+    def without(index: Affine) -> Affine:
+        """The same where a division of the half step alone is a straight line through its two values."""
+        for division in index.divisions():
+            if division.of.iterator == half:
+                first, second = (
+                    Affine.of(division).substitute({half: Affine.of(at)}, inner.ranges).const for at in (0, 1)
+                )
+                line = Affine.of(half) * (second - first) + first
+                index = index + (line - Affine.of(division)) * index.coefficient(division)
+        return index
+
+    factors = inner.map_index(without)
+    if any(half in d.of.iterators() for r in factors for index in r.index for d in index.divisions()):
+        return None
+    return view.over(factors=(Read(inner.over(factors=factors), read.index),))
+
+
 def skew(scope: Scope, expression: Affine, name: str) -> Scope | None:
     """Sum over t = expression instead of over `name`, or None where that changes the sum.
 

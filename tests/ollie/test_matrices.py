@@ -74,15 +74,29 @@ def test_bilinear_forms_that_are_found_are_their_convolutions(options):
         assert rounding_error(conv, program) < 1e-5
 
 
-def test_what_a_product_is_beside_a_bilinear_form_keeps_its_own_kernels():
-    """Groups: each has products of its own, which the kernel does not know."""
-    conv = operator(torch.zeros(1, 8, 9, 9), torch.zeros(6, 4, 3, 3), padding=1, groups=2)
+@pytest.mark.parametrize(
+    ("shape", "taps", "options"),
+    [
+        ((1, 8, 9, 9), (6, 4, 3, 3), {"padding": 1, "groups": 2}),
+        ((2, 4, 5, 6), (4, 3, 4, 4), {"stride": 2, "padding": 1, "transposed": True}),
+        ((1, 3, 7), (3, 2, 4), {"stride": 2, "padding": 1, "transposed": True}),
+    ],
+    ids=["groups", "phases", "phases of one dimension"],
+)
+def test_weights_apart_are_one_kernel_too(shape, taps, options):
+    """Groups of channels, and the phases of a stride of 2, whose windows begin half a step apart."""
+    conv = operator(torch.zeros(shape), torch.zeros(taps), **options)
     found = search(conv.expression(), max_depth=1, budget_s=60.0).derivations
-    scopes = [d.scope for d in found if d.scope.constants()]
-    assert scopes
-    for scope in scopes:
-        assert not any(map(match_bilinear, scope.scopes()))
+    calls = [
+        (derivation.scope, call)
+        for derivation in found
+        for inner in derivation.scope.scopes()
+        if (call := match_bilinear(inner)) and call.apart
+    ]
+    assert calls
+    for scope, _ in calls:
         assert check_program(conv, Program(scope, "rows", "cpp")) is None
+        assert rounding_error(conv, Program(scope, "rows", "cpp")) < 1e-5
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -97,12 +111,13 @@ def test_the_kernel_of_a_bilinear_form_is_its_sums(tiles, channels, features, th
     result = [[[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]], [[0.5], [-1.0]]]
     height, width = 2 * tiles[0] + 1, tiles[1] + 1
     x = torch.randn(3, height, width, *channels)
-    weight = torch.randn(3, math.prod(channels), features)
+    weight = torch.randn(1, 3, math.prod(channels), features)
     packed = bilinear_kernels.packed(weight)
     # Windows of 4 by steps of 2 that begin one place outside, of 3 by steps of 1; the last row is cut off.
     out = (3, 2 * tiles[0] - 1, 2 * tiles[1], features)
     arguments = {
         "size": list(out),
+        "apart": 0,
         "tiles": [3, *tiles],
         "stride": [x.stride(0), 2 * x.stride(1), x.stride(2)],
         "out_stride": [math.prod(out[1:]), 2 * out[2] * features, 2 * features],
@@ -118,7 +133,7 @@ def test_the_kernel_of_a_bilinear_form_is_its_sums(tiles, channels, features, th
     window = around.unfold(1, 4, 2).unfold(2, 3, 1)  # [n, p, q, c, j1, j2]
     a, b, c, d = (torch.tensor(matrix).double() for matrix in (*data, *result))
     moved = torch.einsum("aj,bk,npqcjk->abnpqc", a, b, window).flatten(0, 1)
-    products = torch.einsum("inpqc,icf->inpqf", moved, weight.double()).unflatten(0, (3, 1))
+    products = torch.einsum("inpqc,icf->inpqf", moved, weight[0].double()).unflatten(0, (3, 1))
     want = torch.einsum("ka,lb,abnpqf->npkqlf", c, d, products).flatten(1, 2).flatten(2, 3)[:, : out[1]]
     with threads_set(threads):
         got = kernels.bilinear(x, packed, **arguments)
