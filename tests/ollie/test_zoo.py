@@ -27,17 +27,22 @@ def equal_eager(name):
         torch.manual_seed(0)
         net.zero_grad()
         result = call(**inputs)
-        result.float().square().mean().backward()
+        # Weighted, for the plain mean square of what a LayerNorm gives is the same for all that it gets.
+        weights = torch.rand(result.shape, generator=torch.Generator().manual_seed(0))
+        (result.float().square() * weights).mean().backward()
         results.append(result.detach())
-        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
-    close(*results)
+        # Where eager computes no gradient, a compiled graph may give zeros.
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()])
+    close(*results, least=1e-6)
+    # A gradient that is 0 but for rounding, such as that of a key's bias, is rounding of what cancels.
+    largest = max(want.abs().max().item() for want in gradients[1])
     for got, want in zip(*gradients, strict=True):
-        close(got, want)
+        close(got, want, least=1e-5 * largest)
 
 
-def close(got, want):
-    """Equal up to rounding, relative to the largest value."""
-    largest = want.abs().max().clamp_min(1e-6)
+def close(got, want, least):
+    """Equal up to rounding, relative to the largest value, or to `least` where that is larger."""
+    largest = want.abs().max().clamp_min(least)
     torch.testing.assert_close(got / largest, want / largest, rtol=0, atol=1e-3)
 
 
