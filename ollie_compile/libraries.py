@@ -7,6 +7,7 @@ plain ones for a single row.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from ollie_compile import tune
 from ollie_compile.cost import profile
 from ollie_compile.report import Report
+
+logger = logging.getLogger(__name__)
 
 MEASURE_S = 0.1  # after which no more than the fewest rounds are timed
 PLAIN, PACKED, ONEDNN, ONEDNN_PACKED = "torch", "MKL, packed", "oneDNN", "oneDNN, packed"
@@ -69,8 +72,13 @@ class LibraryPass(CustomGraphPass):
         onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
         if not onednn or V.aot_compilation:  # what is exported runs without Python
             return
-        with tune.outside_compilation():
-            moved = {_packed(node, self.margin) or _plain(node, self.margin) for node in list(graph.nodes)}
+        moved = set()
+        for node in list(graph.nodes):
+            try:
+                with tune.outside_compilation():
+                    moved.add(_packed(node, self.margin) or _plain(node, self.margin))
+            except Exception:  # such as too little memory for what is measured
+                logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)
         profile.save()
         for which in sorted(moved - {""}):
             self.report.note(f"products are computed by {which} where it is faster than what Inductor calls")
@@ -126,7 +134,7 @@ def _packed(node: fx.Node, margin: float) -> str:
     which = _fastest(offered, PACKED, margin, what)
     if which == PACKED:
         return ""
-    name = f"{weight.target}_by_{node.name}"
+    name = f"packed_{node.name}"
     held.register_buffer(name, reordered if which == ONEDNN_PACKED else transposed)
     with node.graph.inserting_before(node):
         ours = node.graph.get_attr(name)

@@ -121,3 +121,15 @@ def test_the_operator_is_a_product_at_any_strides(a, b, bias):
     torch.testing.assert_close(got, a @ b if bias is None else a @ b + bias)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ollie.product.default, (a, b, bias), test_utils=utils)
+
+
+def test_a_product_that_cannot_be_measured_stays(monkeypatch, caplog):
+    def full(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(libraries, "_fastest", full)
+    net, x = _net().eval(), torch.randn(6, 24)
+    with torch.no_grad():
+        got = torch.compile(net, backend="ollie", options={"budget_s": 1})(x)
+        torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
+    assert "stays as Inductor computes it" in caplog.text
