@@ -15,6 +15,7 @@ import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached ca
 from ollie_compile import freezing, gate
 from ollie_compile import plan as plans
 from ollie_compile.config import OllieConfig, mode_options
+from ollie_compile.libraries import LibraryPass
 from ollie_compile.passes import DerivationPass
 from ollie_compile.report import Report
 
@@ -78,7 +79,7 @@ def _fastest(
         return build(graph, patches(config, inductor | more, next(reports, Report()), changed=changed))
 
     def original(graph: fx.GraphModule, more: dict[str, Any]) -> Any:
-        return build(graph, inductor | more | {"freezing": config.freeze})
+        return build(graph, _libraries(config, inductor | more, report) | {"freezing": config.freeze})
 
     def build(graph: fx.GraphModule, options: dict[str, Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -102,12 +103,26 @@ def patches(
     config: OllieConfig, inductor: dict[str, Any], report: Report, *, changed: bool = False
 ) -> dict[str, Any]:
     """Inductor's options with the pass behind the user's own; `changed` as in `DerivationPass`."""
-    from torch._inductor import config as inductor_config
-
-    before = inductor.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass) or ()
-    before = before if isinstance(before, (list, tuple)) else (before,)
+    before = _passes(inductor, "joint_custom_pre_pass")
     derivation = DerivationPass(config, report, before, changed=changed)
-    return inductor | {"joint_custom_pre_pass": derivation, "freezing": config.freeze}
+    own = {"joint_custom_pre_pass": derivation, "freezing": config.freeze}
+    return _libraries(config, inductor, report) | own
+
+
+def _libraries(config: OllieConfig, inductor: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Inductor's options with products by the fastest library, where that may be measured."""
+    if config.tune != "measure" or config.budget_s == 0:
+        return inductor
+    before = _passes(inductor, "post_grad_custom_pre_pass")
+    return inductor | {"post_grad_custom_pre_pass": LibraryPass(config.margin, report, before)}
+
+
+def _passes(inductor: dict[str, Any], name: str) -> Sequence[Any]:
+    """The user's own passes of one of Inductor's options."""
+    from torch._inductor import config
+
+    given = inductor.get(name, getattr(config, name)) or ()
+    return given if isinstance(given, (list, tuple)) else (given,)
 
 
 ollie.reset = plans.reset  # type: ignore[attr-defined]

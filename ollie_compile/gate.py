@@ -22,11 +22,16 @@ from ollie_compile.rules import of_users
 
 MEASURE_S = 5.0  # after which no more than the fewest rounds are timed
 REWRITTEN, INDUCTOR, EAGER = "rewritten", "Inductor", "eager"
-CONTIGUOUS = ", contiguous convolutions"
+CONTIGUOUS, TUNED = ", contiguous convolutions", ", tuned products"
+FURTHER: dict[str, dict[str, Any]] = {
+    CONTIGUOUS: {"layout_optimization": False},
+    TUNED: {"max_autotune_gemm": True},
+}
 LONG_S = 20.0  # a budget that pays for one compilation more
+TUNING_S = 5.0  # what Inductor takes to tune a product
+FEW_ROWS = 4  # of a product, for which Inductor's own kernels may be faster than the libraries'
 AGAIN = 0.25  # of Inductor's time, what it takes for a graph most of whose kernels it has built before
 MARGIN = 0.03  # by which eager torch must be faster
-PLAIN = {"layout_optimization": False}
 
 Compiled = Callable[..., Any]
 Compiler = Callable[..., Compiled]
@@ -42,8 +47,8 @@ def fastest(
     original: Compiler,
 ) -> Compiled:
     """What a graph is compiled to: with derived programs, by Inductor alone, or eager torch, whichever is
-    fastest; with a long budget also with convolutions that Inductor does not make channels-last. The choice
-    is kept on disk.
+    fastest; with a long budget also with convolutions that Inductor does not make channels-last, and with
+    frozen products of few rows by Inductor's own kernels. The choice is kept on disk.
 
     Inductor's own comes first: the time it takes is the default budget, and a graph in which nothing is
     rewritten need not be compiled again. Graphs whose gradients are computed, and those of dynamic shapes,
@@ -59,7 +64,7 @@ def fastest(
     def build(which: str, graph: fx.GraphModule, config: OllieConfig, *, changed: bool = False) -> Compiled:
         if which == EAGER:
             return graph
-        more = PLAIN if which.endswith(CONTIGUOUS) else {}
+        more = {name: value for end in FURTHER if end in which for name, value in FURTHER[end].items()}
         if which.startswith(REWRITTEN):
             return rewritten(graph, more, config, changed)
         return original(graph, more)
@@ -76,13 +81,13 @@ def fastest(
     spare = _copied(gm)
     start = time.perf_counter()
     first = build(INDUCTOR, _copied(spare), config)
-    config, contiguous = _for_planning(config, spare.graph, time.perf_counter() - start)
+    config, further = _for_planning(config, spare.graph, time.perf_counter() - start)
     before = _counts(report)
     built: dict[str, Compiled] = {}
     with contextlib.suppress(UnchangedError):
         built[REWRITTEN] = build(REWRITTEN, gm, config, changed=True)
     seen, lifted, replaced = (now - then for now, then in zip(_counts(report), before, strict=True))
-    if not lifted and (seen or REWRITTEN not in built):
+    if not lifted and TUNED not in further and (seen or REWRITTEN not in built):
         return built.get(REWRITTEN, first)
     last = next(iter(built.values()), first)
     try:
@@ -90,9 +95,11 @@ def fastest(
         if replaced or REWRITTEN not in built or not seen:  # Inductor's cache may have answered
             built[INDUCTOR] = first
         seconds = _measured(built, inputs)
-        if contiguous:
+        for end in further:
             best = min(seconds.keys() - {EAGER}, key=seconds.__getitem__)
-            built[best + CONTIGUOUS] = build(best + CONTIGUOUS, spare, config)
+            # What is merged may be tuned less well than what it was merged from.
+            for which in {best, INDUCTOR} & built.keys() if end == TUNED else {best}:
+                built[which + end] = build(which + end, _copied(spare), config)
             seconds = _measured(built, inputs)
     except Exception as error:  # such as too little memory for all of them
         report.note(f"the whole graph was not compared: {str(error).partition(chr(10))[0]}")
@@ -106,8 +113,8 @@ def fastest(
     return built[chosen]
 
 
-def _for_planning(config: OllieConfig, graph: fx.Graph, inductor_s: float) -> tuple[OllieConfig, bool]:
-    """A config with what the budget leaves for planning, and whether it pays for contiguous convolutions.
+def _for_planning(config: OllieConfig, graph: fx.Graph, inductor_s: float) -> tuple[OllieConfig, list[str]]:
+    """A config with what the budget leaves for planning, and which of `FURTHER` it pays for.
 
     Args:
         inductor_s: what Inductor took for the graph.
@@ -115,9 +122,28 @@ def _for_planning(config: OllieConfig, graph: fx.Graph, inductor_s: float) -> tu
     config = config.budgeted(operator_count(graph), inductor_s)
     assert config.budget_s is not None, "a budget that is not given is chosen by now"
     convolved = any("conv" in str(node.target) for node in graph.nodes)
-    contiguous = convolved and config.budget_s >= LONG_S
-    compiling_s = inductor_s * (AGAIN + contiguous)
-    return replace(config, budget_s=max(0.0, config.budget_s - compiling_s)), contiguous
+    takes_s = {CONTIGUOUS: inductor_s} if convolved else {}
+    if config.freeze and (products := _products_of_few_rows(graph)):
+        takes_s[TUNED] = inductor_s + TUNING_S * products
+    left_s = config.budget_s - inductor_s * AGAIN
+    further = []
+    for end, seconds in takes_s.items():
+        if config.budget_s >= LONG_S and (end == CONTIGUOUS or seconds < left_s):
+            further.append(end)
+            left_s -= seconds
+    return replace(config, budget_s=max(0.0, left_s)), further
+
+
+def _products_of_few_rows(graph: fx.Graph) -> int:
+    """How many different products of few rows a graph of Dynamo has."""
+    found = set()
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if "linear" in str(node.target) and isinstance(value, Tensor):
+            read = node.args[0].meta.get("example_value")
+            if value.numel() <= FEW_ROWS * value.shape[-1] and isinstance(read, Tensor):
+                found.add((value.numel(), value.shape[-1], read.shape[-1]))
+    return len(found)
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:

@@ -153,3 +153,36 @@ def test_frozen_parameters_leave_the_graph_and_inputs_stay(monkeypatch):
         got = torch.compile(net, backend="ollie", options=options, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
     assert seen == [(3, 3, 1)]
+
+
+@pytest.mark.parametrize("rows", [1, gate.FEW_ROWS + 1])
+def test_frozen_products_of_few_rows_are_tuned(seconds, rows):
+    seconds |= {gate.INDUCTOR: 2.0, gate.EAGER: 3.0, gate.INDUCTOR + gate.TUNED: 1.0}
+    net, x = nn.Linear(4, 3).eval(), torch.randn(rows, 4)
+    report = ollie_compile.explain(net, x, **OPTIONS, freeze=True)
+    notes = [note for note in report.notes if note.endswith("chosen: Inductor, tuned products")]
+    assert len(notes) == (1 if rows == 1 else 0)
+
+
+def test_tuning_that_the_budget_does_not_pay_for_is_left_out():
+    def planned(graph, budget_s, inductor_s=1.0, freeze=True):
+        config = ollie_compile.OllieConfig(budget_s=budget_s, freeze=freeze)
+        left, further = gate._for_planning(config, graph, inductor_s)
+        return left.budget_s, further
+
+    graphs = []
+
+    def keep(gm, inputs):
+        graphs.append(gm.graph)
+        return gm
+
+    with torch.no_grad():
+        torch.compile(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)), backend=keep)(torch.randn(1, 4))
+        torch.compile(nn.Conv2d(2, 3, 3), backend=keep)(torch.randn(1, 2, 6, 6))
+    linear, convolution = graphs
+    tuning_s = 1.0 + 2 * gate.TUNING_S
+    assert planned(linear, 40.0) == (pytest.approx(40.0 - gate.AGAIN - tuning_s), [gate.TUNED])
+    assert planned(linear, 40.0, freeze=False) == (pytest.approx(40.0 - gate.AGAIN), [])
+    assert planned(linear, gate.LONG_S - 1)[1] == []
+    assert planned(linear, gate.LONG_S, inductor_s=19.0)[1] == []
+    assert planned(convolution, gate.LONG_S)[1] == [gate.CONTIGUOUS]

@@ -1,0 +1,183 @@
+"""Products in float32 on a CPU by torch's library or by oneDNN, whichever is faster for their shape.
+
+Torch calls MKL, which on some CPUs takes more than twice as long as oneDNN, and whose packed weights lose to
+plain ones for a single row.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from ollie_compile import tune
+from ollie_compile.cost import profile
+from ollie_compile.report import Report
+
+logger = logging.getLogger(__name__)
+
+MEASURE_S = 0.1  # after which no more than the fewest rounds are timed
+PLAIN, PACKED, ONEDNN, ONEDNN_PACKED = "torch", "MKL, packed", "oneDNN", "oneDNN, packed"
+
+aten = torch.ops.aten
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+
+
+def _fake(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+_library = torch.library.Library("ollie", "FRAGMENT")
+_library.define("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.impl("product", _onednn, "CPU")
+torch.library.register_fake("ollie::product", _fake, lib=_library)
+
+
+class LibraryPass(CustomGraphPass):
+    """Gives each product to the library that is faster, as Inductor's `post_grad_custom_pre_pass`.
+
+    Args:
+        margin: share by which another library must beat the one that Inductor calls.
+        before: the user's own passes.
+    """
+
+    def __init__(
+        self, margin: float, report: Report, before: Sequence[Callable[[fx.Graph], None]] = ()
+    ) -> None:
+        self.margin, self.report, self.before = margin, report, before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LibraryPass:
+        return self
+
+    def uuid(self) -> Any:
+        """None, so that Inductor caches nothing, where passes of users have no identity."""
+        theirs = [custom.uuid() if isinstance(custom, CustomGraphPass) else None for custom in self.before]
+        decisive = (self.margin, torch.get_num_threads(), theirs)
+        return None if None in theirs else get_hash_for_files((__file__,), repr(decisive))
+
+    def __call__(self, graph: fx.Graph) -> None:
+        from torch._inductor.virtualized import V
+
+        for custom in self.before:
+            custom(graph)
+        onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+        if not onednn or V.aot_compilation:  # what is exported runs without Python
+            return
+        moved = set()
+        for node in list(graph.nodes):
+            try:
+                with tune.outside_compilation():
+                    moved.add(_packed(node, self.margin) or _plain(node, self.margin))
+            except Exception:  # such as too little memory for what is measured
+                logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)
+        profile.save()
+        for which in sorted(moved - {""}):
+            self.report.note(f"products are computed by {which} where it is faster than what Inductor calls")
+
+
+def _plain(node: fx.Node, margin: float) -> str:
+    """The library that a product was moved to, which is "" where it stays."""
+    if node.target is aten.mm.default:
+        (a, b), bias = node.args, None
+    elif node.target is aten.addmm.default and not node.kwargs:
+        bias, a, b = node.args
+    else:
+        return ""
+    values = [source.meta.get("val") for source in (a, b, bias) if source is not None]
+    if not all(_is_measured(value) for value in values) or values[-1].dim() != (2 if bias is None else 1):
+        return ""
+    first, second, *rest = [torch.empty_strided(v.shape, v.stride()).fill_(1.0) for v in values]
+    offered = {
+        PLAIN: lambda: torch.addmm(*rest, first, second) if rest else torch.mm(first, second),
+        ONEDNN: lambda: torch.ops.ollie.product.default(first, second, *rest),
+    }
+    if bias is not None and rest[0].shape != second.shape[1:]:
+        return ""
+    if _fastest(offered, PLAIN, margin, repr([(*v.shape, v.stride()) for v in values])) == PLAIN:
+        return ""
+    node.target, node.args = torch.ops.ollie.product.default, (a, b, bias)
+    return ONEDNN
+
+
+def _packed(node: fx.Node, margin: float) -> str:
+    """The same for a product whose constant weights Inductor has packed for MKL."""
+    if not str(node.target).startswith("mkl._mkl_linear"):
+        return ""
+    x, packed, weight, bias, rows = node.args
+    value, held = x.meta.get("val"), node.graph.owning_module
+    if not _is_measured(value) or value.dim() != 2 or weight.op != "get_attr":
+        return ""
+    first = torch.empty_strided(value.shape, value.stride()).fill_(1.0)
+    for_mkl, second = (_attribute(held, source.target) for source in (packed, weight))
+    added = None if bias is None else torch.ones(second.shape[0])
+    reordered = torch.ops.mkldnn._reorder_linear_weight(second, rows)
+    transposed = second.t().contiguous()
+    offered = {
+        PACKED: lambda: torch.ops.mkl._mkl_linear(first, for_mkl, second, added, rows),
+        ONEDNN_PACKED: lambda: torch.ops.mkldnn._linear_pointwise.default(
+            first, reordered, added, "none", [], ""
+        ),
+        PLAIN: lambda: (
+            torch.mm(first, transposed) if added is None else torch.addmm(added, first, transposed)
+        ),
+    }
+    what = repr([*value.shape, value.stride(), *second.shape, bias is not None])
+    which = _fastest(offered, PACKED, margin, what)
+    if which == PACKED:
+        return ""
+    name = f"packed_{node.name}"
+    held.register_buffer(name, reordered if which == ONEDNN_PACKED else transposed)
+    with node.graph.inserting_before(node):
+        ours = node.graph.get_attr(name)
+    if which == ONEDNN_PACKED:
+        node.target = torch.ops.mkldnn._linear_pointwise.default
+        node.args = (x, ours, bias, "none", [], "")
+    else:
+        ours.meta["val"] = value.new_empty(transposed.shape)
+        node.target = aten.mm.default if bias is None else aten.addmm.default
+        node.args = (x, ours) if bias is None else (bias, x, ours)
+    for source in (packed, weight):
+        if not source.users:
+            node.graph.erase_node(source)
+    return which
+
+
+def _fastest(offered: dict[str, tune.Call], kept: str, margin: float, what: str) -> str:
+    """Which call is fastest by what is measured now or was before; one must beat `kept` by the margin."""
+    measured: dict[str, float] = {}
+
+    def of(which: str) -> float:
+        if not measured:
+            stop = time.perf_counter() + MEASURE_S
+            measured.update(zip(offered, tune.measure(list(offered.values()), stop), strict=True))
+        return measured[which]
+
+    cpu = torch.device("cpu")
+    seconds = {
+        which: profile.seconds(cpu, f"{which}: {what}", functools.partial(of, which)) for which in offered
+    }
+    return min(seconds, key=lambda which: seconds[which] * (1 if which == kept else 1 + margin))
+
+
+def _is_measured(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.dtype == torch.float32
+        and all(type(size) is int and size > 0 for size in value.shape)
+    )
+
+
+def _attribute(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
