@@ -68,18 +68,18 @@ static inline void rows(const float* __restrict a, int64_t lda, const float* __r
 // As many rows as there are registers for beside the weights.
 template <int N> constexpr int most() { return PANELS == 1 ? 6 : N == 1 ? 14 : N == 2 ? 12 : N == 3 ? 8 : 6; }
 template <int R, int N>
-static void last(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                 int64_t count, int64_t depth) {
-  if (count == R) return rows<R, N>(a, lda, b, ldb, c, ldc, depth);
-  if constexpr (R > 1) last<R - 1, N>(a, lda, b, ldb, c, ldc, count, depth);
+static int64_t by(int64_t m, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                  int64_t count, int64_t depth) {
+  for (; m + R <= count; m += R) rows<R, N>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth);
+  return m;
 }
 template <int N>
 static void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                     int64_t count, int64_t depth) {
-  constexpr int R = most<N>();
-  int64_t m = 0;
-  for (; m + R <= count; m += R) rows<R, N>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth);
-  last<R - 1, N>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, count - m, depth);
+  int64_t m = by<most<N>(), N>(0, a, lda, b, ldb, c, ldc, count, depth);
+  m = by<4, N>(m, a, lda, b, ldb, c, ldc, count, depth);
+  m = by<2, N>(m, a, lda, b, ldb, c, ldc, count, depth);
+  by<1, N>(m, a, lda, b, ldb, c, ldc, count, depth);
 }
 struct Tile {
   int64_t from, to, read[2], written[2];

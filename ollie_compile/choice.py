@@ -36,6 +36,7 @@ COMPARED = (
 )
 HALF_SLACK = 2.0  # times the rounding of the original that a candidate may have above the tolerance
 NO_FASTER = "measured no faster than the original"
+NO_BETTER = "its cost bound does not beat what another takes"
 LATER = "cheaper candidates came first"
 
 
@@ -102,8 +103,9 @@ def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
     """Bound every candidate's time, reject what cannot win, and sort by the bound."""
     operator = made.operator
     layouts = (*operator.inputs.values(), *operator.outputs)
-    limit = MAX_GROWTH * sum(math.prod(layout.shape) for layout in layouts)
+    largest_allowed = MAX_GROWTH * sum(math.prod(layout.shape) for layout in layouts)
     assert made.original_s is not None
+    limit = made.original_s * (1 - config.margin)
     made.candidates.sort(key=lambda candidate: work(candidate.program.scope))
     for place, candidate in enumerate(made.candidates):
         program = candidate.program
@@ -111,14 +113,14 @@ def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
             candidate.rejected = "others need fewer products"
         elif time.perf_counter() > stop:
             candidate.rejected = OUT_OF_TIME
-        elif (largest := cost.largest_elements(program.scope)) > limit:
+        elif (largest := cost.largest_elements(program.scope)) > largest_allowed:
             candidate.rejected = f"needs {largest * operator.dtype.itemsize / 2**30:.2g} GiB in one tensor"
         else:
             ahead = _ahead(program.scope, operator.parameters) if config.freeze else program.scope
             candidate.bound_s = cost.bound_seconds(
-                replace(program, scope=ahead), operator.dtype, operator.device
+                replace(program, scope=ahead), operator.dtype, operator.device, limit=limit
             )
-            if candidate.bound_s > made.original_s * (1 - config.margin):
+            if candidate.bound_s > limit:
                 candidate.rejected = "its cost bound does not beat the original"
     made.candidates.sort(key=lambda candidate: candidate.bound_s)
 
@@ -142,17 +144,14 @@ def _left(made: Plan) -> list[Candidate]:
 
 
 def _by_family(candidates: list[Candidate]) -> Iterator[Candidate]:
-    """The candidates in turn from products, convolutions and bilinear forms: bounds of one kind compare.
-
-    Those whose kernels are to be built before they can be timed come last.
-    """
+    """The candidates in turn from products, convolutions and bilinear forms: bounds of one kind compare."""
     families: dict[tuple[bool, bool], list[Candidate]] = {}
     for candidate in candidates:
         program = candidate.program
         families.setdefault((bool(program.scope.constants()), program.layout in CONVOLVED), []).append(
             candidate
         )
-    rows = itertools.zip_longest(*sorted(families.values(), key=lambda row: row[0].program.kernels == "cpp"))
+    rows = itertools.zip_longest(*families.values())
     return (candidate for row in rows for candidate in row if candidate is not None)
 
 
@@ -169,13 +168,15 @@ def _call(made: Plan, config: OllieConfig, stop: float) -> None:
     """Time a few candidates as they are called, without a compiler; the others are rejected."""
     _with_kernels(made)
     operator = made.operator
-    timed = 0
+    timed, best = 0, made.original_s or math.inf
     slowest: dict[str, float] = {"cpp": KERNELS_S}
     for candidate in _by_family(_left(made)):
         start = time.perf_counter()
         kernels = candidate.program.kernels
         if timed >= CALLED * config.candidates:
             candidate.rejected = LATER
+        elif candidate.bound_s > best:
+            candidate.rejected = NO_BETTER
         elif start + slowest.get(kernels, 0.0) > stop:
             candidate.rejected = OUT_OF_TIME
         else:
@@ -183,6 +184,7 @@ def _call(made: Plan, config: OllieConfig, stop: float) -> None:
             call = tune.called(*_function(operator, candidate, config))
             candidate.operators = call.operators
             candidate.measured_s = cost.median_seconds(call)
+            best = min(best, candidate.measured_s)
             taken = time.perf_counter() - start
             slowest[kernels] = max(slowest.get(kernels, 0.0), taken)
 
@@ -234,7 +236,7 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
     for candidate in sorted(_left(made), key=lambda candidate: candidate.measured_s or math.inf):
         if (candidate.measured_s or math.inf) > bar or len(timed) == COMPARED:
             break
-        candidate.compile_s = tune.pace.seconds(candidate.operators)
+        candidate.compile_s = _placed_seconds(candidate)
         if _fits(made, candidate, stop) and checks.passes(candidate):
             calls.append(tune.called(*_function(operator, candidate, config)))
             timed.append(candidate)
@@ -245,12 +247,14 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
     for candidate in hopeful:
         if compiled == config.candidates:
             break
-        candidate.compile_s = tune.pace.seconds(candidate.operators)
+        alone_s = tune.pace.seconds(candidate.operators)
         if candidate in timed:
-            if time.perf_counter() + (1 + made.places) * candidate.compile_s > stop:
+            if time.perf_counter() + alone_s + made.places * candidate.compile_s > stop:
                 continue
-        elif not _fits(made, candidate, stop - candidate.compile_s) or not checks.passes(candidate):
-            continue
+        else:
+            candidate.compile_s = _placed_seconds(candidate)
+            if not _fits(made, candidate, stop - alone_s) or not checks.passes(candidate):
+                continue
         start = time.perf_counter()
         try:
             call = tune.compiled(*_function(operator, candidate, config))
@@ -274,6 +278,13 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
             candidate.rejected = NO_FASTER if candidate.measured_s else LATER
     if not fitting and not made.cut:
         made.reason = "the original measured fastest" if made.candidates else "no candidate is left"
+
+
+def _placed_seconds(candidate: Candidate) -> float:
+    """What Inductor may take for a program in each of its places: a called kernel needs no code."""
+    pace = tune.pace
+    called = candidate.program.kernels == "cpp"
+    return pace.placed_seconds(candidate.operators) if called else pace.seconds(candidate.operators)
 
 
 def _fits(made: Plan, candidate: Candidate, stop: float) -> bool:
@@ -324,8 +335,8 @@ def _take_cheapest(made: Plan, config: OllieConfig, checks: _Checks) -> None:
         elif checks.passes(candidate):
             passed += 1
             if made.winner is None:
-                operators = tune.called(*_function(made.operator, candidate, config)).operators
-                candidate.compile_s = tune.pace.seconds(operators)
+                candidate.operators = tune.called(*_function(made.operator, candidate, config)).operators
+                candidate.compile_s = _placed_seconds(candidate)
                 if _fits(made, candidate, checks.stop):
                     made.winner, made.reason = candidate, "lowest cost bound"
             else:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ollie_compile import store
+from ollie_compile import kernels, store
 from ollie_compile.bilinear import match_bilinear
 from ollie_compile.convolutions import ConvolutionCall
 from ollie_compile.expr import Scope
@@ -75,14 +75,19 @@ profile = Profile()
 def product_seconds(
     apart: int, left: int, contracted: int, right: int, shared: bool, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """Measured time of a [apart, left, contracted] @ [apart, contracted, right] product."""
+    """Measured time of a [apart, left, contracted] @ [apart, contracted, right] product, by the faster
+    library."""
 
     def measure() -> float:
         first = torch.zeros(1 if shared else apart, left, contracted, dtype=dtype, device=device)
         second = torch.zeros(apart, contracted, right, dtype=dtype, device=device)
-        if apart == 1:
-            return median_seconds(lambda: torch.mm(first[0], second[0]))
-        return median_seconds(lambda: torch.bmm(first.expand(apart, -1, -1), second))
+        if apart > 1:
+            return median_seconds(lambda: torch.bmm(first.expand(apart, -1, -1), second))
+        seconds = median_seconds(lambda: torch.mm(first[0], second[0]))
+        if kernels.has_onednn() and kernels.has_libraries(first):
+            other = median_seconds(lambda: kernels.product(first[0], second[0]))
+            seconds = min(seconds, other)
+        return seconds
 
     what = f"product {apart}x{left}x{contracted}x{right}{' shared' if shared else ''} {dtype}"
     return profile.seconds(device, what, measure)
@@ -131,9 +136,18 @@ def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
     return max(size**3 / product, (channels * 3 * side) ** 2 / seconds)
 
 
-def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device) -> float:
-    """Time of the program's operators, and of moving each eOperator's reads and result once."""
-    total = 0.0
+def bound_seconds(
+    program: Program, dtype: torch.dtype, device: torch.device, *, limit: float = math.inf
+) -> float:
+    """Time of the program's operators, and of moving each eOperator's reads and result once.
+
+    Args:
+        limit: seconds above which no library call is measured: its multiplications at the device's best
+            speed are enough then.
+    """
+    rate = products_per_second(dtype, device)
+    moved, calls = 0, []
+    ideal = 0.0
     left, seen = [program.scope], set[Scope]()
     while left:
         scope = left.pop()
@@ -144,22 +158,32 @@ def bound_seconds(program: Program, dtype: torch.dtype, device: torch.device) ->
         whole = match_bilinear(scope) if program.kernels == "cpp" else None
         below = [*scope.below()]
         if whole is not None:
-            below = [
-                read.tensor for read in (whole.data.read, whole.weight) if isinstance(read.tensor, Scope)
-            ]
-            products = math.prod(loop.extent for loop in whole.product.traversal + whole.product.summation)
-            elements = sum(math.prod(t.shape) for t in (scope, whole.data.read.tensor, whole.weight.tensor))
-            total += products / products_per_second(dtype, device)
-            total += elements * dtype.itemsize / bytes_per_second(dtype, device)
-        elif isinstance(operator, Product):
-            total += product_seconds(*operator.shape(scope), operator.shared, dtype, device)
+            read = [whole.data.read.tensor, whole.weight.tensor]
+            below = [tensor for tensor in read if isinstance(tensor, Scope)]
+            ideal += _multiplications(whole.product) / rate
+            moved += sum(math.prod(tensor.shape) for tensor in (scope, *read))
         elif operator is not None:
+            ideal += _multiplications(scope) / rate
+            calls.append((scope, operator))
+        else:
+            moved += _moved(scope)
+        left += below
+    moved_s = moved * dtype.itemsize / bytes_per_second(dtype, device)
+    if ideal + moved_s > limit:
+        return ideal + moved_s
+    total = ideal + moved_s
+    for scope, operator in calls:
+        total -= _multiplications(scope) / rate
+        if isinstance(operator, Product):
+            total += product_seconds(*operator.shape(scope), operator.shared, dtype, device)
+        else:
             call = ConvolutionCall.of(scope, operator)
             total += convolution_seconds(call, program.layout == "channels last", dtype, device)
-        else:
-            total += _moved(scope) * dtype.itemsize / bytes_per_second(dtype, device)
-        left += below
     return total
+
+
+def _multiplications(scope: Scope) -> int:
+    return math.prod(loop.extent for loop in scope.traversal + scope.summation)
 
 
 def largest_elements(scope: Scope) -> int:

@@ -7,6 +7,7 @@ contiguous, sums are taken in float32 or wider, and their inputs may have any st
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -263,6 +264,35 @@ bilinear = torch.ops.ollie.bilinear.default
 @torch.library.register_fake("ollie::bilinear", lib=_library)
 def _(x: Tensor, weight: Tensor, size: list[int], *_others: object) -> Tensor:
     return x.new_empty(size)
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b + bias by oneDNN, in float32 on a CPU; any strides."""
+    return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+
+
+_library.define("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.impl("product", _onednn, "CPU")
+product = torch.ops.ollie.product.default
+
+
+@torch.library.register_fake("ollie::product", lib=_library)
+def _(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch._C._get_mkldnn_enabled())
+
+
+def has_libraries(value: Any) -> bool:
+    """Whether products of a tensor may go to torch's library or to oneDNN."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.dtype == torch.float32
+        and all(type(size) is int and size > 0 for size in value.shape)
+    )
 
 
 def folded(x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]) -> Tensor:

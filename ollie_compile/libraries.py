@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from ollie_compile import tune
+from ollie_compile import kernels, tune
 from ollie_compile.cost import profile
 from ollie_compile.report import Report
 
@@ -26,20 +26,6 @@ MEASURE_S = 0.1  # after which no more than the fewest rounds are timed
 PLAIN, PACKED, ONEDNN, ONEDNN_PACKED = "torch", "MKL, packed", "oneDNN", "oneDNN, packed"
 
 aten = torch.ops.aten
-
-
-def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
-
-
-def _fake(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
-_library = torch.library.Library("ollie", "FRAGMENT")
-_library.define("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-_library.impl("product", _onednn, "CPU")
-torch.library.register_fake("ollie::product", _fake, lib=_library)
 
 
 class LibraryPass(CustomGraphPass):
@@ -69,14 +55,13 @@ class LibraryPass(CustomGraphPass):
 
         for custom in self.before:
             custom(graph)
-        onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
-        if not onednn or V.aot_compilation:  # what is exported runs without Python
+        if not kernels.has_onednn() or V.aot_compilation:  # what is exported runs without Python
             return
         moved = set()
         for node in list(graph.nodes):
             try:
                 with tune.outside_compilation():
-                    moved.add(_packed(node, self.margin) or _plain(node, self.margin))
+                    moved.add(_packed(node, self.margin) or plain(node, self.margin))
             except Exception:  # such as too little memory for what is measured
                 logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)
         profile.save()
@@ -84,7 +69,7 @@ class LibraryPass(CustomGraphPass):
             self.report.note(f"products are computed by {which} where it is faster than what Inductor calls")
 
 
-def _plain(node: fx.Node, margin: float) -> str:
+def plain(node: fx.Node, margin: float = 0.0) -> str:
     """The library that a product was moved to, which is "" where it stays."""
     if node.target is aten.mm.default:
         (a, b), bias = node.args, None
@@ -93,7 +78,9 @@ def _plain(node: fx.Node, margin: float) -> str:
     else:
         return ""
     values = [source.meta.get("val") for source in (a, b, bias) if source is not None]
-    if not all(_is_measured(value) for value in values) or values[-1].dim() != (2 if bias is None else 1):
+    if not all(kernels.has_libraries(value) for value in values) or values[-1].dim() != (
+        2 if bias is None else 1
+    ):
         return ""
     first, second, *rest = [torch.empty_strided(v.shape, v.stride()).fill_(1.0) for v in values]
     offered = {
@@ -114,7 +101,7 @@ def _packed(node: fx.Node, margin: float) -> str:
         return ""
     x, packed, weight, bias, rows = node.args
     value, held = x.meta.get("val"), node.graph.owning_module
-    if not _is_measured(value) or value.dim() != 2 or weight.op != "get_attr":
+    if not kernels.has_libraries(value) or value.dim() != 2 or weight.op != "get_attr":
         return ""
     first = torch.empty_strided(value.shape, value.stride()).fill_(1.0)
     for_mkl, second = (_attribute(held, source.target) for source in (packed, weight))
@@ -166,15 +153,6 @@ def _fastest(offered: dict[str, tune.Call], kept: str, margin: float, what: str)
         which: profile.seconds(cpu, f"{which}: {what}", functools.partial(of, which)) for which in offered
     }
     return min(seconds, key=lambda which: seconds[which] * (1 if which == kept else 1 + margin))
-
-
-def _is_measured(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.device.type == "cpu"
-        and value.dtype == torch.float32
-        and all(type(size) is int and size > 0 for size in value.shape)
-    )
 
 
 def _attribute(module: Any, name: str) -> Any:

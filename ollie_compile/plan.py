@@ -25,6 +25,7 @@ from ollie_compile.search import Derivation, SearchStats
 logger = logging.getLogger(__name__)
 
 PREPARED = 0.5  # share of a graph's budget after which no search, bound or first timing begins
+LEAST_S = 1.5  # in which an operator can be searched, and its best candidate be built and timed
 SAME_BUDGET = 1.05  # equal budgets of a graph leave an operator shares that differ by the clock
 OUT_OF_TIME = "no time left in the budget"
 
@@ -158,7 +159,10 @@ def _make(
     prepared_by = stop - (1 - PREPARED) * (stop - time.perf_counter())
 
     def in_time(step: Callable[[Plan, float], None], until: float, weight: Callable[[Plan], float]) -> None:
-        """Take a step of every plan, those that weigh most first, each with a share of the time by that."""
+        """Take a step of every plan, those that weigh most first, each with a share of the time by that.
+
+        The first ones get `LEAST_S` where that is more: a short time serves few operators, rather than none.
+        """
         plans = sorted((one for one in made.values() if isinstance(one, Plan)), key=weight, reverse=True)
         weights = [weight(one) for one in plans]
         for place, fresh in enumerate(plans):
@@ -166,7 +170,7 @@ def _make(
             left = sum(weights[place:])
             share = weights[place] / left if left > 0 else 1.0
             try:
-                step(fresh, begun + share * (until - begun))
+                step(fresh, min(until, begun + max(LEAST_S, share * (until - begun))))
             except Exception as error:  # a fault in planning must not take the user's model with it
                 made[fresh.operator] = error
             fresh.seconds += time.perf_counter() - begun

@@ -97,6 +97,7 @@ _COUNTED = (
     "does not beat the original",
     "came first",
     "a lower bound",
+    "what another takes",
     "in the budget",
     "in one tensor",
     "fewer products",

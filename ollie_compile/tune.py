@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ollie_compile import kernels
 from ollie_compile.cost import synchronize
 from ollie_compile.packing import pack
 
 ROUNDS, FEWEST_ROUNDS = 15, 3
 SAMPLE_S = 0.001  # one sample repeats a call for about this long
 
-# What Inductor takes for a candidate and for each of its operators, until some have been compiled.
-CANDIDATE_S, OPERATOR_S = 0.5, 0.006
+# What Inductor takes for a candidate in a graph, alone, and for each operator, until some are compiled.
+PLACE_S, CANDIDATE_S, OPERATOR_S = 0.1, 0.5, 0.006
 
 Call = Callable[[], object]
 
@@ -32,6 +33,11 @@ class Pace:
     def seconds(self, operators: int) -> float:
         """What a candidate of so many operators is expected to take."""
         usual = CANDIDATE_S + OPERATOR_S * operators
+        return usual * self.taken / self.expected if self.expected else usual
+
+    def placed_seconds(self, operators: int) -> float:
+        """What they are expected to take more in a graph that is compiled anyway."""
+        usual = PLACE_S + OPERATOR_S * operators
         return usual * self.taken / self.expected if self.expected else usual
 
     def took(self, seconds: float, operators: int) -> None:
@@ -76,7 +82,9 @@ class Called:
 
     @property
     def operators(self) -> int:
-        return len(self.graph.graph.nodes) - len(self.graph.graph.find_nodes(op="placeholder")) - 1
+        """How many there are, without views, which Inductor makes no code of."""
+        calls = [node.target for node in self.graph.graph.nodes if node.op == "call_function"]
+        return sum(not getattr(target, "is_view", False) for target in calls)
 
     def __call__(self) -> object:
         return self.graph(*self.values)
@@ -108,10 +116,17 @@ def _traced(
 
     graph = make_fx(lambda *values: function(*values))(*inputs)  # a bound method is not traced
     places = (constant,) if isinstance(constant, int) else constant
-    if not places:
-        return graph, list(inputs)
-    graph, made, kept = _fold(graph, list(inputs), places)
-    return graph, pack(graph, made + kept, len(made))
+    values = list(inputs)
+    if places:
+        graph, made, kept = _fold(graph, values, places)
+        values = pack(graph, made + kept, len(made))
+    if kernels.has_onednn():
+        from ollie_compile.libraries import plain
+
+        for node in graph.graph.nodes:
+            plain(node)
+        graph.recompile()
+    return graph, values
 
 
 def _fold(
