@@ -25,11 +25,11 @@ from ollie_compile.verify import check_derivation, check_notation
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL_S, TIMED = 0.05, 0.2  # seconds in which an original is timed, and of the time for preparing at most
+ORIGINAL_S, TIMED = 0.02, 0.2  # seconds in which an original is timed, and of the time for preparing at most
 SEARCHED, BOUNDED = 0.5, 0.8  # shares of the time for preparing after which no search, no bound begins
 MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
-MAX_BOUNDED = 24  # candidates of one operator whose cost is bounded, those with the least work first
-KERNELS_S = 1.0  # what it takes to build the kernels of a bilinear form
+MAX_BOUNDED = 48  # candidates of one operator whose cost is bounded, those with the least work first
+KERNELS_S = 1.0  # what it takes to build the kernels of a bilinear form that this process has not built yet
 CALLED = 2  # times the programs to be compiled are timed as they are called
 COMPARED = (
     2  # programs, as they are called, beside the compiled ones and the original: the first timing is short
@@ -169,15 +169,15 @@ def _call(made: Plan, config: OllieConfig, stop: float) -> None:
     _with_kernels(made)
     operator = made.operator
     timed, best = 0, made.original_s or math.inf
-    slowest: dict[str, float] = {"cpp": KERNELS_S}
+    slowest = 0.0
     for candidate in _by_family(_left(made)):
         start = time.perf_counter()
-        kernels = candidate.program.kernels
+        new = candidate.program.kernels == "cpp" and frozenset(candidate.program.scope.constants()) - _built
         if timed >= CALLED * config.candidates:
             candidate.rejected = LATER
         elif candidate.bound_s > best:
             candidate.rejected = NO_BETTER
-        elif start + slowest.get(kernels, 0.0) > stop:
+        elif start + (KERNELS_S if new else slowest) > stop:
             candidate.rejected = OUT_OF_TIME
         else:
             timed += 1
@@ -185,8 +185,12 @@ def _call(made: Plan, config: OllieConfig, stop: float) -> None:
             candidate.operators = call.operators
             candidate.measured_s = cost.median_seconds(call)
             best = min(best, candidate.measured_s)
-            taken = time.perf_counter() - start
-            slowest[kernels] = max(slowest.get(kernels, 0.0), taken)
+            _built.update(new or ())
+            slowest = slowest if new else max(slowest, time.perf_counter() - start)
+
+
+_built: set[str] = set()
+"""Names of the matrices that kernels were built for."""
 
 
 def _layouts(operator: Operator) -> list[Operator]:

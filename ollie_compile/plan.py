@@ -24,7 +24,7 @@ from ollie_compile.search import Derivation, SearchStats
 
 logger = logging.getLogger(__name__)
 
-PREPARED = 0.5  # share of a graph's budget after which no search, bound or first timing begins
+PREPARED = 0.7  # share of a graph's budget after which no search, bound or first timing begins
 LEAST_S = 1.5  # in which an operator can be searched, and its best candidate be built and timed
 SAME_BUDGET = 1.05  # equal budgets of a graph leave an operator shares that differ by the clock
 OUT_OF_TIME = "no time left in the budget"

@@ -19,7 +19,7 @@ ROUNDS, FEWEST_ROUNDS = 15, 3
 SAMPLE_S = 0.001  # one sample repeats a call for about this long
 
 # What Inductor takes for a candidate in a graph, alone, and for each operator, until some are compiled.
-PLACE_S, CANDIDATE_S, OPERATOR_S = 0.1, 0.5, 0.006
+PLACE_S, CANDIDATE_S, OPERATOR_S = 0.05, 0.5, 0.006
 
 Call = Callable[[], object]
 
@@ -114,7 +114,8 @@ def _traced(
 ) -> tuple[fx.GraphModule, list[Tensor]]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    graph = make_fx(lambda *values: function(*values))(*inputs)  # a bound method is not traced
+    # A bound method is not traced; with fake values nothing is computed for the trace.
+    graph = make_fx(lambda *values: function(*values), tracing_mode="fake")(*inputs)
     places = (constant,) if isinstance(constant, int) else constant
     values = list(inputs)
     if places:

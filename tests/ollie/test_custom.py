@@ -56,7 +56,8 @@ def _cheap(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     monkeypatch.setattr(
-        "ollie_compile.cost.bound_seconds", lambda program, *_: 1e-12 * sum(1 for _ in program.scope.scopes())
+        "ollie_compile.cost.bound_seconds",
+        lambda program, *_, **__: 1e-12 * sum(1 for _ in program.scope.scopes()),
     )
     monkeypatch.setattr("ollie_compile.plan._plans", {})
 
