@@ -57,7 +57,7 @@ def match_bilinear(scope: Scope) -> Bilinear | None:
     for place, (rows, columns) in enumerate(((match.rows, match.columns), (match.columns, match.rows))):
         read = product.factors[place]
         data = match_transform(read.tensor) if isinstance(read.tensor, Scope) else None
-        inside = _identity(read, product.ranges)
+        inside = None if data is None else _identity(read, product.ranges)
         if data is None or inside is None or data.joined:
             continue
         by_row = {inside[one.row]: one for one in data.matrices}

@@ -21,6 +21,16 @@ from ollie_compile.transforms import is_transform, row_loop
 
 def median_seconds(call: Callable[[], object], *, budget_s: float = 0.02) -> float:
     """Median time of a call after one warm-up, repeated for about `budget_s`."""
+    times = _times(call, budget_s)
+    return times[len(times) // 2]
+
+
+def least_seconds(call: Callable[[], object]) -> float:
+    """The least time of a call, which other programs on the machine disturb least: for bounds."""
+    return _times(call, 0.04)[0]
+
+
+def _times(call: Callable[[], object], budget_s: float) -> list[float]:
     call()
     times: list[float] = []
     stop = time.perf_counter() + budget_s
@@ -29,7 +39,7 @@ def median_seconds(call: Callable[[], object], *, budget_s: float = 0.02) -> flo
         call()
         synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return sorted(times)
 
 
 def synchronize() -> None:
@@ -116,7 +126,7 @@ def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
     def measure() -> float:
         x = torch.zeros(count, dtype=dtype, device=device)
         out = torch.empty_like(x)
-        return median_seconds(lambda: torch.add(x, x, out=out))
+        return least_seconds(lambda: torch.add(x, x, out=out))
 
     return 3 * count * dtype.itemsize / profile.seconds(device, f"addition of {count} {dtype}", measure)
 
@@ -130,7 +140,7 @@ def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
     seconds = profile.seconds(
         device,
         f"convolution of {channels}x{side}x{side} {dtype}",
-        lambda: median_seconds(lambda: torch.conv2d(image, weight, padding=1)),
+        lambda: least_seconds(lambda: torch.conv2d(image, weight, padding=1)),
     )
     product = product_seconds(1, size, size, size, False, dtype, device)
     return max(size**3 / product, (channels * 3 * side) ** 2 / seconds)
@@ -165,7 +175,7 @@ def bound_seconds(
         elif operator is not None:
             ideal += _multiplications(scope) / rate
             calls.append((scope, operator))
-        else:
+        elif not scope.is_view:
             moved += _moved(scope)
         left += below
     moved_s = moved * dtype.itemsize / bytes_per_second(dtype, device)
