@@ -79,7 +79,7 @@ def prepare(made: Plan, config: OllieConfig, stop: float) -> None:
     made.candidates = [
         Candidate(program, derivation)
         for derivation in found.derivations
-        for program in programs(derivation.scope, operator.device)
+        for program in programs(derivation.scope, operator.device, portable=config.portable)
     ]
     _bound(made, config, start + BOUNDED * (stop - start))
     if config.tune == "measure":
@@ -155,9 +155,9 @@ def _by_family(candidates: list[Candidate]) -> Iterator[Candidate]:
     return (candidate for row in rows for candidate in row if candidate is not None)
 
 
-def _with_kernels(made: Plan) -> None:
+def _with_kernels(made: Plan, config: OllieConfig) -> None:
     """The best candidate with eOperators that have other kernels is taken with those as well."""
-    for candidate in _left(made):
+    for candidate in () if config.portable else _left(made):
         written = with_kernels(candidate.program, made.operator.device)
         if written:
             made.candidates += [replace(candidate, program=program) for program in written]
@@ -166,7 +166,7 @@ def _with_kernels(made: Plan) -> None:
 
 def _call(made: Plan, config: OllieConfig, stop: float) -> None:
     """Time a few candidates as they are called, without a compiler; the others are rejected."""
-    _with_kernels(made)
+    _with_kernels(made, config)
     operator = made.operator
     timed, best = 0, made.original_s or math.inf
     slowest = 0.0
@@ -331,7 +331,7 @@ def _compare(
 
 def _take_cheapest(made: Plan, config: OllieConfig, checks: _Checks) -> None:
     """The candidate with the lowest bound that passes the checks wins unmeasured."""
-    _with_kernels(made)
+    _with_kernels(made, config)
     passed = 0
     for candidate in _left(made):
         if passed == config.candidates:

@@ -40,6 +40,8 @@ class OllieConfig:
             parameters are not seen.
         half_in_float32: compute products of float16 and bfloat16 on a CPU in float32, which is many times
             faster on CPUs without units for them and rounds less, but not as eager does.
+        portable: use torch's own operators alone, as a program must that is exported and runs without Python
+            (`inductor_configs` sets it); kernels of this package are left out.
     """
 
     max_depth: int = 1
@@ -52,6 +54,7 @@ class OllieConfig:
     margin: float = 0.05
     freeze: bool = False
     half_in_float32: bool = False
+    portable: bool = False
 
     def __post_init__(self) -> None:
         for name, kinds, valid, must in (
@@ -70,6 +73,7 @@ class OllieConfig:
             ("margin", (int, float), lambda value: 0 <= value < 1, "in [0, 1)"),
             ("freeze", (bool,), lambda value: True, "true or false"),
             ("half_in_float32", (bool,), lambda value: True, "true or false"),
+            ("portable", (bool,), lambda value: True, "true or false"),
         ):
             value = getattr(self, name)
             known = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)

@@ -181,7 +181,8 @@ class Dynamic:
 
         calls = fit(recorded, self.lows, self._degrees, (self.hints,))
         for sizes in (self.lows, self.hints):
-            wrong = _wrong(self.at(sizes), calls, sizes)
+            constants = program.constants(torch.float64, self.device).values()
+            wrong = _wrong(self.at(sizes), calls, sizes, *constants)
             if wrong is not None:
                 return wrong
         return Emitted(calls, self.lows)
@@ -222,10 +223,12 @@ def _shadows(operator: Convolution | Subprogram, program: Program) -> list[Tenso
     return inputs + [torch.empty(c.shape, dtype=operator.dtype, device=operator.device) for c in constants]
 
 
-def _wrong(operator: Convolution | Subprogram, calls: Calls, sizes: Sequence[int]) -> str | None:
+def _wrong(
+    operator: Convolution | Subprogram, calls: Calls, sizes: Sequence[int], *constants: Tensor
+) -> str | None:
     """How the calls differ from torch in float64 at some sizes, or None."""
     inputs = operator.example_inputs(torch.float64)
-    want, got = operator.reference(*inputs), calls(sizes, *inputs)
+    want, got = operator.reference(*inputs), calls(sizes, *inputs, *constants)
     for mine, theirs in zip(got, (want,) if isinstance(want, Tensor) else want, strict=True):
         if mine.shape != theirs.shape:
             return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ollie_compile.config import OllieConfig, mode_options
@@ -29,6 +30,7 @@ def inductor_configs(
     from ollie_compile.backend import patches
 
     config, inductor = OllieConfig.with_inductor(options)
+    config = replace(config, portable=True)
     return patches(
         config.for_mode(mode), mode_options(mode) | inductor, Report() if report is None else report
     )

@@ -82,13 +82,18 @@ def is_lowerable(scope: Scope) -> bool:
     )
 
 
-def programs(scope: Scope, device: torch.device) -> list[Program]:
-    """The different ways to write a lowerable expression; on a CPU none that needs a Triton kernel."""
+def programs(scope: Scope, device: torch.device, *, portable: bool = False) -> list[Program]:
+    """The different ways to write a lowerable expression; on a CPU none that needs a Triton kernel.
+
+    Args:
+        portable: whether to use torch's own operators alone.
+    """
     scopes = list(scope.scopes())
     matches = [(inner, match) for inner in scopes if (match := match_matmul(inner))]
     written = [bool(match_matmul(inner)) or _is_eoperator(inner) for inner in scopes]
     convolved = [match_convolution(inner) for inner in scopes]
-    banded = [device.type == "cuda" and match_banded(inner) is not None for inner in scopes]
+    triton = device.type == "cuda" and not portable
+    banded = [triton and match_banded(inner) is not None for inner in scopes]
     layouts: list[Layout] = []
     if all(map(any, zip(written, banded, strict=True))):
         layouts += ["rows", "columns"] if matches else ["rows"]
@@ -98,7 +103,7 @@ def programs(scope: Scope, device: torch.device) -> list[Program]:
         layouts += ["channels last"] if any(len(found.spatial) > 1 for found in convolved if found) else []
     plain = all(map(any, zip(written, convolved, strict=True)))
     kernels: Kernels = "aten" if plain else "triton"
-    if device.type == "cpu" and any(map(is_transform, scopes)):
+    if device.type == "cpu" and any(map(is_transform, scopes)) and not portable:
         kernels = "cpp"
         if any(map(match_bilinear, scopes)):
             layouts = layouts[:1]  # what is left of products goes through no library

@@ -57,6 +57,24 @@ def test_one_graph_serves_batches_and_images_of_many_sizes(net):
     assert any("6" in guard or "8" in guard for guard in report.guards), report.guards
 
 
+def test_bilinear_forms_serve_all_batches(monkeypatch):
+    """Their tiles round sizes of images up, but not the batch."""
+    monkeypatch.setattr(
+        "ollie_compile.cost.bound_seconds",
+        lambda program, *_, **__: 1e-12 if program.scope.constants() else 1.0,
+    )
+    report = Report()
+    options = {**QUICK, "max_depth": 1}
+    net = nn.Conv2d(8, 8, 3, padding=1).eval()
+    run = torch.compile(net, backend=lambda *graph: compile_with(*graph, report, options=options))
+    for batch in (4, 7):
+        x = torch.randn(batch, 8, 12, 12)
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-5)
+    assert [made.winner.program.kernels for _, made in report.plans] == ["cpp"], str(report)
+
+
 def test_a_stride_that_may_not_divide_is_refused():
     report = ollie_compile.explain(nn.Conv2d(3, 4, 3, 2), torch.randn(2, 3, 12, 14), dynamic=True, **QUICK)
     assert report.rewritten == 0

@@ -9,8 +9,10 @@ from torch import nn
 import ollie_compile
 from ollie_compile import plan
 from ollie_compile.backend import compile_with
+from ollie_compile.config import OllieConfig
 from ollie_compile.operators import Convolution
 from ollie_compile.report import Report
+from tests.ollie.strategies import operator
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
 
@@ -166,6 +168,16 @@ def test_exported_by_aotinductor(always_rewrite, tmp_path, freeze):
         got = torch._inductor.aoti_load_package(path)(x)
     assert report.rewritten == 1
     torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_portable_programs_are_of_torchs_own_operators(always_rewrite):
+    """What is exported runs without this package."""
+    configs = ollie_compile.inductor_configs(budget_s=5)
+    assert configs["joint_custom_pre_pass"].config.portable
+    conv = operator(torch.zeros(1, 8, 12, 12), torch.zeros(8, 8, 3, 3), padding=1)
+    for portable in (True, False):
+        made = plan.plan(conv, OllieConfig(**QUICK, portable=portable), 10.0)
+        assert ({candidate.program.kernels for candidate in made.candidates} == {"aten"}) == portable
 
 
 def test_exports_take_modes_and_options():
