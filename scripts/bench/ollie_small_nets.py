@@ -180,9 +180,12 @@ REAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "waifu2x upconv_7": (partial(upscaler, "waifu2x-upconv_7"), (1, 3, 78, 78)),
     "waifu2x cunet": (partial(upscaler, "waifu2x-cunet"), (1, 3, 68, 68)),
     "realesr animevideov3 x2": (partial(upscaler, "realesr-animevideov3-x2"), (1, 3, 64, 64)),
-    "realesrgan x4plus anime": (partial(upscaler, "realesrgan-x4plus-anime"), (1, 3, 32, 32)),
 }
-"""With trained weights, which must have been fetched (scripts/assets.py --upscalers)."""
+"""With trained weights, which must have been fetched (scripts/assets.py --upscalers).
+
+realesrgan-x4plus-anime is not among them: with freezing, Inductor of torch 2.13 gives wrong results for it.
+What reads a residual may run before the second of two convolutions that add to it in place.
+"""
 
 SMALL_NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "espcn": (espcn, (1, 1, 64, 64)),
