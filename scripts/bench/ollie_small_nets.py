@@ -1,10 +1,15 @@
-"""Networks where derivation pays: narrow outputs, large kernels, mergeable weights; random weights."""
+"""Networks where derivation pays: narrow outputs, large kernels, mergeable weights.
+
+Weights are random but those of `REAL` (ncnn_nets.py says where they come from).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from ncnn_nets import upscaler
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -65,22 +70,64 @@ class ResidualBlock(nn.Module):
 class Vocoder(nn.Module):
     """HiFi-GAN V2's upsampling (arXiv 2010.05646): [batch, 80, frames] -> [batch, 1, 256 * frames]."""
 
-    def __init__(self) -> None:
+    def __init__(self, strides: Sequence[int] = (8, 8, 2, 2), out: int = 1) -> None:
         super().__init__()
         self.first = nn.Conv1d(80, 128, 7, padding=3)
-        channels = (128, 64, 32, 16, 8)
         self.up, self.blocks = nn.ModuleList(), nn.ModuleList()
-        for before, after, stride in zip(channels, channels[1:], (8, 8, 2, 2), strict=False):
+        for number, stride in enumerate(strides):
+            before, after = 128 >> number, 64 >> number
             self.up.append(nn.ConvTranspose1d(before, after, 2 * stride, stride, stride // 2))
             self.blocks.append(nn.ModuleList(ResidualBlock(after, taps) for taps in (3, 7, 11)))
-        self.last = nn.Conv1d(8, 1, 7, padding=3)
+        self.last = nn.Conv1d(after, out, 7, padding=3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def upsampled(self, x: Tensor) -> Tensor:
+        """[batch, 80, frames] -> [batch, channels, product of the strides * frames]."""
         x = self.first(x)
         for up, blocks in zip(self.up, self.blocks, strict=True):
             x = up(functional.leaky_relu(x, 0.1))
             x = torch.stack([block(x) for block in blocks]).mean(0)
-        return torch.tanh(self.last(functional.leaky_relu(x, 0.1)))
+        return functional.leaky_relu(x, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.last(self.upsampled(x)))
+
+
+class InverseSTFT(nn.Module):
+    """The inverse short-time Fourier transform as a transposed convolution with fixed bases.
+
+    [batch, size + 2, frames], real parts before imaginary ones -> [batch, 1, size / 4 * (frames - 1)]. As
+    torch.istft of a centred transform with a Hann window and a hop of size / 4, but for the first and the
+    last size / 4 samples: fewer windows overlap there than the 4 whose squares sum to 1.5.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.hop, self.centre = size // 4, size // 2
+        k, n = torch.arange(size // 2 + 1)[:, None], torch.arange(size)
+        angle = 2 * torch.pi * k * n / size
+        count = torch.where(k % (size // 2) == 0, 1, 2)  # a frequency stands for its negative one too
+        bases = torch.cat([count * angle.cos(), -count * angle.sin()]) / size
+        self.register_buffer("bases", (bases * torch.hann_window(size) / 1.5)[:, None])
+
+    def forward(self, spectrum: Tensor) -> Tensor:
+        return functional.conv_transpose1d(spectrum, self.bases, stride=self.hop, padding=self.centre)
+
+
+class SpectralVocoder(Vocoder):
+    """iSTFTNet V2-C8C8I (arXiv 2203.02395): [batch, 80, frames] -> [batch, 1, 256 * frames].
+
+    HiFi-GAN's last two upsamplings give way to the inverse transform of a magnitude and a phase.
+    """
+
+    def __init__(self, size: int = 16) -> None:
+        super().__init__((8, 8), size + 2)
+        self.wave = InverseSTFT(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(functional.pad(self.upsampled(x), (1, 0), mode="reflect"))
+        magnitude, phase = x.chunk(2, 1)
+        magnitude, phase = magnitude.exp(), phase.sin()
+        return self.wave(torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], 1))
 
 
 class RepBlock(nn.Module):
@@ -129,13 +176,26 @@ class Projections(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
 
+REAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "waifu2x upconv_7": (partial(upscaler, "waifu2x-upconv_7"), (1, 3, 78, 78)),
+    "waifu2x cunet": (partial(upscaler, "waifu2x-cunet"), (1, 3, 68, 68)),
+    "realesr animevideov3 x2": (partial(upscaler, "realesr-animevideov3-x2"), (1, 3, 64, 64)),
+}
+"""With trained weights, which must have been fetched (scripts/assets.py --upscalers).
+
+realesrgan-x4plus-anime is not among them: with freezing, Inductor of torch 2.13 gives wrong results for it.
+What reads a residual may run before the second of two convolutions that add to it in place.
+"""
+
 SMALL_NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "espcn": (espcn, (1, 1, 64, 64)),
     "srresnet tail": (srresnet_tail, (1, 64, 32, 32)),
     "dncnn": (dncnn, (1, 1, 64, 64)),
     "unet tail": (unet_tail, (1, 128, 48, 48)),
     "hifigan": (Vocoder, (1, 80, 32)),
+    "istftnet": (SpectralVocoder, (1, 80, 32)),
     "repvgg": (repvgg, (1, 64, 28, 28)),
     "lora, 64 tokens": (LoRA, (64, 768)),
     "qkv, 1 token": (Projections, (1, 576)),
+    **REAL,
 }
