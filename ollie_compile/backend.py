@@ -87,7 +87,10 @@ def _fastest(
         if not config.freeze:
             return compile_fx(graph, list(example_inputs), config_patches=options)
         held, inputs, of_all = freezing.hold(graph, example_inputs)
-        return of_all(compile_fx(held, inputs, config_patches=options))
+        compiled = of_all(compile_fx(held, inputs, config_patches=options))
+        if config.verify:
+            freezing.check(graph, compiled, example_inputs)
+        return compiled
 
     return gate.fastest(gm, example_inputs, config, inductor, report, rewritten, original)
 

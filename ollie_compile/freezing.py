@@ -10,8 +10,12 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+LIMIT, HALF_LIMIT = 1e-2, 0.1  # of the largest value, above which a difference from eager is no rounding
 
 
 def hold(
@@ -64,3 +68,48 @@ def _is_held(node: fx.Node, value: Any) -> bool:
         return False
     static = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
     return isinstance(value, nn.Parameter) or static
+
+
+def check(graph: fx.GraphModule, compiled: Callable[..., Any], inputs: Sequence[Any]) -> None:
+    """Compare a frozen graph's results with eager's on inputs like these, if they are static and not random.
+
+    In torch 2.13 Inductor's freezing takes convolutions and additions together in place, and two of them in
+    a row may lose their order with what reads between.
+
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
+    from ollie_compile import tune
+
+    tags = [getattr(node.target, "tags", ()) for node in graph.graph.nodes]
+    sizes = [size for value in inputs if isinstance(value, Tensor) for size in value.shape]
+    random = any(torch.Tag.nondeterministic_seeded in tag for tag in tags)
+    if random or not all(isinstance(value, Tensor) for value in inputs) or not all(map(_known, sizes)):
+        return
+    with tune.outside_compilation(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = [value if isinstance(value, nn.Parameter) else real(value) for value in inputs]
+        results = []
+        for call in (graph, compiled):
+            copies = [value if isinstance(value, nn.Parameter) else value.clone() for value in made]
+            results.append([r for r in pytree.tree_leaves(call(*copies)) if isinstance(r, Tensor)])
+    for want, got in zip(*results, strict=True):
+        limit = LIMIT if want.dtype.itemsize >= 4 else HALF_LIMIT
+        if not want.is_floating_point() or not want.numel() or not want.isfinite().all():
+            continue
+        error = (got - want).abs().max() / want.abs().max().clamp_min(1e-30)
+        if not error <= limit:
+            raise RuntimeError(f"its results differ from eager's by {error:.2g} of the largest")
+
+
+def _known(size: Any) -> bool:
+    return type(size) is int
+
+
+def real(value: Tensor) -> Tensor:
+    """A copy of a tensor, or random values in the place of one that has none."""
+    if not isinstance(value, FakeTensor):
+        return value.detach().clone()
+    shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+    made = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    return made.normal_() if value.is_floating_point() else made.zero_()

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ollie_compile import store, tune
+from ollie_compile import freezing, store, tune
 from ollie_compile.config import OllieConfig
 from ollie_compile.passes import UnchangedError, operator_count
 from ollie_compile.report import Report
@@ -183,13 +182,7 @@ def _name(
 def _measured(built: dict[str, Compiled], inputs: Sequence[Tensor]) -> dict[str, float]:
     """Seconds of each call on copies of the inputs, which calls may change."""
     with tune.outside_compilation(), torch.random.fork_rng():
-        calls = [functools.partial(call, *[_real(value) for value in inputs]) for call in built.values()]
+        calls = [
+            functools.partial(call, *[freezing.real(value) for value in inputs]) for call in built.values()
+        ]
         return dict(zip(built, tune.measure(calls, time.perf_counter() + MEASURE_S), strict=True))
-
-
-def _real(value: Tensor) -> Tensor:
-    if not isinstance(value, FakeTensor):
-        return value.detach().clone()
-    shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
-    made = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-    return made.normal_() if value.is_floating_point() else made.zero_()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +17,8 @@ from ollie_compile.operators import Convolution, Operator
 from ollie_compile.tune import without_autocast
 
 logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
 
 NOT_SPLICED = "its program does not fit into the graph"
 _OWN_META = ("val", "tensor_meta", "original_aten", "from_node")
@@ -64,6 +66,7 @@ def splice(
                 traced = make_fx(results, select_decomp_table(), mode)(
                     *(operand.meta["val"] for operand in operands)
                 )
+                _scale_by_numbers(traced.graph)
             for node, result in zip(nodes, traced.graph.output_node().args[0], strict=True):
                 _check_same(node.meta["val"], result.meta["val"])
         except Exception:  # a fault here must not take the user's model with it
@@ -72,7 +75,6 @@ def splice(
                 graph.erase_node(first.prev)
             return None
         places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
-        places |= _numbers(graph, traced.graph, fake_mode)
         made = graph.graph_copy(traced.graph, places)
     # Recomputation tags, source lines and module names hold for all that stands in the node's place.
     inherited = {key: value for key, value in first.meta.items() if key not in _OWN_META}
@@ -106,35 +108,53 @@ def _erase(node: fx.Node) -> None:
             _erase(source)
 
 
+def _scale_by_numbers(graph: fx.Graph) -> None:
+    """Multiply by numbers rather than by tensors that are filled with them.
+
+    Freezing evaluates what depends on constants alone, but nothing that is filled: a scale beside weights
+    would keep them from being transformed ahead.
+    """
+    filled: dict[fx.Node, Any] = {}
+    for node in list(graph.nodes):
+        if node.target is aten.full.default and not node.args[0]:
+            filled[node] = node.args[1]
+        elif getattr(node.target, "is_view", False) and node.args[0] in filled:
+            filled[node] = filled[node.args[0]]
+        elif node.target is aten.mul.Tensor:
+            scales = [source for source in node.args if source in filled]
+            others = [source for source in node.args if source not in filled]
+            if not scales or not others:
+                continue
+            value, (made,) = node.meta["val"], others
+            steps: list[tuple[Any, Any]] = [(aten.mul.Tensor, filled[scales[0]])]
+            if value.shape != made.meta["val"].shape:
+                steps.append((aten.expand.default, list(value.shape)))
+            with graph.inserting_before(node):
+                for target, by in steps:
+                    given = target(made.meta["val"], by)
+                    made = graph.call_function(target, (made, by))
+                    made.meta = {**node.meta, "val": given}
+            node.replace_all_uses_with(made, propagate_meta=False)
+            graph.erase_node(node)
+    for node in reversed(filled):
+        if not node.users:
+            graph.erase_node(node)
+
+
 def _constants(
     graph: fx.Graph, operator: Operator, program: Program, fake_mode: FakeTensorMode
 ) -> list[fx.Node]:
-    """Nodes for the constants of `program`."""
-    with unset_fake_temporarily():
-        constants = program.constants(operator.dtype, operator.device)
-    return [_held(graph, name, value, fake_mode) for name, value in constants.items()]
-
-
-def _numbers(graph: fx.Graph, traced: fx.Graph, fake_mode: FakeTensorMode) -> dict[fx.Node, fx.Node]:
-    """Nodes of `graph` for the numbers in `traced`: what fills a tensor is not evaluated by freezing."""
-    found = {}
-    for node in traced.find_nodes(op="call_function", target=torch.ops.aten.full.default):
-        size, number = node.args[:2]
-        if not size:
-            meta = node.meta["val"]
-            with unset_fake_temporarily():
-                value = torch.full((), number, dtype=meta.dtype, device=meta.device)
-            found[node] = _held(graph, f"number_{number!r}", value, fake_mode)
-    return found
-
-
-def _held(graph: fx.Graph, name: str, value: Tensor, fake_mode: FakeTensorMode) -> fx.Node:
-    """A node for a constant that the graph's module holds as it does torch.tensor literals."""
+    """Nodes for the constants of `program`, held by the graph's module as torch.tensor literals are."""
     module = graph.owning_module
     assert module is not None, "Inductor's graphs belong to a module"
-    attribute = re.sub(r"\W", "_", f"_ollie_{name}_{value.dtype}_{value.device}")
-    module.register_buffer(attribute, value, persistent=False)
-    held = graph.get_attr(attribute)
-    lifted = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (held,))
-    lifted.meta["val"] = held.meta["val"] = fake_mode.from_tensor(value)
-    return lifted
+    nodes = []
+    with unset_fake_temporarily():
+        constants = program.constants(operator.dtype, operator.device)
+    for name, value in constants.items():
+        attribute = f"_ollie_{name}_{value.dtype}_{value.device}".replace(".", "_").replace(":", "_")
+        module.register_buffer(attribute, value, persistent=False)
+        held = graph.get_attr(attribute)
+        lifted = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (held,))
+        lifted.meta["val"] = held.meta["val"] = fake_mode.from_tensor(value)
+        nodes.append(lifted)
+    return nodes

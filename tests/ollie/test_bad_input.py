@@ -129,6 +129,44 @@ def test_float64_convolutions_with_freezing(monkeypatch, crashes):
     assert any("without freezing: Inductor failed" in note for note in report.notes) == crashes
 
 
+class InPlace(nn.Module):
+    """Two additions in a row that Inductor's freezing of torch 2.13 makes in place, with a reader between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.inner = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.outer = nn.ModuleList(nn.Conv2d(16, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        first = y = self.first(x)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            y = 0.2 * outer(torch.cat([y, torch.relu(inner(y))], 1)) + y
+        y = 0.2 * y + first
+        return torch.cat([y, self.last(y)], 1)
+
+
+@pytest.mark.parametrize("budget_s", [0.0, 5.0])
+def test_what_freezing_computes_wrongly_is_compiled_without_it(budget_s):
+    torch.manual_seed(0)
+    net, x = InPlace().eval(), torch.randn(1, 8, 16, 16)
+    run = torch.compile(net, backend="ollie", options={"freeze": True, "budget_s": budget_s})
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_frozen_graph_that_differs_is_said(monkeypatch):
+    from ollie_compile import freezing
+
+    monkeypatch.setattr(freezing, "LIMIT", -1.0)
+    net, x, report = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X, Report()
+    options = {**QUICK, "freeze": True}
+    run = torch.compile(net, backend=lambda *graph: compile_with(*graph, report, options=options))
+    with torch.no_grad(), pytest.warns(UserWarning, match="without freezing"):
+        torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-5)
+    assert "differ from eager's" in str(report)
+
+
 def test_out_of_memory_while_measuring_keeps_the_original(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("no memory is left")
