@@ -20,7 +20,7 @@ class OllieConfig:
 
     Args:
         max_depth: explorative derivation steps; repairs of guided derivations do not count, and n products
-            that are derived together may take n - 1 times as many.
+            that are derived together may take n times as many.
         budget_s: seconds that one compiled graph may take beyond Inductor's own: of search, measurement, and
             of compiling what is derived; 0 derives nothing. None is as long as Inductor takes for the graph,
             and a minute in the modes of max-autotune.

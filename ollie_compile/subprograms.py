@@ -210,7 +210,7 @@ def _subprogram(
         numbers=tuple((name, number) for number, name in numbers.items()),
         dtype=value.dtype,
         device=value.device,
-        steps=max(1, len(contractions((scope,))) - 1),
+        steps=len(contractions((scope,))) or 1,
         declared=roots[0].target in DECLARED,
         graph=fx.GraphModule(constants, graph),
     )
