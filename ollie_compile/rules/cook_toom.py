@@ -15,8 +15,19 @@ from fractions import Fraction
 
 from ollie_compile.expr import Constant
 
-POINTS = tuple(map(Fraction, ("0", "1", "-1", "2", "-2", "1/2", "-1/2")))
-LARGEST = len(POINTS) + 1  # products of one dimension; the rounding error grows steeply with them
+# By how many there are. Pairs of c and -c, of 1/c too where there are four, round least (Alam et al., arXiv
+# 2201.10369): four times less than 0, 1, -1, 2, -2, with the same zeros in the matrices.
+POINTS = (
+    "",
+    "0",
+    "0 1",
+    "0 1 -1",
+    "1/2 -1/2 3/2 -3/2",
+    "0 2/3 -2/3 3/2 -3/2",
+    "1/2 -1/2 1 -1 2 -2",
+    "0 1/2 -1/2 1 -1 2 -2",
+)
+LARGEST = len(POINTS)  # products of one dimension; the rounding error grows steeply with them
 
 
 @functools.lru_cache
@@ -31,7 +42,7 @@ def matrices(tile: int, taps: int) -> tuple[Constant, Constant, Constant]:
         raise ValueError(
             f"tile + taps - 1 must be in [2, {LARGEST}], got {tile} + {taps} - 1: take a smaller tile."
         )
-    points = POINTS[: products - 1]
+    points = tuple(map(Fraction, POINTS[products - 1].split()))
     output = [[*(p**x for p in points), Fraction(x == tile - 1)] for x in range(tile)]
     weight, data = [], []
     for place, point in enumerate(points):
