@@ -220,11 +220,16 @@ def packed(weight: Tensor) -> Tensor:
 def _library(data: Matrices, result: Matrices) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
+    one = ((1.0,),)  # in the place of a second matrix
+    (first, second), (row, other) = (*data, one)[:2], (*result, one)[:2]
     sizes = {
         "MATRICES": len(data),
-        **{name: len(one) for name, one in zip(("FIRST", "SECOND"), (*data, [[]]), strict=False)},
-        **{f"COLUMNS{at}": len(one[0]) for at, one in enumerate((*data, [[1.0]])[:2])},
-        **{f"ROWS{at}": len(one) for at, one in enumerate((*result, [[1.0]])[:2])},
+        "FIRST": len(first),
+        "SECOND": len(second),
+        "COLUMNS0": len(first[0]),
+        "COLUMNS1": len(second[0]),
+        "ROWS0": len(row),
+        "ROWS1": len(other),
     }
     known = f"constexpr int64_t {', '.join(f'{name} = {size}' for name, size in sizes.items())};\n"
     tiles = tile_source("forward", data) + tile_source("backward", result)
