@@ -155,6 +155,27 @@ def test_what_freezing_computes_wrongly_is_compiled_without_it(budget_s):
         torch.testing.assert_close(run(x), net(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x + torch.rand(6, 6), lambda x: torch.linalg.cholesky(x)],
+    ids=["random", "no function of random values"],
+)
+def test_what_cannot_be_compared_is_frozen_all_the_same(function, recwarn):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, square):
+            return self.conv(x), function(square)
+
+    report, options = Report(), {**QUICK, "freeze": True}
+    run = torch.compile(Net().eval(), backend=lambda *graph: compile_with(*graph, report, options=options))
+    with torch.no_grad():
+        run(X, torch.eye(6))
+    assert "without freezing" not in str(report)
+
+
 def test_a_frozen_graph_that_differs_is_said(monkeypatch):
     from ollie_compile import freezing
 
