@@ -54,6 +54,11 @@ def match_bilinear(scope: Scope) -> Bilinear | None:
     if not set(products) <= set(match.batch):
         return None
     apart = tuple(name for name in match.batch if name not in products)
+    rows_of_result = {one.row for one in result.matrices}
+    if {loop.name for loop in result.loops} - rows_of_result - inner.keys():
+        return None  # what is not read would be written once
+    if any(part.start or part.rest not in rows_of_result for part in result.joined):
+        return None
     for place, (rows, columns) in enumerate(((match.rows, match.columns), (match.columns, match.rows))):
         read = product.factors[place]
         data = match_transform(read.tensor) if isinstance(read.tensor, Scope) else None

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-LIMIT, HALF_LIMIT = 1e-2, 0.1  # of the largest value, above which a difference from eager is no rounding
+LIMIT, HALF_LIMIT = 1e-3, 0.05  # of the largest value, above which a difference from eager is no rounding
+SHARE = 0.01  # of the values that may differ so: where one is rounded, compared or sorted, rounding decides
 
 
 def hold(
@@ -77,7 +78,7 @@ def check(graph: fx.GraphModule, compiled: Callable[..., Any], inputs: Sequence[
     a row may lose their order with what reads between.
 
     Raises:
-        RuntimeError: they differ by more than rounding.
+        RuntimeError: they differ by more than rounding in more than a few values.
     """
     from ollie_compile import tune
 
@@ -87,7 +88,7 @@ def check(graph: fx.GraphModule, compiled: Callable[..., Any], inputs: Sequence[
     devices = [value.device for value in inputs if value.device.type == "cuda"]
 
     def run(call: Callable[..., Any]) -> list[Tensor]:
-        copies = [value if isinstance(value, nn.Parameter) else value.clone() for value in made]
+        copies = [value if isinstance(value, nn.Parameter) else real(value) for value in made]
         return [result for result in pytree.tree_leaves(call(*copies)) if isinstance(result, Tensor)]
 
     with tune.outside_compilation(), torch.random.fork_rng(devices):
@@ -105,9 +106,9 @@ def check(graph: fx.GraphModule, compiled: Callable[..., Any], inputs: Sequence[
         limit = LIMIT if want.dtype.itemsize >= 4 else HALF_LIMIT
         if not want.is_floating_point() or not want.numel() or not want.isfinite().all():
             continue
-        error = (got - want).abs().max() / want.abs().max().clamp_min(1e-30)
-        if not error <= limit:
-            raise RuntimeError(f"its results differ from eager's by {error:.2g} of the largest")
+        wrong = ~((got - want).abs() <= limit * want.abs().max())  # a NaN is no small difference
+        if wrong.double().mean() > SHARE:
+            raise RuntimeError(f"{wrong.double().mean():.0%} of its results differ from eager's")
 
 
 def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
@@ -119,9 +120,12 @@ def _known(size: Any) -> bool:
 
 
 def real(value: Tensor) -> Tensor:
-    """A copy of a tensor, or random values in the place of one that has none."""
-    if not isinstance(value, FakeTensor):
-        return value.detach().clone()
+    """A copy of a tensor in its own strides, or random values in the place of one that has none."""
     shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
-    made = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-    return made.normal_() if value.is_floating_point() else made.zero_()
+    reach = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if value.numel() else 0
+    if not isinstance(value, FakeTensor):
+        flat = value.detach().as_strided((reach,), (1,)).clone()
+    else:
+        flat = torch.empty(reach, dtype=value.dtype, device=value.device)
+        flat = flat.normal_() if value.is_floating_point() else flat.zero_()
+    return flat.as_strided(shape, stride)

@@ -97,7 +97,7 @@ def fastest(
         for end in further:
             best = min(seconds.keys() - {EAGER}, key=seconds.__getitem__)
             # What is merged may be tuned less well than what it was merged from.
-            for which in {best, INDUCTOR} & built.keys() if end == TUNED else {best}:
+            for which in [it for it in built if it in (best, INDUCTOR)] if end == TUNED else [best]:
                 built[which + end] = build(which + end, _copied(spare), config)
             seconds = _measured(built, inputs)
     except Exception as error:  # such as too little memory for all of them
@@ -139,7 +139,8 @@ def _products_of_few_rows(graph: fx.Graph) -> int:
     for node in graph.nodes:
         value = node.meta.get("example_value")
         if "linear" in str(node.target) and isinstance(value, Tensor):
-            read = node.args[0].meta.get("example_value")
+            source = node.args[0] if node.args else node.kwargs.get("input")
+            read = source.meta.get("example_value") if isinstance(source, fx.Node) else None
             if value.numel() <= FEW_ROWS * value.shape[-1] and isinstance(read, Tensor):
                 found.add((value.numel(), value.shape[-1], read.shape[-1]))
     return len(found)

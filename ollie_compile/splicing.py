@@ -123,9 +123,12 @@ def _scale_by_numbers(graph: fx.Graph) -> None:
         elif node.target is aten.mul.Tensor:
             scales = [source for source in node.args if source in filled]
             others = [source for source in node.args if source not in filled]
-            if not scales or not others:
+            if len(scales) != 1 or len(others) != 1 or not isinstance(others[0], fx.Node):
                 continue
             value, (made,) = node.meta["val"], others
+            scaled = made.meta["val"]
+            if scaled.dtype != value.dtype or scaled.numel() != value.numel():
+                continue  # only dimensions of size 1 differ then
             steps: list[tuple[Any, Any]] = [(aten.mul.Tensor, filled[scales[0]])]
             if value.shape != made.meta["val"].shape:
                 steps.append((aten.expand.default, list(value.shape)))

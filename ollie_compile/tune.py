@@ -153,7 +153,9 @@ def _join_views(graph: fx.Graph) -> None:
 
 def _is_view(node: fx.Node) -> bool:
     view = node.op == "call_function" and getattr(node.target, "is_view", False)
-    return view and isinstance(node.meta["val"], Tensor)  # not the parts of a split
+    if not view or not isinstance(node.meta["val"], Tensor):  # such as the parts of a split
+        return False
+    return node.meta["val"].dtype == node.all_input_nodes[0].meta["val"].dtype
 
 
 def _fold(

@@ -176,6 +176,25 @@ def test_what_cannot_be_compared_is_frozen_all_the_same(function, recwarn):
     assert "without freezing" not in str(report)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(6, 48)[:, :24], torch.randn(6, 48)[:, ::2], torch.randn(1, 24).expand(6, 24)],
+    ids=["a slice", "every second", "expanded"],
+)
+def test_inputs_with_gaps_or_overlaps_are_frozen(x):
+    class Named(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(input=x, weight=self.weight)
+
+    net, report = Named(24, 8, bias=False).eval(), Report()
+    options = {"freeze": True, "budget_s": 30.0}
+    run = torch.compile(net, backend=lambda *graph: compile_with(*graph, report, options=options))
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-5)
+    assert "without freezing" not in str(report)
+    assert "not compared" not in str(report)
+
+
 def test_a_frozen_graph_that_differs_is_said(monkeypatch):
     from ollie_compile import freezing
 

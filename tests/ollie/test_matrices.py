@@ -11,12 +11,13 @@ from torch.nn import functional
 
 from ollie_compile import bilinear_kernels, kernels
 from ollie_compile.bilinear import match_bilinear
-from ollie_compile.expr import Constant
+from ollie_compile.expr import Constant, Input, parse
 from ollie_compile.lower import Program, programs
 from ollie_compile.matrices import match_transform
 from ollie_compile.numeric import check_program, rounding_error
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import bilinear_decomposition
+from ollie_compile.rules.cook_toom import matrices
 from ollie_compile.search import search
 from tests.ollie.strategies import operator
 
@@ -160,8 +161,6 @@ def test_the_kernel_is_the_sum_it_stands_for(dtype):
 
 def test_a_matrix_is_not_joined_with_one_below_whose_values_go_on_outside():
     """The inner scope is tighter than what it reads: outside it is 0, and the matrix below is not."""
-    from ollie_compile.expr import Input, parse
-
     matrix = Constant.matrix("At2x3", [[1, 1, 1, 0], [0, 1, -1, 1]])
     tensors = {"X": Input("X", (4, 12, 3)), "At2x3": matrix}
     for extent, count in ((12, 2), (8, 1)):
@@ -170,3 +169,43 @@ def test_a_matrix_is_not_joined_with_one_below_whose_values_go_on_outside():
         call = match_transform(parse(scope, tensors))
         assert call is not None
         assert len(call.matrices) == count
+
+
+@pytest.mark.parametrize(
+    ("loops", "place", "whole"),
+    [
+        ("q1:0..5, x1:0..2, h2:0..10, f:0..5", "h2", True),
+        ("q1:0..5, x1:0..2, h2:1..10, f:0..5", "h2", False),
+        ("q1:0..5, x1:0..2, h2:0..9, f:0..5", "(h2 + 1)", False),
+        ("b:0..2, q1:0..5, x1:0..2, h2:0..10, f:0..5", "h2", False),
+    ],
+    ids=["whole", "from the second row", "shifted", "a loop that nothing reads"],
+)
+def test_parts_of_a_bilinear_form_are_not_taken_for_the_whole(loops, place, whole):
+    at, g, bt = matrices(2, 3)
+    tensors = {"A": Input("A", (3, 12, 12)), "K": Input("K", (5, 3, 3, 3))}
+    tensors |= {constant.name: constant for constant in (at, g, bt)}
+    data = "L[i1:0..4, q1:0..5, t1:0..12, c:0..3] Sum[j1:0..4] Bt2x3[i1, j1] * A[c, j1 + 2*q1, t1]"
+    data = (
+        "L[i2:0..4, i1:0..4, q1:0..5, q2:0..5, c:0..3] Sum[j1:0..4] "
+        f"Bt2x3[i2, j1] * {{{data}}}[i1, q1, j1 + 2*q2, c]"
+    )
+    weight = "L[i1:0..4, c:0..3, r2:0..3, f:0..5] Sum[r1:0..3] G2x3[i1, r1] * K[f, c, r1, r2]"
+    weight = f"L[i2:0..4, c:0..3, i1:0..4, f:0..5] Sum[r2:0..3] G2x3[i2, r2] * {{{weight}}}[i1, c, r2, f]"
+    product = (
+        f"L[i2:0..4, i1:0..4, q1:0..5, q2:0..5, f:0..5] Sum[c:0..3] {{{data}}}[i2, i1, q1, q2, c] * "
+        f"{{{weight}}}[i2, c, i1, f]"
+    )
+    rows = (
+        "L[i1:0..4, q1:0..5, q2:0..5, x1:0..2, f:0..5] Sum[i2:0..4] "
+        f"At2x3[x1, i2] * {{{product}}}[i2, i1, q1, q2, f]"
+    )
+    text = f"L[{loops}] Sum[i1:0..4] At2x3[x1, i1] * {{{rows}}}[i1, q1, {place} // 2, {place} % 2, f]"
+    scope = parse(text, tensors)
+    assert (match_bilinear(scope) is not None) == whole
+    inputs = {"A": torch.randn(3, 12, 12), "K": torch.randn(5, 3, 3, 3)}
+    got, want = (
+        program(inputs | program.constants(torch.float32, torch.device("cpu")))
+        for program in (Program(scope, "rows", "cpp"), Program(scope, "rows"))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
