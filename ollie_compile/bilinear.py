@@ -154,7 +154,7 @@ def arguments(
         if part is None:
             writes += [along[one.row], 0, 1, loops[one.row], *(0 for _ in tiles)]
         else:
-            writes += [along[part.name], -part.start, 1, part.size]
+            writes += [along[part.name], 0, 1, part.size]
             writes += [loops[part.rest] if name == part.whole else 0 for name in tiles]
     product = {loop.name: loop.extent for loop in call.product.traversal + call.product.summation}
     return {

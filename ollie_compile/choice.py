@@ -31,9 +31,7 @@ MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; 
 MAX_BOUNDED = 48  # candidates of one operator whose cost is bounded, those with the least work first
 KERNELS_S = 1.0  # what it takes to build the kernels of a bilinear form that this process has not built yet
 CALLED = 2  # times the programs to be compiled are timed as they are called
-COMPARED = (
-    2  # programs, as they are called, beside the compiled ones and the original: the first timing is short
-)
+COMPARED = 2  # programs as they are called that are timed once more, beside the original
 HALF_SLACK = 2.0  # times the rounding of the original that a candidate may have above the tolerance
 NO_FASTER = "measured no faster than the original"
 NO_BETTER = "its cost bound does not beat what another takes"

@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _packed(node: fx.Node, margin: float) -> str:
     if not kernels.has_libraries(value) or value.dim() != 2 or weight.op != "get_attr":
         return ""
     first = torch.empty_strided(value.shape, value.stride()).fill_(1.0)
-    for_mkl, second = (_attribute(held, source.target) for source in (packed, weight))
+    for_mkl, second = (attrgetter(source.target)(held) for source in (packed, weight))
     added = None if bias is None else torch.ones(second.shape[0])
     reordered = torch.ops.mkldnn._reorder_linear_weight(second, rows)
     transposed = second.t().contiguous()
@@ -153,9 +154,3 @@ def _fastest(offered: dict[str, tune.Call], kept: str, margin: float, what: str)
         which: profile.seconds(cpu, f"{which}: {what}", functools.partial(of, which)) for which in offered
     }
     return min(seconds, key=lambda which: seconds[which] * (1 if which == kept else 1 + margin))
-
-
-def _attribute(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 
-def pack(graph: fx.GraphModule, values: list[Tensor], constant: int) -> list[Tensor]:
+def pack(graph: fx.Graph, values: list[Tensor], constant: int) -> list[Tensor]:
     """Let convolutions of images and volumes read packed weights, where oneDNN has them.
 
     Args:
@@ -22,9 +22,9 @@ def pack(graph: fx.GraphModule, values: list[Tensor], constant: int) -> list[Ten
     Returns:
         its inputs from now on.
     """
-    held = dict(zip(graph.graph.find_nodes(op="placeholder")[:constant], range(constant), strict=True))
+    held = dict(zip(graph.find_nodes(op="placeholder")[:constant], range(constant), strict=True))
     values = list(values)
-    for node in graph.graph.find_nodes(op="call_function", target=aten.convolution.default):
+    for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
         x, weight = node.args[0].meta["val"], node.args[1]
         if weight not in held or len(weight.users) > 1 or not _known(x):
             continue
@@ -34,8 +34,7 @@ def pack(graph: fx.GraphModule, values: list[Tensor], constant: int) -> list[Ten
             logger.debug("ollie: %s is measured with plain weights: %s", node, error)
             continue
         values[held[weight]] = packed
-        _call(graph.graph, node)
-    graph.recompile()
+        _call(graph, node)
     return values
 
 

@@ -130,7 +130,7 @@ def _scale_by_numbers(graph: fx.Graph) -> None:
             if scaled.dtype != value.dtype or scaled.numel() != value.numel():
                 continue  # only dimensions of size 1 differ then
             steps: list[tuple[Any, Any]] = [(aten.mul.Tensor, filled[scales[0]])]
-            if value.shape != made.meta["val"].shape:
+            if value.shape != scaled.shape:
                 steps.append((aten.expand.default, list(value.shape)))
             with graph.inserting_before(node):
                 for target, by in steps:

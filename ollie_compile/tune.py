@@ -32,12 +32,13 @@ class Pace:
 
     def seconds(self, operators: int) -> float:
         """What a candidate of so many operators is expected to take."""
-        usual = CANDIDATE_S + OPERATOR_S * operators
-        return usual * self.taken / self.expected if self.expected else usual
+        return self._paced(CANDIDATE_S + OPERATOR_S * operators)
 
     def placed_seconds(self, operators: int) -> float:
         """What they are expected to take more in a graph that is compiled anyway."""
-        usual = PLACE_S + OPERATOR_S * operators
+        return self._paced(PLACE_S + OPERATOR_S * operators)
+
+    def _paced(self, usual: float) -> float:
         return usual * self.taken / self.expected if self.expected else usual
 
     def took(self, seconds: float, operators: int) -> None:
@@ -121,7 +122,7 @@ def _traced(
     values = list(inputs)
     if places:
         graph, made, kept = _fold(graph, values, places)
-        values = pack(graph, made + kept, len(made))
+        values = pack(graph.graph, made + kept, len(made))
     if kernels.has_onednn():
         from ollie_compile.libraries import plain
 
@@ -186,7 +187,6 @@ def _fold(
             made.insert(0, value)
     for node in reversed(folded):
         graph.graph.erase_node(node)
-    graph.recompile()
     return graph, made, kept
 
 
