@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -258,21 +258,26 @@ def _block(tiles: int, planes: int, contracted: int, features: int) -> int:
     return min(range(ROWS, min(MOST, tiles + ROWS), ROWS), key=moved)
 
 
+class Form(NamedTuple):
+    """What `kernels.bilinear` takes beside its tensors and the result's size, `matrices` as `text`."""
+
+    apart: int
+    tiles: Numbers
+    stride: Numbers
+    out_stride: Numbers
+    offset: int
+    reads: Numbers
+    writes: Numbers
+    channels: Numbers
+    channel_stride: Numbers
+    features: int
+    text: str
+
+
 @functools.lru_cache(maxsize=4096)
-def _prepared(
-    apart: int,
-    tiles: Numbers,
-    stride: Numbers,
-    out_stride: Numbers,
-    reads: Numbers,
-    writes: Numbers,
-    channels: Numbers,
-    channel_stride: Numbers,
-    features: int,
-    text: str,
-    threads: int,
-) -> Callable[[int, int, int], object]:
+def _prepared(form: Form, threads: int) -> Callable[[int, int, int], object]:
     """The kernel with its arguments but for the addresses of the data, of the weights and of the result."""
+    apart, tiles, stride, out_stride, _, reads, writes, channels, channel_stride, features, text = form
     data, result = matrices(text)
     chunk = [
         sum(place * step for place, step in zip(at, channel_stride, strict=False))
@@ -299,62 +304,21 @@ def _prepared(
     return lambda x, u, y: kernel(address(x), address(u), address(y), *arguments)
 
 
-def bilinear(
-    x: Tensor,
-    weight: Tensor,
-    size: Sequence[int],
-    apart: int,
-    tiles: Sequence[int],
-    stride: Sequence[int],
-    out_stride: Sequence[int],
-    offset: int,
-    reads: Sequence[int],
-    writes: Sequence[int],
-    channels: Sequence[int],
-    channel_stride: Sequence[int],
-    features: int,
-    text: str,
-) -> Tensor:
+def bilinear(x: Tensor, weight: Tensor, size: Sequence[int], form: Form) -> Tensor:
     """`kernels.bilinear` for contiguous float32 tensors of a CPU."""
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    assert channel_stride[-1] == 1
+    assert form.channel_stride[-1] == 1
     out = x.new_empty(size)
     if out.numel():
-        call = _prepared(
-            apart,
-            tuple(tiles),
-            tuple(stride),
-            tuple(out_stride),
-            tuple(reads),
-            tuple(writes),
-            tuple(channels),
-            tuple(channel_stride),
-            features,
-            text,
-            torch.get_num_threads(),
-        )
-        call(x.data_ptr() + x.element_size() * offset, weight.data_ptr(), out.data_ptr())
+        call = _prepared(form, torch.get_num_threads())
+        call(x.data_ptr() + x.element_size() * form.offset, weight.data_ptr(), out.data_ptr())
     return out
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    size: Sequence[int],
-    apart: int,
-    tiles: Sequence[int],
-    stride: Sequence[int],
-    out_stride: Sequence[int],
-    offset: int,
-    reads: Sequence[int],
-    writes: Sequence[int],
-    channels: Sequence[int],
-    channel_stride: Sequence[int],
-    features: int,
-    text: str,
-) -> Tensor:
+def reference(x: Tensor, weight: Tensor, size: Sequence[int], form: Form) -> Tensor:
     """The same of any dtype and device, by torch."""
+    apart, tiles, stride, out_stride, offset, reads, writes, channels, channel_stride, features, text = form
     data, result = (
         [torch.tensor(one, dtype=x.dtype, device=x.device) for one in side] for side in matrices(text)
     )

@@ -233,23 +233,21 @@ def _bilinear(
 
     x, weight = x.contiguous(), weight.contiguous()
     plain = x.device.type == "cpu" and x.dtype == torch.float32
-    call = bilinear_kernels.bilinear if plain else bilinear_kernels.reference
-    return call(
-        x,
-        weight,
-        size,
+    form = bilinear_kernels.Form(
         apart,
-        tiles,
-        stride,
-        out_stride,
+        tuple(tiles),
+        tuple(stride),
+        tuple(out_stride),
         offset,
-        reads,
-        writes,
-        channels,
-        channel_stride,
+        tuple(reads),
+        tuple(writes),
+        tuple(channels),
+        tuple(channel_stride),
         features,
         matrices,
     )
+    call = bilinear_kernels.bilinear if plain else bilinear_kernels.reference
+    return call(x, weight, size, form)
 
 
 _library.define(
