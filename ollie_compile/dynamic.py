@@ -53,14 +53,6 @@ _VIEWS = {aten.view.default, aten.reshape.default}
 Shapes = tuple[tuple[int | None, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Emitted:
-    """A program for all sizes of at least `lows`."""
-
-    calls: Calls
-    lows: tuple[int, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Dynamic:
     """A convolution or subprogram some of whose sizes change between calls.
@@ -69,12 +61,13 @@ class Dynamic:
         base: it at the sizes of the compilation.
         symbols: for each input and dimension which symbol its size is; None is a fixed size.
         hints: the symbols' values at the compilation.
+        found: programs for all sizes from `lows` on, or why there is none.
     """
 
     base: Convolution | Subprogram
     symbols: Shapes
     hints: tuple[int, ...]
-    found: dict[Program, Emitted | str] = field(default_factory=dict, compare=False, repr=False)
+    found: dict[Program, Calls | str] = field(default_factory=dict, compare=False, repr=False)
 
     declared = False
 
@@ -157,7 +150,7 @@ class Dynamic:
         made = self.emitted(program, config)
         return f"with dynamic shapes: {made}" if isinstance(made, str) else None
 
-    def emitted(self, program: Program, config: OllieConfig) -> Emitted | str:
+    def emitted(self, program: Program, config: OllieConfig) -> Calls | str:
         """A program for all sizes, or why there is none."""
         if program not in self.found:
             try:
@@ -168,7 +161,7 @@ class Dynamic:
                 self.found[program] = str(error)
         return self.found[program]
 
-    def _emitted(self, program: Program, max_depth: int) -> Emitted | str:
+    def _emitted(self, program: Program, max_depth: int) -> Calls | str:
         text, hints = str(program.scope), self._named(self.hints)
         family = next((f for f in _families(self, max_depth) if f.text_at(**hints) == text), None)
         if family is None:
@@ -180,23 +173,50 @@ class Dynamic:
             return record(operator.finished(made), lambda: _shadows(operator, made))
 
         calls = fit(recorded, self.lows, self._degrees, (self.hints,))
-        for sizes in (self.lows, self.hints):
-            constants = program.constants(torch.float64, self.device).values()
-            wrong = _wrong(self.at(sizes), calls, sizes, *constants)
-            if wrong is not None:
-                return wrong
-        return Emitted(calls, self.lows)
+        wrong = self._wrong(program, calls, self.lows) or self._wrong(program, calls, self.hints)
+        return wrong or calls
+
+    def take(self, program: Program, calls: Calls) -> None:
+        """Let a program be what it was for all sizes in an earlier process.
+
+        Raises:
+            ValueError: that is not what torch computes at the smallest sizes.
+        """
+        wrong = self._wrong(program, calls, self.lows)
+        if wrong is not None:
+            raise ValueError(wrong)
+        self.found[program] = calls
+
+    def _wrong(self, program: Program, calls: Calls, sizes: Sequence[int]) -> str | None:
+        """How the calls differ from torch in float64 at some sizes, or None."""
+        operator = self.at(sizes)
+        inputs = operator.example_inputs(torch.float64)
+        constants = program.constants(torch.float64, self.device).values()
+        want, got = operator.reference(*inputs), calls(sizes, *inputs, *constants)
+        for mine, theirs in zip(got, (want,) if isinstance(want, Tensor) else want, strict=True):
+            if mine.shape != theirs.shape:
+                shapes = tuple(mine.shape), tuple(theirs.shape)
+                return f"at sizes {tuple(sizes)} it has shape {shapes[0]} instead of {shapes[1]}"
+            error = ((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300)).item()
+            if not error < LIMIT:
+                return f"at sizes {tuple(sizes)} it differs by {error:.1e} of the largest output in float64"
+        return None
 
     def _named(self, sizes: Sequence[int]) -> dict[str, int]:
         return {f"s{place}": size for place, size in enumerate(sizes)}
 
+    def calls(self, program: Program) -> Calls:
+        """A program that was not refused, for all sizes."""
+        made = self.found[program]
+        assert isinstance(made, Calls), "a refused program is no winner"
+        return made
+
     def emit(self, program: Program) -> Callable[..., tuple[Tensor, ...]]:
         """A program that was not refused as a function of (*inputs, *constants) of any sizes."""
-        made = self.found[program]
-        assert isinstance(made, Emitted), "a refused program is no winner"
+        made = self.calls(program)
 
         def run(*values: Tensor) -> tuple[Tensor, ...]:
-            return made.calls(sizes_of(self, values), *values)
+            return made(sizes_of(self, values), *values)
 
         return run
 
@@ -221,23 +241,6 @@ def _shadows(operator: Convolution | Subprogram, program: Program) -> list[Tenso
     ]
     constants = program.scope.constants().values()
     return inputs + [torch.empty(c.shape, dtype=operator.dtype, device=operator.device) for c in constants]
-
-
-def _wrong(
-    operator: Convolution | Subprogram, calls: Calls, sizes: Sequence[int], *constants: Tensor
-) -> str | None:
-    """How the calls differ from torch in float64 at some sizes, or None."""
-    inputs = operator.example_inputs(torch.float64)
-    want, got = operator.reference(*inputs), calls(sizes, *inputs, *constants)
-    for mine, theirs in zip(got, (want,) if isinstance(want, Tensor) else want, strict=True):
-        if mine.shape != theirs.shape:
-            return (
-                f"at sizes {tuple(sizes)} it has shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
-            )
-        error = ((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300)).item()
-        if not error < LIMIT:
-            return f"at sizes {tuple(sizes)} it differs by {error:.1e} of the largest output in float64"
-    return None
 
 
 def _resized(layout: Layout, shape: Sequence[int]) -> Layout:

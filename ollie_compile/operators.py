@@ -64,6 +64,7 @@ class Operator(Protocol):
         outputs: layouts of the results.
         parameters: the inputs that do not change between calls when the model is frozen.
         steps: explorative steps that one step of `max_depth` allows, by the number of products.
+        declared: whether the expression is a user's, not one that was lifted.
     """
 
     @property
@@ -74,6 +75,8 @@ class Operator(Protocol):
     def parameters(self) -> tuple[str, ...]: ...
     @property
     def steps(self) -> int: ...
+    @property
+    def declared(self) -> bool: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property
@@ -119,6 +122,7 @@ class Convolution:
     device: torch.device
 
     steps = 1
+    declared = False
     parameters = ("K",)
 
     def __str__(self) -> str:
@@ -194,7 +198,6 @@ class Subprogram:
         scope: the expression; several results lie side by side along its dimension `side`.
         layouts: names and layouts of what comes from outside.
         numbers: names and values of the numbers in the expression.
-        declared: whether the expression is a user's, not one that was lifted.
         graph: torch's operators, from the tensors outside to the results.
     """
 

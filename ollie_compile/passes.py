@@ -99,7 +99,7 @@ class DerivationPass(CustomGraphPass):
                 if not subprograms.gather(graph, place):
                     self.report.left(place.roots[0].name, "another subprogram, already replaced, needs it")
                     continue
-                results = splice(graph, operator, place.roots, place.inputs, made.winner.program)
+                results = splice(graph, made.operator, place.roots, place.inputs, made.winner.program)
                 if results is None:
                     self.report.left(place.roots[0].name, NOT_SPLICED)
                     continue

@@ -131,7 +131,8 @@ def plan_all(
             continue
         known = _plans.get(_key(operator, config))
         if known is None or not (known.complete or budget_s <= SAME_BUDGET * known.budget_s):
-            known = saved.load(operator, config, budget_s)
+            with tune.outside_compilation():
+                known = saved.load(operator, config, budget_s)
             if known is None:
                 continue
             _plans[_key(operator, config)] = known

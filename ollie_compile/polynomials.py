@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -63,6 +64,28 @@ class Calls:
             values += pytree.tree_leaves(call.target(*arguments, **named))
         return tuple(values[number] for number in self.results)
 
+    def plain(self) -> dict[str, Any]:
+        """The calls as plain data, which `of` reads."""
+        calls = [
+            [str(call.target), list(map(_plain, call.leaves)), pytree.treespec_dumps(call.structure)]
+            for call in self.calls
+        ]
+        return {"inputs": self.inputs, "calls": calls, "results": list(self.results)}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Calls:
+        """The calls that `plain` gave.
+
+        Raises:
+            ValueError: what is called is no operator of torch without effects.
+            KeyError, TypeError, AttributeError: it is something else.
+        """
+        calls = [
+            Call(_target(name), tuple(map(_leaf_of, leaves)), pytree.treespec_loads(structure))
+            for name, leaves, structure in plain["calls"]
+        ]
+        return cls(int(plain["inputs"]), tuple(calls), tuple(plain["results"]))
+
     @property
     def numbers(self) -> list[int]:
         """The whole numbers among all arguments, in order."""
@@ -76,6 +99,38 @@ class Calls:
             for call in self.calls
         ]
         return self.inputs, calls, self.results
+
+
+def _plain(leaf: Any) -> Any:
+    """A leaf as JSON has it, and what JSON has not as an object of its own."""
+    if isinstance(leaf, Value):
+        return {"value": leaf.number}
+    if isinstance(leaf, Polynomial):
+        return {"terms": leaf.terms}
+    if isinstance(leaf, torch.device):
+        return {"device": str(leaf)}
+    if isinstance(leaf, (torch.dtype, torch.memory_format, torch.layout)):
+        return {"torch": str(leaf).removeprefix("torch.")}
+    return leaf
+
+
+def _leaf_of(plain: Any) -> Any:
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, value),) = plain.items()
+    if kind == "value":
+        return Value(value)
+    if kind == "terms":
+        return Polynomial(tuple((number, tuple(exponents)) for number, exponents in value))
+    return torch.device(value) if kind == "device" else getattr(torch, value)
+
+
+def _target(name: str) -> Any:
+    library, operator, overload = name.split(".")
+    found = getattr(getattr(getattr(torch.ops, library), operator), overload)
+    if library not in ("aten", "ollie", "prim") or found._schema.is_mutable:
+        raise ValueError(f"it calls {name}")
+    return found
 
 
 def _is_number(leaf: Any) -> bool:

@@ -14,10 +14,12 @@ import torch
 
 from ollie_compile import store
 from ollie_compile.config import OllieConfig
+from ollie_compile.dynamic import Dynamic
 from ollie_compile.expr import Constant, Input, Scope, parse
 from ollie_compile.lower import Kernels, Layout, Program
-from ollie_compile.operators import Convolution, Operator, Subprogram
+from ollie_compile.operators import Operator
 from ollie_compile.plan import SAME_BUDGET, Candidate, Plan
+from ollie_compile.polynomials import Calls
 from ollie_compile.rules import EXPLORATIVE, RELATING, of_users
 from ollie_compile.search import Derivation, SearchStats, Step
 from ollie_compile.verify import check_derivation
@@ -33,8 +35,7 @@ def entry_name(operator: Operator, config: OllieConfig) -> str | None:
 
     Rules and operators of users are code, which may be another in the next process.
     """
-    plain = isinstance(operator, Convolution | Subprogram)
-    if not plain or of_users() or (isinstance(operator, Subprogram) and operator.declared):
+    if operator.declared or of_users():
         return None
     options = asdict(replace(config, budget_s=0, workers=1))
     rules = (*EXPLORATIVE, *RELATING)
@@ -49,7 +50,7 @@ def load(operator: Operator, config: OllieConfig, budget_s: float) -> Plan | Non
         return None
     try:
         made = _plan(content, operator)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever an entry may hold
         logger.warning("ollie: the plan %s of the cache is ignored: %s", name, error)
         return None
     return made if content.get("complete") or budget_s <= SAME_BUDGET * made.budget_s else None
@@ -93,6 +94,8 @@ def _content(made: Plan) -> dict[str, Any]:
             "depth": winner.derivation.depth,
             "steps": [[list(step.rules), str(step.scope)] for step in winner.derivation.steps],
         }
+        if isinstance(operator, Dynamic):
+            content["winner"]["calls"] = operator.calls(winner.program).plain()
     return content
 
 
@@ -135,6 +138,8 @@ def _plan(content: Mapping[str, Any], operator: Operator) -> Plan:
         error=winner["error"],
     )
     made.candidates = [made.winner]
+    if isinstance(operator, Dynamic):
+        operator.take(made.winner.program, Calls.of(winner["calls"]))
     return made
 
 

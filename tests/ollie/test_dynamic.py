@@ -1,11 +1,13 @@
 """One graph for many sizes: derived at the sizes of the compilation, and right at others."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import polynomials
+from ollie_compile import dynamic, plan, polynomials, saved
 from ollie_compile.backend import compile_with
 from ollie_compile.matching import match_matmul
 from ollie_compile.report import Report
@@ -81,15 +83,16 @@ def test_a_stride_that_may_not_divide_is_refused():
     assert "with dynamic shapes: " in str(report)
 
 
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x):
+        return self.q(x).relu(), self.k(x).sigmoid()
+
+
 def test_products_side_by_side_at_many_lengths():
-    class Heads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 8, bias=False)
-
-        def forward(self, x):
-            return self.q(x).relu(), self.k(x).sigmoid()
-
     net = Heads().eval()
     run, report, graphs = compiled(net)
     with torch.no_grad():
@@ -98,6 +101,43 @@ def test_products_side_by_side_at_many_lengths():
             torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1
     assert report.rewritten == 1, str(report)
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "other"),
+    [(Heads(), (2, 7, 16), (3, 33, 16)), (nn.Conv2d(3, 4, 3, padding=1), (2, 3, 12, 14), (5, 3, 16, 9))],
+    ids=["products", "convolution"],
+)
+def test_later_compilations_search_no_more(net, shape, other, monkeypatch, tmp_path):
+    monkeypatch.setenv("OLLIE_CACHE_DIR", str(tmp_path / "plans"))
+    net.eval()
+    for again in ("first", "in this process", "in another process"):
+        torch._dynamo.reset()
+        if again != "first":
+            for search in ("choice.search", "dynamic.derive"):
+                monkeypatch.setattr(f"ollie_compile.{search}", lambda *_, **__: pytest.fail("a search began"))
+        if again == "in another process":
+            plan.reset()
+            dynamic._families.cache_clear()
+        run, report, _ = compiled(net)
+        with torch.no_grad():
+            for size in (shape, other):
+                x = torch.randn(size)
+                torch.testing.assert_close(run(x), net(x), rtol=1e-4, atol=1e-5)
+        assert report.rewritten == 1, str(report)
+    assert saved.EARLIER in str(report)
+
+
+def test_calls_as_plain_data_are_the_calls():
+    def function(x):
+        return torch.zeros(4, dtype=torch.float64, device="cpu") + x.to(memory_format=torch.contiguous_format)
+
+    made = polynomials.record(function, lambda: [torch.empty(4)])
+    plain = json.loads(json.dumps(made.plain()))
+    assert polynomials.Calls.of(plain) == made
+    plain["calls"][0][0] = "aten.add_.Tensor"
+    with pytest.raises(ValueError, match=r"it calls aten\.add_\.Tensor"):
+        polynomials.Calls.of(plain)
 
 
 def test_polynomials_fit_products_of_sizes_and_refuse_quotients():

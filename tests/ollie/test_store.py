@@ -14,6 +14,7 @@ import ollie_compile
 from ollie_compile import plan, saved, store
 from ollie_compile.cli import main
 from ollie_compile.config import OllieConfig
+from ollie_compile.gradients import Gradient
 from tests.ollie.strategies import operator
 
 MODEL = OllieConfig(tune="model", margin=0.0)
@@ -60,6 +61,15 @@ def test_a_kept_plan_is_the_plan(folder, low_bounds, no_search):
     ]
     assert again.reason == made.reason + saved.EARLIER
     assert saved.entry_name(conv(), MODEL) != saved.entry_name(conv(), OllieConfig(tolerance=1.0))
+
+
+def test_plans_of_gradients_are_kept(folder, low_bounds, no_search):
+    forward = conv()
+    wanted = Gradient(forward=forward, of="input", gradient=forward.output, result=forward.input)
+    made = plan.plan(wanted, MODEL, 60.0)
+    plan.reset()
+    no_search()
+    assert plan.plan(wanted, MODEL, 60.0).winner.program == made.winner.program
 
 
 def test_a_warm_start_neither_searches_nor_measures(folder, fresh, uncompiled, monkeypatch, no_search):
