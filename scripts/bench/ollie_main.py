@@ -1,11 +1,12 @@
-"""The paper's seven networks: eager, Inductor and its options, OpenVINO, OLLIE (docs/results/ollie_main.csv).
+"""The paper's seven networks: eager, Inductor, OpenVINO, TVM and OLLIE (docs/results/ollie_main.csv).
 
-    pip install -e ".[peers]"     # OpenVINO; without it its rows are left out
+    pip install -e ".[peers]"     # OpenVINO and TVM; without them their rows are left out
     python scripts/bench/ollie_main.py [--nets fsrcnn ...] [--batch 1 16] [--rounds 30]
 
 Weights are random: the nets' shapes decide their speed. Times are medians of interleaved rounds on one
-thread; outputs must equal eager's before anything is timed. OpenVINO's is its runtime on the converted net,
-for inference alone: its backend of torch.compile does not work with every version of torch.
+thread; outputs must equal eager's before anything is timed. OpenVINO and TVM are their runtimes on the
+converted net, for inference alone, TVM untuned: their backends of torch.compile do not work with every
+version of torch. A row is left out where they cannot convert a net.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import os
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +33,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         "options": {"max_autotune": True, "freezing": True},
     },
     "openvino": {"backend": "openvino"},
+    "tvm": {"backend": "tvm"},
     "ollie": {"backend": "ollie", "options": {}},
     "ollie freeze": {"backend": "ollie", "options": {"freeze": True}},
     "ollie max-autotune freeze": {"backend": "ollie", "options": {"freeze": True, "max_autotune": True}},
@@ -58,6 +62,24 @@ def openvino(net: torch.nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], 
         return torch.from_numpy(found[0])
 
     return run
+
+
+def tvm(net: torch.nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """TVM's runtime on the exported net: one thread, untuned; naming the CPU as target makes it slower."""
+    import tvm as library
+    from tvm import relax
+    from tvm.relax.frontend.torch import from_exported_program
+
+    module = from_exported_program(torch.export.export(net, (x,)))
+    machine = relax.VirtualMachine(library.compile(module, target="llvm"), library.cpu())
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_dlpack(machine["main"](library.runtime.from_dlpack(x))[0])
+
+    return run
+
+
+RUNTIMES = {"openvino": openvino, "tvm": tvm}  # by what has to be installed
 
 
 def interleaved(
@@ -97,8 +119,12 @@ def compare(
                 how["options"]["budget_s"] = budget_s
             torch.compiler.reset()
             start = time.perf_counter()
-            if name == "openvino":
-                compiled = openvino(net, x)
+            if name in RUNTIMES:
+                try:
+                    compiled = RUNTIMES[name](net, x)
+                except Exception as why:  # whatever it raises for operators that it does not know
+                    print(f"{name} does not take this net: {str(why).splitlines()[-1]}", file=sys.stderr)
+                    continue
             else:
                 compiled = torch.compile(net, fullgraph=True, dynamic=False, **how)
             with freezing(name):
@@ -136,11 +162,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--budget-s", type=float, default=60.0, help="OLLIE's search and measurement")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    installed = [name for name in CONTENDERS if name != "openvino" or importlib.util.find_spec("openvino")]
+    installed = [name for name in CONTENDERS if name not in RUNTIMES or importlib.util.find_spec(name)]
     parser.add_argument("--contenders", nargs="+", default=installed, choices=CONTENDERS)
     parser.add_argument("--calls", type=int, default=5, help="calls timed together")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["TVM_NUM_THREADS"] = "1"
     config = f"fp32, 1 thread, no_grad, random weights, medians of {arguments.rounds} interleaved rounds"
     config += f" of {arguments.calls}"
     config += f", budget {arguments.budget_s:.0f} s"
