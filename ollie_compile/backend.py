@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -56,7 +55,7 @@ def compile_with(
     config = replace(config, freeze=config.freeze or inductor_config.freezing)
     if config.freeze and torch.is_grad_enabled():
         config = _unfrozen(config, report, "it needs torch.no_grad(), and gradients are enabled")
-    copied = copy.deepcopy(gm) if config.freeze else gm
+    copied = freezing.copied(gm) if config.freeze else gm
     try:
         return _fastest(gm, example_inputs, config, inductor, report)
     except Exception as error:  # in some versions Inductor cannot freeze convolutions in float64

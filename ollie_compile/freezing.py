@@ -19,6 +19,21 @@ LIMIT, HALF_LIMIT = 1e-3, 0.05  # of the largest value, above which a difference
 SHARE = 0.01  # of the values that may differ so: where one is rounded, compared or sorted, rounding decides
 
 
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph that shares its tensors, with what Dynamo says of where its inputs are from.
+
+    Without that, Inductor takes no input for a parameter, and has another name for the graph in its cache.
+    """
+    made = copy.deepcopy(gm, {id(value): value for value in (*gm.parameters(), *gm.buffers())})
+    if hasattr(gm, "_param_name_to_source"):
+        made._param_name_to_source = dict(gm._param_name_to_source)
+    places = (graph.find_nodes(op="placeholder") for graph in (gm.graph, made.graph))
+    for node, new in zip(*places, strict=True):
+        if hasattr(node, "_dynamo_source"):
+            new._dynamo_source = node._dynamo_source
+    return made
+
+
 def hold(
     gm: fx.GraphModule, inputs: Sequence[Any]
 ) -> tuple[fx.GraphModule, list[Any], Callable[[Callable[..., Any]], Callable[..., Any]]]:
@@ -31,8 +46,7 @@ def hold(
         a graph that shares its tensors, its inputs that are left, and what makes a function of all inputs
         from one of those.
     """
-    # Dynamo reads from the graph that it gave what it has to pass.
-    gm = copy.deepcopy(gm, {id(value): value for value in (*gm.parameters(), *gm.buffers())})
+    gm = copied(gm)  # Dynamo reads from the graph that it gave what it has to pass
     sources = getattr(gm, "_param_name_to_source", None)  # where Dynamo found the module's own tensors
     kept = []
     for place, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):

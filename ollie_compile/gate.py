@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -77,9 +76,9 @@ def fastest(
     if known is not None and known.get("chosen") in known.get("seconds", ()):
         _say(report, known["chosen"], known["seconds"])
         return build(known["chosen"], gm, replace(config, budget_s=known.get("planning_s", config.budget_s)))
-    spare = _copied(gm)
+    spare = freezing.copied(gm)
     start = time.perf_counter()
-    first = build(INDUCTOR, _copied(spare), config)
+    first = build(INDUCTOR, freezing.copied(spare), config)
     config, further = _for_planning(config, spare.graph, time.perf_counter() - start)
     before = _counts(report)
     built: dict[str, Compiled] = {}
@@ -90,7 +89,7 @@ def fastest(
         return built.get(REWRITTEN, first)
     last = next(iter(built.values()), first)
     try:
-        built[EAGER] = _copied(spare)
+        built[EAGER] = freezing.copied(spare)
         if replaced or REWRITTEN not in built or not seen:  # Inductor's cache may have answered
             built[INDUCTOR] = first
         seconds = _measured(built, inputs)
@@ -98,7 +97,7 @@ def fastest(
             best = min(seconds.keys() - {EAGER}, key=seconds.__getitem__)
             # What is merged may be tuned less well than what it was merged from.
             for which in [it for it in built if it in (best, INDUCTOR)] if end == TUNED else [best]:
-                built[which + end] = build(which + end, _copied(spare), config)
+                built[which + end] = build(which + end, freezing.copied(spare), config)
             seconds = _measured(built, inputs)
     except Exception as error:  # such as too little memory for all of them
         report.note(f"the whole graph was not compared: {str(error).partition(chr(10))[0]}")
@@ -144,12 +143,6 @@ def _products_of_few_rows(graph: fx.Graph) -> int:
             if value.numel() <= FEW_ROWS * value.shape[-1] and isinstance(read, Tensor):
                 found.add((value.numel(), value.shape[-1], read.shape[-1]))
     return len(found)
-
-
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph that shares its tensors, so that what it changes is changed for the user."""
-    shared = {id(value): value for value in (*gm.parameters(), *gm.buffers())}
-    return copy.deepcopy(gm, shared)
 
 
 def _counts(report: Report) -> tuple[int, int, int]:

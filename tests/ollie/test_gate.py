@@ -133,6 +133,21 @@ def test_without_room_to_compare_the_rewritten_graph_stays(seconds, monkeypatch)
     assert "the whole graph was not compared: no room" in report.notes
 
 
+def test_copies_say_where_their_inputs_are_from():
+    """Without that a warm start, which compiles Dynamo's graph, finds nothing in Inductor's cache."""
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.extend((gm, freezing.copied(gm)))
+        return gm
+
+    torch.compile(nn.Linear(2, 3), backend=backend)(torch.randn(1, 2))
+    known, made = ([node._dynamo_source for node in gm.graph.find_nodes(op="placeholder")] for gm in graphs)
+    assert len(known) == 3
+    assert made == known
+    assert graphs[0]._param_name_to_source == graphs[1]._param_name_to_source
+
+
 def test_frozen_parameters_leave_the_graph_and_inputs_stay(monkeypatch):
     """Dynamo's own graph keeps its inputs, for it passes them by that graph."""
     from ollie_compile import freezing
