@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from common import Table
-from ollie_zoo_models import LANGUAGE, VISION_AND_AUDIO, ZOO
+from ollie_zoo_models import LANGUAGE, VISION_AND_AUDIO, ZOO, build, loss
 from torch import Tensor, nn
 
 BACKENDS = ("inductor", "ollie")
@@ -53,7 +53,7 @@ def run(call: Callable[..., Tensor], inputs: Mapping[str, Tensor], training: boo
     module = call if isinstance(call, nn.Module) else None
     assert module is not None, "models are modules"
     wanted = [p for p in module.parameters() if p.requires_grad]
-    found = torch.autograd.grad(result.float().square().mean(), wanted, allow_unused=True)
+    found = torch.autograd.grad(loss(result), wanted, allow_unused=True)
     return [result, *(gradient for gradient in found if gradient is not None)]
 
 
@@ -70,9 +70,7 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
 
 def compare(name: str, arguments: argparse.Namespace) -> dict[str, float | str]:
     torch.compiler.reset()
-    torch.manual_seed(0)
-    net, inputs = ZOO[name]()
-    net.eval()
+    net, inputs = build(name)
     row: dict[str, float | str] = {}
     calls: dict[str, Callable[..., Any]] = {}
     with torch.set_grad_enabled(arguments.training):

@@ -246,3 +246,33 @@ LANGUAGE: dict[str, Callable[[], Made]] = {
 }
 
 ZOO = VISION_AND_AUDIO | LANGUAGE
+
+
+def build(name: str) -> Made:
+    """A model for evaluation whose results and gradients are of ordinary size in all of its layers.
+
+    With the weights that models begin training with, some of them give less than 1e-30 and have gradients of
+    0, which anything equals.
+    """
+    torch.manual_seed(0)
+    model, inputs = ZOO[name]()
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+            else:
+                parameter += torch.rand_like(parameter) - 0.5
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 1.0  # it normalizes as it did in the last call in training
+                module.train()
+        model(**inputs)
+    return model.eval(), inputs
+
+
+def loss(result: Tensor) -> Tensor:
+    """A loss whose gradients say something: the mean of what a LayerNorm gives is the same for all that it
+    gets, so that results are weighted."""
+    weights = torch.rand(result.shape, generator=torch.Generator().manual_seed(0))
+    return (result.float() * weights).mean()
