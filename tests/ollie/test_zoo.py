@@ -30,11 +30,12 @@ def equal_eager(name):
         # Where eager computes no gradient, a compiled graph may give zeros.
         gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()])
     close(*results, least=1e-6)
-    # A gradient that is 0 but for rounding, such as that of a key's bias, is rounding of what cancels.
+    # A gradient that is 0 but for rounding, such as that of a key's bias, is what float32 leaves of sums that
+    # cancel: differences of 1e-7 of them say nothing.
     largest = max(want.abs().max().item() for want in gradients[1])
     assert largest > 1e-3, "there is nothing to compare"
     for got, want in zip(*gradients, strict=True):
-        close(got, want, least=1e-5 * largest)
+        close(got, want, least=1e-4 * largest)
 
 
 def close(got, want, least):
