@@ -16,7 +16,7 @@ from ollie_compile import cost, tune
 from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Input, Read, Scope
 from ollie_compile.gradients import Gradient
-from ollie_compile.lower import CONVOLVED, programs, with_kernels
+from ollie_compile.lower import CONVOLVED, Program, programs, with_kernels
 from ollie_compile.numeric import check_program, exact_results, reproducer, rounding_error
 from ollie_compile.operators import Convolution, Operator, Subprogram, Tensors
 from ollie_compile.plan import OUT_OF_TIME, Candidate, Plan
@@ -29,7 +29,7 @@ ORIGINAL_S, TIMED = 0.02, 0.2  # seconds in which an original is timed, and of t
 SEARCHED, BOUNDED = 0.5, 0.8  # shares of the time for preparing after which no search, no bound begins
 MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
 MAX_BOUNDED = 48  # candidates of one operator whose cost is bounded, those with the least work first
-KERNELS_S = 1.0  # what it takes to build the kernels of a bilinear form that this process has not built yet
+KERNELS_S = 1.0  # what it takes to build C++ kernels that this process has not built yet
 CALLED = 2  # times the programs to be compiled are timed as they are called
 COMPARED = 2  # programs as they are called that are timed once more, beside the original
 HALF_SLACK = 2.0  # times the rounding of the original that a candidate may have above the tolerance
@@ -155,10 +155,12 @@ def _by_family(candidates: list[Candidate]) -> Iterator[Candidate]:
 
 def _with_kernels(made: Plan, config: OllieConfig) -> None:
     """The best candidate with eOperators that have other kernels is taken with those as well."""
-    for candidate in () if config.portable else _left(made):
+    for place, candidate in enumerate(made.candidates):
+        if candidate.rejected is not None or config.portable:
+            continue
         written = with_kernels(candidate.program, made.operator.device)
         if written:
-            made.candidates += [replace(candidate, program=program) for program in written]
+            made.candidates[place + 1 : place + 1] = [replace(candidate, program=one) for one in written]
             return
 
 
@@ -170,7 +172,7 @@ def _call(made: Plan, config: OllieConfig, stop: float) -> None:
     slowest = 0.0
     for candidate in _by_family(_left(made)):
         start = time.perf_counter()
-        new = candidate.program.kernels == "cpp" and frozenset(candidate.program.scope.constants()) - _built
+        new = _kernels(candidate.program) - _built
         if timed >= CALLED * config.candidates:
             candidate.rejected = LATER
         elif candidate.bound_s > best:
@@ -183,12 +185,17 @@ def _call(made: Plan, config: OllieConfig, stop: float) -> None:
             candidate.operators = call.operators
             candidate.measured_s = cost.median_seconds(call)
             best = min(best, candidate.measured_s)
-            _built.update(new or ())
+            _built.update(new)
             slowest = slowest if new else max(slowest, time.perf_counter() - start)
 
 
+def _kernels(program: Program) -> frozenset[str]:
+    """The names of its C++ kernels: the matrices that they are built for, or "" for the additions'."""
+    return frozenset(program.scope.constants() or [""]) if program.kernels == "cpp" else frozenset()
+
+
 _built: set[str] = set()
-"""Names of the matrices that kernels were built for."""
+"""Names of the kernels that this process has built."""
 
 
 def _layouts(operator: Operator) -> list[Operator]:
@@ -205,7 +212,7 @@ def _function(
 ) -> tuple[Callable[..., Tensors], tuple[Tensor, ...], list[int]]:
     """A program as a function, its inputs, and those of them that are constant."""
     program = candidate.program
-    if program.kernels == "cpp":
+    if _is_one_kernel(program):
         operator = _layouts(operator)[-1]
     values = (
         *operator.example_inputs(),
@@ -243,7 +250,7 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
             calls.append(tune.called(*_function(operator, candidate, config)))
             timed.append(candidate)
     bar = min([bar, *(candidate.measured_s or math.inf for candidate in timed)])
-    hopeful = [c for c in _left(made) if c.bound_s < bar and c.program.kernels != "cpp"]
+    hopeful = [c for c in _left(made) if c.bound_s < bar and not _is_one_kernel(c.program)]
     hopeful.sort(key=lambda candidate: candidate.bound_s * (candidate.measured_s or math.inf))
     compiled = 0
     for candidate in hopeful:
@@ -285,8 +292,13 @@ def _measure(made: Plan, config: OllieConfig, checks: _Checks, stop: float) -> N
 def _placed_seconds(candidate: Candidate) -> float:
     """What Inductor may take for a program in each of its places: a called kernel needs no code."""
     pace = tune.pace
-    called = candidate.program.kernels == "cpp"
+    called = _is_one_kernel(candidate.program)
     return pace.placed_seconds(candidate.operators) if called else pace.seconds(candidate.operators)
+
+
+def _is_one_kernel(program: Program) -> bool:
+    """Whether C++ kernels for matrices compute it: nothing is compiled, and images lie channels last."""
+    return program.kernels == "cpp" and bool(program.scope.constants())
 
 
 def _fits(made: Plan, candidate: Candidate, stop: float) -> bool:

@@ -38,7 +38,7 @@ class SelectiveAdd:
 
     Args:
         read: the tensor whose planes are added.
-        plain: its other dimensions, by the iterators of the result.
+        plain: its other dimensions, by the iterators of the result; others of those have one value.
     """
 
     read: Read
@@ -90,8 +90,11 @@ def _match(scope: Scope) -> SelectiveAdd | None:
     taken = {place for overlap in overlaps for place in (overlap.tap, overlap.position)}
     places = [place for place in range(len(read.index)) if place not in taken]
     names = _whole(scope, read, places)
-    traversed = sorted(loop.name for loop in scope.traversal)
-    if names is None or sorted([*names, *(overlap.out for overlap in overlaps)]) != traversed:
+    if names is None:
+        return None
+    traversed = {*names, *(overlap.out for overlap in overlaps)}
+    left = [loop for loop in scope.traversal if loop.name not in traversed]
+    if len(traversed) + len(left) != len(scope.traversal) or any(loop.extent > 1 for loop in left):
         return None
     return SelectiveAdd(read, tuple(zip(names, places, strict=True)), tuple(overlaps))
 
@@ -102,6 +105,7 @@ def _overlap(scope: Scope, summed: Loop, tap: int, position: int) -> Overlap | N
     step = read.index[position].coefficient(summed.name)
     rest = read.index[tap] - Affine.of(summed.name) * stride
     whole = read.index[position] - Affine.of(summed.name) * step
+    rest, whole = _stepped(rest, whole)
     if stride < 1 or step == 0 or len(whole.terms) != 1 or whole.terms[0][1] != 1:
         return None
     atom, first = whole.terms[0][0], whole.const
@@ -123,6 +127,18 @@ def _overlap(scope: Scope, summed: Loop, tap: int, position: int) -> Overlap | N
         return None
     start = first + step * summed.low - low
     return Overlap(out, tap, position, stride, scope.ranges[out][0] + shift + stride * start, step)
+
+
+def _stepped(rest: Affine, whole: Affine) -> tuple[Affine, Affine]:
+    """The phases of phase splitting as those of the next place: 1 - h % 2 is (h + 1) % 2, and h // 2 + h % 2
+    is (h + 1) // 2."""
+    for atom, coefficient in rest.terms:
+        if isinstance(atom, Remainder) and atom.by == 2 and coefficient == -1:
+            phase, following = Affine.of(atom), atom.of + 1
+            if whole - phase - Affine.of(Quotient(atom.of, 2)) == Affine(const=whole.const):
+                rest = rest + phase - 1 + Affine.of(Remainder(following, 2))
+                whole = Affine.of(Quotient(following, 2)) + whole.const
+    return rest, whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Operators of the library "ollie" that eOperators may be lowered to, with their references in torch.
 
-On CUDA they run the Triton kernels of `triton_kernels.py`; elsewhere the reference. Their results are
-contiguous, sums are taken in float32 or wider, and their inputs may have any strides.
+On CUDA they run the Triton kernels of `triton_kernels.py`, on a CPU in float32 those in C++; elsewhere the
+reference. Their results are contiguous, sums are taken in float32 or wider, and their inputs may have any
+strides.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Not a custom_op, whose calls take tens of microseconds.
+_library = torch.library.Library("ollie", "FRAGMENT")
 
-@torch.library.custom_op("ollie::selective_add", mutates_args=())
-def selective_add(
+
+def _selective_add(
     x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]
 ) -> Tensor:
     """Overlapping planes added up: OffsetAdd, and with strides the selective addition of transposed convs.
@@ -30,6 +33,14 @@ def selective_add(
     Returns:
         [batch, channels, *size] in the dtype of `x`.
     """
+    if x.device.type == "cuda":
+        from ollie_compile import triton_kernels
+
+        return triton_kernels.selective_add(x, size, stride, offset, step)
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        from ollie_compile import addition_kernels
+
+        return addition_kernels.selective_add(x, size, stride, offset, step)
     batch, channels, *taps, first, second = x.shape
     wide = x if x.dtype == torch.float64 else x.float()
     total = wide.new_zeros(batch, channels, *size)
@@ -92,8 +103,15 @@ def _window(b: Tensor, length: int, places: int, dilation: int, offset: int) -> 
     return padded.unfold(1, reach - length + 1, 1)[..., ::dilation].transpose(2, 3)
 
 
-@selective_add.register_fake
-def _(x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]) -> Tensor:
+_library.define(
+    "selective_add(Tensor x, SymInt[] size, SymInt[] stride, SymInt[] offset, SymInt[] step) -> Tensor"
+)
+_library.impl("selective_add", _selective_add, "CompositeExplicitAutograd")
+selective_add = torch.ops.ollie.selective_add.default
+
+
+@torch.library.register_fake("ollie::selective_add", lib=_library)
+def _(x: Tensor, size: list[int], *_others: object) -> Tensor:
     return x.new_empty(*x.shape[:2], *size)
 
 
@@ -105,13 +123,6 @@ def _(a: Tensor, b: Tensor, places: int, dilation: int, offset: int) -> Tensor:
 @banded_values.register_fake
 def _(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
     return a.new_empty(*a.shape[:2], b.shape[2])
-
-
-@selective_add.register_kernel("cuda")
-def _(x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]) -> Tensor:
-    from ollie_compile import triton_kernels
-
-    return triton_kernels.selective_add(x, size, stride, offset, step)
 
 
 @banded_scores.register_kernel("cuda")
@@ -175,8 +186,6 @@ def _transform(
     return taken.permute([found.index(at) for at in range(len(size))]).contiguous()
 
 
-# Not a custom_op, whose calls take tens of microseconds.
-_library = torch.library.Library("ollie", "FRAGMENT")
 _library.define(
     "transform(Tensor x, SymInt[] size, SymInt[] stride, SymInt offset, SymInt[] places, SymInt[] steps, "
     "float[] values, SymInt[] columns) -> Tensor"

@@ -43,7 +43,8 @@ CONVOLVED = ("convolution", "channels last")
 
 Kernels = Literal["aten", "fold", "triton", "cpp"]
 """How eOperators are written: as plain aten; selective additions as torch's `fold`; these and banded products
-by the Triton kernels of `kernels`, which are for CUDA; or constant matrices by C++ kernels, for CPUs."""
+by the Triton kernels of `kernels`, which are for CUDA; or selective additions and constant matrices by its
+C++ kernels, for CPUs."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,25 @@ def programs(scope: Scope, device: torch.device, *, portable: bool = False) -> l
 
 def with_kernels(program: Program, device: torch.device) -> list[Program]:
     """`program` with its selective additions and banded products by the other kernels for them."""
+    if program.kernels != "aten":
+        return []
     scopes = list(program.scope.scopes())
     additions = [found for inner in scopes if (found := match_selective_add(inner))]
     kernels: list[Kernels] = ["fold"] if any(found.folds for found in additions) else []
     if device.type == "cuda" and (additions or any(map(match_banded, scopes))):
         kernels.append("triton")
-    return [replace(program, kernels=name) for name in kernels if program.kernels == "aten"]
+    written = [replace(program, kernels=name) for name in kernels]
+    if device.type == "cpu" and additions:
+        # The kernel runs along positions, which lie side by side where products are written so.
+        layouts = [_ALONG_POSITIONS.get(program.layout, program.layout)]
+        matches = [(inner, match) for inner in scopes if (match := match_matmul(inner))]
+        if layouts == ["columns"] and any(_batched(inner, match) for inner, match in matches):
+            layouts.append("batched")
+        written += [replace(program, layout=layout, kernels="cpp") for layout in layouts]
+    return written
+
+
+_ALONG_POSITIONS: dict[Layout, Layout] = {"rows": "columns", "channels last": "convolution"}
 
 
 def _batched(scope: Scope, match: Matmul) -> bool:
@@ -201,7 +215,7 @@ class _Lowering:
         if self.kernels == "triton" and (banded := match_banded(scope)):
             return self._banded(scope, banded)
         add = match_selective_add(scope) if self.kernels != "aten" else None
-        if add is not None and (self.kernels == "triton" or add.folds):
+        if add is not None and (self.kernels != "fold" or add.folds):
             return self._selective_add(scope, add)
         if self.kernels == "cpp" and (whole := match_bilinear(scope)):
             return self._bilinear(whole)
@@ -315,8 +329,8 @@ class _Lowering:
         from ollie_compile import kernels
 
         names = [name for name, _ in add.plain]
-        order = [*(place for _, place in add.plain), *(o.tap for o in add.overlaps)]
-        value = self._tensor(add.read).permute([*order, *(o.position for o in add.overlaps)])
+        taken = [*(place for _, place in add.plain), *(o.tap for o in add.overlaps)]
+        value = self._tensor(add.read).permute([*taken, *(o.position for o in add.overlaps)])
         dims = len(add.overlaps)
         taps, lengths = value.shape[-2 * dims : -dims], value.shape[-dims:]
         last = extents(scope, names[-1:])
@@ -328,16 +342,15 @@ class _Lowering:
         if self.kernels == "fold":
             total = kernels.folded(value.reshape(*lead, *taps, *lengths), sizes, stride, offset, step)
         else:
-            # One dimension is two, the second with one tap and one position.
+            # One dimension is two, the first with one tap and one position.
             one = [1] * (2 - dims)
-            value = value.reshape(*lead, *taps, *one, *lengths, *one)
+            value = value.reshape(*lead, *one, *taps, *one, *lengths)
             total = kernels.selective_add(
-                value, [*sizes, *one], [*stride, *one], [*offset, *(0 for _ in one)], [*step, *one]
+                value, [*one, *sizes], [*one, *stride], [*(0 for _ in one), *offset], [*one, *step]
             )
         found = [*names, *(overlap.out for overlap in add.overlaps)]
-        return total.reshape(extents(scope, found)).permute(
-            [found.index(loop.name) for loop in scope.traversal]
-        )
+        order = [found.index(loop.name) for loop in scope.traversal if loop.name in found]
+        return total.reshape(extents(scope, found)).permute(order).reshape(scope.shape)
 
     def _banded(self, scope: Scope, banded: Banded) -> Tensor:
         from ollie_compile import kernels

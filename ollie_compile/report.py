@@ -144,7 +144,8 @@ def _written(candidate: Candidate) -> str:
     program = candidate.program
     if program.kernels == "aten":
         return program.layout
-    what = "matrices in C++" if program.kernels == "cpp" else f"additions as {program.kernels}"
+    what = "matrices" if program.scope.constants() else "additions"
+    what += " in C++" if program.kernels == "cpp" else f" as {program.kernels}"
     return f"{program.layout}, {what}"
 
 

@@ -22,6 +22,7 @@ def additions() -> Iterator[tuple[tuple[int, ...], tuple[list[int], ...]]]:
     yield (1, 1, 4, 9, 5, 3), ([9, 7], [2, 2], [1, 4], [-1, -1])  # selective, 4x9 of stride 2
     yield (1, 2, 5, 1, 4, 1), ([13, 1], [3, 1], [-2, 0], [-1, 1])  # a stride that does not divide the taps
     yield (16, 1, 1, 3, 1, 5), ([1, 5], [1, 1], [0, -1], [1, 1])
+    yield (2, 1, 2, 5, 3, 47), ([4, 93], [1, 2], [0, 2], [1, -1])  # rows longer than the widest vectors
 
 
 def by_fold(x: Tensor, size: list[int], stride: list[int], offset: list[int], step: list[int]) -> Tensor:
@@ -76,7 +77,8 @@ def check(kernels, device: str) -> None:
     for dtype in DTYPES:
         for shape, arguments in additions():
             x = random(*shape, dtype=dtype)
-            equal(kernels.selective_add(x, *arguments), lambda: by_fold(x, *arguments), dtype)  # noqa: B023
+            for laid in (x, x.contiguous(), x.transpose(0, 3).contiguous().transpose(0, 3)):
+                equal(kernels.selective_add(laid, *arguments), lambda: by_fold(x, *arguments), dtype)  # noqa: B023
         for batch, length, keys, features, places, dilation, offset in bands():
             a, b = random(batch, length, features, dtype=dtype), random(batch, keys, features, dtype=dtype)
             band = dense(length, keys, places, dilation, offset).to(device).double()

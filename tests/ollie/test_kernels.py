@@ -12,8 +12,14 @@ from ollie_compile import kernels
 from tests.ollie import kernel_cases
 
 
-def test_references_equal_torch():
-    kernel_cases.check(kernels, "cpu")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernels_of_cpus_equal_torch(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kernel_cases.check(kernels, "cpu")
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_triton_kernels_equal_torch_under_the_interpreter():

@@ -87,14 +87,35 @@ def test_a_wrong_program_is_caught():
     ],
     ids=["OffsetAdd", "selective add", "both"],
 )
-def test_overlapping_additions_are_written_as_fold_too(weight, settings):
+def test_overlapping_additions_have_kernels(weight, settings):
     conv = operator(torch.zeros(2, 4, 6, 7), torch.zeros(weight), **settings)
     found = search(conv.expression(), max_depth=0, budget_s=20.0).derivations
     written = [p for d in found for program in programs(d.scope, CPU) for p in with_kernels(program, CPU)]
-    assert {program.kernels for program in written} == {"fold"}
+    assert {program.kernels for program in written} == {"fold", "cpp"}
+    assert {program.layout for program in written if program.kernels == "cpp"} >= {"columns", "batched"}
     x, k = conv.example_inputs()
     for program in written:
         torch.testing.assert_close(conv.finished(program)(x, k), conv.reference(x, k), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weight", "others", "rule"),
+    [
+        ((8, 3, 4, 4), {"padding": 1}, "phase splitting"),
+        ((8, 1, 9, 9), {"padding": 4, "output_padding": 1}, "variable splitting"),
+    ],
+    ids=["other phases", "one channel"],
+)
+def test_selective_additions_are_known_in_every_form(weight, others, rule):
+    conv = operator(torch.zeros(1, 8, 5, 6), torch.zeros(weight), stride=2, transposed=True, **others)
+    found = search(conv.expression(), max_depth=1, budget_s=20.0).derivations
+    known = [d for d in found if any(map(match_selective_add, d.scope.scopes()))]
+    split = [d for d in known if any(rule in step.rules for step in d.steps)]
+    assert split
+    x, k = conv.example_inputs()
+    for derivation in split[:8]:
+        got = conv.finished(Program(derivation.scope, "columns", "cpp"))(x, k)
+        torch.testing.assert_close(got, conv.reference(x, k), rtol=1e-4, atol=1e-4)
 
 
 def test_a_pooling_window_is_no_selective_addition():
