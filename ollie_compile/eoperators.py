@@ -92,9 +92,9 @@ def _match(scope: Scope) -> SelectiveAdd | None:
     names = _whole(scope, read, places)
     if names is None:
         return None
-    traversed = {*names, *(overlap.out for overlap in overlaps)}
-    left = [loop for loop in scope.traversal if loop.name not in traversed]
-    if len(traversed) + len(left) != len(scope.traversal) or any(loop.extent > 1 for loop in left):
+    known = [*names, *(overlap.out for overlap in overlaps)]
+    left = [loop for loop in scope.traversal if loop.name not in known]
+    if len(known) + len(left) != len(scope.traversal) or any(loop.extent > 1 for loop in left):
         return None
     return SelectiveAdd(read, tuple(zip(names, places, strict=True)), tuple(overlaps))
 

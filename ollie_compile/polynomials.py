@@ -127,10 +127,11 @@ def _leaf_of(plain: Any) -> Any:
 
 def _target(name: str) -> Any:
     library, operator, overload = name.split(".")
-    found = getattr(getattr(getattr(torch.ops, library), operator), overload)
-    if library not in ("aten", "ollie", "prim") or found._schema.is_mutable:
-        raise ValueError(f"it calls {name}")
-    return found
+    if library in ("aten", "ollie", "prim"):
+        found = getattr(getattr(getattr(torch.ops, library), operator), overload)
+        if not found._schema.is_mutable:
+            return found
+    raise ValueError(f"it calls {name}")
 
 
 def _is_number(leaf: Any) -> bool:

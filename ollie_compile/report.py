@@ -144,9 +144,9 @@ def _written(candidate: Candidate) -> str:
     program = candidate.program
     if program.kernels == "aten":
         return program.layout
-    what = "matrices" if program.scope.constants() else "additions"
-    what += " in C++" if program.kernels == "cpp" else f" as {program.kernels}"
-    return f"{program.layout}, {what}"
+    if program.kernels != "cpp":
+        return f"{program.layout}, additions as {program.kernels}"
+    return f"{program.layout}, {'matrices' if program.scope.constants() else 'additions'} in C++"
 
 
 def _plan_dict(plan: Plan) -> dict[str, Any]:
