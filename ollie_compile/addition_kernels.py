@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollie_compile.transform_kernels import VECTORS, Numbers
+from ollie_compile.transform_kernels import VECTORS, Numbers, int64s
 
 _ADDITION = """
 #include <cstring>
@@ -107,7 +107,7 @@ def _prepared(
     threads: int,
 ) -> Callable[[int, int], object]:
     """The kernel with its arguments but for the addresses of the data and of the result."""
-    numbers = [(ctypes.c_int64 * len(each))(*each) for each in (extent, along, size, stride, offset, step)]
+    numbers = [*map(int64s, (extent, along, size, stride, offset, step))]
     kernel, count = _library().selective_add, ctypes.c_int64(threads)
     return lambda data, out: kernel(ctypes.c_void_p(data), ctypes.c_void_p(out), *numbers, count)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ollie_compile.transform_kernels import VECTORS, Numbers, tile_source
+from ollie_compile.transform_kernels import VECTORS, Numbers, int64s, tile_source
 
 PANEL = 16  # features that lie side by side in packed weights
 CACHED = 1 << 17  # elements of transformed data that a block of tiles keeps in a core's second cache
@@ -285,15 +285,12 @@ def _prepared(form: Form, threads: int) -> Callable[[int, int, int], object]:
     ]
     planes = math.prod(len(matrix) for matrix in data)
 
-    def numbers(given: Sequence[int]) -> Any:
-        return (ctypes.c_int64 * len(given))(*given)
-
     arguments = (
         ctypes.c_int64(len(tiles)),
         ctypes.c_int64(apart),
-        *map(numbers, (tiles, stride, out_stride, reads, writes)),
+        *map(int64s, (tiles, stride, out_stride, reads, writes)),
         ctypes.c_int64(len(chunk)),
-        numbers(chunk),
+        int64s(chunk),
         ctypes.c_int64(channels[-1]),
         ctypes.c_int64(features),
         ctypes.c_int64(_block(math.prod(tiles[apart:]), planes, math.prod(channels), features)),

@@ -155,10 +155,10 @@ def _by_family(candidates: list[Candidate]) -> Iterator[Candidate]:
 
 def _with_kernels(made: Plan, config: OllieConfig) -> None:
     """The best candidate with eOperators that have other kernels is taken with those as well."""
+    if config.portable:
+        return
     for place, candidate in enumerate(made.candidates):
-        if candidate.rejected is not None or config.portable:
-            continue
-        written = with_kernels(candidate.program, made.operator.device)
+        written = with_kernels(candidate.program, made.operator.device) if candidate.rejected is None else []
         if written:
             made.candidates[place + 1 : place + 1] = [replace(candidate, program=one) for one in written]
             return

@@ -27,7 +27,7 @@ from ollie_compile.convolutions import (
 )
 from ollie_compile.eoperators import Banded, SelectiveAdd, match_banded, match_selective_add
 from ollie_compile.expr import ELEMENTWISE, Affine, Read, Scope
-from ollie_compile.matching import Matmul, match_matmul
+from ollie_compile.matching import match_matmul
 from ollie_compile.matrices import Transform, match_transform, start, strides
 from ollie_compile.transforms import is_transform
 from ollie_compile.views import Box, Window, is_view, padded
@@ -90,15 +90,15 @@ def programs(scope: Scope, device: torch.device, *, portable: bool = False) -> l
         portable: whether to use torch's own operators alone.
     """
     scopes = list(scope.scopes())
-    matches = [(inner, match) for inner in scopes if (match := match_matmul(inner))]
-    written = [bool(match_matmul(inner)) or _is_eoperator(inner) for inner in scopes]
+    products = [match_matmul(inner) is not None for inner in scopes]
+    written = [product or _is_eoperator(inner) for product, inner in zip(products, scopes, strict=True)]
     convolved = [match_convolution(inner) for inner in scopes]
     triton = device.type == "cuda" and not portable
     banded = [triton and match_banded(inner) is not None for inner in scopes]
     layouts: list[Layout] = []
     if all(map(any, zip(written, banded, strict=True))):
-        layouts += ["rows", "columns"] if matches else ["rows"]
-        layouts += ["batched"] if any(_batched(inner, match) for inner, match in matches) else []
+        layouts += ["rows", "columns"] if any(products) else ["rows"]
+        layouts += ["batched"] if any(map(_batched, scopes)) else []
     if any(convolved) and all(map(any, zip(written, banded, convolved, strict=True))):
         layouts += ["convolution"]
         layouts += ["channels last"] if any(len(found.spatial) > 1 for found in convolved if found) else []
@@ -124,8 +124,7 @@ def with_kernels(program: Program, device: torch.device) -> list[Program]:
     if device.type == "cpu" and additions:
         # The kernel runs along positions, which lie side by side where products are written so.
         layouts = [_ALONG_POSITIONS.get(program.layout, program.layout)]
-        matches = [(inner, match) for inner in scopes if (match := match_matmul(inner))]
-        if layouts == ["columns"] and any(_batched(inner, match) for inner, match in matches):
+        if layouts == ["columns"] and any(map(_batched, scopes)):
             layouts.append("batched")
         written += [replace(program, layout=layout, kernels="cpp") for layout in layouts]
     return written
@@ -134,10 +133,11 @@ def with_kernels(program: Program, device: torch.device) -> list[Program]:
 _ALONG_POSITIONS: dict[Layout, Layout] = {"rows": "columns", "channels last": "convolution"}
 
 
-def _batched(scope: Scope, match: Matmul) -> bool:
-    """Whether the layout "batched" differs from "columns"."""
-    low, high = scope.ranges[match.rows[0]] if len(match.rows) > 1 else (0, 1)
-    return not match.batch and high - low > 1
+def _batched(scope: Scope) -> bool:
+    """Whether it is a product that the layout "batched" writes differently from "columns"."""
+    match = match_matmul(scope)
+    low, high = scope.ranges[match.rows[0]] if match is not None and len(match.rows) > 1 else (0, 1)
+    return match is not None and not match.batch and high - low > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class Product:
             return None
         if layout in ("rows", *CONVOLVED):
             return cls(match.batch, match.rows, match.columns, match.contracted, False, False)
-        if layout == "batched" and _batched(scope, match):
+        if layout == "batched" and _batched(scope):
             return cls(match.rows[:1], match.columns, match.rows[1:], match.contracted, True, True)
         return cls(match.batch, match.columns, match.rows, match.contracted, True, False)
 

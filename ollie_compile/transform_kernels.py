@@ -94,6 +94,11 @@ def _sum(coefficients: Sequence[float], names: Sequence[str]) -> str:
     return " + ".join(terms) if terms else f"{names[0]} * 0.0f"
 
 
+def int64s(given: Sequence[int]) -> Any:
+    """Numbers as a C array."""
+    return (ctypes.c_int64 * len(given))(*given)
+
+
 Matrices = tuple[tuple[tuple[float, ...], ...], ...]
 
 
@@ -130,16 +135,13 @@ def _prepared(
     out_stride = [math.prod(size[at + 1 :]) for at in range(len(size))]
     two = [0] * (2 - len(places))
 
-    def numbers(given: Sequence[int]) -> Any:
-        return (ctypes.c_int64 * len(given))(*given)
-
     arguments = (
         ctypes.c_int64(len(loops)),
-        numbers([size[at] for at in loops]),
-        numbers([stride[at] for at in loops]),
-        numbers([out_stride[at] for at in loops]),
-        numbers([*steps, *two]),
-        numbers([*(out_stride[at] for at in places), *two]),
+        int64s([size[at] for at in loops]),
+        int64s([stride[at] for at in loops]),
+        int64s([out_stride[at] for at in loops]),
+        int64s([*steps, *two]),
+        int64s([*(out_stride[at] for at in places), *two]),
         ctypes.c_int64(threads),
     )
     kernel = _library(matrices_of(size, places, values, columns)).transform

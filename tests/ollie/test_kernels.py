@@ -14,12 +14,8 @@ from tests.ollie import kernel_cases
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_kernels_of_cpus_equal_torch(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with kernel_cases.threads_set(threads):
         kernel_cases.check(kernels, "cpu")
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_triton_kernels_equal_torch_under_the_interpreter():

@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import bilinear_decomposition
 from ollie_compile.rules.cook_toom import matrices
 from ollie_compile.search import search
+from tests.ollie.kernel_cases import threads_set
 from tests.ollie.strategies import operator
 
 CASES = {
@@ -28,16 +28,6 @@ CASES = {
     "1d": ((2, 3, 20), (5, 3, 3), {"padding": 1}, 1),
     "one row": ((2, 3, 8, 17), (5, 3, 1, 5), {"padding": (0, 2)}, 1),
 }
-
-
-@contextmanager
-def threads_set(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("case", CASES)
