@@ -1,14 +1,21 @@
-"""What every benchmark table shares: the conditions, the CSV in docs/results and the printed table."""
+"""What every benchmark script shares: its options, and its table in docs/results and on the terminal."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import datetime
+import importlib
+import importlib.metadata
 import os
 import platform
 import sys
-from importlib import metadata
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -17,11 +24,59 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 FIELDS = ("date", "versions", "machine", "config", "contender", "metric", "value")
 
-sys.path.insert(0, str(ROOT / "scripts"))  # for `import assets`
+sys.path.insert(0, str(ROOT / "scripts"))
+assets = importlib.import_module("assets")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a script.
+
+    Args:
+        default: a list takes any number of values, False is a flag, a type (`Path`) has no default.
+        help: one line for `--help`.
+        choices: the values that are allowed.
+    """
+
+    default: Any
+    help: str | None = None
+    choices: Iterable[Any] | None = None
+
+    def as_argument(self) -> dict[str, Any]:
+        default = self.default
+        if default is False:
+            return {"action": "store_true", "help": self.help}
+        shared = {"help": self.help, "choices": self.choices and list(self.choices)}
+        if isinstance(default, type):
+            return {"type": default, **shared}
+        if isinstance(default, list):
+            return {"nargs": "*", "type": type(default[0]), "default": default, **shared}
+        return {"type": type(default), "default": default, **shared}
+
+
+def parse(doc: str | None, **options: Any) -> argparse.Namespace:
+    """The command line's options; `seq_len=2048` or `seq_len=Option(2048, "tokens")` is `--seq-len`.
+
+    Args:
+        doc: the script's docstring, which `--help` shows.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, given in options.items():
+        option = given if isinstance(given, Option) else Option(given)
+        parser.add_argument("--" + name.replace("_", "-"), **option.as_argument())
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty folder on the project's drive (a temporary folder may be memory, which has no O_DIRECT)."""
+    (ROOT / "out").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "out") as folder:
+        yield Path(folder)
 
 
 def machine() -> str:
-    """CPU name, logical cores, memory, and the GPU where there is one."""
+    """CPU name, logical cores, memory, and the GPU if there is one."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -35,7 +90,9 @@ def machine() -> str:
 
 def versions() -> str:
     names = ("torch", "transformers")
-    return " ".join([f"python {platform.python_version()}", *(f"{n} {metadata.version(n)}" for n in names)])
+    return " ".join(
+        [f"python {platform.python_version()}", *(f"{n} {importlib.metadata.version(n)}" for n in names)]
+    )
 
 
 class Table:

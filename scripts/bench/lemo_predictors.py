@@ -18,31 +18,28 @@ of a training step (LoRA r 8, detach 50%, gradient checkpointing) when every lay
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
+from common import Option
+from harness import Race
+from models import language, lora
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lemo_trainer import LemoConfig, apply_lemo
+from lemo_trainer import LemoConfig
+
+# isort: split
 from lemo_trainer.informativeness import attention_inputs, map_scores
 from lemo_trainer.observation import LayerInput, Observer
 from lemo_trainer.predictor import PatternPredictors, recall_at_kept
 from lemo_trainer.predictor_files import base_fingerprint, save_predictors
-from lemo_trainer.recipe import pack
 from lemo_trainer.selection import BlockPlan
-
-# isort: split
-import assets  # common.py puts its folder on the path
 
 DESIGNS = {"paper": (16, 16, 16), "max": (32, 32, 32)}
 QUERIES = (64, 32, 24, 16, 8)
@@ -121,45 +118,15 @@ def scorers(model: Any, config: LemoConfig, trained: dict[str, PatternPredictors
 
 def layer_seconds(model: Any, tokens: Tensor) -> float:
     """Median time of a training step that leaves out half without looking, over the number of layers."""
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")).train()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-    apply_lemo(model, LemoConfig(selector="recency"))
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) / model.config.num_hidden_layers
+    model = lora.with_lora(model)
+    with lora.prepared(model, LemoConfig(selector="recency"), True):
+        race = Race({"step": lambda: lora.loss_of(model, tokens).backward()}, equal=None)
+        return race.run(3)["step"].median / model.config.num_hidden_layers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--held-out", type=int, default=6, help="held-out samples")
-    parser.add_argument("--layers", default="all")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--save", help="folder for the trained predictors, one a design")
-    options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
-
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.float32).eval()
-    config = LemoConfig(layers=options.layers)
-    observer = Observer(model, config)
-    text = [torch.tensor([s["input_ids"]]) for s in pack(assets.texts("train"), tokenizer, options.seq_len)]
-    held_out = pack(assets.texts("held_out"), tokenizer, options.seq_len)[: options.held_out]
-    width = model.config.hidden_size
-    trained = {
-        name: PatternPredictors(observer.layers, design=name, width=width, ranks=ranks)  # type: ignore[arg-type]
-        for name, ranks in DESIGNS.items()
-    }
-    probes = nn.ModuleDict({str(layer): LinearProbe(width) for layer in observer.layers})
+def train(observer: Observer, trained: dict[str, PatternPredictors], probes: Any, options: Any) -> int:
+    """Fit all designs to the same passes over training text; returns the number of its samples."""
+    text = [torch.tensor([each["input_ids"]]) for each in lora.samples("train", options.seq_len)]
     parameters = [*probes.parameters(), *(p for each in trained.values() for p in each.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps)
@@ -173,51 +140,92 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    return len(text)
+
+
+class Judged:
+    """Recall of each contender in each layer, and the race of those that look at the layer's input."""
+
+    def __init__(self, contenders: dict[str, Callable[[LayerInput], Tensor]], kept: int) -> None:
+        self.kept = kept
+        self.recall: dict[str, dict[int, list[float]]] = {}
+        self.race = Race(
+            {name: partial(self.scores, each) for name, each in contenders.items()}, equal=None, keep=True
+        )
+
+    def scores(self, contender: Callable[[LayerInput], Tensor]) -> Tensor:
+        return contender(self.seen)
+
+    @torch.no_grad()
+    def sample(self, observer: Observer, ids: Tensor) -> None:
+        exact: dict[int, Tensor] = {}
+        for self.seen in observer({"input_ids": ids}):
+            exact[self.seen.index] = map_scores(self.seen.exact_map)
+            self.race.round()
+            for name, times in self.race.times.items():
+                self.add(name, self.seen.index, times[-1].result, exact[self.seen.index])
+        for layer, wanted in exact.items():
+            self.add("first layer", layer, exact[min(layer, 1)], wanted)
+            self.add("previous layer", layer, exact[max(layer - 1, 0)], wanted)
+
+    def add(self, name: str, layer: int, got_BN: Tensor, wanted_BN: Tensor) -> None:
+        by_layer = self.recall.setdefault(name, {}).setdefault(layer, [])
+        by_layer.append(recall_at_kept(got_BN, wanted_BN, self.kept))
+
+
+def main() -> None:
+    options = common.parse(
+        __doc__,
+        steps=200,
+        seq_len=1024,
+        held_out=Option(6, "held-out samples"),
+        layers="all",
+        lr=3e-3,
+        save=Option(Path, "folder for the trained predictors, one a design"),
+    )
+    language.quiet()
+    torch.manual_seed(0)
+    model = language.load(dtype=torch.float32).eval()
+    config = LemoConfig(layers=options.layers)
+    observer = Observer(model, config)
+    width = model.config.hidden_size
+    trained = {
+        name: PatternPredictors(observer.layers, design=name, width=width, ranks=ranks)  # type: ignore[arg-type]
+        for name, ranks in DESIGNS.items()
+    }
+    probes = nn.ModuleDict({str(layer): LinearProbe(width) for layer in observer.layers})
+    samples = train(observer, trained, probes, options)
 
     kept = BlockPlan.of(options.seq_len, config).kept_blocks
-    contenders = scorers(model, config, trained, probes)
-    recall: dict[str, dict[int, list[float]]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for sample in tqdm(held_out, desc="held out"):
-        exact: dict[int, Tensor] = {}
-        for seen in observer({"input_ids": torch.tensor([sample["input_ids"]])}):
-            exact[seen.index] = map_scores(seen.exact_map)
-            with torch.no_grad():
-                for name, scores in contenders.items():
-                    start = time.perf_counter()
-                    got_BN = scores(seen)
-                    seconds[name].append(time.perf_counter() - start)
-                    found = recall_at_kept(got_BN, exact[seen.index], kept)
-                    recall.setdefault(name, {}).setdefault(seen.index, []).append(found)
-        for name, source in (
-            ("first layer", lambda i: min(i, 1)),
-            ("previous layer", lambda i: max(i - 1, 0)),
-        ):
-            for layer in observer.layers:
-                found = recall_at_kept(exact[source(layer)], exact[layer], kept)
-                recall.setdefault(name, {}).setdefault(layer, []).append(found)
+    judged = Judged(scorers(model, config, trained, probes), kept)
+    held_out = [
+        torch.tensor([each["input_ids"]])
+        for each in lora.samples("held_out", options.seq_len)[: options.held_out]
+    ]
+    for ids in tqdm(held_out, desc="held out"):
+        judged.sample(observer, ids)
 
     sizes = {name: sum(p.numel() for p in each.parameters()) for name, each in trained.items()}
     sizes["linear probe"] = sum(p.numel() for p in probes.parameters())
     for name, predictors in trained.items():
-        predictors.recall = {layer: statistics.mean(values) for layer, values in recall[name].items()}
+        predictors.recall = {layer: statistics.mean(each) for layer, each in judged.recall[name].items()}
         if options.save:
-            save_predictors(predictors, Path(options.save) / name, base_fingerprint(model))
+            save_predictors(predictors, options.save / name, base_fingerprint(model))
     table = common.Table(
         "lemo_predictors",
         "Which blocks a layer would choose, foretold",
         f"SmolLM2-135M, float32, {options.seq_len} tokens, blocks of 64, half kept, layers {options.layers}; "
-        f"{options.steps} steps of one sample, {len(text)} samples; held out {len(held_out)} samples; "
+        f"{options.steps} steps of one sample, {samples} samples; held out {len(held_out)} samples; "
         f"{torch.get_num_threads()} threads",
     )
     total = model.num_parameters()
-    step = layer_seconds(model, torch.tensor([held_out[0]["input_ids"]]))
-    for name, by_layer in recall.items():
+    step = layer_seconds(model, held_out[0])
+    for name, by_layer in judged.recall.items():
         means = [statistics.mean(values) for values in by_layer.values()]
         row: dict[str, float] = {"recall": statistics.mean(means), "lowest_layer": min(means)}
-        if name in seconds:
-            row["us_a_layer"] = 1e6 * statistics.median(seconds[name])
-            row["of_its_step_%"] = 100 * statistics.median(seconds[name]) / step
+        if times := judged.race.times.get(name):
+            row |= times.columns("us", median="us_a_layer")
+            row["of_its_step_%"] = 100 * times.median / step
         row["parameters_%"] = 100 * sizes.get(name, 0) / total
         table.add(name, **row)
     table.finish()

@@ -13,25 +13,21 @@ them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 from typing import Any
 
 import common
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
+from common import Option
+from models import language, lora
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_trainer import LemoConfig, apply_lemo
-from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.recipe import pack
-from lemo_trainer.thresholds import search_thresholds
 
 # isort: split
-import assets  # common.py puts its folder on the path
+from lemo_trainer.measure import ActivationBytes
+from lemo_trainer.thresholds import search_thresholds
 
 SEARCHED = "searched"  # stands for what `search_thresholds` finds on other held-out text
 SEGMENTS = {"mode": "segments", "segment_tokens": 128, "selector": "random"}
@@ -85,12 +81,9 @@ def train(
     config: LemoConfig, samples: list[dict[str, list[int]]], lr: float, seed: int, dtype: torch.dtype
 ) -> tuple[Any, float]:
     """The trained model and the most MB that its first step saved for a backward pass."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=dtype)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+    model = lora.smollm2(seed, dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     report = apply_lemo(model, config)
-    model.train()
     activations = ActivationBytes()
     for step, sample in enumerate(samples):
         report.at_step(step)
@@ -103,7 +96,7 @@ def train(
 
 def searched_thresholds(samples: list[dict[str, list[int]]]) -> str:
     """The thresholds of elimination in all layers that cost 0.05 nats together, before any training."""
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.bfloat16)
+    model = language.load(dtype=torch.bfloat16)
     config = LemoConfig(mode="eliminate", layers="all")
     found = search_thresholds(model, [batch(sample) for sample in samples], config, max_increase=0.05)
     tqdm.write(f"thresholds {found.thresholds}: held-out loss {found.dense_loss:.4f} -> {found.loss:.4f}")
@@ -113,31 +106,25 @@ def searched_thresholds(samples: list[dict[str, list[int]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = common.parse(
+        __doc__,
+        seeds=3,
+        steps=16,
+        seq_len=512,
+        held_out=Option(8, "held-out samples of the loss"),
+        lr=1e-3,
+        contenders=Option(DEFAULT, choices=CONTENDERS),
+        dtype=Option("bfloat16", choices=("bfloat16", "float32")),
+        predictors=Option("", "folder for the predicted rows, which then join the default ones"),
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--held-out", type=int, default=8, help="held-out samples of the loss")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=DEFAULT)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument(
-        "--predictors", help="folder for the predicted rows, which then join the default ones"
-    )
-    options = parser.parse_args()
     if options.predictors and options.contenders == DEFAULT:
         options.contenders = list(CONTENDERS)
     for lemo in PREDICTED.values():
         assert lemo is not None
-        lemo["predictors"] = options.predictors or ""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+        lemo["predictors"] = options.predictors
+    language.quiet()
 
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
-    text = pack(assets.texts("train"), tokenizer, options.seq_len)
-    held_out = pack(assets.texts("held_out"), tokenizer, options.seq_len)
+    text, held_out = (lora.samples(split, options.seq_len) for split in ("train", "held_out"))
     held_out, for_search = held_out[: options.held_out], held_out[options.held_out :][:2]
     losses: dict[str, list[float]] = {name: [] for name in options.contenders}
     saved: dict[str, float] = {}
@@ -162,13 +149,8 @@ def main() -> None:
         f"{len(held_out) * options.seq_len} tokens; default layers of each mode",
     )
     for name, values in losses.items():
-        table.add(
-            name,
-            held_out_loss=statistics.mean(values),
-            lowest=min(values),
-            highest=max(values),
-            saved_MB=saved[name],
-        )
+        spread = {"lowest": min(values), "highest": max(values)}
+        table.add(name, held_out_loss=statistics.mean(values), **spread, saved_MB=saved[name])
         if "untouched" in losses and "dense LoRA" in losses and name != "untouched":
             gains = [
                 (base - value) / (base - dense)

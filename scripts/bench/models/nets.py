@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,28 +21,23 @@ def fsrcnn(scale: int = 2, wide: int = 56, narrow: int = 12, middle: int = 4) ->
     return nn.Sequential(*layers)
 
 
+def _generator(channels: Sequence[int], first_taps: int, taps: int = 4) -> nn.Module:
+    """Transposed convolutions with batch norms; the first makes a map, the others double it."""
+    layers: list[nn.Module] = [nn.ConvTranspose2d(*channels[:2], first_taps, bias=False)]
+    for before, after in itertools.pairwise(channels[1:]):
+        layers += [nn.BatchNorm2d(before), nn.ReLU()]
+        layers.append(nn.ConvTranspose2d(before, after, taps, 2, 1, bias=False))
+    return nn.Sequential(*layers, nn.Tanh())
+
+
 def dcgan() -> nn.Module:
     """The DCGAN generator (arXiv 1511.06434): [batch, 100, 1, 1] -> [batch, 3, 64, 64]."""
-    channels = (100, 512, 256, 128, 64, 3)
-    layers: list[nn.Module] = []
-    for place, (before, after) in enumerate(itertools.pairwise(channels)):
-        first, last = place == 0, place == len(channels) - 2
-        stride, padding = (1, 0) if first else (2, 1)
-        layers.append(nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False))
-        layers += [nn.Tanh()] if last else [nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers)
+    return _generator((100, 512, 256, 128, 64, 3), first_taps=4)
 
 
 def infogan() -> nn.Module:
     """The InfoGAN generator (arXiv 1606.03657): [batch, 228, 1, 1] -> [batch, 3, 32, 32]."""
-    channels = (228, 448, 256, 128, 64, 3)
-    layers: list[nn.Module] = []
-    for place, (before, after) in enumerate(itertools.pairwise(channels)):
-        first, last = place == 0, place == len(channels) - 2
-        taps, stride, padding = (2, 1, 0) if first else (4, 2, 1)
-        layers.append(nn.ConvTranspose2d(before, after, taps, stride, padding, bias=False))
-        layers += [nn.Tanh()] if last else [nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers)
+    return _generator((228, 448, 256, 128, 64, 3), first_taps=2)
 
 
 class BasicBlock(nn.Module):
@@ -125,17 +120,13 @@ class GCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         maps = []
-        for place, (stage, block) in enumerate(zip(self.stages, self.blocks, strict=True)):
+        for stage, block, refined in zip(self.stages, self.blocks, self.refined[:4], strict=True):
             x = stage(x)
-            maps.append(self.refined[place](block(x)))
-        x = self.up[0](maps[3])
-        for place, skip in enumerate((maps[2], maps[1], maps[0])):
-            x = self.up[1 + place](self.refined[4 + place](x + skip))
+            maps.append(refined(block(x)))
+        x = self.up[0](maps.pop())
+        for up, refined in zip(self.up[1:4], self.refined[4:7], strict=True):
+            x = up(refined(x + maps.pop()))
         return self.refined[8](self.up[4](self.refined[7](x)))
-
-
-def gcn() -> nn.Module:
-    return GCN()
 
 
 def csrnet() -> nn.Module:
@@ -147,8 +138,8 @@ def csrnet() -> nn.Module:
 
 
 class SlidingAttention(nn.Module):
-    """Longformer's attention (arXiv 2004.05150): each place attends `side` places on both sides, so far apart
-    as `dilation` says. [batch, length, features] -> the same."""
+    """Longformer's attention (arXiv 2004.05150): each token attends to `side` tokens on both
+    sides, `dilation` apart. [batch, length, features] -> the same."""
 
     def __init__(self, features: int = 512, heads: int = 8, side: int = 32, dilation: int = 4) -> None:
         super().__init__()
@@ -174,18 +165,17 @@ class SlidingAttention(nn.Module):
         return self.out(mixed)
 
 
-def longformer() -> nn.Module:
-    return SlidingAttention()
+Net = tuple[Callable[[], nn.Module], tuple[int, ...]]
+"""Builds a network, and the shape of its input."""
 
-
-NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+NETS: dict[str, Net] = {
     "infogan": (infogan, (228, 1, 1)),
     "dcgan": (dcgan, (100, 1, 1)),
     "fsrcnn": (fsrcnn, (1, 32, 32)),
-    "gcn": (gcn, (3, 224, 224)),
+    "gcn": (GCN, (3, 224, 224)),
     "resnet18": (resnet18, (3, 224, 224)),
     "csrnet": (csrnet, (512, 14, 14)),
-    "longformer": (longformer, (1024, 512)),
+    "longformer": (SlidingAttention, (1024, 512)),
 }
-"""The seven networks of the paper with the shape of an input; Longformer at a tenth of its length, since
+"""The seven networks of the paper, shapes without the batch; Longformer at a tenth of its length, because
 eager torch holds every window in memory."""

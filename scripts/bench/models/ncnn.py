@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import assets
 from torch import Tensor, fx, nn
 
 MAGIC = "7767517"
@@ -280,7 +281,5 @@ def upscaler(name: str) -> nn.Module:
     Raises:
         FileNotFoundError: its files have not been fetched.
     """
-    import assets  # common.py puts its folder on the path
-
     folder = assets.upscalers_dir()
     return read(folder / f"{name}.param", folder / f"{name}.bin")

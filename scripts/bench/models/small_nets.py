@@ -1,17 +1,19 @@
 """Networks where derivation pays: narrow outputs, large kernels, mergeable weights.
 
-Weights are random but those of `REAL` (ncnn_nets.py says where they come from).
+Weights are random but those of `REAL` (ncnn.py says where they come from).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from ncnn_nets import upscaler
 from torch import Tensor, nn
 from torch.nn import functional
+
+from models.ncnn import upscaler
+from models.nets import Net
 
 
 def espcn(scale: int = 3) -> nn.Module:
@@ -176,7 +178,7 @@ class Projections(nn.Module):
         return self.q(x), self.k(x), self.v(x)
 
 
-REAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+REAL: dict[str, Net] = {
     "waifu2x upconv_7": (partial(upscaler, "waifu2x-upconv_7"), (1, 3, 78, 78)),
     "waifu2x cunet": (partial(upscaler, "waifu2x-cunet"), (1, 3, 68, 68)),
     "realesr animevideov3 x2": (partial(upscaler, "realesr-animevideov3-x2"), (1, 3, 64, 64)),
@@ -187,7 +189,7 @@ realesrgan-x4plus-anime is not among them: with freezing, Inductor of torch 2.13
 What reads a residual may run before the second of two convolutions that add to it in place.
 """
 
-SMALL_NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+SMALL_NETS: dict[str, Net] = {
     "espcn": (espcn, (1, 1, 64, 64)),
     "srresnet tail": (srresnet_tail, (1, 64, 32, 32)),
     "dncnn": (dncnn, (1, 1, 64, 64)),

@@ -1,0 +1,268 @@
+"""Contenders timed side by side by one rule: equal results first, then rounds in a new order each.
+
+    race = Race({"eager": eager, "compiled": compiled}, equal=close(rtol=1e-3, atol=1e-4))
+    race.run(rounds=30, calls=5)
+    table.add("compiled", **race.times["compiled"].columns("ms"))
+
+In each round every contender has a turn: an untimed call, because it finds the caches, and perhaps threads
+that are still busy, as the contender before it left them; then the timed ones. The order of a round is drawn
+anew from a fixed seed. A contender is a function without arguments, a `Contender` with set-up, or an
+`OwnProcess`. `in_own_process` is for what is measured once, such as the peak of a process's memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Callable[[], Any]
+Equal = Callable[[Any, Any], Any]
+"""Takes a result and the one wanted; raises AssertionError unless they agree. May return the error."""
+
+
+def close(*, rtol: float, atol: float) -> Equal:
+    """Nested tensors and numbers agree within |got - want| <= atol + rtol |want|."""
+    return functools.partial(torch.testing.assert_close, rtol=rtol, atol=atol)
+
+
+def same(got: Any, want: Any) -> None:
+    assert got == want, f"got {got}, want {want}"
+
+
+def require_equal(results: Iterable[tuple[str, Any]], equal: Equal, want: Any = None) -> dict[str, Any]:
+    """What `equal` returns for each named result against `want`, by default the first result.
+
+    Raises:
+        RuntimeError: a result differs, so that times must not be compared.
+    """
+    errors = {}
+    for name, got in results:
+        want = got if want is None else want
+        try:
+            errors[name] = equal(got, want)
+        except AssertionError as difference:
+            raise RuntimeError(f"{name} must give the reference's result: {difference}") from None
+    return errors
+
+
+class Timing(NamedTuple):
+    """Seconds of a call, by the wall clock and as CPU time of its thread and of the process; its result."""
+
+    wall: float
+    thread: float
+    process: float
+    result: Any = None
+
+
+def clocks() -> tuple[float, float, float]:
+    """The readings that a `Timing` is the difference of, when the GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.thread_time(), time.process_time()
+
+
+def timed(call: Call, calls: int = 1) -> Timing:
+    """So many calls timed together: the seconds of one, and the last result."""
+    before = clocks()
+    for _ in range(calls):
+        result = call()
+    return Timing(*((end - start) / calls for end, start in zip(clocks(), before, strict=True)), result)
+
+
+class Times(list[Timing]):
+    """Samples of one contender."""
+
+    @property
+    def median(self) -> float:
+        """Seconds of a call by the wall clock."""
+        return statistics.median(each.wall for each in self)
+
+    @property
+    def slowest(self) -> float:
+        return max(each.wall for each in self)
+
+    @property
+    def results(self) -> list[Any]:
+        return [each.result for each in self]
+
+    def columns(self, unit: str = "ms", median: str = "", parts: int = 1) -> dict[str, float]:
+        """Median, first and last tenth by the wall clock, and median CPU time of the calling thread.
+
+        Args:
+            unit: "s", "ms" or "us", and the end of the columns' names.
+            median: the name of the first column, by default "median_" and the unit.
+            parts: equal parts of a call; the columns are of one.
+        """
+        scale, ordered = {"s": 1, "ms": 1e3, "us": 1e6}[unit] / parts, sorted(each.wall for each in self)
+        return {
+            median or f"median_{unit}": self.median * scale,
+            f"p10_{unit}": ordered[len(ordered) // 10] * scale,
+            f"p90_{unit}": ordered[len(ordered) * 9 // 10] * scale,
+            f"cpu_{unit}": statistics.median(each.thread for each in self) * scale,
+        }
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A call in this process.
+
+    Args:
+        call: what is timed.
+        setup: entered before each sample and left after it, untimed.
+        exact: whether its result must equal the reference's.
+    """
+
+    call: Call
+    setup: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    exact: bool = True
+
+    def turn(self, untimed: int = 1, samples: int = 1, calls: int = 1) -> list[Timing]:
+        """Untimed calls, then samples of `calls` timed together."""
+        timings = []
+        for sample in range(-untimed, samples):
+            with self.setup():
+                timings.append(timed(self.call, 1 if sample < 0 else calls))
+        return timings[untimed:]
+
+
+class OwnProcess:
+    """A call in a process of its own, which times it and hands back its result.
+
+    Args:
+        target: a function at a module's top level that returns a context manager, which yields the call. The
+            process imports the module anew.
+        args: its arguments. They and the results must be what JSON knows.
+        environment: variables that are set in that process only.
+        exact: whether its result must equal the reference's.
+
+    Raises:
+        RuntimeError: the process ended; its messages are on stderr.
+    """
+
+    def __init__(
+        self, target: Callable[..., Any], *args: Any, environment: Any = None, exact: bool = True
+    ) -> None:
+        self.name, self.exact = f"{target.__name__}{args}", exact
+        module = str(sys.modules[target.__module__].__file__)
+        self.process: Any = subprocess.Popen(
+            [sys.executable, __file__, module, target.__name__, json.dumps(args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | (environment or {}),
+        )
+        self.first = self._answer()
+
+    def turn(self, **counts: int) -> list[Timing]:
+        self.process.stdin.write(json.dumps(counts) + "\n")
+        self.process.stdin.flush()
+        return [Timing(*each) for each in self._answer()]
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()} before it answered.")
+        return json.loads(line)
+
+    def __enter__(self) -> OwnProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.communicate()
+
+
+def in_own_process(function: Callable[..., Any], *args: Any, environment: Any = None) -> Any:
+    """`function(*args)` in a process of its own; arguments and result must be what JSON knows."""
+    with OwnProcess(function, *args, environment=environment) as process:
+        return process.first
+
+
+def serve(module: str, name: str, args: str) -> None:
+    """The other end of `OwnProcess`: a line of JSON for the result, or for each turn that stdin asks for."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever the libraries print goes to stderr
+    sys.path.insert(0, str(Path(module).parent))
+    result = getattr(importlib.import_module(Path(module).stem), name)(*json.loads(args))
+    if not isinstance(result, AbstractContextManager):
+        print(json.dumps(result), file=answers)
+        return
+    with result as call:
+        print(json.dumps("ready"), file=answers)
+        for line in sys.stdin:
+            print(json.dumps(Contender(call).turn(**json.loads(line))), file=answers)
+
+
+class Race:
+    """Contenders in turns.
+
+    Args:
+        contenders: functions without arguments, `Contender`s or `OwnProcess`es, by name.
+        equal: how results are compared before anything is timed; None where there is nothing to compare.
+        want: the result to be equal to, by default that of the first contender.
+        keep: whether `times` keeps the results too.
+        seed: of the order in each round.
+    """
+
+    def __init__(
+        self,
+        contenders: Mapping[str, Call | Contender | OwnProcess],
+        *,
+        equal: Equal | None,
+        want: Any = None,
+        keep: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.contenders = {
+            name: Contender(each) if callable(each) else each for name, each in contenders.items()
+        }
+        self.equal, self.want, self.keep = equal, want, keep
+        self.times = {name: Times() for name in contenders}
+        self.errors: dict[str, Any] | None = None
+        self._random = random.Random(seed)
+
+    def check(self) -> dict[str, Any]:
+        """Call each contender once, if there is something to compare; what `equal` returns for the exact ones.
+
+        Raises:
+            RuntimeError: a contender's result differs.
+        """
+        called = {} if self.equal is None else self.contenders
+        results = ((name, each.turn(untimed=0)[0].result) for name, each in called.items())
+        exact = ((name, result) for name, result in results if called[name].exact)
+        self.errors = require_equal(exact, self.equal, self.want)
+        return self.errors
+
+    def round(self, **counts: int) -> None:
+        """A turn of each contender with these counts (`Contender.turn`), in a new order; at first, `check`."""
+        if self.errors is None:
+            self.check()
+        for name in self._random.sample(list(self.contenders), len(self.contenders)):
+            timings = self.contenders[name].turn(**counts)
+            self.times[name] += timings if self.keep else [each._replace(result=None) for each in timings]
+
+    def run(self, rounds: int, **counts: int) -> dict[str, Times]:
+        """So many rounds; returns all times so far."""
+        for _ in range(rounds):
+            self.round(**counts)
+        return self.times
+
+
+if __name__ == "__main__":
+    import harness  # this file as other modules know it
+
+    harness.serve(*sys.argv[1:])
