@@ -30,13 +30,8 @@ assets = importlib.import_module("assets")
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a script.
-
-    Args:
-        default: a list takes any number of values, False is a flag, a type (`Path`) has no default.
-        help: one line for `--help`.
-        choices: the values that are allowed.
-    """
+    """An option of a script. Its default says what it takes: a list any number of values, False nothing, a type
+    (`Path`) one value but has no default."""
 
     default: Any
     help: str | None = None
@@ -54,17 +49,29 @@ class Option:
         return {"type": type(default), "default": default, **shared}
 
 
-def parse(doc: str | None, **options: Any) -> argparse.Namespace:
+class Options(argparse.Namespace):
+    """The options of a run; as text, its numbers, for the conditions of a table."""
+
+    def __str__(self) -> str:
+        given = {name.replace("_", " "): value for name, value in vars(self).items()}
+        return ", ".join(f"{name} {value:g}" for name, value in given.items() if type(value) in (int, float))
+
+
+def parse(doc: str | None, **options: Any) -> Options:
     """The command line's options; `seq_len=2048` or `seq_len=Option(2048, "tokens")` is `--seq-len`.
 
     Args:
         doc: the script's docstring, which `--help` shows.
+        options: `threads` are those of torch, which are set.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, given in options.items():
         option = given if isinstance(given, Option) else Option(given)
         parser.add_argument("--" + name.replace("_", "-"), **option.as_argument())
-    return parser.parse_args()
+    found = parser.parse_args(namespace=Options())
+    if "threads" in found:
+        importlib.import_module("torch").set_num_threads(found.threads)
+    return found
 
 
 @contextlib.contextmanager

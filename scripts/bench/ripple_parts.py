@@ -1,4 +1,4 @@
-"""What Ripple's tables share: reordered copies, streamed models, decoding, raw reads, and limits by the kernel."""
+"""What Ripple's tables share: reordered copies, streamed models, decoding, raw reads, limits by the kernel."""
 
 from __future__ import annotations
 
@@ -96,6 +96,12 @@ def require_same_text(race: Race) -> None:
     exact = [name for name, each in race.contenders.items() if each.exact]
     texts = [(name, [result[0] for result in race.times[name].results]) for name in exact]
     require_equal(texts, same)
+
+
+def rounded(weight_NH: Tensor, bits: int) -> Tensor:
+    """A weight as integers of so many bits with one scale a row would have it."""
+    scale_N1 = weight_NH.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return (weight_NH / scale_N1).round() * scale_N1
 
 
 def mask_activations(first: Any, last: Any, mask: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -9,14 +9,13 @@ that make up a share of the sum of squares, a share that keeps as many on averag
 computed exactly.
 """
 
-from __future__ import annotations
-
-import math
 import statistics
 from typing import Any
 
 import torch
-from common import Table  # also makes `assets` importable
+from common import Table, parse
+from models import language
+from ripple_parts import mask_activations, rounded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,94 +25,90 @@ KEEPS = (0.5, 0.25)
 CALIBRATION, HELD_OUT = (2, 512), (2, 512)  # sequences, tokens
 
 
-def rounded(weight_NH: Tensor, bits: int) -> Tensor:
-    scale_N1 = weight_NH.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    return (weight_NH / scale_N1).round() * scale_N1
-
-
 class Selector:
-    """Ranks a layer's neurons by a score and zeroes the activations of all but the best.
+    """Ranks a gated MLP's neurons by a score and zeroes the activations of all but the best."""
 
-    Args:
-        mlp: a gated MLP.
-        mean_up_N: mean |up| on calibration text.
-    """
-
-    def __init__(self, mlp: Any, mean_up_N: Tensor) -> None:
-        self.mlp, self.mean_up_N = mlp, mean_up_N
+    def __init__(self, mlp: Any) -> None:
+        self.mlp, self.mean_up_N = mlp, torch.ones(())
         self.sketches = {
             bits: [rounded(p.weight, bits) for p in (mlp.gate_proj, mlp.up_proj)] for bits in (8, 4)
         }
-        self.method, self.keep, self.energy, self.kept = "oracle", 1.0, 0.0, 0.0
-        mlp.down_proj.register_forward_pre_hook(lambda _, args: (self.mask(args[0]),))
-        mlp.register_forward_pre_hook(self.remember)
+        self.rule("oracle", 1.0)
+        mask_activations(mlp, mlp.down_proj, self.mask)
 
-    def remember(self, _: Any, args: tuple[Tensor]) -> None:
-        self.x = args[0]
+    def rule(self, method: str, keep: float, energy: float = 0.0) -> None:
+        self.method, self.keep, self.energy = method, keep, energy
 
-    def score(self, activation: Tensor) -> Tensor:
+    def score(self, x_TH: Tensor, activation_TN: Tensor) -> Tensor:
         act = self.mlp.act_fn
         match self.method:
             case "oracle":
-                return activation.abs()
+                return activation_TN.abs()
             case "gate":
-                return act(self.mlp.gate_proj(self.x)).abs()
+                return act(self.mlp.gate_proj(x_TH)).abs()
             case "gate x mean |up|":
-                return act(self.mlp.gate_proj(self.x)).abs() * self.mean_up_N
+                return act(self.mlp.gate_proj(x_TH)).abs() * self.mean_up_N
             case sketch:
                 gate_NH, up_NH = self.sketches[int(sketch.removeprefix("sketch int"))]
-                return (act(F.linear(self.x, gate_NH)) * F.linear(self.x, up_NH)).abs()
+                return (act(F.linear(x_TH, gate_NH)) * F.linear(x_TH, up_NH)).abs()
 
-    def mask(self, activation: Tensor) -> Tensor:
+    def mask(self, x_TH: Tensor, activation_TN: Tensor) -> Tensor:
+        if self.method == "calibration":
+            self.mean_up_N = self.mlp.up_proj(x_TH).abs().mean(0)
         if self.keep == 1.0:
-            return activation
+            return torch.ones(())
         rule, share = ("energy", self.energy) if self.energy else ("top_k", self.keep)
-        kept = active_mask(self.score(activation), rule, share, exact_zeros=False)
+        kept = active_mask(self.score(x_TH, activation_TN), rule, share, exact_zeros=False)
         self.kept = kept.float().mean().item()
-        return activation * kept
+        return kept
 
 
-def mean_up(model: Any, ids: Tensor) -> list[Tensor]:
-    """Mean |up| of each neuron of each layer."""
-    found: list[Tensor] = []
-    handles = [
-        layer.mlp.up_proj.register_forward_hook(lambda *args: found.append(args[2].abs().mean((0, 1))))
-        for layer in model.model.layers
-    ]
-    model(ids)
-    for handle in handles:
-        handle.remove()
-    return found
+class Study:
+    """SmolLM2 with a selector in each layer."""
+
+    def __init__(self) -> None:
+        self.model = language.load()
+        self.ids, self.calibration = (
+            language.tokens("held_out", *HELD_OUT),
+            language.tokens("train", *CALIBRATION),
+        )
+        self.selectors = [Selector(layer.mlp) for layer in self.model.model.layers]
+        self.rule("calibration", 1.0)
+        self.model(self.calibration)
+
+    def rule(self, *rule: Any) -> None:
+        for selector in self.selectors:
+            selector.rule(*rule)
+
+    def perplexity(self, *rule: Any) -> float:
+        self.rule(*rule)
+        return language.perplexity(self.model, self.ids)
+
+    def kept(self) -> float:
+        return statistics.mean(selector.kept for selector in self.selectors)
+
+    def energy_for(self, keep: float) -> float:
+        """The share of the energy that keeps so many neurons of the calibration text."""
+        low, high = 0.5, 1.0
+        while high - low > 1e-3:
+            energy = (low + high) / 2
+            self.rule("sketch int8", keep, energy)
+            self.model(self.calibration[:1])
+            low, high = (energy, high) if self.kept() < keep else (low, energy)
+        return (low + high) / 2
 
 
 @torch.no_grad()
 def main() -> None:
-    import assets
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir())
-
-    def sequences(split: str, count: int, length: int) -> Tensor:
-        ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in assets.texts(split)])
-        return ids[: count * length].view(count, length)
-
-    ids, calibration = sequences("held_out", *HELD_OUT), sequences("train", *CALIBRATION)
-    ups = mean_up(model, calibration)
-    selectors = [Selector(layer.mlp, up) for layer, up in zip(model.model.layers, ups, strict=True)]
-
-    def perplexity(method: str, keep: float, energy: float = 0.0) -> float:
-        for selector in selectors:
-            selector.method, selector.keep, selector.energy = method, keep, energy
-        return math.exp(statistics.mean(model(row[None], labels=row[None]).loss.item() for row in ids))
-
+    parse(__doc__)
+    study = Study()
     table = Table(
-        name="ripple_select",
-        title="Ripple: selectors of SmolLM2-135M-Instruct's neurons",
-        config=f"float32, perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens, all kept: "
-        f"{perplexity('oracle', 1.0):.2f}",
+        "ripple_select",
+        "Ripple: selectors of SmolLM2-135M-Instruct's neurons",
+        f"float32, perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens, all kept: "
+        f"{study.perplexity('oracle', 1.0):.2f}",
     )
-    row = model.config.hidden_size
+    row = study.model.config.hidden_size
     for method, resident in {
         "oracle": "not possible",
         "gate": row * 4,
@@ -121,26 +116,12 @@ def main() -> None:
         "sketch int8": 2 * row + 8,
         "sketch int4": row + 8,
     }.items():
-        scores = {f"perplexity_{keep:.0%}_kept": perplexity(method, keep) for keep in KEEPS}
+        scores = {f"perplexity_{keep:.0%}_kept": study.perplexity(method, keep) for keep in KEEPS}
         table.add(method, bytes_a_neuron=resident, **scores)
-
-    def share_for(keep: float) -> float:
-        """The share of the energy that keeps so many neurons of the calibration text."""
-        low, high = 0.5, 1.0
-        while high - low > 1e-3:
-            energy = (low + high) / 2
-            for selector in selectors:
-                selector.method, selector.energy = "sketch int8", energy
-            model(calibration[:1])
-            few = statistics.mean(selector.kept for selector in selectors) < keep
-            low, high = (energy, high) if few else (low, energy)
-        return (low + high) / 2
-
-    scores, kept = {}, {}
     for keep in KEEPS:
-        scores[f"perplexity_{keep:.0%}_kept"] = perplexity("sketch int8", keep, share_for(keep))
-        kept[f"kept_at_{keep:.0%}"] = statistics.mean(selector.kept for selector in selectors)
-    table.add("sketch int8, energy", bytes_a_neuron=2 * row + 8, **scores, **kept)
+        score = study.perplexity("sketch int8", keep, study.energy_for(keep))
+        kept = {f"perplexity_{keep:.0%}_kept": score, f"kept_at_{keep:.0%}": study.kept()}
+        table.add("sketch int8, energy", bytes_a_neuron=2 * row + 8, **kept)
     table.finish()
 
 
