@@ -1,7 +1,5 @@
 """What every benchmark script shares: its options, and its table in docs/results and on the terminal."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv
@@ -13,7 +11,6 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +25,42 @@ sys.path.insert(0, str(ROOT / "scripts"))
 assets = importlib.import_module("assets")
 
 
-@dataclass(frozen=True)
-class Option:
-    """An option of a script. Its default says what it takes: a list any number of values, False nothing, a type
-    (`Path`) one value but has no default."""
-
-    default: Any
-    help: str | None = None
-    choices: Iterable[Any] | None = None
-
-    def as_argument(self) -> dict[str, Any]:
-        default = self.default
-        if default is False:
-            return {"action": "store_true", "help": self.help}
-        shared = {"help": self.help, "choices": self.choices and list(self.choices)}
-        if isinstance(default, type):
-            return {"type": default, **shared}
-        if isinstance(default, list):
-            return {"nargs": "*", "type": type(default[0]), "default": default, **shared}
-        return {"type": type(default), "default": default, **shared}
+def option(default: Any, help: str | None = None, choices: Iterable[Any] | None = None) -> dict[str, Any]:
+    """An option for `parse`: a default that is a list takes any number of values, False none, a type (`Path`) has
+    no default."""
+    if default is False:
+        return {"action": "store_true", "help": help}
+    shared = {"help": help, "choices": choices and list(choices)}
+    if isinstance(default, type):
+        return {"type": default, **shared}
+    many = isinstance(default, list)
+    kind = type(default[0] if many else default)
+    return {"type": kind, "default": default, **shared, **({"nargs": "*"} if many else {})}
 
 
 class Options(argparse.Namespace):
     """The options of a run; as text, its numbers, for the conditions of a table."""
 
     def __str__(self) -> str:
-        given = {name.replace("_", " "): value for name, value in vars(self).items()}
-        return ", ".join(f"{name} {value:g}" for name, value in given.items() if type(value) in (int, float))
+        numbers = ((name, value) for name, value in vars(self).items() if type(value) in (int, float))
+        return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in numbers)
 
 
 def parse(doc: str | None, **options: Any) -> Options:
-    """The command line's options; `seq_len=2048` or `seq_len=Option(2048, "tokens")` is `--seq-len`.
+    """The command line's options; `seq_len=2048` or `seq_len=option(2048, "tokens")` is `--seq-len`.
 
     Args:
         doc: the script's docstring, which `--help` shows.
-        options: `threads` are those of torch, which are set.
+        options: of `threads`, torch is given so many.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, given in options.items():
-        option = given if isinstance(given, Option) else Option(given)
-        parser.add_argument("--" + name.replace("_", "-"), **option.as_argument())
-    found = parser.parse_args(namespace=Options())
-    if "threads" in found:
-        importlib.import_module("torch").set_num_threads(found.threads)
-    return found
+        given = given if isinstance(given, dict) else option(given)
+        parser.add_argument("--" + name.replace("_", "-"), **given)
+    parsed = parser.parse_args(namespace=Options())
+    if "threads" in parsed:
+        importlib.import_module("torch").set_num_threads(parsed.threads)
+    return parsed
 
 
 @contextlib.contextmanager
@@ -86,20 +75,18 @@ def machine() -> str:
     """CPU name, logical cores, memory, and the GPU if there is one."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    name = next(names, platform.processor() or platform.machine())
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     text = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {gib:.0f} GiB"
     return f"{text}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else text
 
 
 def versions() -> str:
-    names = ("torch", "transformers")
-    return " ".join(
-        [f"python {platform.python_version()}", *(f"{n} {importlib.metadata.version(n)}" for n in names)]
-    )
+    libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    return " ".join([f"python {platform.python_version()}", *libraries])
 
 
 class Table:

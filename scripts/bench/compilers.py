@@ -1,7 +1,5 @@
 """Compilers as contenders: torch.compile's backends, OpenVINO and TVM, compiled cold, checked and timed."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

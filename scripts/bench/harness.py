@@ -10,8 +10,6 @@ anew from a fixed seed. A contender is a function without arguments, a `Contende
 `OwnProcess`. `in_own_process` is for what is measured once, such as the peak of a process's memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -7,8 +7,6 @@ All contenders step in turns on one model, Liger (where it is installed) on a se
 what a step allocates at its peak beyond what was there before. --tiny is a trial on any device.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -16,14 +14,12 @@ from typing import Any
 
 import common
 import torch
-from common import Option
+from common import option
 from harness import Contender, Race, close
 from models import language, lora
 from torch import Tensor
 
 from lemo_trainer import LemoConfig
-
-# isort: split
 from lemo_trainer.measure import ActivationBytes
 
 SIZES = {
@@ -122,9 +118,9 @@ def measure(models: dict[str, Any], seq_len: int, options: Any, device: str) -> 
 def main() -> None:
     options = common.parse(
         __doc__,
-        seq_lens=Option(SEQ_LENS, "tokens of a sample"),
+        seq_lens=option(SEQ_LENS, "tokens of a sample"),
         repeats=3,
-        tiny=Option(False, "a model of four narrow layers, on any device"),
+        tiny=option(False, "a model of four narrow layers, on any device"),
     )
     language.quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,15 +7,13 @@ norm and a factor: attention and MLP are left out, so that what is measured is w
 LeMo's rows are Triton's. All contenders give equal results first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import common
 import torch
-from common import Option
+from common import option
 from harness import Race, close
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -23,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-# isort: split
 from lemo_trainer.kernels.attention import attend, reference
 from lemo_trainer.kernels.dispatch import runs_triton
 from lemo_trainer.kernels.norm import norm_rows
@@ -212,8 +209,8 @@ def main() -> None:
         __doc__,
         tokens=[2048, 8192],
         widths=[576, 2048],
-        dtypes=Option(["float32", "bfloat16"], choices=("float32", "bfloat16")),
-        repeats=Option(7, "0 counts bytes only"),
+        dtypes=option(["float32", "bfloat16"], choices=("float32", "bfloat16")),
+        repeats=option(7, "0 counts bytes only"),
     )
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for tokens in options.tokens:

@@ -6,8 +6,6 @@ SmolLM2's head (49,152 x 576, frozen), forward and backward. Seconds are medians
 process; the memory column is what a process of its own needs beyond its tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,6 @@ from harness import Race, close, in_own_process
 from torch import Tensor
 from torch.nn import functional
 
-# isort: split
 from lemo_trainer.loss import segmented_cross_entropy
 from lemo_trainer.measure import peak_rss_bytes
 

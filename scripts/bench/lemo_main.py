@@ -8,8 +8,6 @@ dense held-out loss. All see the same samples in the same order from the same in
 for samples that take minutes, is timed under the counters; `--held-out 0` leaves the loss out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import statistics
@@ -18,15 +16,13 @@ from typing import Any
 
 import common
 import torch
-from common import Option
+from common import option
 from harness import Timing, clocks, close, in_own_process, require_equal
 from models import language, lora
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lemo_trainer import LemoCallback, LemoConfig
-
-# isort: split
 from lemo_trainer.measure import ActivationBytes, FlopCounter, peak_rss_bytes
 from lemo_trainer.recipe import checkpointing_argument
 
@@ -153,8 +149,8 @@ def main() -> None:
         __doc__,
         steps=2,
         seq_len=2048,
-        held_out=Option(1, "held-out samples of the loss; 0 leaves it out"),
-        contenders=Option(DEFAULT, choices=CONTENDERS),
+        held_out=option(1, "held-out samples of the loss; 0 leaves it out"),
+        contenders=option(DEFAULT, choices=CONTENDERS),
     )
     sizes = options.steps, options.seq_len, options.held_out
     first = options.contenders[0]

@@ -7,19 +7,15 @@ One forward and backward pass of SmolLM2-135M with LoRA for each row, every tens
 prediction of time shown), which needs a quiet machine.
 """
 
-from __future__ import annotations
-
 import common
 import torch
-from common import Option, assets
+from common import assets, option
 from harness import timed
 from models import language, lora
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from lemo_trainer import LemoConfig
-
-# isort: split
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.plan import Setup, predict
 
@@ -113,9 +109,9 @@ def main() -> None:
     options = common.parse(
         __doc__,
         seq_lens=[2048, 4096, 8192],
-        contenders=Option(list(CONTENDERS), choices=CONTENDERS),
-        limit=Option(1.5, "GiB for the longest sample; 0 leaves it out"),
-        seconds=Option(False, "time a second pass"),
+        contenders=option(list(CONTENDERS), choices=CONTENDERS),
+        limit=option(1.5, "GiB for the longest sample; 0 leaves it out"),
+        seconds=option(False, "time a second pass"),
     )
     language.quiet()
     for seq_len in options.seq_lens:

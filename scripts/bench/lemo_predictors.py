@@ -16,8 +16,6 @@ of a training step (LoRA r 8, detach 50%, gradient checkpointing) when every lay
 - paper, max: `lemo_trainer.predictor`.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -26,15 +24,13 @@ from typing import Any
 
 import common
 import torch
-from common import Option
+from common import option
 from harness import Race
 from models import language, lora
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lemo_trainer import LemoConfig
-
-# isort: split
 from lemo_trainer.informativeness import attention_inputs, map_scores
 from lemo_trainer.observation import LayerInput, Observer
 from lemo_trainer.predictor import PatternPredictors, recall_at_kept
@@ -178,10 +174,10 @@ def main() -> None:
         __doc__,
         steps=200,
         seq_len=1024,
-        held_out=Option(6, "held-out samples"),
+        held_out=option(6, "held-out samples"),
         layers="all",
         lr=3e-3,
-        save=Option(Path, "folder for the trained predictors, one a design"),
+        save=option(Path, "folder for the trained predictors, one a design"),
     )
     language.quiet()
     torch.manual_seed(0)

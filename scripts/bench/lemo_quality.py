@@ -11,21 +11,17 @@ from the default's 32; "predicted" rows need the predictors of all layers, as le
 them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 from typing import Any
 
 import common
 import torch
-from common import Option
+from common import option
 from models import language, lora
 from tqdm import tqdm
 
 from lemo_trainer import LemoConfig, apply_lemo
-
-# isort: split
 from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.thresholds import search_thresholds
 
@@ -111,11 +107,11 @@ def main() -> None:
         seeds=3,
         steps=16,
         seq_len=512,
-        held_out=Option(8, "held-out samples of the loss"),
+        held_out=option(8, "held-out samples of the loss"),
         lr=1e-3,
-        contenders=Option(DEFAULT, choices=CONTENDERS),
-        dtype=Option("bfloat16", choices=("bfloat16", "float32")),
-        predictors=Option("", "folder for the predicted rows, which then join the default ones"),
+        contenders=option(DEFAULT, choices=CONTENDERS),
+        dtype=option("bfloat16", choices=("bfloat16", "float32")),
+        predictors=option("", "folder for the predicted rows, which then join the default ones"),
     )
     if options.predictors and options.contenders == DEFAULT:
         options.contenders = list(CONTENDERS)

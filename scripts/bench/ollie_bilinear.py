@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Option, Table, parse
+from common import Table, option, parse
 from compilers import first_call
 from harness import Race
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def equal(got: Any, want: Tensor) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    options = parse(__doc__, shapes=Option(SHAPES), rounds=20, threads=1)
+    options = parse(__doc__, shapes=option(SHAPES), rounds=20, threads=1)
     config = f"fp32, random data, medians of rounds of 5, interleaved; {options}"
     table = Table("ollie_bilinear", "3x3 convolutions in bilinear form", config)
     for shape in options.shapes:

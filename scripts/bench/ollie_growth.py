@@ -6,14 +6,12 @@ A chain of 3x3 convolutions with batch norms, all alike, and one whose convoluti
 Every compilation is cold. The exponent is that of seconds by layers between a row and the one before it.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings
 
 import torch
-from common import Option, Table, parse
+from common import Table, option, parse
 from compilers import BACKENDS, cold, equal, warm_up
 from harness import require_equal, timed
 from torch import Tensor, nn
@@ -41,8 +39,8 @@ def main() -> None:
     options = parse(
         __doc__,
         layers=[10, 20, 40, 80],
-        kinds=Option(["alike", "different"], choices=("alike", "different")),
-        budget_s=Option(float, "default: by the size of the graph"),
+        kinds=option(["alike", "different"], choices=("alike", "different")),
+        budget_s=option(float, "default: by the size of the graph"),
     )
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -9,12 +9,10 @@ converted net, for inference alone, TVM untuned: their backends of torch.compile
 version of torch. A row is left out where they cannot convert a net.
 """
 
-from __future__ import annotations
-
 import os
 
 import torch
-from common import Option, Table, parse
+from common import Table, option, parse
 from compilers import CONTENDERS, INSTALLED, compare
 from models.nets import NETS
 
@@ -24,10 +22,10 @@ def main() -> None:
         __doc__,
         batch=[1],
         rounds=30,
-        budget_s=Option(60.0, "OLLIE's search and measurement"),
-        nets=Option(list(NETS), choices=NETS),
-        contenders=Option(INSTALLED, choices=CONTENDERS),
-        calls=Option(5, "calls timed together"),
+        budget_s=option(60.0, "OLLIE's search and measurement"),
+        nets=option(list(NETS), choices=NETS),
+        contenders=option(INSTALLED, choices=CONTENDERS),
+        calls=option(5, "calls timed together"),
     )
     torch.set_num_threads(1)
     os.environ["TVM_NUM_THREADS"] = "1"

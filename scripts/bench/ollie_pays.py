@@ -7,10 +7,8 @@ Weights are random but those of waifu2x and Real-ESRGAN, one thread; outputs mus
 anything is timed.
 """
 
-from __future__ import annotations
-
 import torch
-from common import Option, Table, parse
+from common import Table, option, parse
 from compilers import compare
 from models.small_nets import SMALL_NETS
 
@@ -20,9 +18,9 @@ NAMES = ("inductor", "inductor freezing", "ollie freeze")
 def main() -> None:
     options = parse(
         __doc__,
-        nets=Option(list(SMALL_NETS), choices=SMALL_NETS),
+        nets=option(list(SMALL_NETS), choices=SMALL_NETS),
         rounds=20,
-        budget_s=Option(20.0, "OLLIE's search and measurement"),
+        budget_s=option(20.0, "OLLIE's search and measurement"),
     )
     torch.set_num_threads(1)
     config = "fp32, 1 thread, no_grad, weights random but the upscalers', "

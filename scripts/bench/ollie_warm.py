@@ -6,15 +6,13 @@ Every compilation is a process of its own, timed from torch.compile to the first
 folder for Inductor's caches and one for plans; cold is the first process, warm are those after it.
 """
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from common import Option, Table, parse
+from common import Table, option, parse
 from compilers import caches, first_call
 from harness import Race, in_own_process, timed
 from models.nets import NETS
@@ -36,9 +34,9 @@ def seconds_to_first_result(name: str, contender: str, budget_s: float) -> float
 def main() -> None:
     options = parse(
         __doc__,
-        nets=Option(["fsrcnn", "dcgan"], choices=NETS),
-        rounds=Option(3, "warm compilations, contenders in turn"),
-        budget_s=Option(30.0, "OLLIE's search and measurement"),
+        nets=option(["fsrcnn", "dcgan"], choices=NETS),
+        rounds=option(3, "warm compilations, contenders in turn"),
+        budget_s=option(30.0, "OLLIE's search and measurement"),
     )
     config = f"fp32, 1 thread, no_grad, batch 1, warm: medians of {options.rounds} processes"
     table = Table("ollie_warm", "Seconds to the first result", f"{config}, budget {options.budget_s:.0f} s")

@@ -7,8 +7,6 @@ timed; every compilation is cold, in a cache folder of its own. Times are median
 one thread; a model that fails is a row that says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import time
@@ -17,7 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from common import Option, Table, parse
+from common import Table, option, parse
 from compilers import BACKENDS, cold, largest_error, warm_up
 from harness import Race, require_equal, timed
 from models.zoo import LANGUAGE, VISION_AND_AUDIO, ZOO, build, loss
@@ -77,11 +75,11 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     options = parse(
         __doc__,
-        models=Option(list(GROUPS), choices=[*GROUPS, *ZOO]),
+        models=option(list(GROUPS), choices=[*GROUPS, *ZOO]),
         rounds=30,
-        calls=Option(5, "calls timed together"),
-        training=Option(False, "forward and backward"),
-        seconds=Option(float("inf"), "no model begins after these"),
+        calls=option(5, "calls timed together"),
+        training=option(False, "forward and backward"),
+        seconds=option(float("inf"), "no model begins after these"),
     )
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -5,8 +5,6 @@
 Best in an environment of its own: airllm's wheel brings a package named `tests`, which hides this project's.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from pathlib import Path

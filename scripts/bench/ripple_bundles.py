@@ -5,18 +5,14 @@
 Perplexity is of the streamed model on held-out text; the weights beside the sidecar stay as they were.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
-from common import Option, Table, assets, parse, scratch
+from common import Table, assets, option, parse, scratch
 from models import language
 from ripple_parts import streamed
 
 from ripple_loader import ReorderConfig, reorder
-
-# isort: split
 from ripple_loader.bundles import Sidecar
 from ripple_loader.sidecar import SIDECAR
 
@@ -26,7 +22,7 @@ BUDGET = "96MiB"
 
 
 def main() -> None:
-    options = parse(__doc__, model=Option(Path, "by default SmolLM2 from scripts/assets.py"), threads=1)
+    options = parse(__doc__, model=option(Path, "by default SmolLM2 from scripts/assets.py"), threads=1)
     torch.set_num_threads(options.threads)
     directory = options.model or assets.model_dir()
     ids = language.tokens("held_out", *HELD_OUT, folder=directory)

@@ -7,8 +7,6 @@ depth, and with psync, a thread for each read in flight. Where fio is not instal
 a bare loop around preadv, one read after the other, is all there is to compare with.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -20,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import Option, Table, assets, parse
+from common import Table, assets, option, parse
 from harness import Race
 from ripple_parts import Reads
 
@@ -80,7 +78,7 @@ def contenders_of(file: Path, size: int, depth: int, seconds: float) -> dict[str
 
 
 def main() -> None:
-    options = parse(__doc__, file=Option(Path, "by default SmolLM2's weights"), rounds=5, seconds=0.4)
+    options = parse(__doc__, file=option(Path, "by default SmolLM2's weights"), rounds=5, seconds=0.4)
     file = options.file or assets.model_dir() / "model.safetensors"
     table = Table(
         "ripple_engine",

@@ -7,8 +7,6 @@ neurons active, in groups that belong together. Ripple streams them exactly, wit
 memory, token by token, the sizes in turn.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -11,8 +11,6 @@ before every token. MB/s are of what the process read from the drive (/proc/self
 neurons token by token, as decoding does; it does not depend on the order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Option, Table, assets, parse, scratch
+from common import Table, assets, option, parse, scratch
 from harness import Contender, Race, close, require_equal
 from models import language
 from ripple_parts import (
@@ -37,8 +35,6 @@ from ripple_parts import (
 )
 
 from ripple_loader import ReorderConfig, RippleConfig
-
-# isort: split
 from ripple_loader.bundles import Sidecar
 from ripple_loader.probe import probe
 from ripple_loader.source import open_source
@@ -132,9 +128,9 @@ def main() -> None:
         __doc__,
         rounds=3,
         dram_budget="96MiB",
-        placements=Option(list(PLACEMENTS), choices=PLACEMENTS),
-        copies=Option(Path, "keep the reordered models there"),
-        threads=Option(1, "of torch; the reads need a core as well"),
+        placements=option(list(PLACEMENTS), choices=PLACEMENTS),
+        copies=option(Path, "keep the reordered models there"),
+        threads=option(1, "of torch; the reads need a core as well"),
     )
     torch.set_num_threads(options.threads)
     base, source = assets.model_dir(), open_source(assets.model_dir())

@@ -7,8 +7,6 @@ libraries loaded and a tiny model run. "beyond" is what of that is neither the m
 budget. Ripple's rows run under an RLIMIT_DATA that leaves 20 MiB for it: a larger allocation would fail.
 """
 
-from __future__ import annotations
-
 import gc
 import resource
 import tempfile
@@ -22,8 +20,6 @@ from models import language
 from ripple_parts import offloaded, streamed
 
 from ripple_loader import ReorderConfig, reorder
-
-# isort: split
 from ripple_loader.bundles import Sidecar
 from ripple_loader.config import parse_size
 

@@ -1,7 +1,5 @@
 """What Ripple's tables share: reordered copies, streamed models, decoding, raw reads, limits by the kernel."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +14,6 @@ from models import language
 from torch import Tensor
 
 from ripple_loader import ReorderConfig, RippleConfig, RippleReport, reorder
-
-# isort: split
 from ripple_loader.access import ReadPlan
 from ripple_loader.reader import AlignedBuffer, Reader
 from ripple_loader.source import open_source

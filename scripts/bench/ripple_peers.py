@@ -12,8 +12,6 @@ bundles and recall are exact and have to think the same tokens likeliest. No fil
 start.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Option, Table, assets, parse, scratch
+from common import ROOT, Table, assets, option, parse, scratch
 from harness import OwnProcess, Race
 from models import language
 from other_engines import airllm, llama_cpp, write_gguf
@@ -41,8 +39,6 @@ from ripple_parts import (
 )
 
 from ripple_loader import ReorderConfig
-
-# isort: split
 from ripple_loader.bundles import Sidecar
 from ripple_loader.probe import probe
 
@@ -117,9 +113,9 @@ def make_copies(model: Path, folder: Path) -> None:
 def main() -> None:
     options = parse(
         __doc__,
-        model=Option(ROOT / ".cache" / "relu-lm-wide"),
+        model=option(ROOT / ".cache" / "relu-lm-wide"),
         rounds=5,
-        memory=Option(3.0, "the model is so many times as large"),
+        memory=option(3.0, "the model is so many times as large"),
     )
     model, share, rounds = options.model, options.memory, options.rounds
     text = "".join(assets.texts("held_out"))[:2000]

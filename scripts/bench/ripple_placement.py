@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import Option, Table, parse
+from common import Table, option, parse
 from harness import Race
 from ripple_parts import trace_of
 
@@ -93,11 +93,11 @@ def orders(sets: BitSets, neurons: int, layer: int, hot: int, quick: int) -> dic
 def main() -> None:
     options = parse(
         __doc__,
-        model=Option(Path, "model directory to trace"),
-        synthetic=Option(0, "neurons of a made-up layer instead"),
+        model=option(Path, "model directory to trace"),
+        synthetic=option(0, "neurons of a made-up layer instead"),
         tokens=4096,
-        layers=Option(4, "layers of the model to place"),
-        active_share=Option(0.25, "where there are no exact zeros"),
+        layers=option(4, "layers of the model to place"),
+        active_share=option(0.25, "where there are no exact zeros"),
         threads=1,
     )
     if options.synthetic:

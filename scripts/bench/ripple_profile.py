@@ -7,8 +7,6 @@ what it is for; "waiting for reads" is what reading takes beyond what it overlap
 to every Python call, so that what is done in Python is less than it says.
 """
 
-from __future__ import annotations
-
 import cProfile
 import pstats
 from pathlib import Path

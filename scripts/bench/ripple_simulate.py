@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, Option, Table, assets, parse, scratch
+from common import ROOT, Table, assets, option, parse, scratch
 from harness import Race
 from ripple_parts import Reads, limited_drive
 from train_relu_lm import documents
@@ -274,10 +274,10 @@ MEDIA = {"ufs-4.0": on_paper, "throttled": throttled, "drive": on_drive}
 def main() -> None:
     options = parse(
         __doc__,
-        model=Option(["smollm2"], choices=CASES),
-        cache=Option(0.1, "share of the MLPs"),
-        on=Option(["ufs-4.0"], choices=MEDIA),
-        read=Option(32, "tokens that are read, not only priced"),
+        model=option(["smollm2"], choices=CASES),
+        cache=option(0.1, "share of the MLPs"),
+        on=option(["ufs-4.0"], choices=MEDIA),
+        read=option(32, "tokens that are read, not only priced"),
     )
     for name in options.model:
         case = CASES[name]

@@ -1,7 +1,5 @@
 """Language models of the tables, SmolLM2 unless another folder is named, and the text that they are given."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from pathlib import Path

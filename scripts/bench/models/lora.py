@@ -1,7 +1,5 @@
 """Models with LoRA as LeMo's tables train them, and the methods that the tables compare."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
-from models import language
-
-# isort: split
 from lemo_trainer.recipe import pack
+from models import language
 
 LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}
 Method = tuple[LemoConfig | None, bool]

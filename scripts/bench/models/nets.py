@@ -1,7 +1,5 @@
 """Networks of OLLIE's tables, with random weights."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 

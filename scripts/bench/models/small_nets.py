@@ -3,8 +3,6 @@
 Weights are random but those of `REAL` (ncnn.py says where they come from).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The zoo: models of transformers and diffusers with random weights that OLLIE was not tuned for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
