@@ -14,21 +14,20 @@ from unittest import mock
 import torch
 from harness import Race, close, timed
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+BACKENDS = ("inductor", "ollie")
+_AUTOTUNE = {"max_autotune": True}
 CONTENDERS: dict[str, dict[str, Any]] = {
     "inductor": {"backend": "inductor"},
     "inductor freezing": {"backend": "inductor", "options": {"freezing": True}},
-    "inductor max-autotune freezing": {
-        "backend": "inductor",
-        "options": {"max_autotune": True, "freezing": True},
-    },
+    "inductor max-autotune freezing": {"backend": "inductor", "options": {"freezing": True, **_AUTOTUNE}},
     "openvino": {"backend": "openvino"},
     "tvm": {"backend": "tvm"},
     "ollie": {"backend": "ollie", "options": {}},
     "ollie freeze": {"backend": "ollie", "options": {"freeze": True}},
-    "ollie max-autotune freeze": {"backend": "ollie", "options": {"freeze": True, "max_autotune": True}},
+    "ollie max-autotune freeze": {"backend": "ollie", "options": {"freeze": True, **_AUTOTUNE}},
 }
-BACKENDS = ("inductor", "ollie")
 Compiled = Callable[[Tensor], Any]
 
 
@@ -74,8 +73,8 @@ def caches(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def cold() -> Iterator[None]:
-    """No cache answers: those on disk are in a new folder, and Inductor forgets what it holds in memory, such as
-    kernels that another backend had built."""
+    """No cache answers: those on disk are in a new folder, and Inductor forgets what it holds in memory, such
+    as kernels that another backend had built."""
     from torch._inductor.utils import clear_caches
 
     clear_caches()
@@ -83,15 +82,16 @@ def cold() -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def warm_up() -> None:
     """Pay what only the first compilation of a process pays."""
-    with torch.no_grad(), cold():
+    with cold():
         for backend in BACKENDS:
             torch.compile(nn.Conv2d(8, 1, 1), backend=backend)(torch.randn(1, 8, 4, 4))
 
 
-def first_call(name: str, net: nn.Module, x: Tensor, budget_s: float) -> Compiled:
-    """The net compiled by a contender, after its first result."""
+def first_call(name: str, net: nn.Module, x: Tensor, budget_s: float | None = None) -> Compiled:
+    """The net compiled by a contender, after its first result; OLLIE has so many seconds to search."""
     if name in RUNTIMES:
         compiled = RUNTIMES[name](net, x)
     else:
@@ -106,7 +106,7 @@ def first_call(name: str, net: nn.Module, x: Tensor, budget_s: float) -> Compile
 
 def largest_error(got: Any, want: Any) -> float:
     """The largest difference of tensors, relative to the largest value of each."""
-    pairs = zip(*(each if isinstance(each, (tuple, list)) else [each] for each in (got, want)), strict=True)
+    pairs = zip(tree_leaves(got), tree_leaves(want), strict=True)
     return max(((g - w).abs().max() / w.abs().max().clamp_min(1e-6)).item() for g, w in pairs)
 
 
@@ -137,7 +137,6 @@ def compare(
         with freezing(name):
             call()
     race = Race(running, equal=equal)
-    errors = race.check()
     times = race.run(rounds, calls=calls)
     best = min(each.median for name, each in times.items() if not name.startswith("ollie"))
     inductor = times["inductor"].median if "inductor" in times else float("nan")
@@ -146,7 +145,7 @@ def compare(
             **each.columns("ms"),
             "speedup_over_best_peer": best / each.median,
             "speedup_over_inductor": inductor / each.median,
-            "largest_relative_error": errors[name],
+            "largest_relative_error": race.errors[name],
             "compile_s": compile_s[name],
         }
         for name, each in times.items()

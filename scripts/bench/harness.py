@@ -22,13 +22,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-Call = Callable[[], Any]
 Equal = Callable[[Any, Any], Any]
 """Takes a result and the one wanted; raises AssertionError unless they agree. May return the error."""
 
@@ -74,7 +73,7 @@ def clocks() -> tuple[float, float, float]:
     return time.perf_counter(), time.thread_time(), time.process_time()
 
 
-def timed(call: Call, calls: int = 1) -> Timing:
+def timed(call: Callable[[], Any], calls: int = 1) -> Timing:
     """So many calls timed together: the seconds of one, and the last result."""
     before = clocks()
     for _ in range(calls):
@@ -86,13 +85,12 @@ class Times(list[Timing]):
     """Samples of one contender."""
 
     @property
-    def median(self) -> float:
-        """Seconds of a call by the wall clock."""
-        return statistics.median(each.wall for each in self)
+    def wall(self) -> list[float]:
+        return [each.wall for each in self]
 
     @property
-    def slowest(self) -> float:
-        return max(each.wall for each in self)
+    def median(self) -> float:
+        return statistics.median(self.wall)
 
     @property
     def results(self) -> list[Any]:
@@ -106,7 +104,7 @@ class Times(list[Timing]):
             median: the name of the first column, by default "median_" and the unit.
             parts: equal parts of a call; the columns are of one.
         """
-        scale, ordered = {"s": 1, "ms": 1e3, "us": 1e6}[unit] / parts, sorted(each.wall for each in self)
+        scale, ordered = {"s": 1, "ms": 1e3, "us": 1e6}[unit] / parts, sorted(self.wall)
         return {
             median or f"median_{unit}": self.median * scale,
             f"p10_{unit}": ordered[len(ordered) // 10] * scale,
@@ -115,17 +113,12 @@ class Times(list[Timing]):
         }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contender:
-    """A call in this process.
+    """A call in this process; `setup` is entered before each sample and left after it, untimed. The result of
+    an `exact` contender must equal the reference's."""
 
-    Args:
-        call: what is timed.
-        setup: entered before each sample and left after it, untimed.
-        exact: whether its result must equal the reference's.
-    """
-
-    call: Call
+    call: Callable[[], Any]
     setup: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     exact: bool = True
 
@@ -157,13 +150,9 @@ class OwnProcess:
     ) -> None:
         self.name, self.exact = f"{target.__name__}{args}", exact
         module = str(sys.modules[target.__module__].__file__)
-        self.process: Any = subprocess.Popen(
-            [sys.executable, __file__, module, target.__name__, json.dumps(args)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | (environment or {}),
-        )
+        command = [sys.executable, __file__, module, target.__name__, json.dumps(args)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process: Any = subprocess.Popen(command, env=os.environ | (environment or {}), **pipes)
         self.first = self._answer()
 
     def turn(self, **counts: int) -> list[Timing]:
@@ -177,16 +166,13 @@ class OwnProcess:
             raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()} before it answered.")
         return json.loads(line)
 
-    def __enter__(self) -> OwnProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.process.communicate()
 
 
 def in_own_process(function: Callable[..., Any], *args: Any, environment: Any = None) -> Any:
     """`function(*args)` in a process of its own; arguments and result must be what JSON knows."""
-    with OwnProcess(function, *args, environment=environment) as process:
+    with contextlib.closing(OwnProcess(function, *args, environment=environment)) as process:
         return process.first
 
 
@@ -205,6 +191,7 @@ def serve(module: str, name: str, args: str) -> None:
             print(json.dumps(Contender(call).turn(**json.loads(line))), file=answers)
 
 
+@dataclass
 class Race:
     """Contenders in turns.
 
@@ -216,25 +203,22 @@ class Race:
         seed: of the order in each round.
     """
 
-    def __init__(
-        self,
-        contenders: Mapping[str, Call | Contender | OwnProcess],
-        *,
-        equal: Equal | None,
-        want: Any = None,
-        keep: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.contenders = {
-            name: Contender(each) if callable(each) else each for name, each in contenders.items()
-        }
-        self.equal, self.want, self.keep = equal, want, keep
-        self.times = {name: Times() for name in contenders}
+    contenders: Mapping[str, Any]
+    _: KW_ONLY
+    equal: Equal | None
+    want: Any = None
+    keep: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        pairs = self.contenders.items()
+        self.contenders = {name: Contender(each) if callable(each) else each for name, each in pairs}
+        self.times = {name: Times() for name in self.contenders}
         self.errors: dict[str, Any] | None = None
-        self._random = random.Random(seed)
+        self._random = random.Random(self.seed)
 
     def check(self) -> dict[str, Any]:
-        """Call each contender once, if there is something to compare; what `equal` returns for the exact ones.
+        """Call each contender once if results are compared; what `equal` returns for the exact ones.
 
         Raises:
             RuntimeError: a contender's result differs.
@@ -246,7 +230,7 @@ class Race:
         return self.errors
 
     def round(self, **counts: int) -> None:
-        """A turn of each contender with these counts (`Contender.turn`), in a new order; at first, `check`."""
+        """A turn of each contender (`Contender.turn`) in a new order; before the first, `check`."""
         if self.errors is None:
             self.check()
         for name in self._random.sample(list(self.contenders), len(self.contenders)):

@@ -22,28 +22,15 @@ from torch import Tensor
 from lemo_trainer import LemoConfig
 from lemo_trainer.measure import ActivationBytes
 
-SIZES = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-}
-TINY = dict(zip(SIZES, (64, 128, 4, 4, 2, 16, 256), strict=True))
-SEQ_LENS = [8192, 16384, 32768]
-BASELINE = "LoRA + checkpointing + segmented loss"
-LIGER = "LoRA + checkpointing + Liger"
+BASELINE, LIGER = "LoRA + checkpointing + segmented loss", "LoRA + checkpointing + Liger"
+_DETACH = LemoConfig(mode="detach")
+_OWN_PARTS = LemoConfig(mode="detach", fused_kernels=False)
 CONTENDERS: dict[str, lora.Method] = {
     BASELINE: (lora.SEGMENTED_LOSS, True),
     LIGER: (None, True),
-    "LeMo, detach, 50% + checkpointing": (LemoConfig(mode="detach"), True),
-    "LeMo, detach, 50% + checkpointing, the model's own parts": (
-        LemoConfig(mode="detach", fused_kernels=False),
-        True,
-    ),
-    "LeMo, detach, 50%": (LemoConfig(mode="detach"), False),
+    "LeMo, detach, 50% + checkpointing": (_DETACH, True),
+    "LeMo, detach, 50% + checkpointing, the model's own parts": (_OWN_PARTS, True),
+    "LeMo, detach, 50%": (_DETACH, False),
     "LeMo, eliminate, 50% + checkpointing": (lora.ELIMINATE, True),
     "LeMo, segments of 2,048": (LemoConfig(mode="segments", segment_tokens=2048), False),
 }
@@ -57,9 +44,9 @@ def step(model: Any, tokens: Tensor) -> float:
     return loss.item()
 
 
-def peak_MB(run: Callable[[], Any], device: str) -> float:
+def peak_MB(run: Callable[[], Any]) -> float:
     """What a step allocates at its peak beyond what was there before."""
-    if device != "cuda":
+    if not torch.cuda.is_available():
         with ActivationBytes() as activations:
             run()
         return activations.peak_bytes / 1e6
@@ -70,17 +57,16 @@ def peak_MB(run: Callable[[], Any], device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def models_of(sizes: dict[str, Any], seq_len: int, device: str) -> dict[str, Any]:
+def models_of(build: Callable[[], Any]) -> dict[str, Any]:
     """The model of each contender that can run here."""
-    model = lora.with_lora(language.llama(sizes, seq_len, device))
-    models = dict.fromkeys(CONTENDERS, model)
-    if importlib.util.find_spec("liger_kernel") is None or device == "cpu":
+    models = dict.fromkeys(CONTENDERS, lora.with_lora(build()))
+    if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
         print(f"lemo_gpu: no row {LIGER!r}: liger_kernel is not installed here, or has no GPU.")
         del models[LIGER]
         return models
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    models[LIGER] = lora.with_lora(language.llama(sizes, seq_len, device))
+    models[LIGER] = lora.with_lora(build())
     _apply_liger_kernel_to_instance(model=models[LIGER].get_base_model())
     return models
 
@@ -89,26 +75,20 @@ def measure(models: dict[str, Any], seq_len: int, options: Any, device: str) -> 
     model = models[BASELINE]
     table = common.Table(
         "lemo_gpu_tiny" if options.tiny else "lemo_gpu",
-        f"LeMo: a step of a randomly initialised Llama ({model.num_parameters() / 1e6:.0f}M), {seq_len} "
-        "tokens",
+        f"LeMo: a step of a random Llama ({model.num_parameters() / 1e6:.0f}M), {seq_len} tokens",
         f"bfloat16, {seq_len} tokens, batch 1, LoRA r 8 on all linear layers, {device}, no optimizer, "
         f"median of {options.repeats}; peak is beyond weights",
     )
     tokens = torch.randint(model.config.vocab_size, (1, seq_len), device=device)
-    steps = {
-        name: Contender(
-            partial(step, each, tokens),
-            setup=partial(lora.prepared, each, *CONTENDERS[name]),
-            exact="eliminate" not in name,
-        )
-        for name, each in models.items()
-    }
+    steps = {}
+    for name, each in models.items():
+        setup = partial(lora.prepared, each, *CONTENDERS[name])
+        steps[name] = Contender(partial(step, each, tokens), setup, exact="eliminate" not in name)
     race = Race(steps, equal=close(rtol=0.02, atol=0))
     race.check()
     for name, contender in steps.items():
         with contender.setup():
-            contender.call()  # of the contenders that are not exact, the first
-            table.add(name, peak_MB=peak_MB(contender.call, device))
+            table.add(name, peak_MB=peak_MB(contender.call))
     for name, times in race.run(options.repeats).items():
         faster = race.times[BASELINE].median / times.median
         table.add(name, **times.columns("s", median="s_a_step"), times_faster=faster)
@@ -118,16 +98,16 @@ def measure(models: dict[str, Any], seq_len: int, options: Any, device: str) -> 
 def main() -> None:
     options = common.parse(
         __doc__,
-        seq_lens=option(SEQ_LENS, "tokens of a sample"),
+        seq_lens=option([8192, 16384, 32768], "tokens of a sample"),
         repeats=3,
-        tiny=option(False, "a model of four narrow layers, on any device"),
+        tiny=option(False, "a model of four narrow layers and 256 tokens at most, on any device"),
     )
     language.quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         raise SystemExit("lemo_gpu: no GPU: torch sees no CUDA device; --tiny tries the script without one.")
-    seq_lens = [256] if options.tiny and options.seq_lens is SEQ_LENS else options.seq_lens
-    models = models_of(TINY if options.tiny else SIZES, max(seq_lens), device)
+    seq_lens = sorted({min(256, each) for each in options.seq_lens}) if options.tiny else options.seq_lens
+    models = models_of(partial(language.llama, max(seq_lens), device, tiny=options.tiny))
     for seq_len in seq_lens:
         measure(models, seq_len, options, device)
 

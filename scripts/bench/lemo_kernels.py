@@ -26,59 +26,51 @@ from lemo_trainer.kernels.dispatch import runs_triton
 from lemo_trainer.kernels.norm import norm_rows
 from lemo_trainer.kernels.rows import gather
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.stream import Stream, Streams
+from lemo_trainer.stream import Streams
 
 BRANCHES, BLOCK, EPS = 8, 64, 1e-5
 HEADS, GROUPS, HEAD = 9, 3, 64  # SmolLM2's attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Branches = Callable[[Tensor, list[Tensor], LlamaRMSNorm], Tensor]
+Norm = Callable[..., Tensor]
 
 
-def padded(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
+def padded(x: Tensor, rows: Tensor, update: Tensor) -> Tensor:
+    zeros = x.new_zeros(x[..., 0].numel(), x.shape[2])
+    return x + zeros.index_copy_(0, rows, update.flatten(0, 1)).view_as(x)
+
+
+def added(x: Tensor, rows: Tensor, update: Tensor) -> Tensor:
+    return x.flatten(0, 1).index_add(0, rows, update.flatten(0, 1)).view_as(x)
+
+
+def out_of_place(norm: Norm, add: Callable[..., Tensor], x: Tensor, rows: list[Tensor]) -> Tensor:
     for each in rows:
-        update = 0.5 * norm(gather(x, each))
-        zeros = x.new_zeros(x[..., 0].numel(), x.shape[2])
-        x = x + zeros.index_copy_(0, each, update.flatten(0, 1)).view_as(x)
+        x = add(x, each, 0.5 * norm(x, each))
     return x
 
 
-def out_of_place(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
-    for each in rows:
-        update = 0.5 * norm(gather(x, each))
-        x = x.flatten(0, 1).index_add(0, each, update.flatten(0, 1)).view_as(x)
-    return x
-
-
-def from_a_kept_stream(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
-    for each in rows:
-        update = 0.5 * norm_rows(x, each, norm.weight, eps=EPS)
-        x = x.flatten(0, 1).index_add(0, each, update.flatten(0, 1)).view_as(x)
-    return x
-
-
-def in_place(
-    x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm, apply: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def in_place(norm: Norm, x: Tensor, rows: list[Tensor]) -> Tensor:
     streams, layer = Streams(), nn.Identity()
-    for first, second in zip(rows[::2], rows[1::2], strict=True):
-        stream: Stream = streams.enter(layer, x)
-        for each in (first, second):
-            stream.add(0.5 * (apply or norm)(stream.take(each)), each)
+    for pair in zip(rows[::2], rows[1::2], strict=True):
+        stream = streams.enter(layer, x)
+        for each in pair:
+            stream.add(0.5 * norm(stream.take(each)), each)
         x = streams.leave(layer, stream)
     return x
 
 
-def in_place_fused(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
-    return in_place(x, rows, norm, lambda taken: norm_rows(taken, None, norm.weight, eps=EPS))
-
-
-CONTENDERS: dict[str, Branches] = {
-    "gather, run, pad, add": padded,
-    "gather, run, index_add": out_of_place,
-    "rows normed from a kept stream, index_add": from_a_kept_stream,
-    "added in place, the model's norm": in_place,
-    "LeMo: added in place, LeMo's norm": in_place_fused,
-}
+def contenders_of(norm: LlamaRMSNorm) -> dict[str, Callable[[Tensor, list[Tensor]], Tensor]]:
+    fused = partial(norm_rows, weight_D=norm.weight, eps=EPS)
+    own = {"gather, run, pad, add": padded, "gather, run, index_add": added}
+    return {
+        **{
+            name: partial(out_of_place, lambda x, rows: norm(gather(x, rows)), add)
+            for name, add in own.items()
+        },
+        "rows normed from a kept stream, index_add": partial(out_of_place, fused, added),
+        "added in place, the model's norm": partial(in_place, norm),
+        "LeMo: added in place, LeMo's norm": partial(in_place, lambda x: fused(x, None)),
+    }
 
 
 class WrittenBytes(TorchDispatchMode):
@@ -141,12 +133,12 @@ def branches(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> None:
     grad = torch.randn_like(x)
     rows = [blocks_of(tokens) for _ in range(BRANCHES)]
 
-    def step(run: Branches) -> tuple[Tensor, Tensor]:
-        y = run(x, rows, norm)
+    def step(run: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        y = run(x, rows)
         return y.detach(), torch.autograd.grad(y, x, grad)[0]
 
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    steps = {name: partial(step, run) for name, run in CONTENDERS.items()}
+    steps = {name: partial(step, run) for name, run in contenders_of(norm).items()}
     race = Race(steps, equal=close(rtol=tolerance, atol=tolerance))
     race.check()
     for name, run in steps.items():
@@ -158,16 +150,13 @@ def branches(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> None:
 
 
 def pieces(query: Tensor, key: Tensor, value: Tensor, index: Tensor, size: int = 256) -> Tensor:
-    """What `detachment` does where no kernel runs."""
-    heads = []
+    """What LeMo does where no kernel runs."""
+    heads, attend_masked = [], nn.functional.scaled_dot_product_attention
     for q, at in zip(query.split(size, 2), index.split(size, 1), strict=True):
         keys = int(at[:, -1].max()) + 1
         mask = torch.arange(keys, device=at.device) <= at[:, None, :, None]
-        heads.append(
-            nn.functional.scaled_dot_product_attention(
-                q, key[:, :, :keys], value[:, :, :keys], mask, scale=0.1, enable_gqa=True
-            )
-        )
+        k, v = key[:, :, :keys], value[:, :, :keys]
+        heads.append(attend_masked(q, k, v, mask, scale=0.1, enable_gqa=True))
     return torch.cat(heads, 2).transpose(1, 2)
 
 
@@ -180,12 +169,10 @@ def attention(tokens: int, dtype: torch.dtype, repeats: int) -> None:
     )
     torch.manual_seed(0)
     index = blocks_of(tokens)[None]
+    random = partial(torch.randn, device=DEVICE, dtype=dtype)
     shapes = ((HEADS, index.shape[1]), (GROUPS, tokens), (GROUPS, tokens))
-    qkv = [
-        torch.randn(1, n, length, HEAD, device=DEVICE, dtype=dtype, requires_grad=True)
-        for n, length in shapes
-    ]
-    grad = torch.randn(1, index.shape[1], HEADS, HEAD, device=DEVICE, dtype=dtype)
+    qkv = [random(1, *shape, HEAD, requires_grad=True) for shape in shapes]
+    grad = random(1, index.shape[1], HEADS, HEAD)
     contenders = {
         "masked SDPA": lambda: reference(*qkv, index, None, None, 0.1),
         "masked SDPA, 256 queries at a time": lambda: pieces(*qkv, index),

@@ -9,9 +9,10 @@ for samples that take minutes, is timed under the counters; `--held-out 0` leave
 """
 
 import contextlib
-import dataclasses
 import statistics
 import tempfile
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import common
@@ -26,7 +27,8 @@ from lemo_trainer import LemoCallback, LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter, peak_rss_bytes
 from lemo_trainer.recipe import checkpointing_argument
 
-SEGMENTS = LemoConfig(mode="segments")
+SEGMENTS, SAVED = LemoConfig(mode="segments"), {"save_attention": True}
+DETACH_40 = replace(lora.DETACH, keep_ratio=0.4)
 CONTENDERS: dict[str, lora.Method] = {
     "LoRA": (None, False),
     "LoRA + segmented loss": (lora.SEGMENTED_LOSS, False),
@@ -38,26 +40,16 @@ CONTENDERS: dict[str, lora.Method] = {
     "LeMo, eliminate": (lora.ELIMINATE, False),
 }
 DEFAULT = list(CONTENDERS)
-_40 = dataclasses.replace(lora.DETACH, keep_ratio=0.4)
-
-
-def _saved(config: LemoConfig) -> LemoConfig:
-    return dataclasses.replace(config, save_attention=True)
-
-
 CONTENDERS |= {  # only where --contenders names them, for the demo's time
-    "LoRA + checkpointing, attention saved + segmented loss": (_saved(lora.SEGMENTED_LOSS), True),
-    "LeMo, segments, nothing recomputed": (
-        dataclasses.replace(SEGMENTS, selective_checkpointing=False),
-        False,
-    ),
-    "LeMo, detach, 40% + checkpointing": (_40, True),
-    "LeMo, detach + checkpointing, attention saved": (_saved(lora.DETACH), True),
-    "LeMo, detach, 40% + checkpointing, attention saved": (_saved(_40), True),
+    "LoRA + checkpointing, attention saved + segmented loss": (replace(lora.SEGMENTED_LOSS, **SAVED), True),
+    "LeMo, segments, nothing recomputed": (replace(SEGMENTS, selective_checkpointing=False), False),
+    "LeMo, detach, 40% + checkpointing": (DETACH_40, True),
+    "LeMo, detach + checkpointing, attention saved": (replace(lora.DETACH, **SAVED), True),
+    "LeMo, detach, 40% + checkpointing, attention saved": (replace(DETACH_40, **SAVED), True),
     "LeMo, eliminate + checkpointing": (lora.ELIMINATE, True),
 }
 # glibc keeps freed blocks in its heap, and their fragmentation, not the tensors, would be the peak.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+ENVIRONMENT = {f"MALLOC_{kind}_THRESHOLD_": "1048576" for kind in ("MMAP", "TRIM")}
 
 
 class StepMeter(TrainerCallback):
@@ -98,6 +90,7 @@ def run_contender(name: str, steps: int, seq_len: int, held_out: int, before: bo
         before: the held-out loss is measured before the training too.
     """
     language.quiet()
+    warnings.simplefilter("ignore")
     model = lora.smollm2()
     train, judged = (lora.samples(split, seq_len) for split in ("train", "held_out"))
     lemo, checkpointing = CONTENDERS[name]
@@ -153,18 +146,13 @@ def main() -> None:
         contenders=option(DEFAULT, choices=CONTENDERS),
     )
     sizes = options.steps, options.seq_len, options.held_out
-    first = options.contenders[0]
+    first = options.contenders[0]  # a fresh adapter changes nothing: the loss before is one number for all
     results = {
-        # A fresh adapter changes nothing, so that the loss before is one number for all.
-        name: in_own_process(
-            run_contender, name, *sizes, name == first, environment={**MALLOC, "PYTHONWARNINGS": "ignore"}
-        )
+        name: in_own_process(run_contender, name, *sizes, name == first, environment=ENVIRONMENT)
         for name in tqdm(options.contenders, desc="lemo_main", unit="contender")
     }
     losses = [(name, metrics.pop("first_loss")) for name, metrics in results.items()]
-    require_equal(
-        [(name, loss) for name, loss in losses if name.startswith("LoRA")], close(rtol=0, atol=1e-4)
-    )
+    require_equal([each for each in losses if each[0].startswith("LoRA")], close(rtol=0, atol=1e-4))
     table = common.Table(
         "lemo_main",
         "LeMo: fine-tuning SmolLM2-135M with LoRA",

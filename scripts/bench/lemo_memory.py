@@ -7,6 +7,8 @@ One forward and backward pass of SmolLM2-135M with LoRA for each row, every tens
 prediction of time shown), which needs a quiet machine.
 """
 
+from typing import Any
+
 import common
 import torch
 from common import assets, option
@@ -31,7 +33,7 @@ CONTENDERS: dict[str, lora.Method] = {
 LONGEST = ("LoRA", "LoRA + checkpointing + segmented loss", "LeMo, segments of 512", "LeMo, detach, 50%")
 
 
-def step(name: str, seq_len: int, timed: bool) -> dict[str, float]:
+def step(method: lora.Method, seq_len: int, seconds: bool = False) -> dict[str, float]:
     """Bytes, operations and perhaps seconds of one forward and backward pass."""
     model = lora.smollm2()
     tokens = torch.randint(model.config.vocab_size, (1, seq_len))
@@ -39,70 +41,37 @@ def step(name: str, seq_len: int, timed: bool) -> dict[str, float]:
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(trained)
-    with lora.prepared(model, *CONTENDERS[name]):
+    with lora.prepared(model, *method):
         with ActivationBytes() as activations, FlopCounter() as counter:
             lora.loss_of(model, tokens).backward()
         state = sum(p.nbytes for p in model.parameters()) + 3 * sum(p.nbytes for p in trained)
-        row = {
-            "saved_MB": activations.saved_bytes / 1e6,
-            "peak_MB": (activations.peak_bytes + state) / 1e6,
-            "GFLOP": counter.flops / 1e9,
-        }
-        if timed:
-            row["seconds"] = timed(lambda: (lora.loss_of(model, tokens).backward(), optimizer.step())).wall
+        peak = (activations.peak_bytes + state) / 1e6
+        row = {"saved_MB": activations.saved_bytes / 1e6, "peak_MB": peak, "GFLOP": counter.flops / 1e9}
+        if seconds:
+            again = timed(lambda: (lora.loss_of(model, tokens).backward(), optimizer.step()))
+            row["seconds"] = again.wall
     return row
 
 
-def setup(seq_len: int) -> Setup:
-    return Setup(model_config=AutoConfig.from_pretrained(assets.model_dir()), seq_len=seq_len, lora=lora.LORA)
+def predicted(method: lora.Method, seq_len: int, repeats: int = 0) -> Any:
+    """What `lemo plan` says that a step costs."""
+    config = AutoConfig.from_pretrained(assets.model_dir())
+    setup = Setup(model_config=config, seq_len=seq_len, lora=lora.LORA)
+    return predict(setup, method[0], checkpointing=method[1], repeats=repeats)
 
 
-def longest(name: str, limit: float) -> int:
+def longest(method: lora.Method, limit: float) -> int:
     """The most tokens, in steps of 256, whose predicted peak stays within `limit` bytes.
 
     The next length to try lies on the line through the last two, until that is a length already tried.
     """
-    lemo, checkpointing = CONTENDERS[name]
     peaks: dict[int, float] = {}
     last, tokens = 1024, 2048
     while tokens not in peaks:
-        for tried in {last, tokens} - peaks.keys():
-            peaks[tried] = predict(setup(tried), lemo, checkpointing=checkpointing, repeats=0).peak_bytes
+        peaks |= {tried: predicted(method, tried).peak_bytes for tried in {last, tokens} - peaks.keys()}
         slope = (peaks[tokens] - peaks[last]) / (tokens - last)
         last, tokens = tokens, max(256, int((tokens + (limit - peaks[tokens]) / slope) / 256) * 256)
     return max(tokens for tokens, peak in peaks.items() if peak <= limit)
-
-
-def table_of(seq_len: int, contenders: list[str], timed: bool) -> common.Table:
-    table = common.Table(
-        "lemo_memory",
-        f"LeMo: one step of SmolLM2-135M with LoRA, {seq_len} tokens",
-        f"float32, {seq_len} tokens, batch 1, {torch.get_num_threads()} threads; LoRA r 8 on all linear "
-        "layers; peak is of tensors: weights, gradients, AdamW's states, activations",
-    )
-    for name in tqdm(contenders, desc=f"{seq_len} tokens", unit="contender"):
-        lemo, checkpointing = CONTENDERS[name]
-        row = step(name, seq_len, timed)
-        cost = predict(setup(seq_len), lemo, checkpointing=checkpointing, repeats=2 if timed else 0)
-        row |= {"predicted_saved_MB": cost.saved_bytes / 1e6, "predicted_peak_MB": cost.peak_bytes / 1e6}
-        if timed:
-            row["predicted_seconds"] = cost.seconds
-        table.add(name, **row)
-    return table
-
-
-def table_of_longest(limit: float) -> common.Table:
-    table = common.Table(
-        "lemo_longest",
-        f"LeMo: the longest sample whose step fits {limit:g} GiB, SmolLM2-135M with LoRA",
-        f"float32, batch 1, in steps of 256 tokens; limit {limit:g} GiB on the tensors' peak as "
-        "predicted, then measured at the length found",
-    )
-    for name in tqdm(LONGEST, desc="longest", unit="contender"):
-        tokens = longest(name, limit * 2**30)
-        measured = step(name, tokens, False)["peak_MB"] * 1e6 / 2**30
-        table.add(name, tokens=float(tokens), measured_peak_GiB=measured)
-    return table
 
 
 def main() -> None:
@@ -115,9 +84,33 @@ def main() -> None:
     )
     language.quiet()
     for seq_len in options.seq_lens:
-        table_of(seq_len, options.contenders, options.seconds).finish()
+        table = common.Table(
+            "lemo_memory",
+            f"LeMo: one step of SmolLM2-135M with LoRA, {seq_len} tokens",
+            f"float32, {seq_len} tokens, batch 1, {torch.get_num_threads()} threads; LoRA r 8 on all linear "
+            "layers; peak is of tensors: weights, gradients, AdamW's states, activations",
+        )
+        for name in tqdm(options.contenders, desc=f"{seq_len} tokens", unit="contender"):
+            table.add(name, **step(CONTENDERS[name], seq_len, options.seconds))
+            cost = predicted(CONTENDERS[name], seq_len, repeats=2 if options.seconds else 0)
+            table.add(
+                name, predicted_saved_MB=cost.saved_bytes / 1e6, predicted_peak_MB=cost.peak_bytes / 1e6
+            )
+            if options.seconds:
+                table.add(name, predicted_seconds=cost.seconds)
+        table.finish()
     if options.limit:
-        table_of_longest(options.limit).finish()
+        table = common.Table(
+            "lemo_longest",
+            f"LeMo: the longest sample whose step fits {options.limit:g} GiB, SmolLM2-135M with LoRA",
+            f"float32, batch 1, in steps of 256 tokens; limit {options.limit:g} GiB on the tensors' peak as "
+            "predicted, then measured at the length found",
+        )
+        for name in tqdm(LONGEST, desc="longest", unit="contender"):
+            tokens = longest(CONTENDERS[name], options.limit * 2**30)
+            peak = step(CONTENDERS[name], tokens)["peak_MB"] * 1e6 / 2**30
+            table.add(name, tokens=float(tokens), measured_peak_GiB=peak)
+        table.finish()
 
 
 if __name__ == "__main__":

@@ -75,21 +75,18 @@ def scorers(model: Any, config: LemoConfig, trained: dict[str, PatternPredictors
             layer = layers[seen.index]
             x_BSD = layer.input_layernorm(seen.hidden)
             positions = rotary(x_BSD, torch.arange(x_BSD.shape[1])[None])
-            inputs = attention_inputs(
-                layer.self_attn, x_BSD, position_embeddings=positions, attention_mask=None
-            )
+            rest = {"position_embeddings": positions, "attention_mask": None}
+            inputs = attention_inputs(layer.self_attn, x_BSD, **rest)
             return map_scores(inputs.pooled_map(None, config.block_size, count))
 
         return scores
 
     def copies(rank: int) -> Callable[[LayerInput], Tensor]:
-        factors = [
-            [low_rank(p.weight.data, rank) for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)]
-            for layer in layers
-        ]
+        attentions = [layer.self_attn for layer in layers]
+        factors = [[low_rank(p.weight.data, rank) for p in (each.q_proj, each.k_proj)] for each in attentions]
 
         def scores(seen: LayerInput) -> Tensor:
-            attention = layers[seen.index].self_attn
+            attention = attentions[seen.index]
             own = attention.q_proj, attention.k_proj
             attention.q_proj, attention.k_proj = factors[seen.index]
             try:
@@ -145,12 +142,8 @@ class Judged:
     def __init__(self, contenders: dict[str, Callable[[LayerInput], Tensor]], kept: int) -> None:
         self.kept = kept
         self.recall: dict[str, dict[int, list[float]]] = {}
-        self.race = Race(
-            {name: partial(self.scores, each) for name, each in contenders.items()}, equal=None, keep=True
-        )
-
-    def scores(self, contender: Callable[[LayerInput], Tensor]) -> Tensor:
-        return contender(self.seen)
+        calls = {name: partial(lambda each: each(self.seen), each) for name, each in contenders.items()}
+        self.race = Race(calls, equal=None, keep=True)
 
     @torch.no_grad()
     def sample(self, observer: Observer, ids: Tensor) -> None:
@@ -165,8 +158,15 @@ class Judged:
             self.add("previous layer", layer, exact[max(layer - 1, 0)], wanted)
 
     def add(self, name: str, layer: int, got_BN: Tensor, wanted_BN: Tensor) -> None:
-        by_layer = self.recall.setdefault(name, {}).setdefault(layer, [])
-        by_layer.append(recall_at_kept(got_BN, wanted_BN, self.kept))
+        recalls = self.recall.setdefault(name, {}).setdefault(layer, [])
+        recalls.append(recall_at_kept(got_BN, wanted_BN, self.kept))
+
+    def by_layer(self, name: str) -> dict[int, float]:
+        return {layer: statistics.mean(recalls) for layer, recalls in self.recall[name].items()}
+
+
+def parameters_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def main() -> None:
@@ -183,47 +183,39 @@ def main() -> None:
     torch.manual_seed(0)
     model = language.load(dtype=torch.float32).eval()
     config = LemoConfig(layers=options.layers)
-    observer = Observer(model, config)
-    width = model.config.hidden_size
+    observer, width = Observer(model, config), model.config.hidden_size
     trained = {
         name: PatternPredictors(observer.layers, design=name, width=width, ranks=ranks)  # type: ignore[arg-type]
         for name, ranks in DESIGNS.items()
     }
     probes = nn.ModuleDict({str(layer): LinearProbe(width) for layer in observer.layers})
     samples = train(observer, trained, probes, options)
-
     kept = BlockPlan.of(options.seq_len, config).kept_blocks
     judged = Judged(scorers(model, config, trained, probes), kept)
-    held_out = [
-        torch.tensor([each["input_ids"]])
-        for each in lora.samples("held_out", options.seq_len)[: options.held_out]
-    ]
-    for ids in tqdm(held_out, desc="held out"):
-        judged.sample(observer, ids)
-
-    sizes = {name: sum(p.numel() for p in each.parameters()) for name, each in trained.items()}
-    sizes["linear probe"] = sum(p.numel() for p in probes.parameters())
+    held_out = lora.samples("held_out", options.seq_len)[: options.held_out]
+    ids = [torch.tensor([sample["input_ids"]]) for sample in held_out]
+    for each in tqdm(ids, desc="held out"):
+        judged.sample(observer, each)
     for name, predictors in trained.items():
-        predictors.recall = {layer: statistics.mean(each) for layer, each in judged.recall[name].items()}
+        predictors.recall = judged.by_layer(name)
         if options.save:
             save_predictors(predictors, options.save / name, base_fingerprint(model))
     table = common.Table(
         "lemo_predictors",
         "Which blocks a layer would choose, foretold",
-        f"SmolLM2-135M, float32, {options.seq_len} tokens, blocks of 64, half kept, layers {options.layers}; "
-        f"{options.steps} steps of one sample, {samples} samples; held out {len(held_out)} samples; "
-        f"{torch.get_num_threads()} threads",
+        f"SmolLM2-135M, float32, blocks of 64, half kept, layers {options.layers}; {options}; steps are of "
+        f"one of {samples} samples; {torch.get_num_threads()} threads",
     )
+    sizes = {name: parameters_of(each) for name, each in (*trained.items(), ("linear probe", probes))}
     total = model.num_parameters()
-    step = layer_seconds(model, held_out[0])
-    for name, by_layer in judged.recall.items():
-        means = [statistics.mean(values) for values in by_layer.values()]
+    step = layer_seconds(model, ids[0])
+    for name in judged.recall:
+        means = judged.by_layer(name).values()
         row: dict[str, float] = {"recall": statistics.mean(means), "lowest_layer": min(means)}
         if times := judged.race.times.get(name):
             row |= times.columns("us", median="us_a_layer")
             row["of_its_step_%"] = 100 * times.median / step
-        row["parameters_%"] = 100 * sizes.get(name, 0) / total
-        table.add(name, **row)
+        table.add(name, **row, **{"parameters_%": 100 * sizes.get(name, 0) / total})
     table.finish()
 
 

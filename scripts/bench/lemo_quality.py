@@ -50,16 +50,12 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "eliminate, random, 50%": {**ELIMINATE, "selector": "random"},
     "eliminate, informativeness, 50%, labels by kept share": {**ELIMINATE, "label_weights": "share"},
     "eliminate, thresholds searched for +0.05": {"mode": "eliminate", "thresholds": SEARCHED},
-    "detach, informativeness, shared, 50%, all queries": {**SHARED, "attention_score_tokens": 64},
-    "detach, informativeness, 50%, all queries": {**DETACH, "attention_score_tokens": 64},
-    "eliminate, informativeness, 50%, all queries": {**ELIMINATE, "attention_score_tokens": 64},
 }
-PREDICTED: dict[str, dict[str, Any] | None] = {
-    "detach, predicted, shared, 50%": {**SHARED, "selector": "predictor"},
-    "detach, predicted, 50%": {**DETACH, "selector": "predictor"},
-    "eliminate, predicted, 50%": {**ELIMINATE, "selector": "predictor"},
-}
+_HALVES = {"detach, {}, shared, 50%": SHARED, "detach, {}, 50%": DETACH, "eliminate, {}, 50%": ELIMINATE}
+for _name, _half in _HALVES.items():
+    CONTENDERS[f"{_name.format('informativeness')}, all queries"] = {**_half, "attention_score_tokens": 64}
 DEFAULT = list(CONTENDERS)
+PREDICTED = {name.format("predicted"): {**half, "selector": "predictor"} for name, half in _HALVES.items()}
 CONTENDERS |= PREDICTED
 
 
@@ -73,21 +69,18 @@ def held_out_loss(model: Any, samples: list[dict[str, list[int]]]) -> float:
     return statistics.mean(model(**batch(sample)).loss.item() for sample in samples)
 
 
-def train(
-    config: LemoConfig, samples: list[dict[str, list[int]]], lr: float, seed: int, dtype: torch.dtype
-) -> tuple[Any, float]:
-    """The trained model and the most MB that its first step saved for a backward pass."""
-    model = lora.smollm2(seed, dtype)
+def train(model: Any, config: LemoConfig, samples: list[dict[str, list[int]]], lr: float) -> float:
+    """Train on the samples; returns the most MB that the first step saved for a backward pass."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     report = apply_lemo(model, config)
     activations = ActivationBytes()
     for step, sample in enumerate(samples):
         report.at_step(step)
-        with activations if step == 0 else contextlib.nullcontext():
+        with contextlib.nullcontext() if step else activations:
             model(**batch(sample)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, activations.saved_bytes / 1e6
+    return activations.saved_bytes / 1e6
 
 
 def searched_thresholds(samples: list[dict[str, list[int]]]) -> str:
@@ -116,7 +109,6 @@ def main() -> None:
     if options.predictors and options.contenders == DEFAULT:
         options.contenders = list(CONTENDERS)
     for lemo in PREDICTED.values():
-        assert lemo is not None
         lemo["predictors"] = options.predictors
     language.quiet()
 
@@ -131,9 +123,8 @@ def main() -> None:
         if lemo and lemo.get("thresholds") == SEARCHED:
             lemo["thresholds"] = searched_thresholds(for_search)
         samples = [] if lemo is None else [text[i] for i in order.tolist()]
-        config = LemoConfig(**(lemo or {}))
-        dtype = getattr(torch, options.dtype)
-        model, saved[name] = train(config, samples, options.lr, seed, dtype)
+        model = lora.smollm2(seed, getattr(torch, options.dtype))
+        saved[name] = train(model, LemoConfig(**(lemo or {})), samples, options.lr)
         losses[name].append(held_out_loss(model, held_out))
         tqdm.write(f"seed {seed}: {name}: {losses[name][-1]:.4f}")
 
@@ -148,10 +139,8 @@ def main() -> None:
         spread = {"lowest": min(values), "highest": max(values)}
         table.add(name, held_out_loss=statistics.mean(values), **spread, saved_MB=saved[name])
         if "untouched" in losses and "dense LoRA" in losses and name != "untouched":
-            gains = [
-                (base - value) / (base - dense)
-                for base, dense, value in zip(losses["untouched"], losses["dense LoRA"], values, strict=True)
-            ]
+            three = zip(losses["untouched"], losses["dense LoRA"], values, strict=True)
+            gains = [(base - value) / (base - dense) for base, dense, value in three]
             table.add(name, share_of_dense_gain=statistics.mean(gains))
     table.finish()
 

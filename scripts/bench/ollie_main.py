@@ -29,8 +29,7 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     os.environ["TVM_NUM_THREADS"] = "1"
-    config = f"fp32, 1 thread, no_grad, random weights, medians of {options.rounds} interleaved rounds"
-    config += f" of {options.calls}, budget {options.budget_s:.0f} s"
+    config = f"fp32, 1 thread, no_grad, random weights, medians of interleaved rounds; {options}"
     table = Table("ollie_main", "OLLIE's main job: milliseconds a batch", config)
     for name, batch in ((name, batch) for name in options.nets for batch in options.batch):
         build, shape = NETS[name]

@@ -23,9 +23,8 @@ def main() -> None:
         budget_s=option(20.0, "OLLIE's search and measurement"),
     )
     torch.set_num_threads(1)
-    config = "fp32, 1 thread, no_grad, weights random but the upscalers', "
-    config += f"medians of {options.rounds} interleaved rounds of 5, budget {options.budget_s:.0f} s"
-    table = Table("ollie_pays", "Where derivation pays: milliseconds", config)
+    config = "fp32, 1 thread, no_grad, weights random but the upscalers', medians of interleaved rounds of 5"
+    table = Table("ollie_pays", "Where derivation pays: milliseconds", f"{config}; {options}")
     for name, (build, shape) in ((name, SMALL_NETS[name]) for name in options.nets):
         torch.manual_seed(0)
         try:

@@ -38,7 +38,7 @@ def run(module: Callable[..., Tensor], inputs: Mapping[str, Tensor], training: b
 
 
 def equal(got: list[Tensor], want: list[Tensor]) -> float:
-    """Their `largest_error`. A gradient that is 0 but for rounding is judged by the size of the largest one."""
+    """Their `largest_error`; a gradient that is 0 but for rounding is judged by the largest one's size."""
     assert [g.shape for g in got] == [w.shape for w in want], "results have other shapes"
     largest = max((w.abs().max().item() for w in want[1:]), default=0.0)
     for index, (g, w) in enumerate(zip(got, want, strict=True)):

@@ -55,8 +55,8 @@ def write_gguf(directory: Path, path: Path) -> None:
 
 
 def llama_cpp(path: Path) -> Callable[[int], int]:
-    """llama.cpp on a file mapped into memory, one thread, keys and values in float32: given a token of a text,
-    it returns the likeliest to follow."""
+    """llama.cpp on a file mapped into memory, one thread, keys and values in float32: given a token of a
+    text, it returns the likeliest to follow."""
     import llama_cpp as library
 
     model = library.Llama(

@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from common import Table, parse
 from models import language
-from ripple_parts import mask_activations, rounded
-from ripple_simulate import CASES, bundle_bytes, traced
+from ripple_parts import Masked, sketched
+from ripple_simulate import CASES, traced
 from torch import Tensor
-from torch.nn import functional as F
 
 from ripple_loader.access import cheapest, plan_reads
 from ripple_loader.devices import load_devices
-from ripple_loader.placement import Placed
 from ripple_loader.selection import select_largest, shared_by_neighbours
-from ripple_loader.simulate import place_all, workload_of
+from ripple_loader.simulate import place_all
 
 HELD_OUT = (2, 512)  # sequences, tokens
 DEVICES = load_devices()
@@ -41,21 +39,19 @@ RULES = {
 
 
 class Layer:
-    """Zeroes what a rule leaves out of an MLP, and prices its reads."""
+    """Masks what a rule leaves out of an MLP, and prices its reads."""
 
-    def __init__(self, mlp: Any, placed: Placed, width: int) -> None:
-        self.mlp, self.width, self.hot = mlp, width, placed.hot
+    def __init__(self, mlp: Any, placed: Any, width: int) -> None:
+        self.score, self.width, self.hot = sketched(mlp, 8), width, placed.hot
         self.order = torch.from_numpy(placed.order.copy())
-        self.gate, self.up = (rounded(p.weight, 8) for p in (mlp.gate_proj, mlp.up_proj))
-        mask_activations(mlp, mlp.down_proj, self.mask)
 
     def begin(self, keep: float = 0.5, adjacency: float = 0.0, memory_bonus: float = 0.0) -> None:
         self.keep, self.adjacency, self.memory_bonus = keep, adjacency, memory_bonus
         self.read: list[int] = []
         self.seconds: list[list[float]] = []
 
-    def mask(self, x_TH: Tensor, _: Tensor) -> Tensor:
-        score_TN = (self.mlp.act_fn(F.linear(x_TH, self.gate)) * F.linear(x_TH, self.up)).abs()[:, self.order]
+    def mask(self, x_TH: Tensor, activation_TN: Tensor) -> Tensor:
+        score_TN = self.score(x_TH, activation_TN)[:, self.order]
         score_TN[:, : self.hot] *= 1 + self.memory_bonus
         score_TN = shared_by_neighbours(score_TN, self.adjacency, self.hot)
         placed_TN = select_largest(score_TN, self.keep).mask
@@ -79,22 +75,22 @@ class Layer:
 def main() -> None:
     parse(__doc__)
     case = CASES["smollm2"]
-    trace, source = traced("smollm2", case)
-    work = workload_of(trace, bundle_bytes(source, "same"), case.replayed)
+    work, _ = traced("smollm2", case)
     model, ids = language.load(), language.tokens("held_out", *HELD_OUT)
     placed = place_all(work, "linked", case.config)
-    pairs = zip(model.model.layers, placed, strict=True)
-    layers = [Layer(layer.mlp, order, work.bundle_bytes) for layer, order in pairs]
+    mlps = [layer.mlp for layer in model.model.layers]
+    masked = Masked(model, [(mlp, mlp.down_proj) for mlp in mlps])
+    layers = [Layer(mlp, order, work.bundle_bytes) for mlp, order in zip(mlps, placed, strict=True)]
     table = Table(
         "ripple_adjacent",
         "Ripple: selecting neurons that lie together or in memory",
-        f"SmolLM2-135M-Instruct, float32, perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens; a tenth of "
-        "the neurons pinned; read: neurons a token and layer; ms: a token, by published numbers",
+        f"SmolLM2-135M-Instruct, float32, perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens; a "
+        "tenth of the neurons pinned; read: neurons a token and layer; ms: a token, by published numbers",
     )
     for name, rule in RULES.items():
         for layer in layers:
             layer.begin(**rule)
-        perplexity = language.perplexity(model, ids)
+        perplexity = masked.perplexity([layer.mask for layer in layers], ids)
         read = float(np.mean([layer.read for layer in layers]))
         ms = 1e3 * sum(np.mean(layer.seconds, 0) for layer in layers)
         columns = {f"{device}_ms": float(each) for device, each in zip(DEVICES, ms, strict=True)}

@@ -83,8 +83,8 @@ def main() -> None:
     table = Table(
         "ripple_engine",
         "Ripple's reading engine beside fio",
-        f"O_DIRECT, random reads of a file of {file.stat().st_size >> 20} MiB; median of {options.rounds} rounds "
-        f"of {options.seconds} s, contenders in turn; share: of the better fio",
+        f"O_DIRECT, random reads of a file of {file.stat().st_size >> 20} MiB; median of {options.rounds} "
+        f"rounds of {options.seconds} s, contenders in turn; share: of the better fio",
     )
     for kib, depth in CASES:
         size = kib << 10

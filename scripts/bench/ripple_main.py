@@ -20,19 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ripple_parts as parts
 import torch
 from common import Table, assets, option, parse, scratch
 from harness import Contender, Race, close, require_equal
 from models import language
-from ripple_parts import (
-    Decoder,
-    counts,
-    drop_from_page_cache,
-    offloaded,
-    reordered,
-    require_same_text,
-    same_token,
-)
 
 from ripple_loader import ReorderConfig, RippleConfig
 from ripple_loader.bundles import Sidecar
@@ -46,7 +38,7 @@ PROMPT_TOKENS, STEP_TOKENS = 32, 3
 HELD_OUT = (2, 512)  # sequences, tokens
 
 
-class Counted(Decoder):
+class Counted(parts.Decoder):
     """A decoder whose call gives the token and the bytes that it read from drives."""
 
     def __call__(self) -> tuple[int, int]:
@@ -85,7 +77,7 @@ def configs(dram_budget: str, placements: list[str]) -> dict[str, tuple[str, Rip
 
 @contextlib.contextmanager
 def uncached(file: Path) -> Iterator[None]:
-    drop_from_page_cache(file)
+    parts.drop_from_page_cache(file)
     yield
 
 
@@ -100,7 +92,9 @@ def contenders(
     # A file of its own: pages that another model has mapped would not leave the cache.
     own = Path(shutil.copytree(base, folder / "accelerate"))
     for kind, directory in (("page cache", base), ("from disk", own)):
-        decoders[f"accelerate, {kind}"] = Counted(offloaded(directory, folder / "offload"), prompt=prompt)
+        decoders[f"accelerate, {kind}"] = Counted(
+            parts.offloaded(directory, folder / "offload"), prompt=prompt
+        )
     calls = {name: Contender(each, exact=each.keep == 1.0) for name, each in decoders.items()}
     setup = functools.partial(uncached, own / "model.safetensors")
     calls["accelerate, from disk"] = replace(calls["accelerate, from disk"], setup=setup)
@@ -115,7 +109,7 @@ def row(decoder: Counted, times: Any) -> dict[str, float | str]:
         "MB_per_s": sum(read for _, read in times.results) / sum(each.wall for each in times) / 1e6,
     }
     if report := decoder.report:
-        counted = counts(report)
+        counted = parts.counts(report)
         found["resident_MB"] += report.resident_bytes / 2**20
         found |= {"reads": counted["reads"], "KiB": counted["KiB"], "hits": f"{counted['hits']:.0%}"}
         found["recall"] = f"{report.recall:.0%}" if report.asked else ""
@@ -141,7 +135,9 @@ def main() -> None:
         copies = {placement: kept / placement for placement in options.placements}
         missing = [name for name, copy in copies.items() if not copy.exists()]
         if missing:
-            reordered(base, kept, {name: ReorderConfig(tokens=1024, placement=name) for name in missing})
+            parts.reordered(
+                base, kept, {name: ReorderConfig(tokens=1024, placement=name) for name in missing}
+            )
         os.environ["XDG_CACHE_HOME"] = str(folder)  # the probe is this run's
         profile = probe(copies[options.placements[0]])
         profile.save()
@@ -152,13 +148,13 @@ def main() -> None:
         require_equal(exact, close(rtol=0, atol=1e-5 * largest))
         perplexities = {each.keep: each.model for each in reversed(decoders.values())}  # the first of each
         perplexities = {keep: language.perplexity(model, ids) for keep, model in perplexities.items()}
-        race = Race(calls, equal=same_token, keep=True)
+        race = Race(calls, equal=parts.same_token, keep=True)
         race.check()
         for decoder in decoders.values():
             if decoder.report:
                 decoder.report.reset()
         race.run(options.rounds, samples=STEP_TOKENS)
-        require_same_text(race)
+        parts.require_same_text(race)
         runs = {name: Sidecar(copy).header.profile["reads"] for name, copy in copies.items()}
         conditions = (
             f"float32, {source.layers} MLPs of {source.neurons} neurons",

@@ -1,8 +1,8 @@
-"""What Ripple's tables share: reordered copies, streamed models, decoding, raw reads, limits by the kernel."""
+"""What Ripple's tables share: copies, streamed and masked models, decoding, raw reads, the kernel's limits."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from common import assets
 from harness import Race, require_equal, same
 from models import language
 from torch import Tensor
+from torch.nn import functional as F
 
 from ripple_loader import ReorderConfig, RippleConfig, RippleReport, reorder
 from ripple_loader.access import ReadPlan
@@ -94,22 +95,43 @@ def require_same_text(race: Race) -> None:
     require_equal(texts, same)
 
 
-def rounded(weight_NH: Tensor, bits: int) -> Tensor:
-    """A weight as integers of so many bits with one scale a row would have it."""
-    scale_N1 = weight_NH.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    return (weight_NH / scale_N1).round() * scale_N1
+Mask = Callable[[Tensor, Tensor], Tensor]
+"""From an MLP's input [T, H] and activations [T, N], what the activations are multiplied by."""
 
 
-def mask_activations(first: Any, last: Any, mask: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Multiply the input of an MLP's last linear by mask(MLP's input [T, H], activations [T, N])."""
-    seen: dict[str, Tensor] = {}
+class Masked:
+    """A model whose MLPs, each given by its first and last module, have masks that can be exchanged."""
 
-    def masked(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-        activation_TN = args[0].flatten(0, -2)
-        return ((activation_TN * mask(seen["x"], activation_TN)).view_as(args[0]),)
+    def __init__(self, model: Any, mlps: Iterable[tuple[Any, Any]]) -> None:
+        self.model = model
+        self.masks: list[Mask] = []
+        for number, (first, last) in enumerate(mlps):
+            self._hook(number, first, last)
 
-    first.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].flatten(0, -2)))
-    last.register_forward_pre_hook(masked)
+    def _hook(self, number: int, first: Any, last: Any) -> None:
+        seen: dict[str, Tensor] = {}
+
+        def masked(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+            activation_TN = args[0].flatten(0, -2)
+            return ((activation_TN * self.masks[number](seen["x"], activation_TN)).view_as(args[0]),)
+
+        first.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].flatten(0, -2)))
+        last.register_forward_pre_hook(masked)
+
+    def perplexity(self, masks: Iterable[Mask], ids: Tensor) -> float:
+        self.masks = list(masks)
+        return language.perplexity(self.model, ids)
+
+
+def sketched(mlp: Any, bits: int) -> Mask:
+    """The size of a gated MLP's activations by copies of its weights in so many bits, one scale a row."""
+
+    def rounded(weight_NH: Tensor) -> Tensor:
+        scale_N1 = weight_NH.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        return (weight_NH / scale_N1).round() * scale_N1
+
+    gate_NH, up_NH = rounded(mlp.gate_proj.weight), rounded(mlp.up_proj.weight)
+    return lambda x_TH, _: (mlp.act_fn(F.linear(x_TH, gate_NH)) * F.linear(x_TH, up_NH)).abs()
 
 
 class Reads:

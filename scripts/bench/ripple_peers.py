@@ -20,23 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ripple_parts as parts
 import torch
 from common import ROOT, Table, assets, option, parse, scratch
 from harness import OwnProcess, Race
 from models import language
 from other_engines import airllm, llama_cpp, write_gguf
 from ripple_memory import CONSTANT, warm_up
-from ripple_parts import (
-    Decoder,
-    counts,
-    drop_from_page_cache,
-    limited_memory,
-    offloaded,
-    reordered,
-    require_same_text,
-    same_token,
-    streamed,
-)
 
 from ripple_loader import ReorderConfig
 from ripple_loader.bundles import Sidecar
@@ -71,14 +61,14 @@ def load(name: str, folder: Path, memory: int) -> tuple[Callable[[int], int], An
     if name == "llama.cpp, mmap":
         return llama_cpp(folder / "model.gguf"), None
     if name == "airllm":
-        return Decoder(airllm(folder / "model", folder / "shards")).after, None
+        return parts.Decoder(airllm(folder / "model", folder / "shards")).after, None
     if name == "accelerate, disk offload":
-        return Decoder(offloaded(folder / "model", folder / "offload")).after, None
+        return parts.Decoder(parts.offloaded(folder / "model", folder / "offload")).after, None
     copy, options = CONTENDERS[name]
     own = sum(path.stat().st_size for path in (folder / copy).glob("*.safetensors"))
     own -= Sidecar(folder / "linked").header.weight_bytes
-    model = streamed(folder / copy, dram_budget=memory - own - CONSTANT, **options)
-    return Decoder(model).after, model.ripple_report
+    model = parts.streamed(folder / copy, dram_budget=memory - own - CONSTANT, **options)
+    return parts.Decoder(model).after, model.ripple_report
 
 
 @contextlib.contextmanager
@@ -89,25 +79,25 @@ def contender(name: str, base: str, memory: int, tokens: list[int]) -> Iterator[
     warm_up()
     if name in PEERS[1:]:
         importlib.import_module("airllm" if name == "airllm" else "llama_cpp")
-    with limited_memory(memory):
+    with parts.limited_memory(memory):
         after, report = load(name, Path(base), memory)
         text = iter(tokens)
         for _ in range(WARM_UP):
             after(next(text))
         if report:
             report.reset()
-        yield lambda: (after(next(text)), counts(report) if report else {})
+        yield lambda: (after(next(text)), parts.counts(report) if report else {})
 
 
 def make_copies(model: Path, folder: Path) -> None:
     """The model as each contender reads it, none of it in the page cache."""
-    reordered(model, folder, COPIES)
+    parts.reordered(model, folder, COPIES)
     shutil.copytree(model, folder / "model")
     write_gguf(model, folder / "model.gguf")
     airllm(folder / "model", folder / "shards")
     probe(folder / "linked").save()
     os.sync()
-    drop_from_page_cache(*(path for path in folder.rglob("*") if path.is_file()))
+    parts.drop_from_page_cache(*(path for path in folder.rglob("*") if path.is_file()))
 
 
 def main() -> None:
@@ -131,9 +121,9 @@ def main() -> None:
             )
             for name in (*CONTENDERS, *PEERS)
         }
-        race = Race(running, equal=same_token, keep=True)
+        race = Race(running, equal=parts.same_token, keep=True)
         race.run(rounds, samples=STEP_TOKENS)
-    require_same_text(race)
+    parts.require_same_text(race)
     table = Table(
         "ripple_peers",
         f"Ripple: {model.name}, {size / 1e6:.0f} MB, in {size / share / 1e6:.0f} MB",

@@ -20,17 +20,8 @@ from common import Table, option, parse
 from harness import Race
 from ripple_parts import trace_of
 
-from ripple_loader import ReorderConfig
+from ripple_loader import ReorderConfig, placement
 from ripple_loader.coactivation import Activity, coactivation, sampled_tokens
-from ripple_loader.placement import (
-    Order,
-    expected_reads,
-    greedy_linking,
-    hot_neurons,
-    most_active,
-    place,
-    spectral_order,
-)
 from ripple_loader.trace import BitSets, count_uses
 from ripple_loader.two_opt import two_opt
 
@@ -59,27 +50,28 @@ def synthetic(neurons: int, tokens: int) -> BitSets:
     return np.stack(rows)
 
 
-def linked(sets: BitSets, neurons: int, sample: int | None, *, improve: bool) -> Order:
+def linked(sets: BitSets, neurons: int, sample: int | None, *, improve: bool) -> placement.Order:
     """Greedy linking of all neurons, with a sample of the tokens proposing partners in its first round."""
     activity, everyone = Activity(sets, neurons), np.arange(neurons)
     graph = coactivation(activity, PARTNERS, everyone, sample=sample)
-    order = greedy_linking(activity, everyone, PARTNERS, graph)
+    order = placement.greedy_linking(activity, everyone, PARTNERS, graph)
     return two_opt(order, activity, graph) if improve else order
 
 
-def orders(sets: BitSets, neurons: int, layer: int, hot: int, quick: int) -> dict[str, Callable[[], Order]]:
-    """What makes each contender's order of a layer."""
-    whole = len(sets)
+def orders(
+    sets: BitSets, neurons: int, layer: int, hot: int, quick: int, whole: int
+) -> dict[str, Callable[[], placement.Order]]:
+    """What makes each contender's order of a layer, from `quick` or all of its tokens."""
 
-    def placed(placement: str) -> Callable[[], Order]:
-        config = ReorderConfig(placement=placement, partners=PARTNERS)  # type: ignore[arg-type]
-        return lambda: place(sets, neurons, layer, config, hot).order
+    def placed(name: str) -> Callable[[], placement.Order]:
+        config = ReorderConfig(placement=name, partners=PARTNERS)  # type: ignore[arg-type]
+        return lambda: placement.place(sets, neurons, layer, config, hot).order
 
     return {
         "identity": placed("identity"),
         "random": placed("random"),
         "frequency": placed("frequency"),
-        "spectral": lambda: spectral_order(
+        "spectral": lambda: placement.spectral_order(
             coactivation(Activity(sets, neurons), PARTNERS), np.arange(neurons)
         ),
         "linked, sampled": partial(linked, sets, neurons, quick, improve=False),
@@ -109,17 +101,16 @@ def main() -> None:
     whole = len(layers[0])
     held_back = np.arange(whole) % HELD_BACK == HELD_BACK - 1
     uses = [count_uses(sets[~held_back], neurons) for sets in layers]
-    hot = hot_neurons(uses, ReorderConfig().hot_share)
+    hot = placement.hot_neurons(uses, ReorderConfig().hot_share)
     quick = min(sampled_tokens(whole, neurons), whole // 8)
-    seconds: dict[str, list[float]] = {}
-    reads: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {}
     for layer, sets in enumerate(layers):
-        in_memory = most_active(uses[layer], hot[layer])
-        race = Race(orders(sets[~held_back], neurons, layer, hot[layer], quick), equal=None, keep=True)
+        in_memory = placement.most_active(uses[layer], hot[layer])
+        race = Race(orders(sets[~held_back], neurons, layer, hot[layer], quick, whole), equal=None, keep=True)
         # CPU seconds of work that starts from nothing: no untimed calls.
-        for name, times in race.run(1, untimed=0).items():
-            seconds.setdefault(name, []).append(times[0].process)
-            reads.setdefault(name, []).append(expected_reads(sets[held_back], times[0].result, in_memory))
+        for name, (made,) in race.run(1, untimed=0).items():
+            reads = placement.expected_reads(sets[held_back], made.result, in_memory)
+            rows.setdefault(name, []).append((reads, made.process))
     activity = statistics.mean(float(np.unpackbits(sets).mean()) for sets in layers)
     table = Table(
         "ripple_placement",
@@ -128,10 +119,12 @@ def main() -> None:
         f"neurons, {whole} tokens, {PARTNERS} partners, {options.threads} threads; {activity:.1%} active; "
         f"sample of {quick} tokens of {whole - whole // HELD_BACK}",
     )
-    base = statistics.mean(reads["identity"])
-    for name, counts in reads.items():
-        mean, cpu = statistics.mean(counts), statistics.median(seconds[name])
-        table.add(name, reads=mean, of_identity=mean / base, CPU_seconds_a_layer=cpu)
+    base = statistics.mean(reads for reads, _ in rows["identity"])
+    for name, each in rows.items():
+        reads, seconds = zip(*each, strict=True)
+        share = statistics.mean(reads) / base
+        cpu = statistics.median(seconds)
+        table.add(name, reads=share * base, of_identity=share, CPU_seconds_a_layer=cpu)
     table.finish()
 
 

@@ -12,13 +12,14 @@ MLPs' outputs, relative; "KiB": held for a layer.
 
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import ROOT, Table, assets, parse
 from models import language
-from ripple_parts import mask_activations, trace_of
+from ripple_parts import Masked, trace_of
 from torch import Tensor
 from torch.nn import functional as F
 from train_relu_lm import documents
@@ -28,7 +29,10 @@ from ripple_loader.predictor import Predictor, rank_of
 from ripple_loader.selection import IntegerInputs, margins, sketch_rows
 
 LENGTH, SEQUENCES = 256, 8
-RULES: list[tuple[float, float]] = [  # share of the weight's bytes, recall
+Rule = tuple[float, float] | None
+"""A predictor's share of the weight's bytes and its recall; None is the sketch."""
+RULES: list[Rule] = [
+    None,
     *((0.125, recall) for recall in (0.999, 0.995, 0.99, 0.95, 0.9, 0.8)),
     *((share, 0.99) for share in (0.03, 0.0625, 0.25, 0.5)),
 ]
@@ -42,10 +46,6 @@ class Layer:
         self.bias = first.bias.data if first.bias is not None else torch.zeros(first.out_features)
         self.sketch, self.scale, self.error = map(torch.from_numpy, sketch_rows(first.weight.data))
         self.predictors: dict[float, Predictor] = {}
-        mask_activations(first, second, self.mask)
-
-    def begin(self, rule: tuple[float, float] | None, seen: Counter[str]) -> None:
-        self.rule, self.seen = rule, seen
 
     def predictor(self, share: float) -> Predictor:
         if share not in self.predictors:
@@ -53,19 +53,19 @@ class Layer:
             self.predictors[share] = Predictor.fit(self.inputs, self.first.weight.data, self.bias, rank)
         return self.predictors[share]
 
-    def selected(self, x_TH: Tensor) -> Tensor:
-        if self.rule is None:
+    def selected(self, rule: Rule, x_TH: Tensor) -> Tensor:
+        if rule is None:
             inputs = IntegerInputs.of(x_TH)
             estimate = torch.empty(len(x_TH), len(self.sketch))
             inputs.products(self.sketch, estimate)
             return margins(estimate * self.scale + self.bias, self.error, self.scale, inputs) > 0
-        share, recall = self.rule
+        share, recall = rule
         predictor = self.predictor(share)
         return predictor.estimate(x_TH) + self.bias + predictor.deviations(recall) * predictor.deviation > 0
 
-    def mask(self, x_TH: Tensor, a_TN: Tensor) -> Tensor:
-        mask_TN, active_TN, weight = self.selected(x_TH), a_TN != 0, self.second.weight.data
-        self.seen.update(
+    def mask(self, rule: Rule, seen: Counter[str], x_TH: Tensor, a_TN: Tensor) -> Tensor:
+        mask_TN, active_TN, weight = self.selected(rule, x_TH), a_TN != 0, self.second.weight.data
+        seen.update(
             active=int(active_TN.sum()),
             found=int((active_TN & mask_TN).sum()),
             computed=int(mask_TN.sum()),
@@ -80,16 +80,13 @@ def layers(model: Any, directory: Path) -> list[Layer]:
     """A layer's linears and inputs, from a trace of help topics."""
     with tempfile.TemporaryDirectory() as folder:
         trace = trace_of(directory, ReorderConfig(sequence_length=LENGTH), Path(folder))
-        mlps = [
-            module
-            for _, module in model.named_modules()
-            if hasattr(module, "fc1") or hasattr(module, "up_proj")
-        ]
-        pairs = [(m.fc1, m.fc2) if hasattr(m, "fc1") else (m.up_proj, m.down_proj) for m in mlps]
+        names = ("fc1", "fc2"), ("up_proj", "down_proj")
+        mlps = [(m, each) for m in model.modules() for each in names if hasattr(m, each[0])]
+        pairs = [(getattr(m, first), getattr(m, second)) for m, (first, second) in mlps]
         return [Layer(*pair, trace.inputs(number)) for number, pair in enumerate(pairs)]
 
 
-def described(rule: tuple[float, float] | None, first: torch.nn.Linear) -> tuple[str, float]:
+def described(rule: Rule, first: torch.nn.Linear) -> tuple[str, float]:
     """A rule's name, and the bytes that it holds for a layer."""
     if rule is None:
         return "sketch", first.weight.numel() + 8 * first.out_features
@@ -110,19 +107,18 @@ def main() -> None:
             for text, words in texts.items()
         }
         mlps = layers(model, directory)
+        masked = Masked(model, [(mlp.first, mlp.second) for mlp in mlps])
         table = Table(
             "ripple_predictors",
             f"Ripple: predictors of {name}",
             f"{name}, trained here, float32; fitted to {len(mlps[0].inputs)} tokens of help topics; "
             f"judged on {count} others and {count} of code",
         )
-        for rule in (None, *RULES):
+        for rule in RULES:
             label, held = described(rule, mlps[0].first)
             for text, rows in ids.items():
                 seen: Counter[str] = Counter()
-                for mlp in mlps:
-                    mlp.begin(rule, seen)
-                perplexity = language.perplexity(model, rows)
+                perplexity = masked.perplexity([partial(mlp.mask, rule, seen) for mlp in mlps], rows)
                 table.add(
                     f"{label}, {text}",
                     KiB=held / 2**10,

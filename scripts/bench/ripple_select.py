@@ -10,14 +10,14 @@ computed exactly.
 """
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
 from common import Table, parse
 from models import language
-from ripple_parts import mask_activations, rounded
+from ripple_parts import Mask, Masked, sketched
 from torch import Tensor
-from torch.nn import functional as F
 
 from ripple_loader.trace import active_mask
 
@@ -25,76 +25,62 @@ KEEPS = (0.5, 0.25)
 CALIBRATION, HELD_OUT = (2, 512), (2, 512)  # sequences, tokens
 
 
-class Selector:
-    """Ranks a gated MLP's neurons by a score and zeroes the activations of all but the best."""
+def scores_of(mlp: Any, mean_up_N: Tensor) -> dict[str, Mask]:
+    """What each method ranks the neurons of a gated MLP by."""
 
-    def __init__(self, mlp: Any) -> None:
-        self.mlp, self.mean_up_N = mlp, torch.ones(())
-        self.sketches = {
-            bits: [rounded(p.weight, bits) for p in (mlp.gate_proj, mlp.up_proj)] for bits in (8, 4)
-        }
-        self.rule("oracle", 1.0)
-        mask_activations(mlp, mlp.down_proj, self.mask)
+    def gate(x_TH: Tensor, _: Tensor) -> Tensor:
+        return mlp.act_fn(mlp.gate_proj(x_TH)).abs()
 
-    def rule(self, method: str, keep: float, energy: float = 0.0) -> None:
-        self.method, self.keep, self.energy = method, keep, energy
-
-    def score(self, x_TH: Tensor, activation_TN: Tensor) -> Tensor:
-        act = self.mlp.act_fn
-        match self.method:
-            case "oracle":
-                return activation_TN.abs()
-            case "gate":
-                return act(self.mlp.gate_proj(x_TH)).abs()
-            case "gate x mean |up|":
-                return act(self.mlp.gate_proj(x_TH)).abs() * self.mean_up_N
-            case sketch:
-                gate_NH, up_NH = self.sketches[int(sketch.removeprefix("sketch int"))]
-                return (act(F.linear(x_TH, gate_NH)) * F.linear(x_TH, up_NH)).abs()
-
-    def mask(self, x_TH: Tensor, activation_TN: Tensor) -> Tensor:
-        if self.method == "calibration":
-            self.mean_up_N = self.mlp.up_proj(x_TH).abs().mean(0)
-        if self.keep == 1.0:
-            return torch.ones(())
-        rule, share = ("energy", self.energy) if self.energy else ("top_k", self.keep)
-        kept = active_mask(self.score(x_TH, activation_TN), rule, share, exact_zeros=False)
-        self.kept = kept.float().mean().item()
-        return kept
+    return {
+        "oracle": lambda _, activation_TN: activation_TN.abs(),
+        "gate": gate,
+        "gate x mean |up|": lambda x_TH, _: gate(x_TH, _) * mean_up_N,
+        "sketch int8": sketched(mlp, 8),
+        "sketch int4": sketched(mlp, 4),
+    }
 
 
 class Study:
-    """SmolLM2 with a selector in each layer."""
+    """SmolLM2's perplexity under rules of selection; `kept` is the share of each layer that they kept."""
 
     def __init__(self) -> None:
-        self.model = language.load()
+        model = language.load()
+        self.mlps = [layer.mlp for layer in model.model.layers]
+        self.masked = Masked(model, [(mlp, mlp.down_proj) for mlp in self.mlps])
         self.ids, self.calibration = (
-            language.tokens("held_out", *HELD_OUT),
-            language.tokens("train", *CALIBRATION),
+            language.tokens(split, *shape)
+            for split, shape in (("held_out", HELD_OUT), ("train", CALIBRATION))
         )
-        self.selectors = [Selector(layer.mlp) for layer in self.model.model.layers]
-        self.rule("calibration", 1.0)
-        self.model(self.calibration)
+        means: list[Tensor] = []
+        self.dense = self.masked.perplexity([lambda *_: torch.ones(())] * len(self.mlps), self.ids)
+        self.masked.masks = [partial(self.observe, mlp, means) for mlp in self.mlps]
+        model(self.calibration)
+        self.scores = [scores_of(mlp, mean_N) for mlp, mean_N in zip(self.mlps, means, strict=True)]
+        self.kept: dict[int, float] = {}
 
-    def rule(self, *rule: Any) -> None:
-        for selector in self.selectors:
-            selector.rule(*rule)
+    @staticmethod
+    def observe(mlp: Any, means: list[Tensor], x_TH: Tensor, _: Tensor) -> Tensor:
+        means.append(mlp.up_proj(x_TH).abs().mean(0))
+        return torch.ones(())
 
-    def perplexity(self, *rule: Any) -> float:
-        self.rule(*rule)
-        return language.perplexity(self.model, self.ids)
+    def masks(self, method: str, rule: str, share: float) -> list[Mask]:
+        def mask(layer: int, score: Mask, x_TH: Tensor, activation_TN: Tensor) -> Tensor:
+            kept_TN = active_mask(score(x_TH, activation_TN), rule, share, exact_zeros=False)
+            self.kept[layer] = kept_TN.float().mean().item()
+            return kept_TN
 
-    def kept(self) -> float:
-        return statistics.mean(selector.kept for selector in self.selectors)
+        return [partial(mask, layer, scores[method]) for layer, scores in enumerate(self.scores)]
+
+    def perplexity(self, method: str, rule: str, share: float) -> float:
+        return self.masked.perplexity(self.masks(method, rule, share), self.ids)
 
     def energy_for(self, keep: float) -> float:
         """The share of the energy that keeps so many neurons of the calibration text."""
         low, high = 0.5, 1.0
         while high - low > 1e-3:
             energy = (low + high) / 2
-            self.rule("sketch int8", keep, energy)
-            self.model(self.calibration[:1])
-            low, high = (energy, high) if self.kept() < keep else (low, energy)
+            self.masked.perplexity(self.masks("sketch int8", "energy", energy), self.calibration[:1])
+            low, high = (energy, high) if statistics.mean(self.kept.values()) < keep else (low, energy)
         return (low + high) / 2
 
 
@@ -105,23 +91,19 @@ def main() -> None:
     table = Table(
         "ripple_select",
         "Ripple: selectors of SmolLM2-135M-Instruct's neurons",
-        f"float32, perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens, all kept: "
-        f"{study.perplexity('oracle', 1.0):.2f}",
+        f"float32, perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens, all kept: {study.dense:.2f}",
     )
-    row = study.model.config.hidden_size
-    for method, resident in {
-        "oracle": "not possible",
-        "gate": row * 4,
-        "gate x mean |up|": row * 4 + 4,
-        "sketch int8": 2 * row + 8,
-        "sketch int4": row + 8,
-    }.items():
-        scores = {f"perplexity_{keep:.0%}_kept": study.perplexity(method, keep) for keep in KEEPS}
-        table.add(method, bytes_a_neuron=resident, **scores)
+    row = study.mlps[0].gate_proj.in_features
+    resident = ("not possible", row * 4, row * 4 + 4, 2 * row + 8, row + 8)
+    for method, held in zip(study.scores[0], resident, strict=True):
+        for keep in KEEPS:
+            perplexity = study.perplexity(method, "top_k", keep)
+            table.add(method, bytes_a_neuron=held, **{f"perplexity_{keep:.0%}_kept": perplexity})
     for keep in KEEPS:
-        score = study.perplexity("sketch int8", keep, study.energy_for(keep))
-        kept = {f"perplexity_{keep:.0%}_kept": score, f"kept_at_{keep:.0%}": study.kept()}
-        table.add("sketch int8, energy", bytes_a_neuron=2 * row + 8, **kept)
+        perplexity = study.perplexity("sketch int8", "energy", study.energy_for(keep))
+        kept = {f"kept_at_{keep:.0%}": statistics.mean(study.kept.values())}
+        row_of = {"bytes_a_neuron": 2 * row + 8, f"perplexity_{keep:.0%}_kept": perplexity, **kept}
+        table.add("sketch int8, energy", **row_of)
     table.finish()
 
 

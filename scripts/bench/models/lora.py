@@ -39,11 +39,9 @@ def samples(split: str, seq_len: int) -> list[dict[str, list[int]]]:
 @contextlib.contextmanager
 def prepared(model: Any, lemo: LemoConfig | None, checkpointing: bool) -> Iterator[None]:
     """`model` as a method trains it; afterwards as it was."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if checkpointing:
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     if lemo is not None:
         apply_lemo(model, lemo)
     try:
@@ -51,7 +49,7 @@ def prepared(model: Any, lemo: LemoConfig | None, checkpointing: bool) -> Iterat
     finally:
         remove_lemo(model)
         if checkpointing:
-            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+            getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def loss_of(model: Any, tokens: Tensor) -> Tensor:
