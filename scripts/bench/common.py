@@ -26,7 +26,7 @@ assets = importlib.import_module("assets")
 
 
 def option(default: Any, help: str | None = None, choices: Iterable[Any] | None = None) -> dict[str, Any]:
-    """An option for `parse`. A list as default takes any number of values, False none; a type has no default."""
+    """An option for `parse`. A list as default takes many values, False none; a type has no default."""
     if default is False:
         return {"action": "store_true", "help": help}
     shared = {"help": help, "choices": choices and list(choices)}

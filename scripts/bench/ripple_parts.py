@@ -1,4 +1,4 @@
-"""What Ripple's tables share: copies, streamed and masked models, decoding, raw reads, the kernel's limits."""
+"""What Ripple's tables share: copies, streamed and masked models, decoding, reads, the kernel's limits."""
 
 import contextlib
 import os
