@@ -21,7 +21,8 @@ from ollie_compile.problems.dynamic import Dynamic
 from ollie_compile.problems.operators import Operator
 from ollie_compile.problems.polynomials import Calls
 from ollie_compile.rules import EXPLORATIVE, RELATING, of_users
-from ollie_compile.search.hybrid import Derivation, SearchStats, Step
+from ollie_compile.search.expansion import Step
+from ollie_compile.search.hybrid import Derivation, SearchStats
 from ollie_compile.search.proof import check_derivation
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,6 @@ from ollie_compile.search.expansion import (
 BEAM = 64
 MAX_GROWTH = 4  # times the products of the original; more than this is never won back by faster operators
 
-__all__ = ["BEAM", "Derivation", "SearchResult", "SearchStats", "Step", "products", "search", "work"]
-
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
