@@ -15,10 +15,10 @@ import torch
 from common import Table
 from ollie_main import freezing, interleaved
 
-from ollie_compile import tune
-from ollie_compile.lower import Program
-from ollie_compile.numeric import check_program
-from ollie_compile.operators import Convolution, Layout
+from ollie_compile.lower.lowering import Program
+from ollie_compile.measure.calls import compiled
+from ollie_compile.plan.checks import check_program
+from ollie_compile.problems.operators import Convolution, Layout
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import TILES, amplification, bilinear_decomposition
 
@@ -78,7 +78,7 @@ def main() -> None:
                 assert check_program(conv, program) is None
                 values = (x_last, weight_last, *program.constants(x.dtype, x.device).values())
                 name = f"F({tile}x{tile})"
-                calls[name] = tune.compiled(conv.finished(program), values, constant=1)
+                calls[name] = compiled(conv.finished(program), values, constant=1)
                 growth[name] = amplification(program.scope)
             errors = {}
             for name, call in calls.items():

@@ -19,8 +19,9 @@ from common import Table
 
 from ollie_compile import lift
 from ollie_compile.expr import Scope
-from ollie_compile.matching import match_matmul
-from ollie_compile.search import SearchResult, products, search
+from ollie_compile.search.expansion import products
+from ollie_compile.search.hybrid import SearchResult, search
+from ollie_compile.targets.matmul import match_matmul
 
 ONE = (1, 1)
 OPERATORS: dict[str, Callable[[], Scope]] = {
