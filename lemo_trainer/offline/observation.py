@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.architectures import find_causal_lm
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness import attention_inputs
-from lemo_trainer.masks import masked_attention
-from lemo_trainer.probe import find_wiring, layer_arguments, split_arguments
+from lemo_trainer.informativeness.scores import attention_map
+from lemo_trainer.layers.wiring import find_wiring
+from lemo_trainer.model.architectures import find_causal_lm
+from lemo_trainer.model.calls import layer_arguments, split_arguments
+from lemo_trainer.model.capture import attention_inputs
+from lemo_trainer.model.masks import masked_attention
 
 
 class _Enough(Exception):  # noqa: N818 - leaves the forward pass
@@ -82,7 +84,7 @@ class Observer:
             mask = masked_attention(attention, mask)[1]
             source_BSD = architecture.attention_input(layer, x_BSD)
             inputs = attention_inputs(attention, source_BSD, attention_mask=mask, **positions, **options)
-            seen.append(LayerInput(index, x_BSD, mask, inputs.pooled_map(mask, block_size, block_size)))
+            seen.append(LayerInput(index, x_BSD, mask, attention_map(inputs, mask, block_size, block_size)))
             if index == self.layers[-1]:
                 raise _Enough
 

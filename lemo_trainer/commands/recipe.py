@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo_trainer.config import LemoConfig, check_keys, read_yaml
+from lemo_trainer.compat import checkpointing_argument
+from lemo_trainer.config import LemoConfig, check_keys
+from lemo_trainer.files import check_model, read_yaml
 from lemo_trainer.patch import apply_lemo, remove_lemo
 from lemo_trainer.report import LemoReport
+from lemo_trainer.texts import pack, read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,58 +82,6 @@ class RunResult:
     report: LemoReport | None
     held_out_before: float | None
     held_out_after: float | None
-
-
-def read_texts(path: str | Path) -> list[Any]:
-    """The documents of a .jsonl file, or a plain text file as one document.
-
-    Returns:
-        The "text" of each line (a string), or its chat "messages" (a list).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"The text {path} must exist, and there is none (`python scripts/assets.py`?)."
-        )
-    content = path.read_text("utf-8")
-    if path.suffix != ".jsonl":
-        return [content]
-    try:
-        lines = [json.loads(line) for line in content.splitlines()]
-        return [line["messages"] if "messages" in line else line["text"] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'Each line of {path} must be a JSON object with a "text" or "messages".') from error
-
-
-def pack(documents: list[Any], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
-    """Join the documents, each ended by EOS, and cut them into samples of `seq_len` tokens; drop the rest."""
-    tokens: list[int] = []
-    for document in documents:
-        if isinstance(document, str):
-            tokens += tokenizer(document)["input_ids"]
-        else:
-            tokens += tokenizer.apply_chat_template(document, return_dict=True)["input_ids"]
-        tokens.append(tokenizer.eos_token_id)
-    starts = range(0, len(tokens) - seq_len + 1, seq_len)
-    if not starts:
-        raise ValueError(f"The text must hold at least `seq_len` {seq_len} tokens, got {len(tokens)}.")
-    return [dict.fromkeys(("input_ids", "labels"), tokens[i : i + seq_len]) for i in starts]
-
-
-def checkpointing_argument() -> str:
-    """The name of `TrainingArguments`' gradient checkpointing, which transformers 5.23 renamed."""
-    from transformers import TrainingArguments
-
-    new = "activation_checkpointing"
-    return new if hasattr(TrainingArguments, new) else "gradient_checkpointing"
-
-
-def check_model(name: str) -> None:
-    """Raise FileNotFoundError where `name` can only be a folder and there is none."""
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise FileNotFoundError(
-            f"The model folder {name} must exist, and there is none (`python scripts/assets.py`?)."
-        )
 
 
 def run(recipe: Recipe) -> RunResult:

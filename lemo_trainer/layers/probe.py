@@ -10,8 +10,6 @@ the state of the random generator are left as they were, and only one layer of e
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterator
@@ -21,136 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.architectures import ARCHITECTURES, REFUSED, Architecture, CausalLM, is_whole
+from lemo_trainer.compat import is_whole
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.detachment import DetachingLayer
-from lemo_trainer.informativeness import dispatches, mlp_intermediate, without_dropout
-from lemo_trainer.scoring import BlockScorer
-from lemo_trainer.selection import BlockPlan
+from lemo_trainer.informativeness.selection import BlockPlan
+from lemo_trainer.informativeness.selectors import BlockScorer
+from lemo_trainer.layers.detachment import DetachingLayer
+from lemo_trainer.model.architectures import ARCHITECTURES, Architecture, CausalLM
+from lemo_trainer.model.calls import CACHES, dry_options, idle_layers, split_arguments
+from lemo_trainer.model.capture import dispatches, mlp_intermediate, without_dropout
 
 TOKENS = 8
-POSITIONS = ("position_ids", "position_embeddings")
-CACHES = ("past_key_values", "layer_past", "use_cache")
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """How a model's layers are wired.
-
-    Args:
-        architecture: that of all layers which can leave tokens out.
-        probed: it was found by watching a layer, not in `ARCHITECTURES`.
-        dense_layers: index of each layer that cannot, and why.
-        dense_mlps: indices of the layers whose MLP works on all tokens, for it is a mixture of experts.
-    """
-
-    architecture: Architecture
-    probed: bool
-    dense_layers: dict[int, str]
-    dense_mlps: tuple[int, ...]
-
-    def notes(self, patched_layers: tuple[int, ...]) -> list[str]:
-        """What the probe found and which parts stay dense, given the patched layers."""
-        notes = ["their wiring was found by a probe"] if self.probed else []
-        for reason in dict.fromkeys(self.dense_layers.values()):
-            indices = ", ".join(str(index) for index, why in self.dense_layers.items() if why == reason)
-            notes.append(f"layers {indices} stay dense ({reason})")
-        if experts := [str(index) for index in self.dense_mlps if index in patched_layers]:
-            notes.append(f"the MLP of layers {', '.join(experts)} works on all tokens (mixture of experts)")
-        return notes
 
 
 class _Unfit(Exception):  # noqa: N818 - a finding
     """Why a layer cannot leave tokens out."""
 
 
-def find_wiring(parts: CausalLM) -> Wiring:
-    """How the layers of `parts` are wired, by the table of known architectures or by a probe.
-
-    Raises:
-        ValueError: a known architecture lacks a part, or a probe found no layer that fits.
-    """
-    model_type = parts.model.config.model_type
-    if model_type in REFUSED:
-        raise ValueError(f"LeMo cannot leave tokens of a {model_type} model out: {REFUSED[model_type]}.")
-    known = ARCHITECTURES.get(model_type)
-    dense_layers: dict[int, str] = {}
-    if known is None:
-        architecture, dense_layers = _probe(parts)
-    else:
-        architecture = known
-        for layer in parts.layers:
-            if missing := architecture.missing_from(layer):
-                raise ValueError(
-                    f"LeMo looked for {', '.join(missing)} in {type(layer).__name__} and found "
-                    f"{_children(layer)}; this version of transformers wires {model_type} differently."
-                )
-    dense_mlps = [
-        index
-        for index, layer in enumerate(parts.layers)
-        if index not in dense_layers and architecture.has_dense_mlp(layer)
-    ]
-    return Wiring(architecture, known is None, dense_layers, tuple(dense_mlps))
-
-
-_signature = functools.cache(inspect.signature)
-
-
-def layer_arguments(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    """The hidden states that a layer class's `forward` is called with, and its other arguments by name."""
-    signature = _signature(forward)
-    arguments = dict(signature.bind(None, *args, **kwargs).arguments)
-    _, first, *_, last = signature.parameters.values()
-    if last.kind is last.VAR_KEYWORD:
-        arguments.update(arguments.pop(last.name, {}))
-    del arguments["self"]
-    return arguments.pop(first.name), arguments
-
-
-def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The attention mask, the arguments with one entry a token, and the rest without caches and None."""
-    mask = arguments.get("attention_mask")
-    positions = {name: value for name, value in arguments.items() if name in POSITIONS}
-    others = {"attention_mask", *POSITIONS, *CACHES}
-    rest = {name: value for name, value in arguments.items() if name not in others and value is not None}
-    return mask, positions, rest
-
-
-@contextlib.contextmanager
-def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Layers that hand their input on, and note the arguments they were called with, in order."""
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
-    own = [vars(layer).get("forward") for layer in layers]
-
-    def idle(layer: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            calls.append(layer_arguments(type(layer).forward, args, kwargs))
-            return calls[-1][0]
-
-        return forward
-
-    for layer in layers:
-        vars(layer)["forward"] = idle(layer)
-    try:
-        yield calls
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            del vars(layer)["forward"]
-            if forward is not None:
-                vars(layer)["forward"] = forward
-
-
-def dry_options(model: Any) -> dict[str, bool]:
-    """What a forward with idle layers must be told: there is no cache to fill, and no router to ask."""
-    options = {"use_cache": False}
-    if hasattr(model.config, "output_router_logits"):
-        options["output_router_logits"] = False
-    return options
-
-
-def _probe(parts: CausalLM) -> tuple[Architecture, dict[int, str]]:
+def probe_layers(parts: CausalLM) -> tuple[Architecture, dict[int, str]]:
     name = f"{type(parts.model).__name__} (config.model_type {parts.model.config.model_type!r})"
     if not all(map(is_whole, parts.layers.parameters())):
         raise ValueError(
@@ -206,14 +91,14 @@ def _find_architecture(layer: Any, stream_BSD: Tensor, arguments: dict[str, Any]
     attention = next(
         (
             name
-            for name, part in layer.named_children()
+            for name, part in layer.namedchildren()
             if hasattr(part, "config") and dispatches(part, layer, x_BSD, **arguments)
         ),
         None,
     )
     if attention is None:
         raise _Unfit(
-            f"{type(layer).__name__}, none of whose parts {_children(layer)} calls AttentionInterface"
+            f"{type(layer).__name__}, none of whose parts {children(layer)} calls AttentionInterface"
         )
     drawn = _draw(layer, attention, x_BSD, arguments)
     numbers = [None, *(name for name, value in vars(layer).items() if isinstance(value, float))]
@@ -230,7 +115,7 @@ def _find_architecture(layer: Any, stream_BSD: Tensor, arguments: dict[str, Any]
                 return candidate
     raise _Unfit(
         f"{type(layer).__name__}, whose output is not the sum of its input, {attention} and "
-        f"{' + '.join(drawn.mlp)} (its parts are {_children(layer)})"
+        f"{' + '.join(drawn.mlp)} (its parts are {children(layer)})"
     )
 
 
@@ -269,7 +154,7 @@ def _draw(layer: nn.Module, attention: str, x_BSD: Tensor, arguments: dict[str, 
     projections = [name for name in inner if name.startswith(f"{attention}.")]
     matrices = [place for place, call in enumerate(calls) if call.name in inner and call.name != attention]
     if not projections or not matrices:
-        raise _Unfit(f"{type(layer).__name__} with {_children(layer)}, but no MLP beside {attention}")
+        raise _Unfit(f"{type(layer).__name__} with {children(layer)}, but no MLP beside {attention}")
     mlp = calls[matrices[0] : matrices[-1] + 1]
     own = next(call for call in calls if call.name == attention)
     steps = [call for call in calls if call is not own and call not in mlp]
@@ -355,5 +240,5 @@ def _has_matrices(module: nn.Module) -> bool:
     return any(parameter.ndim > 1 for parameter in module.parameters())
 
 
-def _children(layer: nn.Module) -> str:
-    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.named_children())
+def children(layer: nn.Module) -> str:
+    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.namedchildren())

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lemo_trainer.informativeness import allowed_blocks, map_scores
+from lemo_trainer.informativeness.scores import map_scores
+from lemo_trainer.model.masks import allowed_blocks
 
 logger = logging.getLogger(__name__)
+
 
 Design = Literal["paper", "max"]
 RANKS = (32, 32, 32)

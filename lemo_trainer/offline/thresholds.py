@@ -8,7 +8,8 @@ the mean, Algorithm 1 moves each layer's threshold along the slope of the qualit
 the other layers being dense. The slope alone knows no limit, so a choice follows, which the paper has not.
 Without a budget, a guard: layers are taken in, those that lose least for what they leave out first, while the
 loss with all of them stays within `max_increase`. With one, the points that meet it at the least loss
-(`lemo_trainer.budget`), and then the loss with all of them is measured. A layer without a point stays dense.
+(`lemo_trainer.offline.budget`), and then the loss with all of them is measured. A layer without a point stays
+dense.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lemo_trainer.architectures import find_causal_lm
-from lemo_trainer.budget import Budget, LayerThreshold, choose
 from lemo_trainer.config import LemoConfig
+from lemo_trainer.model.architectures import find_causal_lm
+from lemo_trainer.offline.budget import Budget, LayerThreshold, choose
 from lemo_trainer.patch import apply_lemo, remove_lemo
 from lemo_trainer.report import LemoReport
+from lemo_trainer.session import LemoSession, session_of
 
 Batch = Mapping[str, Any]
 MAX_INCREASE = 0.05  # of the guard, where nothing else is said
@@ -78,10 +80,13 @@ class _HeldOutLoss:
         self, model: nn.Module, batches: Sequence[Batch], report: LemoReport, progress: tqdm[Any]
     ) -> None:
         self.model, self.batches, self.report, self.progress = model, batches, report, progress
+        session = session_of(model)
+        assert session is not None
+        self.session: LemoSession = session
 
     def __call__(self, thresholds: Mapping[int, float]) -> tuple[float, dict[int, float]]:
         layers = self.report.patched_layers
-        self.report.thresholds = dict.fromkeys(layers, 0.0) | dict(thresholds)
+        self.session.thresholds = dict.fromkeys(layers, 0.0) | dict(thresholds)
         values, kept = [], []
         for batch in self.batches:
             values.append(self.model(**batch).loss.item())
@@ -97,9 +102,9 @@ class _HeldOutLoss:
 
     def score(self) -> tuple[float, dict[int, list[float]]]:
         """The dense loss, and the block scores of each layer in means of their sample, highest first."""
-        self.report.relative_scores = {}
+        self.session.relative_scores = {}
         loss, _ = self(dict.fromkeys(self.report.patched_layers, _KEEP_ALL))
-        scores, self.report.relative_scores = self.report.relative_scores, None
+        scores, self.session.relative_scores = self.session.relative_scores, None
         return loss, {
             layer: torch.cat(each).sort(descending=True).values.tolist() for layer, each in scores.items()
         }

@@ -12,9 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness import AttentionInputs, map_scores, valid_tokens
-from lemo_trainer.predictor import PatternPredictors
-from lemo_trainer.selection import BlockPlan, cheap_scores
+from lemo_trainer.informativeness.predictors import PatternPredictors
+from lemo_trainer.informativeness.scores import attention_map, map_scores
+from lemo_trainer.informativeness.selection import BlockPlan, cheap_scores
+from lemo_trainer.model.capture import AttentionInputs
+from lemo_trainer.model.masks import valid_tokens
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class BlockScorer:
             map_BMN = predictors.pooled_map(layer._lemo_index, x_BSD, mask_B1SS)
             return map_scores(map_BMN, causal_scores=causal), None
         inputs = project()
-        map_BMN = inputs.pooled_map(mask_B1SS, plan.block_size, self.config.attention_score_tokens)
+        map_BMN = attention_map(inputs, mask_B1SS, plan.block_size, self.config.attention_score_tokens)
         if predictors is not None:
             predictors.refresh(layer._lemo_index, x_BSD, mask_B1SS, map_BMN, plan.kept_blocks)
         return map_scores(map_BMN, causal_scores=causal), inputs

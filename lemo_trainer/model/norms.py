@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.architectures import Architecture, is_whole
+from lemo_trainer.compat import is_whole
 from lemo_trainer.kernels import torch_norm
 from lemo_trainer.kernels.norm import norm_rows
+from lemo_trainer.model.architectures import Architecture
 
 
 class RecognisedNorm:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from lemo_trainer.architectures import is_whole, unwrap
+from lemo_trainer.compat import is_whole, unwrap
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.predictor import PatternPredictors
+from lemo_trainer.files import write_whole
+from lemo_trainer.informativeness.predictors import PatternPredictors
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,6 @@ def save_predictors(predictors: PatternPredictors, folder: str | Path, base: dic
     }
     write_whole(folder / TENSORS_NAME, data)
     write_whole(folder / JSON_NAME, (json.dumps(described, indent=1) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that a killed process leaves as it was or whole."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
 
 
 def has_predictors(folder: str | Path) -> bool:

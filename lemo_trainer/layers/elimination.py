@@ -16,24 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo_trainer.architectures import Architecture
-from lemo_trainer.checkpointing import without_graph
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness import (
-    AttentionInputs,
-    attention_function,
-    attention_inputs,
-    mlp_intermediate,
-    mlp_scores,
-    score_positions,
-    valid_tokens,
-)
+from lemo_trainer.informativeness.scores import mlp_scores, score_positions
+from lemo_trainer.informativeness.selection import BlockPlan, cheap_scores, select_tokens
+from lemo_trainer.informativeness.selectors import BlockScorer
 from lemo_trainer.kernels.mlp import in_segments
-from lemo_trainer.masks import masked_attention
-from lemo_trainer.rows import flat_rows, take_arguments, take_mask
-from lemo_trainer.scoring import BlockScorer
-from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
-from lemo_trainer.stream import Streams
+from lemo_trainer.layers.checkpointing import without_graph
+from lemo_trainer.layers.stream import Streams
+from lemo_trainer.model.architectures import Architecture
+from lemo_trainer.model.capture import AttentionInputs, attention_function, attention_inputs, mlp_intermediate
+from lemo_trainer.model.masks import masked_attention, valid_tokens
+from lemo_trainer.model.rows import flat_rows, take_arguments, take_mask
 
 
 class EliminatingLayer:

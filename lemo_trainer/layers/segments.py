@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lemo_trainer.architectures import CausalLM, is_whole
-from lemo_trainer.checkpointing import without_graph
+from lemo_trainer.compat import is_whole
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness import without_dropout
-from lemo_trainer.loss import IGNORE_INDEX, shift
+from lemo_trainer.head.loss import IGNORE_INDEX, shift
+from lemo_trainer.layers.checkpointing import without_graph
+from lemo_trainer.model.architectures import CausalLM
+from lemo_trainer.model.capture import without_dropout
 
 FLOAT16 = (
     'mode="segments" makes its gradients before a loss scaler can scale them: train in bfloat16 or float32, '

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lemo_trainer.architectures import find_causal_lm
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
+from lemo_trainer.model.architectures import find_causal_lm
 from lemo_trainer.patch import apply_lemo
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.plan import Setup, predict
-from lemo_trainer.selection import BlockPlan
+from lemo_trainer.informativeness.selection import BlockPlan
+from lemo_trainer.offline.step_cost import Setup, predict
 
 GRID = 20_000  # steps of the dynamic programme between the cheapest choice and the limit
 PREDICTED_SHARES = (0.25, 0.5, 0.75)
@@ -72,7 +72,7 @@ class Budget:
         memory: float | None = None,
         flops_share: float | None = None,
     ) -> Budget:
-        """Of the predicted bytes or operations of a training step; see `lemo_trainer.plan`.
+        """Of the predicted bytes or operations of a training step; see `lemo_trainer.offline.step_cost`.
 
         Operations of a layer grow with the square of its kept share and its bytes on a line, so that three
         predictions say all. Where the peak of memory is not in the layers for every share, the prediction for

@@ -80,3 +80,20 @@ def _written_out_attention(
 
 AttentionInterface.register(_GROUPED, _grouped_attention)
 AttentionInterface.register(_WRITTEN_OUT, _written_out_attention)
+
+
+def allowed_pairs(mask_B1SS: Tensor) -> Tensor:
+    """Bool [B, 1, S, S], True where a query may look at a key, of a bool or an additive attention mask."""
+    return mask_B1SS if mask_B1SS.dtype == torch.bool else mask_B1SS == 0
+
+
+def allowed_blocks(mask_B1SS: Tensor, block_size: int) -> Tensor:
+    """Bool [B, N, N]: whether some query of a whole block may look at some key of another."""
+    whole = mask_B1SS.shape[-1] // block_size * block_size
+    pairs_BSS = allowed_pairs(mask_B1SS[:, 0, :whole, :whole])
+    return pairs_BSS.unflatten(1, (-1, block_size)).unflatten(3, (-1, block_size)).any(4).any(2)
+
+
+def valid_tokens(mask_B1SS: Tensor | None) -> Tensor | None:
+    """Bool [B, S], False at padding, of an attention mask; None when every token counts."""
+    return None if mask_B1SS is None else allowed_pairs(mask_B1SS[:, 0]).diagonal(dim1=1, dim2=2)

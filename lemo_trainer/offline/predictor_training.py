@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness import map_scores
-from lemo_trainer.observation import Observer
-from lemo_trainer.predictor import RANKS, Design, PatternPredictors, recall_at_kept
-from lemo_trainer.predictor_files import base_fingerprint, save_predictors, write_whole
-from lemo_trainer.selection import BlockPlan
+from lemo_trainer.files import write_whole
+from lemo_trainer.informativeness.predictor_files import base_fingerprint, save_predictors
+from lemo_trainer.informativeness.predictors import RANKS, Design, PatternPredictors, recall_at_kept
+from lemo_trainer.informativeness.scores import map_scores
+from lemo_trainer.informativeness.selection import BlockPlan
+from lemo_trainer.offline.observation import Observer
 
 STATE_NAME = "lemo_predict_train.pt"
 
@@ -34,7 +35,7 @@ class PredictorTraining:
     """How predictors are trained.
 
     Args:
-        design: "paper" or "max", see `lemo_trainer.predictor`.
+        design: "paper" or "max", see `lemo_trainer.informativeness.predictors`.
         ranks: r1, r2 and r3 of each net.
         steps: optimizer steps.
         batch_size: samples of a step, in each process.

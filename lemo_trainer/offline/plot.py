@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from lemo_trainer.thresholds import ThresholdSearch
+from lemo_trainer.offline.thresholds import ThresholdSearch
 
 
 def check_plot() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lemo_trainer.compat import unwrap
 from lemo_trainer.kernels.rows import gather
 
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -226,24 +227,6 @@ class CausalLM:
     model: Any
     head: nn.Module
     layers: nn.ModuleList
-
-
-def is_whole(weight: Tensor) -> bool:
-    """Whether all of a weight is in this process: not on the meta device, nor sharded by FSDP2 or ZeRO-3."""
-    return not (weight.is_meta or hasattr(weight, "full_tensor") or hasattr(weight, "ds_id"))
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The transformers model inside PEFT's, DDP's or torch.compile's wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
 
 
 def find_causal_lm(model: nn.Module) -> CausalLM:

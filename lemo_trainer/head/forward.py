@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.architectures import CausalLM, is_whole
-from lemo_trainer.informativeness import without_dropout
-from lemo_trainer.loss import IGNORE_INDEX, segmented_cross_entropy, shift
-from lemo_trainer.probe import dry_options, idle_layers
+from lemo_trainer.compat import is_whole
+from lemo_trainer.head.loss import IGNORE_INDEX, segmented_cross_entropy, shift
+from lemo_trainer.model.architectures import CausalLM
+from lemo_trainer.model.calls import dry_options, idle_layers
+from lemo_trainer.model.capture import without_dropout
 
 
 @contextlib.contextmanager

@@ -20,31 +20,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lemo_trainer.architectures import Architecture
-from lemo_trainer.checkpointing import without_graph
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness import (
-    QUERY_ROWS,
-    AttentionInputs,
-    attention_function,
-    attention_inputs,
-    valid_tokens,
-    without_dropout,
-)
+from lemo_trainer.informativeness.scores import QUERY_ROWS
+from lemo_trainer.informativeness.selection import BlockPlan, select_tokens
+from lemo_trainer.informativeness.selectors import BlockScorer
 from lemo_trainer.kernels.attention import attend, fits
 from lemo_trainer.kernels.mlp import in_segments
 from lemo_trainer.kernels.rows import gather
-from lemo_trainer.masks import attention_interface, masked_attention
-from lemo_trainer.rows import (
-    flat_rows,
-    merge_heads,
-    other_positions,
-    take_arguments,
-    take_queries,
-)
-from lemo_trainer.scoring import BlockScorer
-from lemo_trainer.selection import BlockPlan, select_tokens
-from lemo_trainer.stream import Streams
+from lemo_trainer.layers.checkpointing import without_graph
+from lemo_trainer.layers.stream import Streams
+from lemo_trainer.model.architectures import Architecture
+from lemo_trainer.model.capture import AttentionInputs, attention_function, attention_inputs, without_dropout
+from lemo_trainer.model.masks import attention_interface, masked_attention, valid_tokens
+from lemo_trainer.model.rows import flat_rows, merge_heads, other_positions, take_arguments, take_queries
 
 _KEPT = "lemo_kept"
 
