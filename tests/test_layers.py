@@ -1,4 +1,4 @@
-"""The architecture: which folder of a package may import which, and no module importing itself in a circle."""
+"""The architecture: which folder of a package may import which, and no import circle between modules."""
 
 import ast
 import graphlib
