@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import sys
@@ -13,13 +12,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from lemo_trainer.architectures import unwrap
+from lemo_trainer.compat import unwrap
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.measure import ActivationBytes, FlopCounter
+from lemo_trainer.informativeness.predictor_files import base_fingerprint, has_predictors, save_predictors
+from lemo_trainer.layers.segments import FLOAT16
+from lemo_trainer.measure import StepMeter
 from lemo_trainer.patch import apply_lemo, remove_lemo
-from lemo_trainer.predictor_files import base_fingerprint, has_predictors, save_predictors
 from lemo_trainer.report import LemoReport
-from lemo_trainer.segments import FLOAT16
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class LemoCallback(TrainerCallback):
         self.config = config
         self.measure = measure
         self.report: LemoReport | None = None
-        self._meter: _StepMeter | None = None
+        self._meter: StepMeter | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,7 +64,7 @@ class LemoCallback(TrainerCallback):
         self.report = apply_lemo(kwargs["model"], self._config_at(Path(args.output_dir), state))
         if args.torch_compile:
             logger.warning("`torch_compile` compiles evaluation only: LeMo's training steps run eagerly.")
-        self._meter = _StepMeter() if self.measure else None
+        self._meter = StepMeter() if self.measure else None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,7 +72,7 @@ class LemoCallback(TrainerCallback):
         assert self.report is not None
         self.report.at_step(state.global_step)
         if self._meter is not None and self.report.active:
-            self._meter.start(kwargs["model"])
+            self._meter.start(unwrap(kwargs["model"]))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -143,40 +142,6 @@ class LemoCallback(TrainerCallback):
 
 def _checkpoint(output_dir: Path, state: TrainerState) -> Path:
     return output_dir / f"checkpoint-{state.global_step}"
-
-
-class _StepMeter:
-    """Measures one optimizer step, between two events of the Trainer.
-
-    Attributes:
-        saved_bytes: what lived at the end of the first forward pass and was made in it.
-        flops: floating-point operations of the forward and backward passes.
-        done: whether the step has been measured.
-    """
-
-    def __init__(self) -> None:
-        self.saved_bytes = 0
-        self.flops = 0
-        self.done = False
-        self._contexts = contextlib.ExitStack()
-
-    def start(self, model: nn.Module) -> None:
-        if self.done:
-            return
-        saved = self._contexts.enter_context(ActivationBytes())
-        counter = self._contexts.enter_context(FlopCounter())
-
-        def read(*_: Any) -> None:
-            self.saved_bytes = max(self.saved_bytes, saved.bytes)
-
-        def finish() -> None:
-            self.flops, self.done = counter.flops, True
-
-        self._contexts.callback(unwrap(model).register_forward_hook(read).remove)
-        self._contexts.callback(finish)
-
-    def stop(self) -> None:
-        self._contexts.close()
 
 
 def _come_first(callback: TrainerCallback) -> None:

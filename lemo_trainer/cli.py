@@ -11,8 +11,11 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from lemo_trainer import commands
 from lemo_trainer.arguments import documented_fields, flag_type
+from lemo_trainer.commands.inspect import show_model
+from lemo_trainer.commands.plan import predict_step
+from lemo_trainer.commands.predictors import make_predictors, parse_ranks
+from lemo_trainer.commands.search import find_thresholds
 from lemo_trainer.config import LemoConfig
 
 app = typer.Typer(
@@ -85,7 +88,7 @@ def train(
 
         lemo train configs/lemo/smollm2_lora.yaml --keep-ratio 0.4 --layers 15-28 --max-steps 5
     """
-    from lemo_trainer.recipe import Recipe, run
+    from lemo_trainer.commands.recipe import Recipe, run
 
     with _user_errors():
         result = run(
@@ -124,7 +127,7 @@ def inspect_model(
         lemo inspect .cache/assets/SmolLM2-135M-Instruct --seq-len 8192 --keep-ratio 0.4 --layers all
     """
     with _user_errors():
-        commands.show_model(model, seq_len, LemoConfig.from_dict(lemo))
+        show_model(model, seq_len, LemoConfig.from_dict(lemo))
 
 
 @app.command()
@@ -153,9 +156,7 @@ def plan(
         lemo plan .cache/assets/SmolLM2-135M-Instruct --seq-len 8192 --mode detach --fit-memory 3GiB
     """
     with _user_errors():
-        commands.predict_step(
-            model, seq_len, batch_size, lora_rank, dtype, fit_memory, fit_flops, checkpointing, lemo
-        )
+        predict_step(model, seq_len, batch_size, lora_rank, dtype, fit_memory, fit_flops, checkpointing, lemo)
 
 
 @app.command()
@@ -196,7 +197,7 @@ def search_thresholds(
         lemo search-thresholds MODEL --data held_out.jsonl --fit-flops 0.8 --plot kept.png
     """
     with _user_errors():
-        commands.find_thresholds(
+        find_thresholds(
             model,
             data,
             output,
@@ -248,7 +249,7 @@ def predict_train(
     with _user_errors():
         training = {
             "design": design,
-            "ranks": commands.parse_ranks(ranks),
+            "ranks": parse_ranks(ranks),
             "steps": steps,
             "batch_size": batch_size,
             "lr": lr,
@@ -256,7 +257,7 @@ def predict_train(
             "save_steps": save_steps,
             "seed": seed,
         }
-        commands.make_predictors(model, data, output, seq_len, held_out, training, LemoConfig.from_dict(lemo))
+        make_predictors(model, data, output, seq_len, held_out, training, LemoConfig.from_dict(lemo))
 
 
 def main() -> None:

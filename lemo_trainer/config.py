@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lemo_trainer.files import read_yaml
+
 Mode = Literal["segments", "detach", "eliminate"]
 Selector = Literal["auto", "informativeness", "predictor", "norm", "random", "recency"]
 LabelWeights = Literal["all", "kept", "share"]
@@ -253,22 +255,6 @@ class LemoConfig:
     def to_json(self) -> str:
         """The JSON text of `lemo_config.json`; `from_yaml` reads it too."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping. Raises FileNotFoundError or ValueError."""
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a YAML file, and there is none.")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of options, got {type(values).__name__}.")
-    return values
 
 
 def check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:

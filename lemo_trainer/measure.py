@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -129,3 +130,37 @@ def peak_rss_bytes() -> int:
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class StepMeter:
+    """Measures one optimizer step, between two events of the Trainer.
+
+    Attributes:
+        saved_bytes: what lived at the end of the first forward pass and was made in it.
+        flops: floating-point operations of the forward and backward passes.
+        done: whether the step has been measured.
+    """
+
+    def __init__(self) -> None:
+        self.saved_bytes = 0
+        self.flops = 0
+        self.done = False
+        self._contexts = contextlib.ExitStack()
+
+    def start(self, model: nn.Module) -> None:
+        if self.done:
+            return
+        saved = self._contexts.enter_context(ActivationBytes())
+        counter = self._contexts.enter_context(FlopCounter())
+
+        def read(*_: Any) -> None:
+            self.saved_bytes = max(self.saved_bytes, saved.bytes)
+
+        def finish() -> None:
+            self.flops, self.done = counter.flops, True
+
+        self._contexts.callback(model.register_forward_hook(read).remove)
+        self._contexts.callback(finish)
+
+    def stop(self) -> None:
+        self._contexts.close()

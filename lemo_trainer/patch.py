@@ -18,22 +18,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from lemo_trainer.architectures import CausalLM, find_causal_lm, unwrap
-from lemo_trainer.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.detachment import DetachingLayer
-from lemo_trainer.elimination import EliminatingLayer
-from lemo_trainer.head import check_head, forward_with_segmented_loss
+from lemo_trainer.head.forward import check_head, forward_with_segmented_loss
+from lemo_trainer.informativeness.predictor_files import predictors_of
+from lemo_trainer.informativeness.selectors import BlockScorer
 from lemo_trainer.kernels.dispatch import backend
-from lemo_trainer.norms import recognised_norms
-from lemo_trainer.predictor_files import predictors_of
-from lemo_trainer.probe import CACHES, Wiring, find_wiring, layer_arguments, split_arguments
+from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
+from lemo_trainer.layers.detachment import DetachingLayer
+from lemo_trainer.layers.elimination import EliminatingLayer
+from lemo_trainer.layers.segments import SegmentCache, check_batch, check_segments, forward_in_segments
+from lemo_trainer.layers.stream import Streams
+from lemo_trainer.layers.wiring import Wiring, find_wiring
+from lemo_trainer.model.architectures import CausalLM, find_causal_lm
+from lemo_trainer.model.calls import CACHES, layer_arguments, split_arguments
+from lemo_trainer.model.norms import recognised_norms
 from lemo_trainer.report import LemoReport
-from lemo_trainer.scoring import BlockScorer
-from lemo_trainer.segments import SegmentCache, check_batch, check_segments, forward_in_segments
-from lemo_trainer.stream import Streams
+from lemo_trainer.session import LemoSession, session_of
 
 logger = logging.getLogger(__name__)
+
+LayerForward = Callable[..., Any]  # the training forward of a layer that leaves tokens out
 
 
 def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
@@ -53,9 +57,8 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         FileNotFoundError: there are no predictors for `selector="predictor"`.
     """
     parts = find_causal_lm(model)
-    if hasattr(parts.model, "_lemo"):
+    if session_of(parts.model) is not None:
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
-    model_type, total = parts.model.config.model_type, len(parts.layers)
     implementation = parts.model.config._attn_implementation
     if config.save_attention and implementation != "sdpa":
         raise ValueError(
@@ -63,41 +66,58 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
             f"{implementation!r}; leave it out."
         )
     if config.mode == "segments":
-        check_segments(parts)
-        report = LemoReport(config, model_type, total, tuple(range(total)), None)
-        patched = wiring = None
+        session, layer_forward = _session_of_segments(parts, config), None
     else:
-        if layerdrop := getattr(parts.model.config, "layerdrop", 0):
-            if config.shared_blocks:
-                raise ValueError(
-                    f"`shared_blocks` needs a model that runs all its layers, got {model_type} with "
-                    f"layerdrop {layerdrop}, which may drop the layer that chooses; set either to none."
-                )
-            config = dataclasses.replace(config, shared_blocks=False)
-        wiring = find_wiring(parts)
-        chosen = _chosen_layers(wiring, config, total)
-        report = LemoReport(config, model_type, total, chosen, wiring)
-        choosing = chosen[:1] if config.resolved_shared_blocks else chosen
-        report.predictors = predictors_of(config, parts.model, choosing)
-        patched = _leaving_out(report, wiring, parts.layers[chosen[0]])
+        session, layer_forward = _session_of_blocks(parts, config)
     if config.loss_segment:
         check_head(parts)
-    report.kernel_backend = backend(parts.model.get_input_embeddings().weight)
+    session.kernel_backend = backend(parts.model.get_input_embeddings().weight)
     try:
-        for index, layer in enumerate(parts.layers):
-            leaves_out = patched is not None and index in report.patched_layers
-            recomputes = config.selective_checkpointing or config.save_attention or config.mode == "segments"
-            if leaves_out or recomputes:
-                _patch_layer(index, layer, patched if leaves_out else None, report)
-                if leaves_out and wiring and config.fused_kernels:
-                    layer._lemo_norms = recognised_norms(wiring.architecture, layer)
-                    report.fused_norms.update(norm.name for norm in layer._lemo_norms.values())
-        _patch_causal_lm(parts, report)
+        _patch_layers(parts, layer_forward, session)
+        _patch_causal_lm(parts, session)
     except BaseException:
-        _undo(report)
+        session.undo()
         raise
+    report = LemoReport(session)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return report
+
+
+def remove_lemo(model: nn.Module) -> None:
+    """Give every patched part of `model` its own class and `forward` back; an unpatched model stays so."""
+    session = session_of(model)
+    if session is not None:
+        session.undo()
+
+
+def _session_of_segments(parts: CausalLM, config: LemoConfig) -> LemoSession:
+    check_segments(parts)
+    total = len(parts.layers)
+    return LemoSession(config, parts.model.config.model_type, total, tuple(range(total)))
+
+
+def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession, LayerForward]:
+    """The session of a mode that chooses blocks in each layer, and the training forward of those layers."""
+    model_type, total = parts.model.config.model_type, len(parts.layers)
+    if layerdrop := getattr(parts.model.config, "layerdrop", 0):
+        if config.shared_blocks:
+            raise ValueError(
+                f"`shared_blocks` needs a model that runs all its layers, got {model_type} with "
+                f"layerdrop {layerdrop}, which may drop the layer that chooses; set either to none."
+            )
+        config = dataclasses.replace(config, shared_blocks=False)
+    wiring = find_wiring(parts)
+    chosen = _chosen_layers(wiring, config, total)
+    choosing = chosen[:1] if config.resolved_shared_blocks else chosen
+    predictors = predictors_of(config, parts.model, choosing)
+    session = LemoSession(config, model_type, total, chosen, wiring, predictors)
+    scorer = BlockScorer(config, predictors)
+    # A table of known models has those only that hand a stream from layer to layer and keep none for later.
+    streams = Streams(in_place=not wiring.probed)
+    if config.mode == "detach":
+        first = parts.layers[chosen[0]]
+        return session, DetachingLayer(wiring.architecture, config, scorer, first, streams)
+    return session, EliminatingLayer(wiring.architecture, config, scorer, streams)
 
 
 def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int, ...]:
@@ -110,25 +130,18 @@ def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int,
     return chosen
 
 
-def _leaving_out(report: LemoReport, wiring: Wiring, first: nn.Module) -> EliminatingLayer | DetachingLayer:
-    config, scorer = report.config, BlockScorer(report.config, report.predictors)
-    # A table of known models has those only that hand a stream from layer to layer and keep none for later.
-    streams = Streams(in_place=not wiring.probed)
-    if config.mode == "detach":
-        return DetachingLayer(wiring.architecture, config, scorer, first, streams)
-    return EliminatingLayer(wiring.architecture, config, scorer, streams)
-
-
-def remove_lemo(model: nn.Module) -> None:
-    """Give every patched part of `model` its own class and `forward` back; an unpatched model stays so."""
-    report = getattr(unwrap(model), "_lemo", None)
-    if report is not None:
-        _undo(report)
-
-
-def _undo(report: LemoReport) -> None:
-    while report.undo:
-        report.undo.pop()()
+def _patch_layers(parts: CausalLM, layer_forward: LayerForward | None, session: LemoSession) -> None:
+    """Patch the layers that leave tokens out, and where recomputation saves bytes the others too."""
+    config, wiring = session.config, session.wiring
+    recomputes = config.selective_checkpointing or config.save_attention or config.mode == "segments"
+    for index, layer in enumerate(parts.layers):
+        leaves_out = layer_forward is not None and index in session.patched_layers
+        if not leaves_out and not recomputes:
+            continue
+        _patch_layer(index, layer, layer_forward if leaves_out else None, session)
+        if leaves_out and wiring and config.fused_kernels:
+            layer._lemo_norms = recognised_norms(wiring.architecture, layer)
+            session.fused_norms.update(norm.name for norm in layer._lemo_norms.values())
 
 
 @functools.cache
@@ -142,7 +155,8 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
         run: Callable[..., Any] = operator.call
-        config = self._lemo_report.config
+        session: LemoSession = self._lemo_session
+        config = session.config
         if self.training and vars(self).get("gradient_checkpointing"):
             if config.save_attention:
                 run = saving_attention
@@ -156,14 +170,14 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
                 for name, value in arguments.items()
                 if name not in CACHES or isinstance(value, SegmentCache)
             }
-        patched: Callable[..., Any] | None = self._lemo_layer
+        leave_out: LayerForward | None = self._lemo_forward
         plan = None
-        if self.training and patched:
-            plan = self._lemo_report.plan(self._lemo_index, hidden_states.shape[1])
-        if patched and plan:
+        if self.training and leave_out:
+            plan = session.plan(self._lemo_index, hidden_states.shape[1])
+        if leave_out and plan:
             mask, positions, options = split_arguments(arguments)
             try:
-                return patched(self, hidden_states, mask, positions, plan, run, **options)
+                return leave_out(self, hidden_states, mask, positions, plan, run, **options)
             except ValueError as error:
                 raise ValueError(f"Layer {self._lemo_index}: {error}") from error
         return run(functools.partial(layer_class.forward, self, **arguments), hidden_states)
@@ -180,22 +194,20 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(layer_class.__name__, (layer_class,), namespace)
 
 
-def _patch_layer(
-    index: int, layer: Any, patched: EliminatingLayer | DetachingLayer | None, report: LemoReport
-) -> None:
+def _patch_layer(index: int, layer: Any, layer_forward: LayerForward | None, session: LemoSession) -> None:
     original = layer.__class__
-    layer._lemo_index, layer._lemo_layer, layer._lemo_report = index, patched, report
+    layer._lemo_index, layer._lemo_forward, layer._lemo_session = index, layer_forward, session
     layer._lemo_norms = {}
     layer.__class__ = _patched_class(original)
 
     def undo() -> None:
         layer.__class__ = original
-        del layer._lemo_index, layer._lemo_layer, layer._lemo_report, layer._lemo_norms
+        del layer._lemo_index, layer._lemo_forward, layer._lemo_session, layer._lemo_norms
 
-    report.undo.append(undo)
+    session.on_undo(undo)
 
 
-def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
+def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
     model = parts.model
     own_forward = model.__dict__.get("forward")  # accelerate's mixed precision puts one there
     forward = model.forward
@@ -203,33 +215,33 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
 
     def train(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs)
-        report.start_batch(arguments.arguments.get("labels"))
+        session.start_batch(arguments.arguments.get("labels"))
         if arguments.arguments.get("past_key_values") is not None:
             raise ValueError("LeMo trains on whole sequences: `past_key_values` must be None, got a cache.")
         if arguments.arguments.get("labels") is None:
-            report.warn_of_logits()
+            session.warn_of_logits()
             return forward(*args, **kwargs)
-        makes_loss = report.config.mode == "segments" or report.config.label_weights != "all"
+        makes_loss = session.config.mode == "segments" or session.config.label_weights != "all"
         if makes_loss and arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
             raise ValueError(
                 'mode="segments" and `label_weights` make the loss, and TRL makes its own from the '
                 'log-probabilities of all tokens; use mode="detach" and label_weights="all", or '
                 "transformers' Trainer."
             )
-        if report.config.mode == "segments":
+        if session.config.mode == "segments":
             check_batch(parts, arguments)  # in the warm-up too, so that nothing is refused after it
-            if report.active:
+            if session.active:
                 return forward_in_segments(
-                    parts, with_loss, arguments, report.config.segment_tokens, report.choose_segments
+                    parts, with_loss, arguments, session.config.segment_tokens, session.choose_segments
                 )
         return with_loss(arguments)
 
     def with_loss(arguments: inspect.BoundArguments) -> Any:
-        if not report.config.loss_segment or arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
+        if not session.config.loss_segment or arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
             # TRL's fused head makes its loss in pieces by itself
             return forward(*arguments.args, **arguments.kwargs)
         return forward_with_segmented_loss(
-            parts, forward, arguments, report.config.loss_segment, report.label_weights
+            parts, forward, arguments, session.config.loss_segment, session.label_weights
         )
 
     # Inside torch.compile, the training step runs eagerly, and evaluation compiled.
@@ -239,11 +251,11 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
     @functools.wraps(forward)
     def lemo_forward(*args: Any, **kwargs: Any) -> Any:
         # One that an earlier apply_lemo left inside somebody's wrapper hands every call on.
-        run = train if model.training and getattr(model, "_lemo", None) is report else forward
+        run = train if model.training and session_of(model) is session else forward
         return run(*args, **kwargs)
 
     model.forward = lemo_forward
-    model._lemo = report
+    model._lemo = session
 
     def undo() -> None:
         # Where somebody wrapped lemo_forward since, it stays inside and hands every call on.
@@ -253,4 +265,4 @@ def _patch_causal_lm(parts: CausalLM, report: LemoReport) -> None:
                 model.forward = own_forward
         del model._lemo
 
-    report.undo.append(undo)
+    session.on_undo(undo)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached call its operators
-from ollie_compile import freezing, gate
-from ollie_compile import plan as plans
+import ollie_compile.kernels.library  # noqa: F401  # graphs that Inductor has cached call its operators
 from ollie_compile.config import OllieConfig, mode_options
-from ollie_compile.libraries import LibraryPass
-from ollie_compile.passes import DerivationPass
-from ollie_compile.report import Report
+from ollie_compile.graph import freezing, gate
+from ollie_compile.graph.derivation_pass import DerivationPass
+from ollie_compile.graph.library_pass import LibraryPass
+from ollie_compile.plan import planner
+from ollie_compile.report.report import Report
 
 
 def ollie(
@@ -127,4 +127,4 @@ def _passes(inductor: dict[str, Any], name: str) -> Sequence[Any]:
     return given if isinstance(given, (list, tuple)) else (given,)
 
 
-ollie.reset = plans.reset  # type: ignore[attr-defined]
+ollie.reset = planner.reset  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ollie_compile import plans_cli
+from ollie_compile.commands import plans
 from ollie_compile.config import OllieConfig
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 
-app.add_typer(plans_cli.app, name="plans")
+app.add_typer(plans.app, name="plans")
 
 
 @app.command(epilog="Example: ollie explain configs/ollie/fsrcnn.yaml --html out/fsrcnn.html")
@@ -50,8 +50,8 @@ def explain(
     """Compile a model and say what was derived, chosen and rejected, operator by operator."""
     import torch
 
-    from ollie_compile import models
-    from ollie_compile.explain import explain as explain_model
+    from ollie_compile.commands import models
+    from ollie_compile.explanation import explain as explain_model
 
     given = {
         "max_depth": max_depth,

@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from ollie_compile.expr import Assignment, Input
-from ollie_compile.lift.aten import declare
+from ollie_compile.lift.declared import DECLARED, Declaration
 
 LIBRARY = "ollie_user"
 _SIZE = 4  # of every dimension, where a notation is read before there are tensors
-
-_declared: dict[str, tuple[str, bytes]] = {}
 
 
 def operator(notation: str) -> Callable[[FunctionType], CustomOpDef]:
@@ -61,7 +59,8 @@ def operator(notation: str) -> Callable[[FunctionType], CustomOpDef]:
             raise ValueError(
                 f"An operator must be a function with a name, got {name!r}: define it with `def`."
             )
-        if name in _declared:
+        library = getattr(torch.ops, LIBRARY)
+        if any(target.name() == f"{LIBRARY}::{name}" for target in DECLARED):
             raise ValueError(
                 f"Each operator must have a name of its own, got `{name}` again: rename the function."
             )
@@ -91,16 +90,11 @@ def operator(notation: str) -> Callable[[FunctionType], CustomOpDef]:
         schema = f"({', '.join(f'Tensor {p}' for p in inspect.signature(function).parameters)}) -> Tensor"
         registered = torch.library.custom_op(f"{LIBRARY}::{name}", run, mutates_args=(), schema=schema)
         registered.register_fake(fake)
-        declare(getattr(getattr(torch.ops, LIBRARY), name).default, assignment, names)
-        _declared[name] = (notation, marshal.dumps(function.__code__))
+        target = getattr(library, name).default
+        DECLARED[target] = Declaration(notation, assignment, names, marshal.dumps(function.__code__))
         return registered
 
     return decorate
-
-
-def declarations() -> list[tuple[str, tuple[str, bytes]]]:
-    """Names of the declared operators, each with its notation and its function's code."""
-    return sorted(_declared.items())
 
 
 def _order(assignment: Assignment, function: FunctionType) -> Sequence[str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ollie_compile.config import OllieConfig, mode_options
-from ollie_compile.report import Report
+from ollie_compile.report.report import Report
 
 
 def inductor_configs(

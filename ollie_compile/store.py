@@ -56,11 +56,16 @@ def limit_bytes() -> int:
     return int(mib * 2**20)
 
 
+def sources() -> list[Path]:
+    """The sources of this package, on which every decision depends."""
+    return sorted(Path(__file__).parent.rglob("*.py"))
+
+
 @functools.lru_cache(maxsize=1)
 def versions() -> str:
     """Torch's version, and a hash of this package's sources."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sources():
         digest.update(path.read_bytes())
     return f"torch {torch.__version__}, ollie {digest.hexdigest()[:16]}"
 

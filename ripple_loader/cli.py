@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ripple_loader import studies
+from ripple_loader.studies import commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -145,8 +145,9 @@ def trace(
     """Record which neurons are active on a text; run again after an interruption to go on."""
     given = locals()
     with _user_errors():
-        from ripple_loader.reorder import open_reorderable
-        from ripple_loader.trace import cut_sequences, trace_source
+        from ripple_loader.offline.calibration import cut_sequences
+        from ripple_loader.offline.reordering import open_reorderable
+        from ripple_loader.offline.trace import trace_source
 
         settings, paths = _settings(given.pop("config"), given, ("model", "calibration", "out"))
         source = open_reorderable(Path(paths["model"]))
@@ -193,7 +194,7 @@ def reorder(
     """Write a streaming copy of a model: neurons that are active together lie together."""
     given = locals()
     with _user_errors():
-        from ripple_loader.reorder import reorder as run
+        from ripple_loader.offline.reordering import reorder as run
 
         settings, paths = _settings(given.pop("config"), given, ("model", "out"))
         found = None if paths["calibration"] is None else _calibration(paths["calibration"])
@@ -267,7 +268,7 @@ def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> 
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ripple_loader.bundles import Sidecar
+    from ripple_loader.format.sidecar import Sidecar
 
     Sidecar(directory)  # its errors before transformers' own
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -288,7 +289,7 @@ def inspect(
 ) -> None:
     """Print what a sidecar says about itself, as JSON."""
     with _user_errors():
-        from ripple_loader.bundles import Sidecar
+        from ripple_loader.format.sidecar import Sidecar
 
         sidecar = Sidecar(directory)
         if verify:
@@ -307,7 +308,7 @@ def verify(
 ) -> None:
     """Prove that a reordered directory is whole and, given the original, that nothing was lost."""
     with _user_errors():
-        from ripple_loader.verify import verify as run
+        from ripple_loader.offline.verification import verify as run
 
         for check, result in run(directory, original):
             typer.echo(f"{check}: {result}")
@@ -316,10 +317,10 @@ def verify(
 app.command(
     epilog="Examples:\n\nripple simulate opt-350m --trace out/trace\n\n"
     "ripple simulate opt-350m --trace out/trace --device ufs-4.0 --cache 0.25 --json out/ufs.json"
-)(_user_errors()(studies.simulate))
+)(_user_errors()(commands.simulate))
 app.command(
     epilog="Example:\n\nripple report opt-350m --trace out/trace --device ufs-4.0 --out out/ripple.html"
-)(_user_errors()(studies.report))
+)(_user_errors()(commands.report))
 
 
 @app.command(epilog="Examples:\n\nripple probe out/smollm2\n\nripple probe out --seconds 10")
@@ -329,8 +330,8 @@ def probe(
 ) -> None:
     """Measure a drive and keep what its reads cost for all models that are streamed from it."""
     with _user_errors():
-        from ripple_loader.probe import describe
-        from ripple_loader.probe import probe as run
+        from ripple_loader.storage.probing import describe
+        from ripple_loader.storage.probing import probe as run
 
         found = run(path, seconds=seconds)
         saved = found.save()

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-Placement = Literal["identity", "random", "frequency", "linked", "spectral"]
+from ripple_loader.registry import CACHE_POLICIES, PLACEMENTS
+
 ActiveRule = Literal["top_k", "threshold", "energy"]
 BundleDtype = Literal["same", "float32", "float16", "bfloat16", "int8", "int4"]
-CachePolicy = Literal["linked", "s3fifo", "lru"]
 IOEngine = Literal["auto", "aio", "threads"]
 Strategy = Literal["auto", "dense", "sparse"]
 
@@ -116,7 +116,7 @@ class ReorderConfig:
         seed: seed of the random placement.
     """
 
-    placement: Placement = "linked"
+    placement: str = "linked"
     tokens: int = 8192
     sequence_length: int = 512
     active: ActiveRule = "top_k"
@@ -130,7 +130,7 @@ class ReorderConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice(self.placement, "placement", get_args(Placement))
+        PLACEMENTS.check(self.placement)
         _check_choice(self.active, "active", get_args(ActiveRule))
         _check_choice(self.bundles, "bundles", get_args(BundleDtype))
         _check_share(self.active_share, "active_share")
@@ -197,7 +197,7 @@ class RippleConfig(QuantizationConfigMixin):
     buffer: int | str = "2MiB"
     queue_depth: int = 32
     io_engine: IOEngine = "auto"
-    cache_policy: CachePolicy = "linked"
+    cache_policy: str = "linked"
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -220,7 +220,7 @@ class RippleConfig(QuantizationConfigMixin):
         _check_count(self.queue_depth, "queue_depth")
         _check_choice(self.strategy, "strategy", get_args(Strategy))
         _check_choice(self.io_engine, "io_engine", get_args(IOEngine))
-        _check_choice(self.cache_policy, "cache_policy", get_args(CachePolicy))
+        CACHE_POLICIES.check(self.cache_policy)
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Self:

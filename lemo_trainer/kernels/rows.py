@@ -4,8 +4,8 @@ A branch reads its rows from the stream and its output is added at the same rows
 zero-padded output nor a second stream is made. No gradient needs an old value of the stream, so the backward
 pass keeps the row numbers only; it too adds the rows' gradient in place, to the stream's gradient.
 
-In place is right while nobody else has the stream or its gradient. `lemo_trainer.stream` sees to that; these
-functions alone do not.
+In place is right while nobody else has the stream or its gradient. `lemo_trainer.layers.stream` sees to that;
+these functions alone do not.
 
 Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
 """

@@ -6,6 +6,7 @@ a whole tensor go into a weight, so that terms with a common factor can meet in 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +16,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ollie_compile.expr import Affine, Assignment, Input, Loop, Ranges, Read, Scope, Tensor, ranges_of
+from ollie_compile.expr import Affine, Input, Loop, Ranges, Read, Scope, Tensor, ranges_of
 from ollie_compile.lift import convolutions, movement, products
+from ollie_compile.lift.declared import DECLARED, Declaration
 from ollie_compile.lift.products import elementwise, shape_of, var
 
 MOST_ONE_HOT = 4096  # entries of the matrix that stands for an index
@@ -39,7 +41,8 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
     Raises:
         UnliftableError: an operator, a dtype or an argument without an expression here.
     """
-    lift = LIFTS.get(node.target) or DECLARED.get(node.target)
+    declaration = DECLARED.get(node.target)
+    lift = LIFTS.get(node.target) if declaration is None else functools.partial(_declared, declaration)
     if lift is None:
         raise UnliftableError(f"{node.target} is not lifted")
     why = unsupported(node)
@@ -92,15 +95,11 @@ def contractions(terms: Sequence[Tensor]) -> list[Scope]:
     return [scope for scope in scopes if scope.is_contraction]
 
 
-def declare(target: torch._ops.OpOverload, assignment: Assignment, names: Sequence[str]) -> None:
-    """Lift the calls of a user's operator, whose operands are the tensors `names` of `assignment`."""
-
-    def lift(*operands: Terms) -> Terms:
-        tensors = dict(zip(names, map(_whole, operands), strict=True))
-        scope = assignment.scope({name: Input(name, shape_of(tensor)) for name, tensor in tensors.items()})
-        return (_with_inputs(scope, tensors),)
-
-    DECLARED[target] = lift
+def _declared(declaration: Declaration, *operands: Terms) -> Terms:
+    """What a user's operator computes from its operands."""
+    tensors = dict(zip(declaration.names, map(_whole, operands), strict=True))
+    shapes = {name: Input(name, shape_of(tensor)) for name, tensor in tensors.items()}
+    return (_with_inputs(declaration.assignment.scope(shapes), tensors),)
 
 
 def _whole(terms: Terms) -> Tensor:
@@ -411,7 +410,6 @@ def _same(terms: Terms, *_: Any, **__: Any) -> Terms:
     return terms
 
 
-DECLARED: dict[Any, Callable[..., Terms]] = {}  # operators of users
 _NUMBERS: dict[Any, Callable[..., Terms]] = {
     aten.add.Tensor: _add,
     aten.sub.Tensor: _sub,

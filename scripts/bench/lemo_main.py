@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lemo_trainer import LemoCallback, LemoConfig
+from lemo_trainer.compat import checkpointing_argument
 from lemo_trainer.measure import ActivationBytes, FlopCounter, peak_rss_bytes
-from lemo_trainer.recipe import checkpointing_argument
 
 SEGMENTS, SAVED = LemoConfig(mode="segments"), {"save_attention": True}
 DETACH_40 = replace(lora.DETACH, keep_ratio=0.4)

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from lemo_trainer import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
-from lemo_trainer.plan import Setup, predict
+from lemo_trainer.offline.step_cost import Setup, predict
 
 CONTENDERS: dict[str, lora.Method] = {
     "LoRA": (None, False),

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lemo_trainer import LemoConfig
-from lemo_trainer.informativeness import attention_inputs, map_scores
-from lemo_trainer.observation import LayerInput, Observer
-from lemo_trainer.predictor import PatternPredictors, recall_at_kept
-from lemo_trainer.predictor_files import base_fingerprint, save_predictors
-from lemo_trainer.selection import BlockPlan
+from lemo_trainer.informativeness.predictor_files import base_fingerprint, save_predictors
+from lemo_trainer.informativeness.predictors import PatternPredictors, recall_at_kept
+from lemo_trainer.informativeness.scores import attention_map, map_scores
+from lemo_trainer.informativeness.selection import BlockPlan
+from lemo_trainer.model.capture import attention_inputs
+from lemo_trainer.offline.observation import LayerInput, Observer
 
 DESIGNS = {"paper": (16, 16, 16), "max": (32, 32, 32)}
 QUERIES = (64, 32, 24, 16, 8)
@@ -77,7 +78,7 @@ def scorers(model: Any, config: LemoConfig, trained: dict[str, PatternPredictors
             positions = rotary(x_BSD, torch.arange(x_BSD.shape[1])[None])
             rest = {"position_embeddings": positions, "attention_mask": None}
             inputs = attention_inputs(layer.self_attn, x_BSD, **rest)
-            return map_scores(inputs.pooled_map(None, config.block_size, count))
+            return map_scores(attention_map(inputs, None, config.block_size, count))
 
         return scores
 

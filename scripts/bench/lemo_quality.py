@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.thresholds import search_thresholds
+from lemo_trainer.offline.thresholds import search_thresholds
 
 SEARCHED = "searched"  # stands for what `search_thresholds` finds on other held-out text
 SEGMENTS = {"mode": "segments", "segment_tokens": 128, "selector": "random"}

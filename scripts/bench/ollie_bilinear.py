@@ -15,10 +15,10 @@ from compilers import first_call
 from harness import Race
 from torch import Tensor, nn
 
-from ollie_compile import tune
-from ollie_compile.lower import Program
-from ollie_compile.numeric import check_program
-from ollie_compile.operators import Convolution, Layout
+from ollie_compile.lower.lowering import Program
+from ollie_compile.measure import calls
+from ollie_compile.plan.checks import check_program
+from ollie_compile.problems.operators import Convolution, Layout
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import TILES, amplification, bilinear_decomposition
 
@@ -46,7 +46,7 @@ def bilinear(x: Tensor, weight: Tensor) -> dict[str, tuple[Any, float]]:
         program = Program(simplify(derived)[0], "rows", "cpp")
         assert check_program(conv, program) is None
         values = (x, weight, *program.constants(x.dtype, x.device).values())
-        call = tune.compiled(conv.finished(program), values, constant=1)
+        call = calls.compiled(conv.finished(program), values, constant=1)
         found[f"F({tile}x{tile})"] = call, amplification(program.scope)
     return found
 
@@ -72,14 +72,14 @@ def main() -> None:
         x_last, weight_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
         layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).eval()
         layer.weight.copy_(weight)
-        calls = {
+        contenders = {
             "eager": partial(torch.conv2d, x, weight, padding=1),
             "eager channels last": partial(torch.conv2d, x_last, weight_last, padding=1),
             "inductor freezing": partial(first_call("inductor freezing", layer, x), x),
         }
         derived = bilinear(x_last, weight_last)
-        calls |= {name: call for name, (call, _) in derived.items()}
-        race = Race(calls, equal=equal, want=torch.conv2d(x.double(), weight.double(), padding=1))
+        contenders |= {name: call for name, (call, _) in derived.items()}
+        race = Race(contenders, equal=equal, want=torch.conv2d(x.double(), weight.double(), padding=1))
         times = race.run(options.rounds, calls=5)
         best = min(each.median for name, each in times.items() if name not in derived)
         for name, each in times.items():

@@ -20,8 +20,9 @@ from harness import Contender, Race
 
 from ollie_compile import lift
 from ollie_compile.expr import Scope
-from ollie_compile.matching import match_matmul
-from ollie_compile.search import SearchResult, products, search
+from ollie_compile.search.expansion import products
+from ollie_compile.search.hybrid import SearchResult, search
+from ollie_compile.targets.matmul import match_matmul
 
 _conv = partial(lift.convolution, stride=(1, 1), dilation=(1, 1))
 OPERATORS: dict[str, Callable[[], Scope]] = {

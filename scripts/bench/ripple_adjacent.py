@@ -18,10 +18,10 @@ from ripple_parts import Masked, sketched
 from ripple_simulate import CASES, traced
 from torch import Tensor
 
-from ripple_loader.access import cheapest, plan_reads
-from ripple_loader.devices import load_devices
-from ripple_loader.selection import select_largest, shared_by_neighbours
-from ripple_loader.simulate import place_all
+from ripple_loader.online.selection import select_largest, shared_by_neighbours
+from ripple_loader.storage.collapse import cheapest, plan_reads
+from ripple_loader.storage.devices import load_devices
+from ripple_loader.studies.simulation import place_all
 
 HELD_OUT = (2, 512)  # sequences, tokens
 DEVICES = load_devices()

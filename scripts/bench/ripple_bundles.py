@@ -13,8 +13,8 @@ from models import language
 from ripple_parts import streamed
 
 from ripple_loader import ReorderConfig, reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.sidecar import SIDECAR
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.format.sidecar import Sidecar
 
 BUNDLES = ("same", "float16", "bfloat16", "int8", "int4")
 HELD_OUT = (2, 512)  # sequences, tokens

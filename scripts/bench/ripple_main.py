@@ -27,9 +27,9 @@ from harness import Contender, Race, close, require_equal
 from models import language
 
 from ripple_loader import ReorderConfig, RippleConfig
-from ripple_loader.bundles import Sidecar
-from ripple_loader.probe import probe
-from ripple_loader.source import open_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.storage.probing import probe
 
 PLACEMENTS = ("identity", "random", "frequency", "linked")
 KEEPS = (0.5, 0.25)  # and 1.0, where the order does not matter

@@ -20,8 +20,8 @@ from models import language
 from ripple_parts import offloaded, streamed
 
 from ripple_loader import ReorderConfig, reorder
-from ripple_loader.bundles import Sidecar
 from ripple_loader.config import parse_size
+from ripple_loader.format.sidecar import Sidecar
 
 PROMPT_TOKENS, NEW_TOKENS, CONSTANT = 32, 8, 20 << 20
 CONTENDERS: dict[str, tuple[str, float] | None] = {  # Ripple's DRAM budget and share of the neurons

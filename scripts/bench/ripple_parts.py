@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ripple_loader import ReorderConfig, RippleConfig, RippleReport, reorder
-from ripple_loader.access import ReadPlan
-from ripple_loader.reader import AlignedBuffer, Reader
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.storage.blocks import AlignedBuffer
+from ripple_loader.storage.collapse import ReadPlan
+from ripple_loader.storage.reader import Reader
 
 _CGROUPS = Path("/sys/fs/cgroup")
 

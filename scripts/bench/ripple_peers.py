@@ -29,8 +29,8 @@ from other_engines import airllm, llama_cpp, write_gguf
 from ripple_memory import CONSTANT, warm_up
 
 from ripple_loader import ReorderConfig
-from ripple_loader.bundles import Sidecar
-from ripple_loader.probe import probe
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.storage.probing import probe
 
 WARM_UP, STEP_TOKENS = 32, 8
 COPIES = {

@@ -12,7 +12,7 @@ neurons in two of 600 groups of uneven frequency, and about 7% of them active.
 import statistics
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,15 @@ from common import Table, option, parse
 from harness import Race
 from ripple_parts import trace_of
 
-from ripple_loader import ReorderConfig, placement
-from ripple_loader.coactivation import Activity, coactivation, sampled_tokens
-from ripple_loader.trace import BitSets, count_uses
-from ripple_loader.two_opt import two_opt
+from ripple_loader import ReorderConfig
+from ripple_loader.offline.active_sets import BitSets, count_uses
+from ripple_loader.offline.coactivation import coactivation, sampled_tokens
+from ripple_loader.offline.linking import greedy_linking
+from ripple_loader.offline.orders import expected_reads, hot_neurons, most_active
+from ripple_loader.offline.placement import LayerActivity, Order
+from ripple_loader.offline.spectral import spectral_order
+from ripple_loader.offline.two_opt import two_opt
+from ripple_loader.registry import PLACEMENTS
 
 HELD_BACK, PARTNERS, GROUPS = 8, 32, 600
 
@@ -50,34 +55,33 @@ def synthetic(neurons: int, tokens: int) -> BitSets:
     return np.stack(rows)
 
 
-def linked(sets: BitSets, neurons: int, sample: int | None, *, improve: bool) -> placement.Order:
+def spectral(layer: LayerActivity) -> Order:
+    return spectral_order(layer.graph, layer.linkable)
+
+
+def linked(layer: LayerActivity, sample: int, *, improve: bool) -> Order:
     """Greedy linking of all neurons, with a sample of the tokens proposing partners in its first round."""
-    activity, everyone = Activity(sets, neurons), np.arange(neurons)
-    graph = coactivation(activity, PARTNERS, everyone, sample=sample)
-    order = placement.greedy_linking(activity, everyone, PARTNERS, graph)
-    return two_opt(order, activity, graph) if improve else order
+    graph = coactivation(layer.activity, PARTNERS, layer.linkable, sample=sample)
+    order = greedy_linking(layer.activity, layer.linkable, PARTNERS, graph)
+    return two_opt(order, layer.activity, graph) if improve else order
 
 
-def orders(
-    sets: BitSets, neurons: int, layer: int, hot: int, quick: int, whole: int
-) -> dict[str, Callable[[], placement.Order]]:
-    """What makes each contender's order of a layer, from `quick` or all of its tokens."""
+def orders_of(layer: LayerActivity, quick: int, whole: int) -> dict[str, Callable[[], Order]]:
+    """What makes each contender's order of a layer, each from what nothing was computed for yet."""
 
-    def placed(name: str) -> Callable[[], placement.Order]:
-        config = ReorderConfig(placement=name, partners=PARTNERS)  # type: ignore[arg-type]
-        return lambda: placement.place(sets, neurons, layer, config, hot).order
+    def placed(name: str) -> Callable[[], Order]:
+        return lambda: PLACEMENTS[name](replace(layer)).order
 
+    everyone = replace(layer, hot=0)
     return {
         "identity": placed("identity"),
         "random": placed("random"),
         "frequency": placed("frequency"),
-        "spectral": lambda: placement.spectral_order(
-            coactivation(Activity(sets, neurons), PARTNERS), np.arange(neurons)
-        ),
-        "linked, sampled": partial(linked, sets, neurons, quick, improve=False),
-        "linked, whole product": partial(linked, sets, neurons, whole, improve=False),
-        "linked, sampled, 2-opt": partial(linked, sets, neurons, quick, improve=True),
-        "linked, whole product, 2-opt": partial(linked, sets, neurons, whole, improve=True),
+        "spectral": lambda: spectral(replace(everyone)),
+        "linked, sampled": lambda: linked(replace(everyone), quick, improve=False),
+        "linked, whole product": lambda: linked(replace(everyone), whole, improve=False),
+        "linked, sampled, 2-opt": lambda: linked(replace(everyone), quick, improve=True),
+        "linked, whole product, 2-opt": lambda: linked(replace(everyone), whole, improve=True),
         "as reorder does it": placed("linked"),
     }
 
@@ -101,22 +105,24 @@ def main() -> None:
     whole = len(layers[0])
     held_back = np.arange(whole) % HELD_BACK == HELD_BACK - 1
     uses = [count_uses(sets[~held_back], neurons) for sets in layers]
-    hot = placement.hot_neurons(uses, ReorderConfig().hot_share)
+    config = ReorderConfig(partners=PARTNERS)
+    hot = hot_neurons(uses, config.hot_share)
     quick = min(sampled_tokens(whole, neurons), whole // 8)
     rows: dict[str, list[tuple[float, float]]] = {}
     for layer, sets in enumerate(layers):
-        in_memory = placement.most_active(uses[layer], hot[layer])
-        race = Race(orders(sets[~held_back], neurons, layer, hot[layer], quick, whole), equal=None, keep=True)
+        in_memory = most_active(uses[layer], hot[layer])
+        activity = LayerActivity(sets[~held_back], neurons, layer, config, hot[layer])
+        race = Race(orders_of(activity, quick, whole), equal=None, keep=True)
         # CPU seconds of work that starts from nothing: no untimed calls.
         for name, (made,) in race.run(1, untimed=0).items():
-            reads = placement.expected_reads(sets[held_back], made.result, in_memory)
+            reads = expected_reads(sets[held_back], made.result, in_memory)
             rows.setdefault(name, []).append((reads, made.process))
-    activity = statistics.mean(float(np.unpackbits(sets).mean()) for sets in layers)
+    share = statistics.mean(float(np.unpackbits(sets).mean()) for sets in layers)
     table = Table(
         "ripple_placement",
         "Ripple: orders of a layer's neurons",
         f"{'synthetic' if options.synthetic else options.model.name}, {len(layers)} layers of {neurons} "
-        f"neurons, {whole} tokens, {PARTNERS} partners, {options.threads} threads; {activity:.1%} active; "
+        f"neurons, {whole} tokens, {PARTNERS} partners, {options.threads} threads; {share:.1%} active; "
         f"sample of {quick} tokens of {whole - whole // HELD_BACK}",
     )
     base = statistics.mean(reads for reads, _ in rows["identity"])

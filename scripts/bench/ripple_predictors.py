@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from train_relu_lm import documents
 
 from ripple_loader import ReorderConfig
-from ripple_loader.predictor import Predictor, rank_of
-from ripple_loader.selection import IntegerInputs, margins, sketch_rows
+from ripple_loader.format.predictor import Predictor, rank_of
+from ripple_loader.format.sketch import IntegerInputs, sketch_rows
+from ripple_loader.online.selection import margins
 
 LENGTH, SEQUENCES = 256, 8
 Rule = tuple[float, float] | None

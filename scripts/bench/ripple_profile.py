@@ -15,13 +15,13 @@ import torch
 from common import Table, parse
 from ripple_parts import streamed
 
-KINDS = {
+KINDS = {  # by parts of a function's file and name, the first that fits
     "waiting for reads": ("'acquire' of '_thread.lock'",),
     "products": ("torch._C._nn.linear", "matmul", "torch._C.TensorBase.mm", "mm}", "silu"),
     "copies": ("index_select", "copy_", "_store", "numpy.ndarray.copy"),
-    "planning, in numpy": ("access.py", "drive.py", "reader.py", "numpy"),
-    "cache": ("cache.py",),
-    "engine, in Python": ("engine.py", "fetching.py", "streaming.py", "bundles.py", "selection.py"),
+    "planning, in numpy": ("ripple_loader/storage/", "numpy"),
+    "cache": ("ripple_loader/online/cache/",),
+    "engine, in Python": ("ripple_loader/online/", "ripple_loader/model/", "ripple_loader/format/"),
 }
 SETTINGS = {"100%": {}, "50% selected": {"keep": 0.5}, "25% selected": {"keep": 0.25}}
 

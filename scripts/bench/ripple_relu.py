@@ -20,9 +20,9 @@ from ripple_parts import Decoder, counts, reordered
 from torch import Tensor
 
 from ripple_loader import ReorderConfig, RippleConfig
-from ripple_loader.budget import allocate
-from ripple_loader.bundles import Sidecar
-from ripple_loader.source import open_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.online.budget import allocate
 
 MODEL = ROOT / ".cache" / "relu-lm"
 PLACEMENTS = ("identity", "random", "frequency", "spectral", "linked")

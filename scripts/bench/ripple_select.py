@@ -19,7 +19,7 @@ from models import language
 from ripple_parts import Mask, Masked, sketched
 from torch import Tensor
 
-from ripple_loader.trace import active_mask
+from ripple_loader.offline.active_sets import active_mask
 
 KEEPS = (0.5, 0.25)
 CALIBRATION, HELD_OUT = (2, 512), (2, 512)  # sequences, tokens

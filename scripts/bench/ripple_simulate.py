@@ -2,10 +2,10 @@
 
     python scripts/bench/ripple_simulate.py [--model smollm2] [--cache 0.1] [--on ufs-4.0 throttled drive]
 
-A trace is replayed (`ripple_loader.simulate`), the same for every contender: which neurons are missing from a
-cache of equal size, and which reads bring them. The last tokens, of held-out text, are replayed; the others
-shaped order and cache. In the "-code" cases the last are of modules of Python's library that the ReLU model
-has not seen, after an order from prose about Python.
+A trace is replayed (`ripple_loader.studies.simulation`), the same for every contender: which neurons are
+missing from a cache of equal size, and which reads bring them. The last tokens, of held-out text, are
+replayed; the others shaped order and cache. In the "-code" cases the last are of modules of Python's library
+that the ReLU model has not seen, after an order from prose about Python.
 
 - ufs-4.0: what the published numbers of that phone drive make of the reads. Nothing is read, and the numbers
   do not depend on the machine.
@@ -34,14 +34,16 @@ from harness import Race
 from ripple_parts import Reads, drop_from_page_cache, limited_drive
 from train_relu_lm import documents
 
-from ripple_loader import ReorderConfig, simulate
-from ripple_loader.devices import load_devices
-from ripple_loader.encoding import ENCODINGS
-from ripple_loader.probe import probe
-from ripple_loader.simulate import RIPPLE
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
-from ripple_loader.writing import stored_as
+from ripple_loader import ReorderConfig
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.encoding import ENCODINGS
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.offline.writing import stored_as
+from ripple_loader.storage.devices import load_devices
+from ripple_loader.storage.probing import probe
+from ripple_loader.studies import simulation
+from ripple_loader.studies.simulation import RIPPLE
 
 WARM_UP = 64
 SLOWED = 20  # the throttled drive is UFS 4.0 with a twentieth of its reads and bytes a second
@@ -83,7 +85,7 @@ def bundle_bytes(source: Any, bundles: str) -> int:
     return len(source.architecture.bundle) * ENCODINGS[stored_as(source, bundles)].row_bytes(source.hidden)
 
 
-def traced(name: str, case: Case) -> tuple[simulate.Workload, Any]:
+def traced(name: str, case: Case) -> tuple[simulation.Workload, Any]:
     """What is replayed, the last tokens of a trace that is kept for the next run; and the model."""
     source, sequences = open_source(case.directory), []
     replayed = documents()[1][-40:] if case.code else assets.texts("held_out")
@@ -91,28 +93,28 @@ def traced(name: str, case: Case) -> tuple[simulate.Workload, Any]:
     for texts, tokens in parts:
         sequences += cut_sequences(source, texts, replace(case.config, tokens=tokens))
     trace = trace_source(source, sequences, case.config, TRACES / name)
-    return simulate.workload_of(trace, bundle_bytes(source, "same"), case.replayed), source
+    return simulation.workload_of(trace, bundle_bytes(source, "same"), case.replayed), source
 
 
-Rivals = dict[str, tuple[simulate.Workload, simulate.Strategy, Any]]
+Rivals = dict[str, tuple[simulation.Workload, simulation.Strategy, Any]]
 """The weights that a strategy reads, the strategy, and the orders that it reads them in."""
 
 
-def rivals_of(case: Case, work: simulate.Workload, width_int8: int) -> Rivals:
+def rivals_of(case: Case, work: simulation.Workload, width_int8: int) -> Rivals:
     """What is compared: Ripple's rivals, and Ripple without some of its parts, or with one more.
 
     Only the linked, spectral and frequency orders pin neurons. Where as much is pinned as the cache holds,
     its policy has nothing to do, so policies are compared where nothing is.
     """
-    strategies = simulate.STRATEGIES | {
+    strategies = simulation.STRATEGIES | {
         "Ripple, equal cache shares": replace(RIPPLE, shares=False),
         "Ripple, spectral order": replace(RIPPLE, placement="spectral"),
         "Ripple, the model's order": replace(RIPPLE, placement="identity"),
         "Ripple, no collapse": replace(RIPPLE, collapse=False),
     }
     placements = sorted({strategy.placement for strategy in strategies.values()})
-    placed = {placement: simulate.place_all(work, placement, case.config) for placement in placements}
-    unpinned = simulate.place_all(work, "linked", replace(case.config, hot_share=0.0))
+    placed = {placement: simulation.place_all(work, placement, case.config) for placement in placements}
+    unpinned = simulation.place_all(work, "linked", replace(case.config, hot_share=0.0))
     return {name: (work, strategy, placed[strategy.placement]) for name, strategy in strategies.items()} | {
         "Ripple, nothing pinned": (work, RIPPLE, unpinned),
         "Ripple, nothing pinned, S3-FIFO": (work, replace(RIPPLE, cache_policy="s3fifo"), unpinned),
@@ -126,7 +128,7 @@ class Study:
     """A case with its rivals, the cache's share of the MLPs, the tokens to read; then a drive's replays."""
 
     case: Case
-    work: simulate.Workload
+    work: simulation.Workload
     rivals: Rivals
     cache: float
     read: int
@@ -135,7 +137,7 @@ class Study:
         """The reads of every rival on a drive."""
         priced = {"cache_bytes": int(self.cache * self.work.weight_bytes), "block": block}
         self.model = model
-        self.replays = {name: simulate.replay(*each, model, **priced) for name, each in self.rivals.items()}
+        self.replays = {name: simulation.replay(*each, model, **priced) for name, each in self.rivals.items()}
 
     def row(self, name: str, measured: list[float] | None) -> dict[str, float | str]:
         found = self.replays[name]
@@ -180,7 +182,7 @@ class Study:
 
 
 @contextlib.contextmanager
-def real_reads(work: simulate.Workload) -> Iterator[Reads]:
+def real_reads(work: simulation.Workload) -> Iterator[Reads]:
     """Reads of a file as large as the weights on this drive, which is not in the page cache."""
     with scratch() as folder:
         file = folder / "weights"

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo_trainer import apply_lemo
-from lemo_trainer.architectures import ARCHITECTURES, find_causal_lm
-from lemo_trainer.probe import idle_layers, is_wiring_of
+from lemo_trainer.layers.probe import is_wiring_of
+from lemo_trainer.model.architectures import ARCHITECTURES, find_causal_lm
+from lemo_trainer.model.calls import idle_layers
 
 from .tiny import (
     DROPOUTS,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemo_trainer import LemoConfig
-from lemo_trainer.budget import GRID, Budget, LayerThreshold, choose
-from lemo_trainer.plan import Setup, predict
+from lemo_trainer.offline.budget import GRID, Budget, LayerThreshold, choose
+from lemo_trainer.offline.step_cost import Setup, predict
 
 from .tiny import tiny_model
 

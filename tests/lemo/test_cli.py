@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lemo_trainer.cli import app
-from lemo_trainer.predictor_files import load_predictors
+from lemo_trainer.informativeness.predictor_files import load_predictors
 
 from .training import save_model_and_text
 
@@ -281,13 +281,13 @@ def test_predict_train_names_what_is_wrong_and_writes_nothing(recipe, tmp_path, 
 
 def test_search_thresholds_fits_a_budget_and_draws_what_it_kept(monkeypatch, tmp_path):
     from lemo_trainer import LemoConfig
-    from lemo_trainer.plan import StepCost
+    from lemo_trainer.offline.step_cost import StepCost
 
     def predict(setup, lemo, **options):
         assert setup.seq_len == 32
         return StepCost(0, 0, 1.0 if lemo is None else lemo.keep_ratio, 0)
 
-    monkeypatch.setattr("lemo_trainer.budget.predict", predict)
+    monkeypatch.setattr("lemo_trainer.offline.budget.predict", predict)
     save_model_and_text(tmp_path)
     result = search(tmp_path, "--layers", "all", "--fit-flops", "0.9", "--plot", str(tmp_path / "kept.png"))
     assert result.exit_code == 0, result.output
@@ -318,7 +318,7 @@ def test_every_field_of_the_config_is_an_option(command):
 
 
 def test_the_published_recipe_is_valid(monkeypatch):
-    from lemo_trainer.recipe import Recipe
+    from lemo_trainer.commands.recipe import Recipe
 
     monkeypatch.chdir(ROOT)
     recipe = Recipe.from_yaml("configs/lemo/smollm2_lora.yaml")

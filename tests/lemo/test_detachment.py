@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from lemo_trainer import LemoConfig, apply_lemo, detachment, remove_lemo
-from lemo_trainer.architectures import find_causal_lm
-from lemo_trainer.informativeness import attention_function
-from lemo_trainer.masks import attention_interface
+from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.informativeness.selection import select_tokens
+from lemo_trainer.layers import detachment
 from lemo_trainer.measure import ActivationBytes, FlopCounter
-from lemo_trainer.probe import layer_arguments, split_arguments
-from lemo_trainer.selection import select_tokens
+from lemo_trainer.model.architectures import find_causal_lm
+from lemo_trainer.model.calls import layer_arguments, split_arguments
+from lemo_trainer.model.capture import attention_function
+from lemo_trainer.model.masks import attention_interface
 
 from .tiny import CASES, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
@@ -129,7 +130,7 @@ def test_the_first_layer_chooses_for_all(monkeypatch):
 
 
 def test_saved_bytes_and_operations_fall_with_the_kept_share(monkeypatch):
-    monkeypatch.setattr("lemo_trainer.checkpointing.NARROW", 4)
+    monkeypatch.setattr("lemo_trainer.layers.checkpointing.NARROW", 4)
     inputs = batch("plain", seq_len=40)
     costs = {}
     for checkpointed in (False, True):

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from lemo_trainer.recipe import checkpointing_argument
+from lemo_trainer.compat import checkpointing_argument
 
 from .several_processes import run
 from .training import losses, save_model_and_text

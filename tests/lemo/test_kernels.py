@@ -16,7 +16,7 @@ from lemo_trainer.kernels.attention import attend
 from lemo_trainer.kernels.mlp import gated
 from lemo_trainer.kernels.norm import norm_rows
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.norms import recognise
+from lemo_trainer.model.norms import recognise
 
 from . import kernel_cases
 from .tiny import (
@@ -116,7 +116,7 @@ def test_gated_has_the_gradients_of_its_formula_and_saves_its_factors():
 @pytest.mark.parametrize("mode", ["detach", "eliminate"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_an_mlp_in_segments_gives_the_same_step_with_fewer_bytes(monkeypatch, mode, checkpointed):
-    monkeypatch.setattr("lemo_trainer.checkpointing.NARROW", 4)
+    monkeypatch.setattr("lemo_trainer.layers.checkpointing.NARROW", 4)
     model, inputs = lora(tiny_model(intermediate_size=256), lora_dropout=0.0), batch("left")
     if checkpointed:
         checkpointing(model.get_base_model(), reentrant=False)

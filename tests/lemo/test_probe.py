@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lemo_trainer import apply_lemo, remove_lemo
-from lemo_trainer.architectures import ARCHITECTURES
+from lemo_trainer.model.architectures import ARCHITECTURES
 
 from .tiny import (
     EXPERTS,

@@ -8,8 +8,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.layers.segments import choose_segments
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.segments import choose_segments
 
 from .tiny import CASES, KINDS, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 

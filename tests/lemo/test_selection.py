@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lemo_trainer import LemoConfig
-from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
+from lemo_trainer.informativeness.selection import BlockPlan, cheap_scores, select_tokens
 
 UNPROTECTED = LemoConfig(sink_blocks=0, recent_blocks=0)
 

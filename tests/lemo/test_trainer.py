@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lemo_trainer import LemoCallback, LemoConfig, apply_lemo, remove_lemo
-from lemo_trainer.recipe import checkpointing_argument
+from lemo_trainer.compat import checkpointing_argument
 
 from .tiny import VOCAB, assert_same_step, lora, loss_and_gradients, tiny_model
 from .training import losses, samples, trainer_for, training_arguments

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ollie_compile import plan
+from ollie_compile.plan import planner
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def fresh(tmp_path, monkeypatch):
     """No graph of an earlier run answers from Inductor's caches: the pass must run."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
-    plan.reset()
+    planner.reset()
     yield
     torch.compiler.reset()
 
@@ -35,7 +35,7 @@ def always_rewrite(monkeypatch):
     def bound(program, *arguments, **named):
         return 1e-12 * sum(1 for _ in program.scope.scopes())
 
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", bound)
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import dynamic, plan, polynomials, saved
 from ollie_compile.backend import compile_with
-from ollie_compile.matching import match_matmul
-from ollie_compile.report import Report
+from ollie_compile.plan import planner, saved
+from ollie_compile.problems import dynamic, polynomials
+from ollie_compile.report.report import Report
+from ollie_compile.targets.matmul import match_matmul
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
 
@@ -24,7 +25,7 @@ def products_first(monkeypatch):
     def bound(program, *arguments, **named):
         return 1e-12 * sum(1 for scope in program.scope.scopes() if match_matmul(scope)) or 1.0
 
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", bound)
 
 
 def compiled(net):
@@ -62,7 +63,7 @@ def test_one_graph_serves_batches_and_images_of_many_sizes(net):
 def test_bilinear_forms_serve_all_batches(monkeypatch):
     """Their tiles round sizes of images up, but not the batch."""
     monkeypatch.setattr(
-        "ollie_compile.cost.bound_seconds",
+        "ollie_compile.measure.bounds.bound_seconds",
         lambda program, *_, **__: 1e-12 if program.scope.constants() else 1.0,
     )
     report = Report()
@@ -117,7 +118,7 @@ def test_later_compilations_search_no_more(net, shape, other, monkeypatch, tmp_p
             for search in ("choice.search", "dynamic.derive"):
                 monkeypatch.setattr(f"ollie_compile.{search}", lambda *_, **__: pytest.fail("a search began"))
         if again == "in another process":
-            plan.reset()
+            planner.reset()
             dynamic._families.cache_clear()
         run, report, _ = compiled(net)
         with torch.no_grad():

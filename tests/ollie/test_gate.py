@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import freezing, gate, plan, store
+from ollie_compile import store
+from ollie_compile.graph import freezing, gate
+from ollie_compile.plan import candidates, planner
 
 OPTIONS = {"margin": 0.0, "candidates": 1, "budget_s": 1e6}
 pytestmark = pytest.mark.usefixtures("fresh", "uncompiled")
@@ -26,8 +28,10 @@ def seconds(monkeypatch):
         return {which: given[which] for which in built}
 
     monkeypatch.setattr(gate, "_measured", measured)
-    monkeypatch.setattr("ollie_compile.tune.measure", lambda calls, stop: [*range(1, len(calls)), 100.0])
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e-12)
+    monkeypatch.setattr(
+        "ollie_compile.measure.timing.measure", lambda calls, stop: [*range(1, len(calls)), 100.0]
+    )
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_, **__: 1e-12)
     return given
 
 
@@ -68,7 +72,7 @@ def test_the_fastest_graph_stays(seconds, times, chosen):
 
 def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
     monkeypatch.setenv(store.FOLDER, str(tmp_path / "plans"))
-    plan.reset()
+    planner.reset()
     seconds |= {
         gate.REWRITTEN: 2.0,
         gate.INDUCTOR: 1.0,
@@ -78,14 +82,14 @@ def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
     net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
     ollie_compile.explain(net, x, **OPTIONS)
     seconds.clear()  # what is measured now fails
-    plan.reset()
+    planner.reset()
     report = ollie_compile.explain(net, x, **OPTIONS)
     assert report.notes[-1].endswith("chosen: Inductor")
     assert not report.plans
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options=OPTIONS, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
-    plan.reset()
+    planner.reset()
 
 
 def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeypatch):
@@ -99,7 +103,7 @@ def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeyp
         return call
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiled)
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e12)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_, **__: 1e12)
     seconds |= {gate.INDUCTOR: 1.0, gate.EAGER: 2.0, gate.INDUCTOR + gate.CONTIGUOUS: 3.0}
     net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
     report = ollie_compile.explain(net, x, **OPTIONS | {"budget_s": gate.LONG_S - 1})
@@ -115,9 +119,9 @@ def test_the_default_budget_is_what_inductor_takes(monkeypatch):
 
     def make(operators, config, budget_s, stop):
         planned.append(config)
-        return {operator: plan.Plan(operator, budget_s) for operator in operators}
+        return {operator: candidates.Plan(operator, budget_s) for operator in operators}
 
-    monkeypatch.setattr(plan, "_make", make)
+    monkeypatch.setattr(planner, "_make", make)
     ollie_compile.explain(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()).eval(), torch.randn(1, 2, 6, 6))
     assert [config.budget_s for config in planned] == [pytest.approx((1 - gate.AGAIN) * 8.0)]
 
@@ -150,8 +154,6 @@ def test_copies_say_where_their_inputs_are_from():
 
 def test_frozen_parameters_leave_the_graph_and_inputs_stay(monkeypatch):
     """Dynamo's own graph keeps its inputs, for it passes them by that graph."""
-    from ollie_compile import freezing
-
     seen = []
 
     def hold(gm, inputs):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import plan
 from ollie_compile.backend import compile_with
 from ollie_compile.config import OllieConfig
-from ollie_compile.operators import Convolution
-from ollie_compile.report import Report
+from ollie_compile.plan import planner
+from ollie_compile.problems.operators import Convolution
+from ollie_compile.report.report import Report
 from tests.ollie.strategies import operator
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
@@ -129,9 +129,9 @@ def test_reset_forgets_plans(always_rewrite, uncompiled):
     net, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         torch.compile(net, backend="ollie", options=QUICK)(x)
-    assert plan._plans
+    assert planner._plans
     torch._dynamo.reset()
-    assert not plan._plans
+    assert not planner._plans
 
 
 def test_threads_compile_and_run_side_by_side(always_rewrite, uncompiled):
@@ -176,7 +176,7 @@ def test_portable_programs_are_of_torchs_own_operators(always_rewrite):
     assert configs["joint_custom_pre_pass"].config.portable
     conv = operator(torch.zeros(1, 8, 12, 12), torch.zeros(8, 8, 3, 3), padding=1)
     for portable in (True, False):
-        made = plan.plan(conv, OllieConfig(**QUICK, portable=portable), 10.0)
+        made = planner.plan(conv, OllieConfig(**QUICK, portable=portable), 10.0)
         assert ({candidate.program.kernels for candidate in made.candidates} == {"aten"}) == portable
 
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from ollie_compile import rules
 from ollie_compile.config import OllieConfig
-from ollie_compile.passes import DerivationPass
-from ollie_compile.report import Report
-from ollie_compile.splicing import NOT_SPLICED
+from ollie_compile.graph.derivation_pass import DerivationPass
+from ollie_compile.graph.splicing import NOT_SPLICED
+from ollie_compile.report.report import Report
 
 from .test_subprograms import _fewest_products, derive, equal  # noqa: F401  # a fixture for all tests here
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import plan, saved, store
+from ollie_compile import store
 from ollie_compile.cli import main
 from ollie_compile.config import OllieConfig
-from ollie_compile.gradients import Gradient
+from ollie_compile.plan import planner, saved
+from ollie_compile.problems.gradients import Gradient
 from tests.ollie.strategies import operator
 
 MODEL = OllieConfig(tune="model", margin=0.0)
@@ -23,9 +24,9 @@ MODEL = OllieConfig(tune="model", margin=0.0)
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OLLIE_CACHE_DIR", str(tmp_path / "plans"))
-    plan.reset()
+    planner.reset()
     yield tmp_path / "plans"
-    plan.reset()
+    planner.reset()
 
 
 def conv(**options):
@@ -33,19 +34,21 @@ def conv(**options):
 
 
 def planned(budget_s=60.0):
-    plan.reset()
-    return plan.plan(conv(), MODEL, budget_s)
+    planner.reset()
+    return planner.plan(conv(), MODEL, budget_s)
 
 
 @pytest.fixture
 def low_bounds(monkeypatch):
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e-12)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_, **__: 1e-12)
 
 
 @pytest.fixture
 def no_search(monkeypatch):
     def forbid():
-        monkeypatch.setattr("ollie_compile.choice.search", lambda *_, **__: pytest.fail("a search began"))
+        monkeypatch.setattr(
+            "ollie_compile.plan.preparing.search", lambda *_, **__: pytest.fail("a search began")
+        )
 
     return forbid
 
@@ -66,18 +69,20 @@ def test_a_kept_plan_is_the_plan(folder, low_bounds, no_search):
 def test_plans_of_gradients_are_kept(folder, low_bounds, no_search):
     forward = conv()
     wanted = Gradient(forward=forward, of="input", gradient=forward.output, result=forward.input)
-    made = plan.plan(wanted, MODEL, 60.0)
-    plan.reset()
+    made = planner.plan(wanted, MODEL, 60.0)
+    planner.reset()
     no_search()
-    assert plan.plan(wanted, MODEL, 60.0).winner.program == made.winner.program
+    assert planner.plan(wanted, MODEL, 60.0).winner.program == made.winner.program
 
 
 def test_a_warm_start_neither_searches_nor_measures(folder, fresh, uncompiled, monkeypatch, no_search):
     net, x = nn.Conv2d(4, 2, 3, padding=1).eval(), torch.randn(1, 4, 6, 6)
     first = ollie_compile.explain(net, x, margin=0.0, candidates=1)
     no_search()
-    plan.reset()
-    monkeypatch.setattr("ollie_compile.tune.measure", lambda *_: pytest.fail("something is measured"))
+    planner.reset()
+    monkeypatch.setattr(
+        "ollie_compile.measure.timing.measure", lambda *_: pytest.fail("something is measured")
+    )
     again = ollie_compile.explain(net, x, margin=0.0, candidates=1)
     assert again.rewritten == first.rewritten
     monkeypatch.undo()

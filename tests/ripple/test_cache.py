@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ripple_loader.cache import INDEX_BYTES, cache_shares, make_cache
+from ripple_loader.format.profile import cache_shares
+from ripple_loader.online.cache import INDEX_BYTES, make_cache
 
 POLICIES = ["linked", "s3fifo", "lru"]
 STEPS = st.lists(

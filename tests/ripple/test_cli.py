@@ -6,9 +6,9 @@ import torch
 from typer.testing import CliRunner
 
 from ripple_loader.cli import app
-from ripple_loader.drive import DriveProfile
-from ripple_loader.sidecar import SIDECAR
-from ripple_loader.trace import Trace
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.offline.trace import Trace
+from ripple_loader.storage.drive import DriveProfile
 
 
 class Tokenizer:
@@ -143,7 +143,7 @@ def test_calibration_from_datasets_and_long_files(saved, tmp_path, monkeypatch):
 
 
 def test_probe(tmp_path, monkeypatch):
-    monkeypatch.setattr("ripple_loader.probe._WRITTEN", 4 << 20)
+    monkeypatch.setattr("ripple_loader.storage.probing._WRITTEN", 4 << 20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = run("probe", tmp_path, "--seconds", 0.05)
     assert result.exit_code == 0, result.output

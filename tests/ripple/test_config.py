@@ -43,7 +43,7 @@ def test_a_share_needs_a_total():
         ({"queue_depth": 0}, "`queue_depth`"),
         ({"strategy": "fast"}, "one of auto, dense, sparse"),
         ({"io_engine": "magic"}, "one of auto, aio, threads"),
-        ({"cache_policy": "magic"}, "one of linked, s3fifo, lru"),
+        ({"cache_policy": "magic"}, "one of linked, lru, s3fifo"),
         ({"quant_method": "gptq"}, "gptq"),
         ({"dram_bugdet": 1}, "no key 'dram_bugdet'; did you mean dram_budget"),
     ],
@@ -56,7 +56,7 @@ def test_bad_loader_options(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "magic"}, "identity, random, frequency, linked"),
+        ({"placement": "magic"}, "frequency, identity, linked, random"),
         ({"active_share": 0.0}, "`active_share`"),
         ({"tokens": 1.5}, "`tokens`"),
         ({"partners": -1}, "got -1"),

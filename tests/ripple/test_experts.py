@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ripple_loader.bundles import Sidecar
-from ripple_loader.checkpoint import read_shards
-from ripple_loader.reorder import open_reorderable
-from ripple_loader.verify import verify
+from ripple_loader.checkpoint.shards import read_shards
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.reordering import open_reorderable
+from ripple_loader.offline.verification import verify
 
 from .conftest import load, relative_error, token_ids
 

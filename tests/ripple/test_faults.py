@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from ripple_loader import reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.checkpoint import read_shards
-from ripple_loader.sidecar import SIDECAR
-from ripple_loader.trace import Trace
-from ripple_loader.verify import verify
+from ripple_loader.checkpoint.shards import read_shards
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.trace import Trace
+from ripple_loader.offline.verification import verify
 
 from .conftest import CALIBRATION, SMALL, load, relative_error, token_ids
 

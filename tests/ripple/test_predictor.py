@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ripple_loader import RippleConfig, reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.predictor import Predictor, rank_of
-from ripple_loader.source import open_source
-from ripple_loader.streaming import StreamingMLP
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.predictor import Predictor, rank_of
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.model.streaming import StreamingMLP
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
 
 from .conftest import CALIBRATION, SMALL, load, make_model, relative_error, token_ids
 
@@ -195,7 +196,7 @@ def test_a_model_finds_its_active_neurons_on_what_was_traced(name, saved, tmp_pa
         x = trace.inputs(layer)
         weight = engine.sidecar.bundles(layer).view(torch.float32).view(96, 2, 32)[:, 0]
         active = x @ weight.T + engine.bias(layer, 0) > 0
-        found = engine.select(layer, x, mlp.activation).mask
+        found = engine.selector.select(layer, x, mlp.activation).mask
         assert (found & active).sum() > 0.97 * active.sum()
         assert (found & ~active).sum() < 0.05 * (~active).sum()
 
@@ -207,7 +208,7 @@ def test_an_input_that_is_not_a_number_has_all_neurons_computed(bad, predicting)
     mlp = next(module for module in model.modules() if isinstance(module, StreamingMLP))
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     x[1, 5] = bad
-    assert mlp.backend.select(0, x, mlp.activation).mask.all(1).tolist() == [False, True, False]
+    assert mlp.backend.selector.select(0, x, mlp.activation).mask.all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("strategy", ["sparse", "auto"])

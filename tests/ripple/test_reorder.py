@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader import ReorderConfig, reorder
-from ripple_loader.atomic import Workspace
-from ripple_loader.bundles import Sidecar, SidecarWriter
-from ripple_loader.verify import verify
+from ripple_loader.files import Workspace
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.format.writer import SidecarWriter
+from ripple_loader.offline.verification import verify
 
 from .conftest import (
     CALIBRATION,
@@ -231,7 +232,7 @@ def test_no_disk_space(saved, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
     monkeypatch.setattr(
-        sys.modules["ripple_loader.reorder"], "trace_source", pytest.fail
+        "ripple_loader.offline.reordering.trace_source", pytest.fail
     )  # it is found before the trace
     with pytest.raises(OSError, match=r"should have .* MiB free"):
         run(saved("llama"), tmp_path / "new" / "out")
@@ -260,7 +261,9 @@ def test_a_full_disk_leaves_the_trace_and_no_output(saved, tmp_path, monkeypatch
 KILLED = """
 import sys, time, torch
 from pathlib import Path
-from ripple_loader import ReorderConfig, bundles, reorder, trace
+from ripple_loader import ReorderConfig, reorder
+from ripple_loader.format import writer
+from ripple_loader.offline import trace, writing
 ready = Path(sys.argv[2]).parent / "ready"
 kind, seen = sys.argv[3], []
 def pause(at):
@@ -270,8 +273,8 @@ def pause(at):
         time.sleep(60)
 module, name = {
     "trace": (trace, "save_file"),
-    "weights": (sys.modules["ripple_loader.writing"], "permuted"),
-    "sidecar": (bundles.SidecarWriter, "write_layer"),
+    "weights": (writing, "permuted"),
+    "sidecar": (writer.SidecarWriter, "write_layer"),
 }[kind]
 original = getattr(module, name)
 def paused(*arguments):

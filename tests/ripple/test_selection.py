@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ripple_loader.selection import IntegerInputs, margins, select_active, shared_by_neighbours
+from ripple_loader.format.sketch import IntegerInputs
+from ripple_loader.online.selection import margins, select_active, shared_by_neighbours
 
 
 @pytest.mark.parametrize(("tokens", "rows", "hidden"), [(1, 1, 1), (1, 5000, 48), (7, 100, 2048)])

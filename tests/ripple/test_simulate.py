@@ -8,14 +8,23 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ripple_loader import ReorderConfig
+from ripple_loader.checkpoint.source import open_source
 from ripple_loader.cli import app
-from ripple_loader.devices import Device, load_devices
-from ripple_loader.drive import DriveProfile, Measurement, device_of
-from ripple_loader.html_report import coactivation_map
-from ripple_loader.placement import Placed
-from ripple_loader.simulate import RIPPLE, STRATEGIES, Strategy, Workload, place_all, replay, summarise
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.placement import Placed
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.storage.devices import Device, load_devices
+from ripple_loader.storage.drive import DriveProfile, Measurement, device_of
+from ripple_loader.studies.html_report import coactivation_map
+from ripple_loader.studies.simulation import (
+    RIPPLE,
+    STRATEGIES,
+    Strategy,
+    Workload,
+    place_all,
+    replay,
+    summarise,
+)
 
 from .conftest import CALIBRATION
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader import RippleConfig, reorder
-from ripple_loader.streaming import StreamingMLP
+from ripple_loader.model.streaming import StreamingMLP
 
 from .conftest import CALIBRATION, MODELS, SMALL, least_budget, load, make_model, relative_error, token_ids
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ripple_loader.bundles import Sidecar
-from ripple_loader.verify import verify
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.verification import verify
 
 from .conftest import MODELS
 
@@ -61,6 +61,6 @@ def test_changed_weights_are_found_by_their_file_and_by_comparing(
     def recorded(path):
         return (header.files if path.parent == copy else header.base)[path.name]
 
-    monkeypatch.setattr("ripple_loader.verify.sha256", recorded)
+    monkeypatch.setattr("ripple_loader.offline.verification.sha256", recorded)
     with pytest.raises(ValueError, match=message):
         list(verify(copy, saved("llama")))

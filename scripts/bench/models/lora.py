@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
-from lemo_trainer.recipe import pack
+from lemo_trainer.texts import pack
 from models import language
 
 LORA: dict[str, Any] = {"r": 8, "target_modules": "all-linear"}

@@ -1,0 +1,167 @@
+"""Predictors on disk: `lemo_predictors.safetensors`, and a .json with what they are and of which model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from lemo_trainer.compat import is_whole, unwrap
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.files import write_whole
+from lemo_trainer.informativeness.predictors import PatternPredictors
+
+logger = logging.getLogger(__name__)
+
+TENSORS_NAME, JSON_NAME = "lemo_predictors.safetensors", "lemo_predictors.json"
+_FORMAT = 1
+_SAMPLES = 64  # values of each parameter in the base model's fingerprint
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, str]:
+    """A hash for each parameter of the base model, of `_SAMPLES` evenly spaced values in bfloat16.
+
+    So it is the same in float32 and bfloat16, under PEFT (adapters are left out), and for the parameters that
+    quantization leaves alone. Parameters that are not whole in this process are left out.
+    """
+    hashes = {}
+    for name, parameter in unwrap(model).named_parameters():
+        name = name.replace(".base_layer", "").replace(".original_module", "")
+        adapter = "lora_" in name or ".modules_to_save." in name
+        if adapter or not parameter.is_floating_point() or not is_whole(parameter):
+            continue
+        flat = parameter.detach().flatten()
+        places = torch.arange(_SAMPLES, device=flat.device) * len(flat) // _SAMPLES
+        values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        digest = hashlib.sha256(repr(tuple(parameter.shape)).encode() + values.tobytes())
+        hashes[name] = digest.hexdigest()[:16]
+    return hashes
+
+
+def save_predictors(predictors: PatternPredictors, folder: str | Path, base: dict[str, str]) -> None:
+    """Write both files into `folder`, each of them whole or not at all.
+
+    Args:
+        base: `base_fingerprint` of the model that they belong to.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save({name: value.contiguous() for name, value in predictors.nets.state_dict().items()})
+    described = {
+        "format": _FORMAT,
+        "design": predictors.design,
+        "block_size": predictors.block_size,
+        "hidden_size": predictors.width,
+        "recall": {str(layer): round(recall, 4) for layer, recall in sorted(predictors.recall.items())},
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "base": base,
+    }
+    write_whole(folder / TENSORS_NAME, data)
+    write_whole(folder / JSON_NAME, (json.dumps(described, indent=1) + "\n").encode())
+
+
+def has_predictors(folder: str | Path) -> bool:
+    return all((Path(folder) / name).is_file() for name in (TENSORS_NAME, JSON_NAME))
+
+
+def load_predictors(folder: str | Path, model: nn.Module | None = None) -> PatternPredictors:
+    """Read the predictors in `folder` and check that they belong to `model` (None checks nothing).
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: they are damaged, of an unknown format, or of another base model.
+    """
+    folder = Path(folder)
+    if not has_predictors(folder):
+        raise FileNotFoundError(
+            f"{folder} must hold {TENSORS_NAME} and {JSON_NAME}; `lemo predict-train MODEL --data FILE` "
+            "makes them."
+        )
+    damaged = f"The predictors in {folder} are damaged: {{}}; make them again with `lemo predict-train`."
+    data = (folder / TENSORS_NAME).read_bytes()
+    try:
+        described = json.loads((folder / JSON_NAME).read_text("utf-8"))
+        if described["format"] != _FORMAT:
+            raise ValueError(
+                f"{folder / JSON_NAME} must be of format {_FORMAT}, got {described['format']!r}; it was "
+                "written by another version of lemo_trainer."
+            )
+        if hashlib.sha256(data).hexdigest() != described["sha256"]:
+            raise ValueError(damaged.format(f"the checksum of {TENSORS_NAME} is not the one in {JSON_NAME}"))
+        predictors = _rebuild(described, load(data))
+    except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnicodeError) as error:
+        raise ValueError(damaged.format(f"{type(error).__name__}: {error}")) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(damaged.format(f"{JSON_NAME} is no JSON")) from error
+    if model is not None:
+        _check_base(described["base"], model, folder)
+    return predictors
+
+
+def _rebuild(described: dict[str, Any], tensors: dict[str, Tensor]) -> PatternPredictors:
+    predictors = PatternPredictors(
+        sorted({int(name.partition(".")[0]) for name in tensors}),
+        design=described["design"],
+        block_size=described["block_size"],
+        width=described["hidden_size"],
+    )
+    predictors.load_tensors(tensors)
+    predictors.recall = {int(layer): float(recall) for layer, recall in described["recall"].items()}
+    return predictors
+
+
+def _check_base(base: dict[str, str], model: nn.Module, folder: Path) -> None:
+    own = base_fingerprint(model)
+    common = sorted(base.keys() & own.keys())
+    differing = next((name for name in common if base[name] != own[name]), None)
+    if differing or (own and not common):
+        what = f"its {differing} differs" if differing else "they have no parameter in common"
+        raise ValueError(
+            f"The predictors in {folder} were trained for another base model: {what}. Train them for this "
+            "one with `lemo predict-train`."
+        )
+    if not common:
+        logger.warning(
+            "Whether the predictors in %s belong to this model cannot be checked: its weights are not whole "
+            "in this process.",
+            folder,
+        )
+
+
+def predictors_of(config: LemoConfig, model: nn.Module, layers: tuple[int, ...]) -> PatternPredictors | None:
+    """The predictors that `config` asks for, on the model's device; None where it asks for none.
+
+    Args:
+        layers: the decoder layers that will ask for scores.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_predictors`; or they are for other blocks or layers.
+    """
+    if config.resolved_selector != "predictor":
+        return None
+    folder = config.predictors or getattr(unwrap(model).config, "_name_or_path", "")
+    predictors = load_predictors(folder, model)
+    missing = [layer for layer in layers if layer not in predictors.layers]
+    if missing or predictors.block_size != config.block_size:
+        raise ValueError(
+            f"The predictors in {folder} must be for blocks of {config.block_size} tokens and layers "
+            f"{list(layers)}, got blocks of {predictors.block_size} and layers {list(predictors.layers)}."
+        )
+    predictors.refresh_steps = config.predictor_refresh
+    predictors.least_recall = config.predictor_recall
+    weak = [i for i in layers if predictors.recall.get(i, 1.0) < config.predictor_recall]
+    if weak:
+        predictors.distrusted.update(weak)
+        logger.warning(
+            "Layers %s use exact scores: the recall of their predictors is below `predictor_recall` %.0f%%.",
+            weak,
+            100 * config.predictor_recall,
+        )
+    return predictors.to(next(unwrap(model).parameters()).device)

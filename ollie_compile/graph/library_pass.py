@@ -1,0 +1,64 @@
+"""The pass over Inductor's graphs that gives each product to the library which is faster for its shape."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from ollie_compile import store
+from ollie_compile.kernels import library
+from ollie_compile.measure import isolation, products
+from ollie_compile.measure.profile import profile
+from ollie_compile.report.report import Report
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = tuple(map(str, store.sources()))
+
+
+class LibraryPass(CustomGraphPass):
+    """Gives each product to the library that is faster, as Inductor's `post_grad_custom_pre_pass`.
+
+    Args:
+        margin: share by which another library must beat the one that Inductor calls.
+        before: the user's own passes.
+    """
+
+    def __init__(
+        self, margin: float, report: Report, before: Sequence[Callable[[fx.Graph], None]] = ()
+    ) -> None:
+        self.margin, self.report, self.before = margin, report, before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LibraryPass:
+        return self
+
+    def uuid(self) -> Any:
+        """None, so that Inductor caches nothing, where passes of users have no identity."""
+        theirs = [custom.uuid() if isinstance(custom, CustomGraphPass) else None for custom in self.before]
+        decisive = (self.margin, torch.get_num_threads(), theirs)
+        return None if None in theirs else get_hash_for_files(_SOURCES, repr(decisive))
+
+    def __call__(self, graph: fx.Graph) -> None:
+        from torch._inductor.virtualized import V
+
+        for custom in self.before:
+            custom(graph)
+        if not library.has_onednn() or V.aot_compilation:  # what is exported runs without Python
+            return
+        moved = set()
+        for node in list(graph.nodes):
+            try:
+                with isolation.outside_compilation():
+                    moved.add(
+                        products.move_packed(node, self.margin) or products.move_plain(node, self.margin)
+                    )
+            except Exception:  # such as too little memory for what is measured
+                logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)
+        profile.save()
+        for which in sorted(moved - {""}):
+            self.report.note(f"products are computed by {which} where it is faster than what Inductor calls")

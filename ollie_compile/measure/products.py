@@ -1,0 +1,108 @@
+"""Products in float32 on a CPU by torch's library or by oneDNN, whichever is faster for their shape.
+
+Torch calls MKL, which on some CPUs takes more than twice as long as oneDNN, and whose packed weights lose to
+plain ones for a single row.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from operator import attrgetter
+
+import torch
+from torch import fx
+
+from ollie_compile.kernels import library
+from ollie_compile.measure import timing
+from ollie_compile.measure.profile import profile
+
+MEASURE_S = 0.1  # after which no more than the fewest rounds are timed
+PLAIN, PACKED, ONEDNN, ONEDNN_PACKED = "torch", "MKL, packed", "oneDNN", "oneDNN, packed"
+aten = torch.ops.aten
+
+
+def move_plain(node: fx.Node, margin: float = 0.0) -> str:
+    """The library that a product was moved to, which is "" where it stays."""
+    if node.target is aten.mm.default:
+        (a, b), bias = node.args, None
+    elif node.target is aten.addmm.default and not node.kwargs:
+        bias, a, b = node.args
+    else:
+        return ""
+    values = [source.meta.get("val") for source in (a, b, bias) if source is not None]
+    if not all(library.has_libraries(value) for value in values) or values[-1].dim() != (
+        2 if bias is None else 1
+    ):
+        return ""
+    first, second, *rest = [torch.empty_strided(v.shape, v.stride()).fill_(1.0) for v in values]
+    offered = {
+        PLAIN: lambda: torch.addmm(*rest, first, second) if rest else torch.mm(first, second),
+        ONEDNN: lambda: torch.ops.ollie.product.default(first, second, *rest),
+    }
+    if bias is not None and rest[0].shape != second.shape[1:]:
+        return ""
+    if fastest(offered, PLAIN, margin, repr([(*v.shape, v.stride()) for v in values])) == PLAIN:
+        return ""
+    node.target, node.args = torch.ops.ollie.product.default, (a, b, bias)
+    return ONEDNN
+
+
+def move_packed(node: fx.Node, margin: float) -> str:
+    """The same for a product whose constant weights Inductor has packed for MKL."""
+    if not str(node.target).startswith("mkl._mkl_linear"):
+        return ""
+    x, packed, weight, bias, rows = node.args
+    value, held = x.meta.get("val"), node.graph.owning_module
+    if not library.has_libraries(value) or value.dim() != 2 or weight.op != "get_attr":
+        return ""
+    first = torch.empty_strided(value.shape, value.stride()).fill_(1.0)
+    for_mkl, second = (attrgetter(source.target)(held) for source in (packed, weight))
+    added = None if bias is None else torch.ones(second.shape[0])
+    reordered = torch.ops.mkldnn._reorder_linear_weight(second, rows)
+    transposed = second.t().contiguous()
+    offered = {
+        PACKED: lambda: torch.ops.mkl._mkl_linear(first, for_mkl, second, added, rows),
+        ONEDNN_PACKED: lambda: torch.ops.mkldnn._linear_pointwise.default(
+            first, reordered, added, "none", [], ""
+        ),
+        PLAIN: lambda: (
+            torch.mm(first, transposed) if added is None else torch.addmm(added, first, transposed)
+        ),
+    }
+    what = repr([*value.shape, value.stride(), *second.shape, bias is not None])
+    which = fastest(offered, PACKED, margin, what)
+    if which == PACKED:
+        return ""
+    name = f"packed_{node.name}"
+    held.register_buffer(name, reordered if which == ONEDNN_PACKED else transposed)
+    with node.graph.inserting_before(node):
+        ours = node.graph.get_attr(name)
+    if which == ONEDNN_PACKED:
+        node.target = torch.ops.mkldnn._linear_pointwise.default
+        node.args = (x, ours, bias, "none", [], "")
+    else:
+        ours.meta["val"] = value.new_empty(transposed.shape)
+        node.target = aten.mm.default if bias is None else aten.addmm.default
+        node.args = (x, ours) if bias is None else (bias, x, ours)
+    for source in (packed, weight):
+        if not source.users:
+            node.graph.erase_node(source)
+    return which
+
+
+def fastest(offered: dict[str, timing.Call], kept: str, margin: float, what: str) -> str:
+    """Which call is fastest by what is measured now or was before; one must beat `kept` by the margin."""
+    measured: dict[str, float] = {}
+
+    def of(which: str) -> float:
+        if not measured:
+            stop = time.perf_counter() + MEASURE_S
+            measured.update(zip(offered, timing.measure(list(offered.values()), stop), strict=True))
+        return measured[which]
+
+    cpu = torch.device("cpu")
+    seconds = {
+        which: profile.seconds(cpu, f"{which}: {what}", functools.partial(of, which)) for which in offered
+    }
+    return min(seconds, key=lambda which: seconds[which] * (1 if which == kept else 1 + margin))

@@ -1,0 +1,67 @@
+"""Timing calls: one alone, or several in turn, so that drifts of the machine hit all alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Call = Callable[[], object]
+ROUNDS, FEWEST_ROUNDS = 15, 3
+SAMPLE_S = 0.001  # one sample repeats a call for about this long
+
+
+def measure(calls: Sequence[Call], stop: float = math.inf) -> list[float]:
+    """Median seconds of each call, all in turn in every round, so that drifts hit all alike.
+
+    Args:
+        stop: `time.perf_counter()` after which no more than `FEWEST_ROUNDS` rounds are made.
+    """
+    repeats = []
+    for call in calls:
+        call()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        repeats.append(max(1, min(100, round(SAMPLE_S / max(time.perf_counter() - start, 1e-7)))))
+    samples: list[list[float]] = [[] for _ in calls]
+    for number in range(ROUNDS):
+        if number >= FEWEST_ROUNDS and time.perf_counter() > stop:
+            break
+        for call, count, into in zip(calls, repeats, samples, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            synchronize()
+            into.append((time.perf_counter() - start) / count)
+    return [sorted(times)[len(times) // 2] for times in samples]
+
+
+def median_seconds(call: Callable[[], object], *, budget_s: float = 0.02) -> float:
+    """Median time of a call after one warm-up, repeated for about `budget_s`."""
+    times = _times(call, budget_s)
+    return times[len(times) // 2]
+
+
+def least_seconds(call: Callable[[], object]) -> float:
+    """The least time of a call, which other programs on the machine disturb least: for bounds."""
+    return _times(call, 0.04)[0]
+
+
+def _times(call: Callable[[], object], budget_s: float) -> list[float]:
+    call()
+    times: list[float] = []
+    stop = time.perf_counter() + budget_s
+    while not times or (time.perf_counter() < stop and len(times) < 100):
+        start = time.perf_counter()
+        call()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

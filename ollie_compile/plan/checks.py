@@ -1,0 +1,197 @@
+"""Checks of candidates: their derivations, their programs in float64, how much they round; and notations."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ollie_compile.config import OllieConfig
+from ollie_compile.expr import Scope, evaluate
+from ollie_compile.lower.lowering import Program
+from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate
+from ollie_compile.problems.operators import Operator, Subprogram, Tensors
+from ollie_compile.search.hybrid import Derivation
+from ollie_compile.search.proof import (
+    LIMIT,
+    POINTS,
+    check_derivation,
+    difference,
+    sample_points,
+    terms_summed,
+)
+
+logger = logging.getLogger(__name__)
+
+HALF_SLACK = 2.0  # times the rounding of the original that a candidate may have above the tolerance
+
+
+def exact_results(operator: Operator) -> tuple[Tensor, ...]:
+    """What torch computes in float64 from the operator's example inputs."""
+    return _all(operator.reference(*_in_float64(operator)))
+
+
+def check_program(
+    operator: Operator, program: Program, exact: tuple[Tensor, ...] | None = None
+) -> str | None:
+    """Compare the lowered program with torch's operators in float64.
+
+    Args:
+        exact: `exact_results(operator)`, for many programs of one operator; None computes them.
+
+    Returns:
+        None, or the largest difference relative to the largest output, or the wrong shape.
+    """
+    exact = exact_results(operator) if exact is None else exact
+    results = _all(_run(operator, program, _in_float64(operator)))
+    for got, want in zip(results, exact, strict=True):
+        if got.shape != want.shape:
+            return f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+        error = _relative_error(got, want)
+        if not error < LIMIT:
+            return f"differs by {error:.1e} of the largest output in float64"
+    return None
+
+
+def rounding_error(
+    operator: Operator, program: Program | None, exact: tuple[Tensor, ...] | None = None
+) -> float:
+    """The largest error in the operator's dtype, relative to the largest exact output.
+
+    Args:
+        program: None is the operator itself, as torch computes it.
+        exact: as in `check_program`.
+    """
+    exact = exact_results(operator) if exact is None else exact
+    inputs = operator.example_inputs()
+    got = _all(operator.reference(*inputs) if program is None else _run(operator, program, inputs))
+    return max(_relative_error(mine.double(), want) for mine, want in zip(got, exact, strict=True))
+
+
+def reproducer(operator: Operator, program: Program) -> str:
+    """Python source that checks a program of an operator again and prints what is wrong with it.
+
+    The operators of a subprogram stand in it as a comment: its derivation is checked, and its program is
+    where a right derivation leaves the fault.
+    """
+    expression, derived = operator.expression(), program.scope
+    tensors = [f"    {t.name!r}: {t!r}," for t in {**expression.inputs(), **derived.inputs()}.values()]
+    tensors += [f"    {constant.name!r}: {constant!r}," for constant in derived.constants().values()]
+    lines = [
+        "from fractions import Fraction",
+        "",
+        "import torch",
+        "from torch import device",
+        "",
+        "from ollie_compile.expr import Constant, Input, parse",
+        "from ollie_compile.lower.lowering import Program",
+        "from ollie_compile.plan.checks import check_program",
+        "from ollie_compile.problems.gradients import Gradient",
+        "from ollie_compile.problems.operators import Convolution, Layout",
+        "from ollie_compile.search.proof import check_derivation",
+        "",
+        f"# {operator}, products as {program.layout}, eOperators as {program.kernels}",
+        "tensors = {",
+        *tensors,
+        "}",
+        f'original = parse("{expression}", tensors)',
+        f'derived = parse("{derived}", tensors)',
+        'print("derivation:", check_derivation(original, derived))',
+    ]
+    if isinstance(operator, Subprogram):
+        return "\n".join([*lines, *(f"# {line}" for line in operator.graph.code.strip().split("\n"))])
+    written = f"Program(derived, {program.layout!r}, {program.kernels!r})"
+    return "\n".join(
+        [*lines, f"operator = {operator!r}", f'print("program:", check_program(operator, {written}))']
+    )
+
+
+def _in_float64(operator: Operator) -> tuple[Tensor, ...]:
+    return tuple(value.double() for value in operator.example_inputs())
+
+
+def _run(operator: Operator, program: Program, inputs: tuple[Tensor, ...]) -> Tensors:
+    constants = program.constants(inputs[0].dtype, operator.device)
+    return operator.finished(program)(*inputs, *constants.values())
+
+
+def _all(tensors: Tensors) -> tuple[Tensor, ...]:
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-300)).item()
+
+
+def check_notation(operator: Operator, *, points: int = POINTS, seed: int = 0) -> str | None:
+    """Compare an operator's expression with what its only result is, in float64.
+
+    Returns:
+        None, or how they differ.
+    """
+    scope = operator.expression()
+    at = sample_points(np.random.default_rng(seed), scope, points, terms_summed(scope))
+    inputs = operator.example_inputs(torch.float64)
+    want = operator.reference(*inputs)
+    assert isinstance(want, torch.Tensor), "a notation has one result"
+    values = {name: value.cpu().numpy() for name, value in zip(operator.inputs, inputs, strict=True)}
+    places = at - np.array(scope.box, dtype=np.int64)[:, 0]
+    return difference(evaluate(scope, values, at), want.cpu().numpy()[tuple(places.T)], at)
+
+
+class Checks:
+    """The checks of one operator's candidates; after `stop` none begins."""
+
+    def __init__(self, operator: Operator, config: OllieConfig, stop: float) -> None:
+        self.operator, self.config, self.stop = operator, config, stop
+        self.slowest = 0.0
+
+    @functools.cached_property
+    def exact(self) -> tuple[Tensor, ...]:
+        return exact_results(self.operator)
+
+    @functools.cached_property
+    def limit(self) -> float:
+        """How much a candidate may round."""
+        if self.operator.dtype.itemsize >= 4:
+            return self.config.tolerance
+        return max(self.config.tolerance, HALF_SLACK * rounding_error(self.operator, None, self.exact))
+
+    def passes(self, candidate: Candidate) -> bool:
+        """Whether a candidate is right and rounds no more than it may; otherwise it is rejected."""
+        start = time.perf_counter()
+        late = start + self.slowest > self.stop
+        candidate.rejected = OUT_OF_TIME if late else self._fault(candidate)
+        self.slowest = max(self.slowest, time.perf_counter() - start)
+        return candidate.rejected is None
+
+    def _fault(self, candidate: Candidate) -> str | None:
+        operator, program = self.operator, candidate.program
+        if self.config.verify:
+            expression = operator.expression()
+            wrong = check_derivation(expression, program.scope)
+            if wrong is None and time.perf_counter() > self.stop:
+                return OUT_OF_TIME
+            wrong = wrong or check_program(operator, program, self.exact)
+            if wrong is not None:
+                wrong += _first_wrong_step(expression, candidate.derivation)
+                candidate.reproducer = reproducer(operator, program)
+                logger.error(
+                    "ollie: %s: dropped, it %s; to see it again:\n%s", operator, wrong, candidate.reproducer
+                )
+                return f"wrong: {wrong}"
+        candidate.error = rounding_error(operator, program, self.exact)
+        if not candidate.error <= self.limit:
+            return f"its rounding error {candidate.error:.1e} is above the tolerance {self.limit:.1e}"
+        return operator.refused(program, self.config)
+
+
+def _first_wrong_step(expression: Scope, derivation: Derivation) -> str:
+    for step in derivation.steps:
+        if check_derivation(expression, step.scope) is not None:
+            return f", first after the rules {' + '.join(step.rules)}"
+    return ""

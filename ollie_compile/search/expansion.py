@@ -1,0 +1,159 @@
+"""What follows from one state of the search, derived in this process or in several side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ollie_compile.expr import Read, Scope, canonical, once
+from ollie_compile.lower.layouts import is_lowerable
+from ollie_compile.rules import EXPLORATIVE, RELATING, rewrites, simplify
+from ollie_compile.search.guided import repair_convolution, repair_phases, repair_product
+from ollie_compile.targets.matmul import match_matmul
+from ollie_compile.targets.transforms import is_transform
+
+Repair = Callable[[Scope], tuple[str, Scope] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One derivation step: the rules applied and the expression after them."""
+
+    rules: tuple[str, ...]
+    scope: Scope
+
+    @classmethod
+    def of(cls, rule: str, scope: Scope) -> Step:
+        """The step of a rule, its result simplified."""
+        scope, simplified = simplify(scope)
+        return cls((rule, *simplified), scope)
+
+    def __str__(self) -> str:
+        return f"{' + '.join(self.rules)}\n    {self.scope}"
+
+
+Expansion = Callable[[Scope], Iterator[Step]]
+Expand = Callable[[Sequence[tuple[Expansion, Scope]]], Iterator[Iterable[Step]]]
+"""Expansions of scopes, in the order given."""
+
+
+def explored(scope: Scope) -> Iterator[Step]:
+    """Every rule of exploration at every scope where it may be applied."""
+    for name, rule in (EXPLORATIVE | RELATING).items():
+        for derived in rewrites(scope, rule, _is_open if name in EXPLORATIVE else lambda _: True):
+            yield Step.of(name, derived)
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether exploration may change a scope: views are settled, and so is what an operator computes."""
+    return not (scope.is_view or is_transform(scope) or match_matmul(scope) is not None)
+
+
+def completed(repair: Repair, scope: Scope) -> Iterator[Step]:
+    """Guided derivation: one repair after the other until every contraction is an operator's.
+
+    It also ends with a repair that simplifies back to what it repaired.
+    """
+    met: set[str] = set()
+    while canonical(scope) not in met:
+        met.add(canonical(scope))
+        found = next(_repairs(scope, repair), None)
+        if found is None:
+            return
+        name, target, repaired = found
+        step = Step.of(name, _replaced(scope, target, repaired))
+        yield step
+        scope = step.scope
+
+
+COMPLETIONS: tuple[Expansion, ...] = (
+    functools.partial(completed, repair_product),
+    functools.partial(completed, repair_convolution),
+    functools.partial(completed, repair_phases),
+)
+
+
+def _repairs(scope: Scope, repair: Repair) -> Iterator[tuple[str, Scope, Scope]]:
+    for target in scope.scopes():
+        if _wants_repair(target) and (step := repair(target)) is not None:
+            yield step[0], target, step[1]
+
+
+def _wants_repair(scope: Scope) -> bool:
+    """Whether a product is neither an operator's nor plainly elementwise."""
+    unsettled = scope.summation or scope.divisions()
+    return scope.terms() > 1 and scope.function == "*" and bool(unsettled) and match_matmul(scope) is None
+
+
+def _replaced(scope: Scope, target: Scope, repaired: Scope) -> Scope:
+    """`scope` with `repaired` wherever it reads `target`."""
+    if scope is target:
+        return repaired
+    factors = (
+        Read(_replaced(read.tensor, target, repaired), read.index) if isinstance(read.tensor, Scope) else read
+        for read in scope.factors
+    )
+    return scope.over(factors=tuple(factors))
+
+
+@once
+def is_candidate(scope: Scope) -> bool:
+    """Whether an expression can be lowered as it is."""
+    return is_lowerable(scope)
+
+
+@once
+def products(scope: Scope) -> int:
+    """Multiplications in the contractions of an expression."""
+    contractions = (inner for inner in scope.scopes() if inner.is_contraction)
+    return sum(math.prod(loop.extent for loop in inner.traversal + inner.summation) for inner in contractions)
+
+
+@once
+def work(scope: Scope) -> tuple[int, int]:
+    """What ranks states: their products, then the elements that computing them makes."""
+    return products(scope), sum(math.prod(inner.shape) for inner in scope.scopes())
+
+
+FACTS: tuple[Callable[[Scope], Any], ...] = (canonical, is_candidate, products, work)
+"""What the search asks about every state; other processes find it out ahead."""
+
+
+@contextlib.contextmanager
+def expanding(workers: int) -> Iterator[Expand]:
+    """How tasks are expanded: lazily one by one, or ahead by so many forked processes.
+
+    Raises:
+        ValueError: `workers` is not positive, or above 1 where processes cannot be forked.
+    """
+    if workers < 1:
+        raise ValueError(f"`workers` must be 1 or more, got {workers}.")
+    if workers == 1:
+        yield lambda tasks: (expansion(scope) for expansion, scope in tasks)
+        return
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError(f"`workers` must be 1 where processes cannot be forked, got {workers}.")
+    # Forked, they have the rules that a user has registered, and do not run the main script again.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        yield lambda tasks: map(_remembered, pool.map(_expanded, tasks, chunksize=4))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _expanded(task: tuple[Expansion, Scope]) -> list[tuple[Step, list[Any]]]:
+    expansion, scope = task
+    return [(step, [fact(step.scope) for fact in FACTS]) for step in expansion(scope)]
+
+
+def _remembered(steps: list[tuple[Step, list[Any]]]) -> list[Step]:
+    for step, values in steps:
+        step.scope.memo.update(zip(FACTS, values, strict=True))
+    return [step for step, _ in steps]

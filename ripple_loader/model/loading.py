@@ -1,0 +1,69 @@
+"""Load a model with streaming modules in its MLPs' place, through transformers' slot for quantizers."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.quantizers.base import HfQuantizer
+
+from ripple_loader.model.architectures import MLPSite
+
+if TYPE_CHECKING:
+    from ripple_loader.model.streaming import Backend
+
+
+def read_alone(tensor: Tensor) -> None:
+    """Have the kernel read a tensor that lies in a mapped file now, and never what lies around it there.
+
+    Weights that stay in memory are views of the mapped checkpoint, whose neighbours are the MLPs. Where
+    memory is short, read-ahead of those, megabytes at each fault, would push the weights out again.
+    """
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - start
+    try:
+        madvise = ctypes.CDLL(None).madvise
+        for advice in (mmap.MADV_RANDOM, mmap.MADV_WILLNEED):
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+    except (AttributeError, TypeError):  # a system without it
+        return
+
+
+class StreamingQuantizer(HfQuantizer):
+    """Leaves the MLP weights on disk and puts streaming modules in the MLPs' place."""
+
+    def streamed(self, model: Any, files: list[Path]) -> tuple[list[MLPSite], Backend]:
+        """The MLPs to replace and what computes them, for the checkpoint files of `model`."""
+        raise NotImplementedError
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ValueError(
+                "Ripple should load from a reordered directory, got a model without checkpoint files: "
+                "use `from_pretrained(directory, quantization_config=...)`."
+            )
+        from ripple_loader.model.streaming import stream
+
+        sites, backend = self.streamed(model, [Path(file) for file in checkpoint_files])
+        stream(model, sites, backend)
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *sites[0].architecture.streamed_names(),
+        }
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":
+                read_alone(parameter)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
