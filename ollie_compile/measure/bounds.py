@@ -12,7 +12,7 @@ import torch
 from ollie_compile.expr import Scope
 from ollie_compile.kernels import library
 from ollie_compile.lower.lowering import Product, Program, operator_of
-from ollie_compile.measure.profile import profile
+from ollie_compile.measure.profile import Profile
 from ollie_compile.measure.timing import least_seconds, median_seconds
 from ollie_compile.targets.bilinear import match_bilinear
 from ollie_compile.targets.convolutions import ConvolutionCall
@@ -20,7 +20,14 @@ from ollie_compile.targets.transforms import is_transform, row_loop
 
 
 def product_seconds(
-    apart: int, left: int, contracted: int, right: int, shared: bool, dtype: torch.dtype, device: torch.device
+    apart: int,
+    left: int,
+    contracted: int,
+    right: int,
+    shared: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    profile: Profile,
 ) -> float:
     """Measured time of a [apart, left, contracted] @ [apart, contracted, right] product, by the faster
     library."""
@@ -41,7 +48,7 @@ def product_seconds(
 
 
 def convolution_seconds(
-    call: ConvolutionCall, channels_last: bool, dtype: torch.dtype, device: torch.device
+    call: ConvolutionCall, channels_last: bool, dtype: torch.dtype, device: torch.device, profile: Profile
 ) -> float:
     """Measured time of a library convolution, its padding included."""
 
@@ -56,7 +63,7 @@ def convolution_seconds(
     return profile.seconds(device, f"{call} {channels_last} {dtype}", measure)
 
 
-def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
+def bytes_per_second(dtype: torch.dtype, device: torch.device, profile: Profile) -> float:
     """Measured traffic of an elementwise kernel whose tensors fit a cache."""
     count = 1 << 16
 
@@ -68,7 +75,7 @@ def bytes_per_second(dtype: torch.dtype, device: torch.device) -> float:
     return 3 * count * dtype.itemsize / profile.seconds(device, f"addition of {count} {dtype}", measure)
 
 
-def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
+def products_per_second(dtype: torch.dtype, device: torch.device, profile: Profile) -> float:
     """Measured multiplications of a matrix product or a convolution that fit a cache, whichever is faster."""
     size, channels, side = 256, 64, 28
     image = torch.zeros(1, channels, side, side, dtype=dtype, device=device)
@@ -79,12 +86,12 @@ def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
         f"convolution of {channels}x{side}x{side} {dtype}",
         lambda: least_seconds(lambda: torch.conv2d(image, weight, padding=1)),
     )
-    product = product_seconds(1, size, size, size, False, dtype, device)
+    product = product_seconds(1, size, size, size, False, dtype, device, profile)
     return max(size**3 / product, (channels * 3 * side) ** 2 / seconds)
 
 
 def bound_seconds(
-    program: Program, dtype: torch.dtype, device: torch.device, *, limit: float = math.inf
+    program: Program, dtype: torch.dtype, device: torch.device, profile: Profile, *, limit: float = math.inf
 ) -> float:
     """Time of the program's operators, and of moving each eOperator's reads and result once.
 
@@ -92,7 +99,7 @@ def bound_seconds(
         limit: seconds above which no library call is measured: its multiplications at the device's best
             speed are enough then.
     """
-    rate = products_per_second(dtype, device)
+    rate = products_per_second(dtype, device, profile)
     moved, calls = 0, []
     ideal = 0.0
     left, seen = [program.scope], set[Scope]()
@@ -115,17 +122,17 @@ def bound_seconds(
         elif not scope.is_view:
             moved += _moved(scope)
         left += below
-    moved_s = moved * dtype.itemsize / bytes_per_second(dtype, device)
+    moved_s = moved * dtype.itemsize / bytes_per_second(dtype, device, profile)
     if ideal + moved_s > limit:
         return ideal + moved_s
     total = ideal + moved_s
     for scope, operator in calls:
         total -= _multiplications(scope) / rate
         if isinstance(operator, Product):
-            total += product_seconds(*operator.shape(scope), operator.shared, dtype, device)
+            total += product_seconds(*operator.shape(scope), operator.shared, dtype, device, profile)
         else:
             call = ConvolutionCall.of(scope, operator)
-            total += convolution_seconds(call, program.layout == "channels last", dtype, device)
+            total += convolution_seconds(call, program.layout == "channels last", dtype, device, profile)
     return total
 
 
