@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from ollie_compile import rules, store
+from ollie_compile import store
 from ollie_compile.config import OllieConfig
 from ollie_compile.graph import precision
 from ollie_compile.graph.splicing import NOT_SPLICED, splice
@@ -20,6 +20,7 @@ from ollie_compile.lift.aten import unsupported
 from ollie_compile.lift.declared import declarations
 from ollie_compile.plan.candidates import Plan, compiling_s
 from ollie_compile.plan.context import Context
+from ollie_compile.plan.extensions import user_extensions
 from ollie_compile.plan.planner import plan_all
 from ollie_compile.problems import dynamic, gradients, subprograms
 from ollie_compile.problems.operators import Operator
@@ -66,10 +67,10 @@ class DerivationPass(CustomGraphPass):
         return self
 
     def uuid(self) -> Any:
-        """None, so that Inductor caches nothing, if passes or rules of users have no identity."""
+        """None, so that Inductor caches nothing, if passes, rules or kernels of users have no identity."""
         theirs = [custom.uuid() if isinstance(custom, CustomGraphPass) else None for custom in self.before]
         decisive = (asdict(self.config), torch.get_num_threads(), declarations(), theirs)
-        return None if None in theirs or rules.of_users() else get_hash_for_files(_SOURCES, repr(decisive))
+        return None if None in theirs or user_extensions() else get_hash_for_files(_SOURCES, repr(decisive))
 
     def __call__(self, graph: fx.Graph) -> None:
         self.config = self.config.budgeted(operator_count(graph))

@@ -17,8 +17,8 @@ from ollie_compile.graph import freezing
 from ollie_compile.graph.derivation_pass import UnchangedError, operator_count
 from ollie_compile.measure import isolation
 from ollie_compile.measure.machine import Machine
+from ollie_compile.plan.extensions import user_extensions
 from ollie_compile.report.report import Report
-from ollie_compile.rules import of_users
 
 MEASURE_S = 5.0  # after which no more than the fewest rounds are timed
 REWRITTEN, INDUCTOR, EAGER = "rewritten", "Inductor", "eager"
@@ -162,8 +162,8 @@ def _say(report: Report, chosen: str, seconds: dict[str, float]) -> None:
 def _name(
     gm: fx.GraphModule, inputs: Sequence[Tensor], config: OllieConfig, inductor: dict[str, Any]
 ) -> str | None:
-    """The name of the decision's entry; None where users' rules have no identity."""
-    if of_users():
+    """The name of the decision's entry; None where users' rules or kernels have no identity."""
+    if user_extensions():
         return None
     held = [*gm.named_parameters(), *gm.named_buffers()]
     layouts = [

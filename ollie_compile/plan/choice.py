@@ -17,7 +17,6 @@ from ollie_compile.plan.placing import (
     constant_inputs,
     fits,
     is_library_call,
-    is_one_kernel,
     memory_layouts,
     seconds_in_graph,
 )
@@ -52,7 +51,7 @@ def _measure(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) 
     bar_s = plan.original_s * (1 - config.margin)
     finalists = _best_calls(plan, config, machine, checks, bar_s, deadline)
     bar_s = min([bar_s, *(candidate.measured_s or math.inf for candidate in finalists)])
-    hopeful = [one for one in plan.open if one.bound_s < bar_s and not is_one_kernel(one.program)]
+    hopeful = [one for one in plan.open if one.bound_s < bar_s and not one.program.standalone]
     hopeful.sort(key=lambda candidate: candidate.bound_s * (candidate.measured_s or math.inf))
     compiled = 0
     for candidate in hopeful:

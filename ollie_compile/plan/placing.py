@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ollie_compile.config import OllieConfig
 from ollie_compile.lower.layouts import with_kernels
-from ollie_compile.lower.lowering import Program
 from ollie_compile.measure.machine import Machine
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate, Plan
 from ollie_compile.problems.gradients import Gradient
@@ -43,7 +42,7 @@ def as_function(
 ) -> tuple[Callable[..., Tensors], tuple[Tensor, ...], list[int]]:
     """A candidate's program as a function, its inputs, and the positions of those that are constant."""
     program = candidate.program
-    if is_one_kernel(program):
+    if program.standalone:
         operator = memory_layouts(operator)[-1]
     values = (
         *operator.example_inputs(),
@@ -63,14 +62,9 @@ def constant_inputs(operator: Operator, config: OllieConfig) -> list[int]:
 
 def seconds_in_graph(candidate: Candidate, machine: Machine) -> float:
     """Seconds that Inductor is expected to take for a candidate at each of its occurrences in a graph."""
-    if is_one_kernel(candidate.program):  # a call, for which no code is generated
+    if candidate.program.standalone:  # calls, for which no code is generated
         return machine.pace.seconds_in_graph(candidate.operators)
     return machine.pace.seconds(candidate.operators)
-
-
-def is_one_kernel(program: Program) -> bool:
-    """Whether C++ kernels for matrices compute it: nothing is compiled, and images lie channels last."""
-    return program.kernels == "cpp" and bool(program.scope.constants())
 
 
 def fits(plan: Plan, candidate: Candidate, machine: Machine, deadline: float) -> bool:

@@ -18,8 +18,8 @@ from ollie_compile.measure.isolation import outside_compilation
 from ollie_compile.plan import choice, preparing, saved
 from ollie_compile.plan.candidates import OUT_OF_TIME, SAME_BUDGET, Plan, compiling_s
 from ollie_compile.plan.context import Context, PlanKey
+from ollie_compile.plan.extensions import user_extensions
 from ollie_compile.problems.operators import Operator
-from ollie_compile.rules import of_users
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ class Planner:
             deadline -= compiling_s(results[plan.operator], plan.occurrences)
 
     def _key(self, operator: Operator) -> PlanKey:
-        users = frozenset(of_users())
-        return operator, replace(self.config, budget_s=0), torch.get_num_threads(), users
+        options = replace(self.config, budget_s=0)
+        return operator, options, torch.get_num_threads(), user_extensions()
 
 
 def plan_all(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Input, Read, Scope
 from ollie_compile.lower.layouts import programs
-from ollie_compile.lower.lowering import CONVOLVED, Program
+from ollie_compile.lower.lowering import Program
 from ollie_compile.measure.bounds import largest_elements
 from ollie_compile.measure.machine import Machine
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate, Plan
@@ -20,6 +20,7 @@ from ollie_compile.plan.placing import LATER, add_kernels, as_function, constant
 from ollie_compile.problems.operators import Subprogram
 from ollie_compile.search.expansion import work
 from ollie_compile.search.hybrid import search
+from ollie_compile.targets.target import CONVOLVED
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,8 @@ def _call(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) ->
             slowest_s = slowest_s if new else max(slowest_s, machine.now() - start)
 
 
-def _native(program: Program) -> frozenset[str]:
-    """The names of its C++ kernels: the matrices that they are built for, or "" for the additions'."""
-    return frozenset(program.scope.constants() or [""]) if program.kernels == "cpp" else frozenset()
+def _native(program: Program) -> set[str]:
+    """Names of the native code that the program's kernels build before their first call."""
+    return {
+        name for kernel, matches in program.used.items() for match in matches for name in kernel.native(match)
+    }

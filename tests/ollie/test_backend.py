@@ -9,7 +9,7 @@ from ollie_compile import backend, rules
 from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Read
 from ollie_compile.plan import candidates, checks, planner
-from ollie_compile.targets.eoperators import match_selective_add
+from ollie_compile.targets.selective_add import match_selective_add
 from tests.ollie.strategies import operator
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120}

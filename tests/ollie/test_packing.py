@@ -61,7 +61,7 @@ def test_views_that_follow_one_another_are_one():
 def test_what_cannot_win_by_its_products_is_not_measured(monkeypatch):
     conv = operator(torch.zeros(1, 8, 16, 16), torch.zeros(8, 8, 3, 3), padding=1)
     program = Program(conv.expression(), "convolution")
-    monkeypatch.setattr(bounds, "convolution_seconds", lambda *_: 5.0)
+    monkeypatch.setattr(bounds, "library_seconds", lambda *_: 5.0)
     assert Machine().bound_seconds(program, torch.float32, torch.device("cpu")) >= 5.0
     assert Machine().bound_seconds(program, torch.float32, torch.device("cpu"), limit=0.0) < 1.0
 
