@@ -13,7 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from ollie_compile import store
 from ollie_compile.kernels import library
 from ollie_compile.measure import isolation, products
-from ollie_compile.measure.profile import profile
+from ollie_compile.measure.machine import Machine
 from ollie_compile.report.report import Report
 
 logger = logging.getLogger(__name__)
@@ -26,13 +26,18 @@ class LibraryPass(CustomGraphPass):
 
     Args:
         margin: share by which another library must beat the one that Inductor calls.
+        machine: holds earlier timings.
         before: the user's own passes.
     """
 
     def __init__(
-        self, margin: float, report: Report, before: Sequence[Callable[[fx.Graph], None]] = ()
+        self,
+        margin: float,
+        report: Report,
+        machine: Machine,
+        before: Sequence[Callable[[fx.Graph], None]] = (),
     ) -> None:
-        self.margin, self.report, self.before = margin, report, before
+        self.margin, self.report, self.machine, self.before = margin, report, machine, before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LibraryPass:
         return self
@@ -54,11 +59,16 @@ class LibraryPass(CustomGraphPass):
         for node in list(graph.nodes):
             try:
                 with isolation.outside_compilation():
-                    moved.add(
-                        products.move_packed(node, self.margin) or products.move_plain(node, self.margin)
-                    )
+                    moved.add(self._move(node))
             except Exception:  # such as too little memory for what is measured
                 logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)
-        profile.save()
+        self.machine.profile.save()
         for which in sorted(moved - {""}):
             self.report.note(f"products are computed by {which} where it is faster than what Inductor calls")
+
+    def _move(self, node: fx.Node) -> str:
+        """The library that a product was moved to, or "" where it stays."""
+        profile = self.machine.profile
+        return products.move_packed(node, profile, self.margin) or products.move_plain(
+            node, profile, self.margin
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ollie_compile.kernels import library
 from ollie_compile.measure.packing import pack
 from ollie_compile.measure.products import move_plain
+from ollie_compile.measure.profile import Profile
 from ollie_compile.measure.timing import Call
 
 
@@ -29,27 +30,32 @@ class Called:
         return self.graph(*self.values)
 
 
-def compiled(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Call:
+def compiled(
+    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int], profile: Profile
+) -> Call:
     """A call of `function(*inputs)` through Inductor.
 
     Args:
         constant: position or positions of inputs whose transforms are done ahead of the call, and which
             convolutions read packed.
+        profile: earlier timings of products, which decide the library of each.
     """
     from torch._inductor.compile_fx import compile_fx
 
-    graph, values = _traced(function, inputs, constant)
+    graph, values = _traced(function, inputs, constant, profile)
     call = compile_fx(graph, values, config_patches={"joint_custom_pre_pass": None})
     return lambda: call(*values)
 
 
-def called(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Called:
+def called(
+    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int], profile: Profile
+) -> Called:
     """A call of `function(*inputs)` operator by operator, as `compiled` but without a compiler."""
-    return Called(*_traced(function, inputs, constant))
+    return Called(*_traced(function, inputs, constant, profile))
 
 
 def _traced(
-    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]
+    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int], profile: Profile
 ) -> tuple[fx.GraphModule, list[Tensor]]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -62,7 +68,7 @@ def _traced(
         values = pack(graph.graph, made + kept, len(made))
     if library.has_onednn():
         for node in graph.graph.nodes:
-            move_plain(node)
+            move_plain(node, profile)
     _join_views(graph.graph)
     graph.recompile()
     return graph, values

@@ -15,14 +15,14 @@ from torch import fx
 
 from ollie_compile.kernels import library
 from ollie_compile.measure import timing
-from ollie_compile.measure.profile import profile
+from ollie_compile.measure.profile import Profile
 
 MEASURE_S = 0.1  # after which no more than the fewest rounds are timed
 PLAIN, PACKED, ONEDNN, ONEDNN_PACKED = "torch", "MKL, packed", "oneDNN", "oneDNN, packed"
 aten = torch.ops.aten
 
 
-def move_plain(node: fx.Node, margin: float = 0.0) -> str:
+def move_plain(node: fx.Node, profile: Profile, margin: float = 0.0) -> str:
     """The library that a product was moved to, which is "" where it stays."""
     if node.target is aten.mm.default:
         (a, b), bias = node.args, None
@@ -42,13 +42,14 @@ def move_plain(node: fx.Node, margin: float = 0.0) -> str:
     }
     if bias is not None and rest[0].shape != second.shape[1:]:
         return ""
-    if fastest(offered, PLAIN, margin, repr([(*v.shape, v.stride()) for v in values])) == PLAIN:
+    what = repr([(*v.shape, v.stride()) for v in values])
+    if fastest(offered, PLAIN, margin, what, profile) == PLAIN:
         return ""
     node.target, node.args = torch.ops.ollie.product.default, (a, b, bias)
     return ONEDNN
 
 
-def move_packed(node: fx.Node, margin: float) -> str:
+def move_packed(node: fx.Node, profile: Profile, margin: float) -> str:
     """The same for a product whose constant weights Inductor has packed for MKL."""
     if not str(node.target).startswith("mkl._mkl_linear"):
         return ""
@@ -71,7 +72,7 @@ def move_packed(node: fx.Node, margin: float) -> str:
         ),
     }
     what = repr([*value.shape, value.stride(), *second.shape, bias is not None])
-    which = fastest(offered, PACKED, margin, what)
+    which = fastest(offered, PACKED, margin, what, profile)
     if which == PACKED:
         return ""
     name = f"packed_{node.name}"
@@ -91,7 +92,7 @@ def move_packed(node: fx.Node, margin: float) -> str:
     return which
 
 
-def fastest(offered: dict[str, timing.Call], kept: str, margin: float, what: str) -> str:
+def fastest(offered: dict[str, timing.Call], kept: str, margin: float, what: str, profile: Profile) -> str:
     """Which call is fastest by what is measured now or was before; one must beat `kept` by the margin."""
     measured: dict[str, float] = {}
 

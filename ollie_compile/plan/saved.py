@@ -15,15 +15,17 @@ import torch
 from ollie_compile import store
 from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Constant, Input, Scope, parse
-from ollie_compile.lower.lowering import Kernels, Layout, Program
+from ollie_compile.lower.lowering import Program
 from ollie_compile.plan.candidates import SAME_BUDGET, Candidate, Plan
+from ollie_compile.plan.extensions import user_extensions
 from ollie_compile.problems.dynamic import Dynamic
 from ollie_compile.problems.operators import Operator
 from ollie_compile.problems.polynomials import Calls
-from ollie_compile.rules import EXPLORATIVE, RELATING, of_users
+from ollie_compile.rules import EXPLORATIVE, RELATING
 from ollie_compile.search.expansion import Step
 from ollie_compile.search.hybrid import Derivation, SearchStats
 from ollie_compile.search.proof import check_derivation
+from ollie_compile.targets import Layout, families
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,9 @@ FORMAT = "ollie plans 1"
 def entry_name(operator: Operator, config: OllieConfig) -> str | None:
     """The name of a plan's entry; None where it has no identity beyond this process.
 
-    Rules and operators of users are code, which may be another in the next process.
+    Rules, kernels and operators of users are code, which may be another in the next process.
     """
-    if operator.declared or of_users():
+    if operator.declared or user_extensions():
         return None
     options = asdict(replace(config, budget_s=0, workers=1))
     rules = (*EXPLORATIVE, *RELATING)
@@ -126,7 +128,7 @@ def _plan(content: Mapping[str, Any], operator: Operator) -> Plan:
     scope, steps = _expressions(content)
     if scope.shape != operator.expression().shape:
         raise ValueError(f"its winner has the shape {scope.shape}, not {operator.expression().shape}")
-    if winner["layout"] not in get_args(Layout) or winner["kernels"] not in get_args(Kernels):
+    if winner["layout"] not in get_args(Layout) or winner["kernels"] not in families():
         raise ValueError(f"its winner is written as {winner['layout']!r}, {winner['kernels']!r}")
     rules = [tuple(map(str, names)) for names, _ in winner["steps"]]
     derivation = Derivation(scope, tuple(map(Step, rules, steps)), int(winner["depth"]))

@@ -283,7 +283,7 @@ def recognize(node: fx.Node) -> Operator | str:
     return found if isinstance(found, str) else _wrapped(found, node.all_input_nodes[:2])
 
 
-def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Operator, subprograms.Place]]:
+def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Operator, subprograms.Site]]:
     """As `subprograms.find`, with dynamic shapes too."""
     if not any(is_dynamic(node.meta.get("val")) for node in graph.nodes):
         return list(subprograms.find(graph, fixed))
@@ -303,12 +303,12 @@ def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Operator, sub
     back: dict[fx.Node, fx.Node] = {}
     for node, copied in copies.items():
         back.setdefault(copied, node)
-    made: list[tuple[Operator, subprograms.Place]] = []
+    made: list[tuple[Operator, subprograms.Site]] = []
     for operator, place in found:
         nodes, roots, inputs = (
             tuple(map(back.__getitem__, of)) for of in (place.nodes, place.roots, place.inputs)
         )
-        original = subprograms.Place(nodes, roots, inputs)
+        original = subprograms.Site(nodes, roots, inputs)
         if not any(is_dynamic(node.meta.get("val")) for node in (*nodes, *inputs)):
             made.append((operator, original))
         elif all(node.target in _WITHOUT_SIZES for node in nodes):

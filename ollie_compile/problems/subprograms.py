@@ -8,8 +8,8 @@ tensor side by side, whose results lie in one. A user's operator is a subprogram
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -40,18 +40,22 @@ _SIDES = {aten.mm.default: -1, aten.addmm.default: -1, aten.convolution.default:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a subprogram stands in a graph.
+class Site:
+    """Where an operator or a subprogram stands in a graph.
 
     Args:
-        nodes: its operators in the graph's order.
-        roots: those that give its results.
-        inputs: what it reads from outside, in the order of its expression's inputs.
+        nodes: its nodes in the graph's order.
+        roots: the nodes that give its results.
+        inputs: the nodes outside that it reads, in the order of its expression's inputs.
     """
 
     nodes: tuple[fx.Node, ...]
     roots: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
+
+    def reading(self, replaced: Mapping[fx.Node, fx.Node]) -> Site:
+        """The site with the inputs that now give the values of replaced ones."""
+        return replace(self, inputs=tuple(replaced.get(source, source) for source in self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class _Tree:
     nodes: frozenset[fx.Node]
 
 
-def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Subprogram, Place]]:
+def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Subprogram, Site]]:
     """The subprograms of an inference graph, no two with a node in common.
 
     Args:
@@ -160,7 +164,7 @@ def _subprogram(
     nodes: frozenset[fx.Node],
     fixed: frozenset[fx.Node],
     order: dict[fx.Node, int],
-) -> tuple[Subprogram, Place] | None:
+) -> tuple[Subprogram, Site] | None:
     """The nodes lifted together, with names that do not depend on the graph."""
     inside = sorted(nodes, key=order.__getitem__)
     outside: dict[fx.Node, str] = {}
@@ -214,7 +218,7 @@ def _subprogram(
         declared=roots[0].target in DECLARED,
         graph=fx.GraphModule(constants, graph),
     )
-    return operator, Place(tuple(inside), tuple(roots), tuple(outside))
+    return operator, Site(tuple(inside), tuple(roots), tuple(outside))
 
 
 def resized(operator: Subprogram, layouts: Sequence[Layout]) -> Subprogram:
@@ -272,25 +276,25 @@ def _together(values: Sequence[Terms], side: int) -> Scope:
     return Scope(loops, (), tuple(factors), "+")
 
 
-def gather(graph: fx.Graph, place: Place) -> bool:
+def gather(graph: fx.Graph, site: Site) -> bool:
     """Move what the roots read ahead of the first of them; False where that needs one of them."""
-    late = _late(graph, place)
+    late = _late(graph, site)
     if late:
-        first = next(node for node in graph.nodes if node in place.roots)
+        first = next(node for node in graph.nodes if node in site.roots)
         for node in late:
             first.prepend(node)
     return late is not None
 
 
-def _late(graph: fx.Graph, place: Place) -> list[fx.Node] | None:
+def _late(graph: fx.Graph, site: Site) -> list[fx.Node] | None:
     """What the roots read and what that needs, after the first of them in a graph; None if one of them is."""
     order = {node: at for at, node in enumerate(graph.nodes)}
-    first = min(place.roots, key=order.__getitem__)
+    first = min(site.roots, key=order.__getitem__)
     late: set[fx.Node] = set()
-    queue = [node for node in place.inputs if order[node] >= order[first]]
+    queue = [node for node in site.inputs if order[node] >= order[first]]
     while queue:
         node = queue.pop()
-        if node in place.nodes or node.op == "placeholder":
+        if node in site.nodes or node.op == "placeholder":
             return None
         if node not in late:
             late.add(node)
