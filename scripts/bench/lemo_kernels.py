@@ -28,8 +28,8 @@ from lemo_trainer.kernels.attention import attend, reference
 from lemo_trainer.kernels.dispatch import runs_triton
 from lemo_trainer.kernels.norm import norm_rows
 from lemo_trainer.kernels.rows import gather
+from lemo_trainer.layers.stream import Stream, Streams
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.stream import Stream, Streams
 
 BRANCHES, BLOCK, EPS = 8, 64, 1e-5
 HEADS, GROUPS, HEAD = 9, 3, 64  # SmolLM2's attention

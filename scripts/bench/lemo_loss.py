@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lemo_trainer.loss import segmented_cross_entropy
+from lemo_trainer.head.loss import segmented_cross_entropy
 from lemo_trainer.measure import peak_rss_bytes
 
 WIDTH, VOCABULARY, SEGMENT = 576, 49152, 256

@@ -36,8 +36,9 @@ from transformers import (
 )
 
 from lemo_trainer import LemoCallback, LemoConfig
+from lemo_trainer.compat import checkpointing_argument
 from lemo_trainer.measure import ActivationBytes, FlopCounter, peak_rss_bytes
-from lemo_trainer.recipe import checkpointing_argument, pack
+from lemo_trainer.texts import pack
 
 # isort: split
 import assets  # common.py puts its folder on the path

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes, FlopCounter
-from lemo_trainer.plan import Setup, predict
+from lemo_trainer.offline.step_cost import Setup, predict
 
 # isort: split
 import assets  # common.py puts its folder on the path

@@ -13,7 +13,7 @@ of a training step (LoRA r 8, detach 50%, gradient checkpointing) when every lay
 - linear probe: one linear map from a block's mean hidden state and its place to its score.
 - low rank: copies of the layer's own q_proj and k_proj of so many singular directions over all heads, the map
   from all queries; not trained.
-- paper, max: `lemo_trainer.predictor`.
+- paper, max: `lemo_trainer.informativeness.predictors`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_trainer import LemoConfig, apply_lemo
-from lemo_trainer.informativeness import attention_inputs, map_scores
-from lemo_trainer.observation import LayerInput, Observer
-from lemo_trainer.predictor import PatternPredictors, recall_at_kept
-from lemo_trainer.predictor_files import base_fingerprint, save_predictors
-from lemo_trainer.recipe import pack
-from lemo_trainer.selection import BlockPlan
+from lemo_trainer.informativeness.predictor_files import base_fingerprint, save_predictors
+from lemo_trainer.informativeness.predictors import PatternPredictors, recall_at_kept
+from lemo_trainer.informativeness.scores import attention_map, map_scores
+from lemo_trainer.informativeness.selection import BlockPlan
+from lemo_trainer.model.capture import attention_inputs
+from lemo_trainer.offline.observation import LayerInput, Observer
+from lemo_trainer.texts import pack
 
 # isort: split
 import assets  # common.py puts its folder on the path
@@ -85,7 +86,7 @@ def scorers(model: Any, config: LemoConfig, trained: dict[str, PatternPredictors
             inputs = attention_inputs(
                 layer.self_attn, x_BSD, position_embeddings=positions, attention_mask=None
             )
-            return map_scores(inputs.pooled_map(None, config.block_size, count))
+            return map_scores(attention_map(inputs, None, config.block_size, count))
 
         return scores
 

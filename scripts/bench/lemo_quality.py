@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.recipe import pack
-from lemo_trainer.thresholds import search_thresholds
+from lemo_trainer.offline.thresholds import search_thresholds
+from lemo_trainer.texts import pack
 
 # isort: split
 import assets  # common.py puts its folder on the path
