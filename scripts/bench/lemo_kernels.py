@@ -202,7 +202,7 @@ def attention(tokens: int, dtype: torch.dtype, repeats: int) -> None:
         for n, length in shapes
     ]
     contenders = {
-        "masked SDPA": lambda: reference(*qkv, index, None, None, 0.1),
+        "masked SDPA": lambda: reference(*qkv, index, 0.1),
         "masked SDPA, 256 queries at a time": lambda: pieces(*qkv, index),
     }
     if runs_triton(qkv[0]):
