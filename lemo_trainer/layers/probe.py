@@ -91,7 +91,7 @@ def _find_architecture(layer: Any, stream_BSD: Tensor, arguments: dict[str, Any]
     attention = next(
         (
             name
-            for name, part in layer.namedchildren()
+            for name, part in layer.named_children()
             if hasattr(part, "config") and dispatches(part, layer, x_BSD, **arguments)
         ),
         None,
@@ -241,4 +241,4 @@ def _has_matrices(module: nn.Module) -> bool:
 
 
 def children(layer: nn.Module) -> str:
-    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.namedchildren())
+    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.named_children())
