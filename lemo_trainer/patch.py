@@ -20,8 +20,7 @@ from torch import nn
 
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.head.forward import check_head, forward_with_segmented_loss
-from lemo_trainer.informativeness.predictor_files import predictors_of
-from lemo_trainer.informativeness.selectors import BlockScorer
+from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.kernels.dispatch import backend
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.layers.detachment import DetachingLayer
@@ -93,7 +92,7 @@ def remove_lemo(model: nn.Module) -> None:
 def _session_of_segments(parts: CausalLM, config: LemoConfig) -> LemoSession:
     check_segments(parts)
     total = len(parts.layers)
-    return LemoSession(config, parts.model.config.model_type, total, tuple(range(total)))
+    return LemoSession(selector_for(config), parts.model.config.model_type, total, tuple(range(total)))
 
 
 def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession, LayerForward]:
@@ -109,15 +108,15 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
     wiring = find_wiring(parts)
     chosen = _chosen_layers(wiring, config, total)
     choosing = chosen[:1] if config.resolved_shared_blocks else chosen
-    predictors = predictors_of(config, parts.model, choosing)
-    session = LemoSession(config, model_type, total, chosen, wiring, predictors)
-    scorer = BlockScorer(config, predictors)
+    selector = selector_for(config)
+    selector.prepare(parts.model, choosing)
+    session = LemoSession(selector, model_type, total, chosen, wiring)
     # A table of known models has those only that hand a stream from layer to layer and keep none for later.
     streams = Streams(in_place=not wiring.probed)
     if config.mode == "detach":
         first = parts.layers[chosen[0]]
-        return session, DetachingLayer(wiring.architecture, config, scorer, first, streams)
-    return session, EliminatingLayer(wiring.architecture, config, scorer, streams)
+        return session, DetachingLayer(wiring.architecture, selector, first, streams)
+    return session, EliminatingLayer(wiring.architecture, selector, streams)
 
 
 def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int, ...]:

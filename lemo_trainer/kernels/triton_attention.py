@@ -22,33 +22,11 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 
 
 @triton.jit
-def _met(
-    positions_M,
-    has_query,
-    key_positions,
-    valid,
-    batch,
-    n,
-    keys,
-    chosen_keys: tl.constexpr,
-    padded: tl.constexpr,
-):
-    """Bool [M, N]: which of the queries meet which of the keys `n`."""
-    has_key = n < keys
-    at = tl.load(key_positions + batch * keys + n, mask=has_key, other=0) if chosen_keys else n
-    if padded:
-        has_key = has_key & (tl.load(valid + batch * keys + n, mask=has_key, other=0) != 0)
-    return has_query[:, None] & has_key[None, :] & (at[None, :] <= positions_M[:, None])
-
-
-@triton.jit
 def _forward(
     q,
     k,
     v,
     positions,
-    key_positions,
-    valid,
     out,
     lse,
     heads,
@@ -66,8 +44,6 @@ def _forward(
     sv_b,
     sv_h,
     sv_n,
-    chosen_keys: tl.constexpr,
-    padded: tl.constexpr,
     tile_m: tl.constexpr,
     tile_n: tl.constexpr,
     tile_d: tl.constexpr,
@@ -88,15 +64,13 @@ def _forward(
     top = tl.full([tile_m], float("-inf"), tl.float32)
     total = tl.zeros([tile_m], tl.float32)
     sum_Md = tl.zeros([tile_m, tile_d], tl.float32)
-    end = keys
-    if not chosen_keys:
-        end = tl.minimum(keys, tl.max(at_M) + 1)
+    end = tl.minimum(keys, tl.max(at_M) + 1)
     for start in range(0, end, tile_n):
         n = start + tl.arange(0, tile_n)
         inside = (n < keys)[:, None] & has_d[None, :]
         base = batch * sk_b + (head // shared) * sk_h
         k_Nd = tl.load(k + base + n[:, None] * sk_n + d[None, :], mask=inside, other=0.0)
-        met = _met(at_M, has_query, key_positions, valid, batch, n, keys, chosen_keys, padded)
+        met = has_query[:, None] & (n < keys)[None, :] & (n[None, :] <= at_M[:, None])
         s_MN = tl.dot(q_Md, tl.trans(k_Nd.to(operand)), input_precision="ieee") * scaling
         s_MN = tl.where(met, s_MN, float("-inf"))
         higher = tl.maximum(top, tl.max(s_MN, 1))
@@ -125,8 +99,6 @@ def forward(
     key: Tensor,
     value: Tensor,
     positions: Tensor,
-    key_positions: Tensor | None,
-    valid: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, K, H, d], and the logarithm [B, K, H] of each query's sum of exponentials (inf: no key)."""
@@ -142,8 +114,6 @@ def forward(
             key,
             value,
             positions.contiguous(),
-            None if key_positions is None else key_positions.contiguous(),
-            None if valid is None else valid.to(torch.uint8).contiguous(),
             out,
             lse,
             heads,
@@ -155,8 +125,6 @@ def forward(
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
-            chosen_keys=key_positions is not None,
-            padded=valid is not None,
             **tiles,
         )
     return out, lse
@@ -168,8 +136,6 @@ def _backward_query(
     k,
     v,
     positions,
-    key_positions,
-    valid,
     grad,
     lse,
     delta,
@@ -189,8 +155,6 @@ def _backward_query(
     sv_b,
     sv_h,
     sv_n,
-    chosen_keys: tl.constexpr,
-    padded: tl.constexpr,
     tile_m: tl.constexpr,
     tile_n: tl.constexpr,
     tile_d: tl.constexpr,
@@ -210,9 +174,7 @@ def _backward_query(
     lse_M = tl.load(lse + row, mask=has_query, other=float("inf"))
     delta_M = tl.load(delta + row, mask=has_query, other=0.0)
     total_Md = tl.zeros([tile_m, tile_d], tl.float32)
-    end = keys
-    if not chosen_keys:
-        end = tl.minimum(keys, tl.max(at_M) + 1)
+    end = tl.minimum(keys, tl.max(at_M) + 1)
     for start in range(0, end, tile_n):
         n = start + tl.arange(0, tile_n)
         inside = (n < keys)[:, None] & has_d[None, :]
@@ -220,7 +182,7 @@ def _backward_query(
         k_Nd = tl.load(k + base + n[:, None] * sk_n + d[None, :], mask=inside, other=0.0).to(operand)
         base = batch * sv_b + (head // shared) * sv_h
         v_Nd = tl.load(v + base + n[:, None] * sv_n + d[None, :], mask=inside, other=0.0).to(operand)
-        met = _met(at_M, has_query, key_positions, valid, batch, n, keys, chosen_keys, padded)
+        met = has_query[:, None] & (n < keys)[None, :] & (n[None, :] <= at_M[:, None])
         s_MN = tl.dot(q_Md, tl.trans(k_Nd), input_precision="ieee") * scaling
         p_MN = tl.where(met, tl.exp(s_MN - lse_M[:, None]), 0.0)
         grad_p_MN = tl.dot(g_Md, tl.trans(v_Nd), input_precision="ieee")
@@ -236,8 +198,6 @@ def _backward_key(
     k,
     v,
     positions,
-    key_positions,
-    valid,
     grad,
     lse,
     delta,
@@ -258,8 +218,6 @@ def _backward_key(
     sv_b,
     sv_h,
     sv_n,
-    chosen_keys: tl.constexpr,
-    padded: tl.constexpr,
     tile_m: tl.constexpr,
     tile_n: tl.constexpr,
     tile_d: tl.constexpr,
@@ -284,8 +242,8 @@ def _backward_key(
         m = start + tl.arange(0, tile_m)
         has_query = m < queries
         at_M = tl.load(positions + batch * queries + m, mask=has_query, other=0)
-        if chosen_keys or tl.max(at_M) >= first:
-            met = _met(at_M, has_query, key_positions, valid, batch, n, keys, chosen_keys, padded)
+        if tl.max(at_M) >= first:
+            met = has_query[:, None] & (n < keys)[None, :] & (n[None, :] <= at_M[:, None])
             here = has_query[:, None] & has_d[None, :]
             for head in range(group * shared, group * shared + shared):
                 row = (batch * queries + m) * heads + head
@@ -313,8 +271,6 @@ def backward(
     key: Tensor,
     value: Tensor,
     positions: Tensor,
-    key_positions: Tensor | None,
-    valid: Tensor | None,
     output: Tensor,
     lse: Tensor,
     *,
@@ -333,8 +289,6 @@ def backward(
             key,
             value,
             positions.contiguous(),
-            None if key_positions is None else key_positions.contiguous(),
-            None if valid is None else valid.to(torch.uint8).contiguous(),
             grad,
             lse,
             delta,
@@ -342,11 +296,10 @@ def backward(
         sizes = (heads, heads // groups, queries, keys, width, scaling)
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
         tiles = _tiles(query)
-        options = {"chosen_keys": key_positions is not None, "padded": valid is not None, **tiles}
         grid = (triton.cdiv(queries, tiles["tile_m"]), batch * heads)
-        _backward_query[grid](*inputs, grads[0], *sizes, *strides, **options)
+        _backward_query[grid](*inputs, grads[0], *sizes, *strides, **tiles)
         grid = (triton.cdiv(keys, tiles["tile_n"]), batch * groups)
-        _backward_key[grid](*inputs, grads[1], grads[2], *sizes, *strides, **options)
+        _backward_key[grid](*inputs, grads[1], grads[2], *sizes, *strides, **tiles)
     return grads
 
 

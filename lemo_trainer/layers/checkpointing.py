@@ -64,6 +64,18 @@ def saving_inputs(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     return output
 
 
+def in_segments(function: Callable[[Tensor], Tensor], x_BKD: Tensor, segment: int) -> Tensor:
+    """`function(x_BKD)`, with the intermediate results of one segment at a time, forward and backward.
+
+    Args:
+        function: acts on each row by itself; any modules, plain or with adapters. Its results are not saved
+            but computed again in the backward pass, one segment after the other.
+        segment: rows of a sample that are taken together.
+    """
+    parts = [saving_inputs(function, part) for part in x_BKD.split(segment, 1)]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
 @contextlib.contextmanager
 def without_graph() -> Iterator[None]:
     """No gradient inside; usable as a decorator.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lemo_trainer.compat import is_whole
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness.selection import BlockPlan
-from lemo_trainer.informativeness.selectors import BlockScorer
+from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.layers.detachment import DetachingLayer
 from lemo_trainer.model.architectures import ARCHITECTURES, Architecture, CausalLM
 from lemo_trainer.model.calls import CACHES, dry_options, idle_layers, split_arguments
@@ -91,7 +91,7 @@ def _find_architecture(layer: Any, stream_BSD: Tensor, arguments: dict[str, Any]
     attention = next(
         (
             name
-            for name, part in layer.namedchildren()
+            for name, part in layer.named_children()
             if hasattr(part, "config") and dispatches(part, layer, x_BSD, **arguments)
         ),
         None,
@@ -194,7 +194,7 @@ def is_wiring_of(architecture: Architecture, layer: Any, x_BSD: Tensor, argument
     def detached() -> Tensor:
         config = LemoConfig(selector="recency", keep_ratio=0.5, block_size=1)
         plan = BlockPlan.of(TOKENS, config)
-        return DetachingLayer(architecture, config, BlockScorer(config), layer)(
+        return DetachingLayer(architecture, selector_for(config), layer)(
             layer, x_BSD, mask, positions, plan, operator.call, **options
         )
 
@@ -241,4 +241,4 @@ def _has_matrices(module: nn.Module) -> bool:
 
 
 def children(layer: nn.Module) -> str:
-    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.namedchildren())
+    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.named_children())

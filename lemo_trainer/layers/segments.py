@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lemo_trainer.compat import is_whole
-from lemo_trainer.config import LemoConfig
 from lemo_trainer.head.loss import IGNORE_INDEX, shift
+from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.checkpointing import without_graph
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.capture import without_dropout
@@ -86,13 +86,12 @@ class _InSegments(torch.autograd.Function):
         return None, *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
 
 
-def choose_segments(seq_len: int, config: LemoConfig, keep_ratio: float) -> list[bool]:
-    """Which segments carry gradient: `keep_ratio` of them, at least one, drawn anew or the last ones."""
-    count = -(-seq_len // config.segment_tokens)
+def choose_segments(seq_len: int, selector: Selector, keep_ratio: float) -> list[bool]:
+    """Which segments carry gradient: `keep_ratio` of them, at least one, the last in the selector's order."""
+    count = -(-seq_len // selector.config.segment_tokens)
     kept = max(1, int(keep_ratio * count + 0.5))
-    order = range(count) if config.resolved_selector == "recency" else torch.randperm(count).tolist()
-    chosen = set(order[count - kept :])
-    return [place in chosen for place in range(count)]
+    chosen = set(selector.segment_order(count)[count - kept :])
+    return [segment in chosen for segment in range(count)]
 
 
 def forward_in_segments(

@@ -25,6 +25,7 @@ from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.model.architectures import find_causal_lm
 from lemo_trainer.patch import apply_lemo
+from lemo_trainer.registry import SELECTORS
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Setup:
 def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repeats: int = 2) -> StepCost:
     """The cost of a step with LeMo (None: without), with or without gradient checkpointing.
 
-    Where segments are drawn at random, the last ones, which cost most, stand for them, and exact scores for
-    predicted ones, which cost less.
+    Of segments, the last ones count as chosen, which cost most. A selector that needs a trained model is
+    predicted as its stand-in: exact scores for predicted ones, which cost less.
 
     Args:
         repeats: timed steps of each short model, of which the fastest counts; 0 gives 0 seconds.
@@ -99,12 +100,7 @@ def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repea
     """
     if lemo is not None:
         check_predictable(lemo)
-        if lemo.mode == "segments":
-            lemo = dataclasses.replace(lemo, selector="recency")
-        elif lemo.selector == "predictor":
-            lemo = dataclasses.replace(
-                lemo, selector="informativeness", predictors="", predictor_refresh=0, predictor_recall=0.0
-            )
+        lemo = _predictable(lemo)
     kinds = _layer_kinds(setup.model_config)
     weighted = []
     for kind, count in Counter(kinds).items():
@@ -129,6 +125,18 @@ def check_predictable(lemo: LemoConfig) -> None:
             "What `thresholds` keep depends on weights and text, which a prediction has not; give `layers` "
             f"and `keep_ratio` instead, got thresholds {lemo.thresholds!r}."
         )
+
+
+def _predictable(lemo: LemoConfig) -> LemoConfig:
+    """`lemo` with a selector that runs on short models with random weights."""
+    if lemo.mode == "segments":
+        return dataclasses.replace(lemo, selector="recency")
+    traits = SELECTORS[lemo.resolved_selector]
+    if traits.stand_in is None:
+        return lemo
+    changes: dict[str, Any] = {"selector": traits.stand_in}
+    changes |= {each.name: each.default for each in dataclasses.fields(lemo) if each.name in traits.options}
+    return dataclasses.replace(lemo, **changes)
 
 
 def _predict_alike(setup: Setup, lemo: LemoConfig | None, checkpointing: bool, repeats: int) -> _Measured:

@@ -29,6 +29,7 @@ from lemo_trainer.config import LemoConfig
 from lemo_trainer.model.architectures import find_causal_lm
 from lemo_trainer.offline.budget import Budget, LayerThreshold, choose
 from lemo_trainer.patch import apply_lemo, remove_lemo
+from lemo_trainer.registry import AUTO, SELECTORS
 from lemo_trainer.report import LemoReport
 from lemo_trainer.session import LemoSession, session_of
 
@@ -195,9 +196,10 @@ def check_search(config: LemoConfig, max_increase: float | None, shares: Sequenc
     """Raise ValueError for what no search can use, before a model is loaded."""
     if config.mode != "eliminate":
         raise ValueError(f'Thresholds are searched for `mode="eliminate"`, got {config.mode!r}.')
-    if config.resolved_selector not in ("informativeness", "norm"):
+    if not SELECTORS[config.resolved_selector].searchable:
+        searchable = [AUTO, *(name for name, traits in SELECTORS.items() if traits.searchable)]
         raise ValueError(
-            f"`selector` must be auto, informativeness or norm in a search of thresholds, got "
+            f"`selector` must be one of {', '.join(searchable)} in a search of thresholds, got "
             f"{config.selector!r}: thresholds are compared with exact scores of the text."
         )
     if max_increase is not None and not math.isfinite(max_increase):

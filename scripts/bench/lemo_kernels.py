@@ -174,7 +174,7 @@ def attention(tokens: int, dtype: torch.dtype, repeats: int) -> None:
     qkv = [random(1, *shape, HEAD, requires_grad=True) for shape in shapes]
     grad = random(1, index.shape[1], HEADS, HEAD)
     contenders = {
-        "masked SDPA": lambda: reference(*qkv, index, None, None, 0.1),
+        "masked SDPA": lambda: reference(*qkv, index, 0.1),
         "masked SDPA, 256 queries at a time": lambda: pieces(*qkv, index),
     }
     if runs_triton(qkv[0]):

@@ -13,7 +13,7 @@ of a training step (LoRA r 8, detach 50%, gradient checkpointing) when every lay
 - linear probe: one linear map from a block's mean hidden state and its place to its score.
 - low rank: copies of the layer's own q_proj and k_proj of so many singular directions over all heads, the map
   from all queries; not trained.
-- paper, max: `lemo_trainer.predictor`.
+- paper, max: `lemo_trainer.informativeness.predictors`.
 """
 
 import statistics
