@@ -23,11 +23,11 @@ from ripple_simulate import bundle_bytes, cases, traced
 from torch import Tensor
 from torch.nn import functional as F
 
-from ripple_loader.access import cheapest, plan_reads
-from ripple_loader.devices import load_devices
-from ripple_loader.placement import Placed
-from ripple_loader.selection import select_largest, shared_by_neighbours
-from ripple_loader.simulate import Workload, place_all, workload_of
+from ripple_loader.offline.placement import Placed
+from ripple_loader.online.selection import select_largest, shared_by_neighbours
+from ripple_loader.storage.collapse import cheapest, plan_reads
+from ripple_loader.storage.devices import load_devices
+from ripple_loader.studies.simulation import Workload, place_all, workload_of
 
 PRICED = range(100, 512, 64)  # tokens of each sequence whose reads are planned
 

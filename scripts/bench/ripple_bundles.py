@@ -17,8 +17,8 @@ import torch
 from common import ROOT, Table  # also makes `assets` importable
 
 from ripple_loader import ReorderConfig, RippleConfig, reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.sidecar import SIDECAR
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.format.sidecar import Sidecar
 
 BUNDLES = ("same", "float16", "bfloat16", "int8", "int4")
 HELD_OUT = (2, 512)  # sequences, tokens

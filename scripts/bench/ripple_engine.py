@@ -25,8 +25,9 @@ import numpy as np
 from common import Table  # also makes `assets` importable
 
 from ripple_loader import RippleReport
-from ripple_loader.access import ReadPlan
-from ripple_loader.reader import AlignedBuffer, Reader
+from ripple_loader.storage.blocks import AlignedBuffer
+from ripple_loader.storage.collapse import ReadPlan
+from ripple_loader.storage.reader import Reader
 
 CASES = ((4, 1), (4, 16), (4, 32), (16, 16), (64, 16), (256, 4), (256, 16))  # KiB a read, in flight
 BUFFER = 16 << 20

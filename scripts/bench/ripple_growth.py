@@ -20,8 +20,9 @@ import torch
 from common import ROOT, Table  # also makes `assets` importable
 
 from ripple_loader import ReorderConfig, RippleConfig, reorder
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
 
 SIZES = {"4 MLPs of 3,072": (4, 3072), "4 MLPs of 6,144": (4, 6144), "8 MLPs of 3,072": (8, 3072)}
 HIDDEN, GROUP, BIAS = 384, 16, -1.5

@@ -31,13 +31,15 @@ import torch
 from common import ROOT, Table  # also makes `assets` importable
 
 from ripple_loader import ReorderConfig, RippleConfig, RippleReport, reorder
-from ripple_loader.access import ReadPlan
-from ripple_loader.bundles import Sidecar
-from ripple_loader.probe import probe
-from ripple_loader.reader import AlignedBuffer, Reader
-from ripple_loader.sidecar import SIDECAR
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.storage.blocks import AlignedBuffer
+from ripple_loader.storage.collapse import ReadPlan
+from ripple_loader.storage.probing import probe
+from ripple_loader.storage.reader import Reader
 
 PLACEMENTS = ("identity", "random", "frequency", "linked")
 KEEPS = (0.5, 0.25)  # and 1.0, where the order does not matter

@@ -24,8 +24,8 @@ import torch
 from common import ROOT, Table  # also makes `assets` importable
 
 from ripple_loader import ReorderConfig, RippleConfig, reorder
-from ripple_loader.bundles import Sidecar
 from ripple_loader.config import parse_size
+from ripple_loader.format.sidecar import Sidecar
 
 PROMPT_TOKENS, NEW_TOKENS, CONSTANT = 32, 8, 20 << 20
 CONTENDERS = {

@@ -36,10 +36,11 @@ from ripple_memory import CONSTANT, warm_up
 from throttle import limited_memory
 
 from ripple_loader import ReorderConfig, RippleConfig, reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.probe import probe
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.storage.probing import probe
 
 WARM_UP, STEP_TOKENS = 32, 8
 COPIES = {

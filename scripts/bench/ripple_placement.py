@@ -23,19 +23,16 @@ import torch
 from common import Table  # also makes `assets` importable
 
 from ripple_loader import ReorderConfig
-from ripple_loader.coactivation import Activity, coactivation, sampled_tokens
-from ripple_loader.placement import (
-    Order,
-    expected_reads,
-    greedy_linking,
-    hot_neurons,
-    most_active,
-    place,
-    spectral_order,
-)
-from ripple_loader.source import open_source
-from ripple_loader.trace import BitSets, count_uses, cut_sequences, trace_source
-from ripple_loader.two_opt import two_opt
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.offline.active_sets import BitSets, count_uses
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.coactivation import Activity, coactivation, sampled_tokens
+from ripple_loader.offline.linking import greedy_linking
+from ripple_loader.offline.orders import expected_reads, hot_neurons, most_active
+from ripple_loader.offline.placement import Order, place
+from ripple_loader.offline.spectral import spectral_order
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.offline.two_opt import two_opt
 
 HELD_BACK, PARTNERS, GROUPS = 8, 32, 600
 

@@ -27,10 +27,12 @@ from torch.nn import functional as F
 from train_relu_lm import documents
 
 from ripple_loader import ReorderConfig
-from ripple_loader.predictor import Predictor, rank_of
-from ripple_loader.selection import IntegerInputs, margins, sketch_rows
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.predictor import Predictor, rank_of
+from ripple_loader.format.sketch import IntegerInputs, sketch_rows
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.online.selection import margins
 
 LENGTH, SEQUENCES = 256, 8
 RULES: list[tuple[float, float]] = [

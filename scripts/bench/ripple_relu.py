@@ -22,10 +22,11 @@ from common import ROOT, Table  # also makes `assets` importable
 from torch import Tensor
 
 from ripple_loader import ReorderConfig, RippleConfig, reorder
-from ripple_loader.budget import allocate
-from ripple_loader.bundles import Sidecar
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.online.budget import allocate
 
 MODEL = ROOT / ".cache" / "relu-lm"
 PLACEMENTS = ("identity", "random", "frequency", "spectral", "linked")

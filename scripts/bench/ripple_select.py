@@ -20,7 +20,7 @@ from common import Table  # also makes `assets` importable
 from torch import Tensor
 from torch.nn import functional as F
 
-from ripple_loader.trace import active_mask
+from ripple_loader.offline.active_sets import active_mask
 
 KEEPS = (0.5, 0.25)
 CALIBRATION, HELD_OUT = (2, 512), (2, 512)  # sequences, tokens

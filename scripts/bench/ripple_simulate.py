@@ -37,26 +37,32 @@ from throttle import limited_drive
 from train_relu_lm import documents
 
 from ripple_loader import ReorderConfig, RippleReport
-from ripple_loader.access import ReadPlan
-from ripple_loader.devices import load_devices
-from ripple_loader.drive import DriveModel
-from ripple_loader.encoding import ENCODINGS
-from ripple_loader.placement import Placed
-from ripple_loader.probe import probe
-from ripple_loader.reader import AlignedBuffer, Reader
-from ripple_loader.simulate import (
+from ripple_loader.checkpoint.source import SourceModel, open_source
+from ripple_loader.format.encoding import ENCODINGS
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.placement import Placed
+from ripple_loader.offline.trace import Trace, trace_source
+from ripple_loader.offline.writing import stored_as
+from ripple_loader.storage.blocks import AlignedBuffer
+from ripple_loader.storage.collapse import ReadPlan
+from ripple_loader.storage.devices import load_devices
+from ripple_loader.storage.drive import DriveModel
+from ripple_loader.storage.probing import probe
+from ripple_loader.storage.reader import Reader
+from ripple_loader.studies.simulation import (
+    CONTENDERS as STRATEGIES,
+)
+from ripple_loader.studies.simulation import (
     RIPPLE,
-    STRATEGIES,
     Replay,
-    Strategy,
     Workload,
     place_all,
     replay,
     workload_of,
 )
-from ripple_loader.source import SourceModel, open_source
-from ripple_loader.trace import Trace, cut_sequences, trace_source
-from ripple_loader.writing import stored_as
+from ripple_loader.studies.simulation import (
+    Contender as Strategy,
+)
 
 WARM_UP = 64
 SLOWED = 20  # the throttled drive is UFS 4.0 with a twentieth of its reads and bytes a second
