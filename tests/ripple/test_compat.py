@@ -16,7 +16,7 @@ from .conftest import load
 
 
 def test_from_pretrained_calls_the_hooks_around_reading_the_weights(reordered, monkeypatch):
-    """Before with the checkpoint's files, while parameters are on the meta device; after, when they are not."""
+    """Before, with the checkpoint's files and parameters on the meta device; after, with those in memory."""
     seen = []
 
     def noted(name, hook):
