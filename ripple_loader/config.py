@@ -9,8 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
+from ripple_loader.compat import QuantizationConfigMixin
 from ripple_loader.registry import CACHE_POLICIES, PLACEMENTS
 
 ActiveRule = Literal["top_k", "threshold", "energy"]

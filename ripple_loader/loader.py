@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
+from ripple_loader.compat import register_quantization_config, register_quantizer
 from ripple_loader.config import RippleConfig
 from ripple_loader.format.encoding import FloatEncoding
 from ripple_loader.format.sidecar import Sidecar

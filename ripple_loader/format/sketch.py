@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ripple_loader.compat import has_integer_units, integer_product
+
 Array = npt.NDArray[Any]
 _FEW_TOKENS = 4
 _FLOATS_AT_ONCE = 1 << 16
@@ -60,8 +62,8 @@ class IntegerInputs:
         Processors without units for them multiply the integers as floats, and so do all for many tokens: some
         rows at a time, for the memory that this takes is beyond the DRAM budget.
         """
-        if len(self.norm) <= _FEW_TOKENS and torch.cpu._is_vnni_supported():
-            products_STR = torch._int_mm(torch.cat(self.parts), sketch_RH.T).unflatten(0, (_PARTS, -1))
+        if len(self.norm) <= _FEW_TOKENS and has_integer_units():
+            products_STR = integer_product(torch.cat(self.parts), sketch_RH.T).unflatten(0, (_PARTS, -1))
             torch.sum(products_STR * torch.stack(self.steps), 0, out=out_TR)
             return
         y_TH = torch.stack([p * step for p, step in zip(self.parts, self.steps, strict=True)]).sum(0)

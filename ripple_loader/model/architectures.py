@@ -14,6 +14,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ripple_loader.compat import has_exact_zeros
+
 Role = Literal["selector", "up", "down"]
 
 
@@ -134,9 +136,7 @@ class MLPSite:
     @property
     def has_exact_zeros(self) -> bool:
         """Whether the activation makes inactive neurons exactly zero, so that leaving them out is exact."""
-        from transformers.activations import ReLUSquaredActivation
-
-        return isinstance(self.activation, (nn.ReLU, ReLUSquaredActivation))
+        return has_exact_zeros(self.activation)
 
     def replace(self, model: nn.Module, streaming: nn.Module) -> None:
         """Put `streaming`, which is called as the MLP is, in its place."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.quantizers.base import HfQuantizer
 
+from ripple_loader.compat import LoadingHooks, expect_missing
 from ripple_loader.model.architectures import MLPSite
 
 if TYPE_CHECKING:
@@ -32,38 +33,26 @@ def read_alone(tensor: Tensor) -> None:
         return
 
 
-class StreamingQuantizer(HfQuantizer):
+class StreamingQuantizer(LoadingHooks):
     """Leaves the MLP weights on disk and puts streaming modules in the MLPs' place."""
 
+    @abstractmethod
     def streamed(self, model: Any, files: list[Path]) -> tuple[list[MLPSite], Backend]:
         """The MLPs to replace and what computes them, for the checkpoint files of `model`."""
-        raise NotImplementedError
 
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> None:
-        if not checkpoint_files:
+    def before_weights(self, model: Any, files: list[Path]) -> None:
+        if not files:
             raise ValueError(
                 "Ripple should load from a reordered directory, got a model without checkpoint files: "
                 "use `from_pretrained(directory, quantization_config=...)`."
             )
         from ripple_loader.model.streaming import stream
 
-        sites, backend = self.streamed(model, [Path(file) for file in checkpoint_files])
+        sites, backend = self.streamed(model, files)
         stream(model, sites, backend)
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *sites[0].architecture.streamed_names(),
-        }
+        expect_missing(model, sites[0].architecture.streamed_names())
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def after_weights(self, model: Any) -> None:
         for parameter in model.parameters():
             if parameter.device.type == "cpu":
                 read_alone(parameter)
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return False

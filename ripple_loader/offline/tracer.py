@@ -14,10 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ripple_loader.checkpoint.source import SourceModel
+from ripple_loader.compat import QuantizationConfigMixin, register_quantization_config, register_quantizer
 from ripple_loader.config import ReorderConfig
 from ripple_loader.model.architectures import MLPSite
 from ripple_loader.model.loading import StreamingQuantizer

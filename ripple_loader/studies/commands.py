@@ -59,22 +59,22 @@ def simulate(
     from rich.console import Console
     from rich.table import Table
 
-    from ripple_loader.studies.simulation import STRATEGIES, place_all, replay, summarise
+    from ripple_loader.studies.simulation import CONTENDERS, place_all, replay, summarise
 
     _check_share(cache)
     chosen = _devices(devices, device)
     workload = _workload(model, trace, bundles, tokens)
-    placed = {p: place_all(workload, p) for p in {s.placement for s in STRATEGIES.values()}}
+    placed = {p: place_all(workload, p) for p in {s.placement for s in CONTENDERS.values()}}
     results: dict[str, Any] = {"cache": cache, "tokens": tokens, "bundle_bytes": workload.bundle_bytes}
     results["devices"] = {one.name: asdict(one) for one in chosen}
     results["strategies"] = {one.name: {} for one in chosen}
     for one in chosen:
         rows = results["strategies"][one.name]
-        for name, strategy in STRATEGIES.items():
+        for name, contender in CONTENDERS.items():
             found = replay(
                 workload,
-                strategy,
-                placed[strategy.placement],
+                contender,
+                placed[contender.placement],
                 one.model,
                 cache_bytes=int(cache * workload.weight_bytes),
                 block=one.block,

@@ -23,8 +23,8 @@ from ripple_loader.registry import CACHE_POLICIES
 from ripple_loader.storage.devices import Device
 from ripple_loader.storage.drive import DriveProfile
 from ripple_loader.studies.simulation import (
+    CONTENDERS,
     RIPPLE,
-    STRATEGIES,
     Replay,
     Workload,
     place_all,
@@ -78,14 +78,14 @@ def make_report(
 
     if not 0 <= layer < len(workload.replayed):
         raise ValueError(f"`layer` should be from 0 to {len(workload.replayed) - 1}, got {layer}.")
-    placements = {strategy.placement for strategy in STRATEGIES.values()}
+    placements = {contender.placement for contender in CONTENDERS.values()}
     placed = {placement: place_all(workload, placement) for placement in sorted(placements)}
     replays, rows = {}, {}
-    for name, strategy in STRATEGIES.items():
+    for name, contender in CONTENDERS.items():
         found = replay(
             workload,
-            strategy,
-            placed[strategy.placement],
+            contender,
+            placed[contender.placement],
             device.model,
             cache_bytes=int(cache_share * workload.weight_bytes),
             block=device.block,
@@ -166,7 +166,7 @@ def _heat_maps(figure: Any, workload: Workload, placed: Placed, layer: int) -> N
 
 def _read_lengths(figure: Any, replays: dict[str, Replay]) -> None:
     (axes,) = _axes(figure, 1)
-    shown = {name: found for name, found in replays.items() if not STRATEGIES[name].dense}
+    shown = {name: found for name, found in replays.items() if not CONTENDERS[name].dense}
     longest = max((float(found.lengths.max(initial=4096)) for found in shown.values()), default=4096.0)
     bins = np.geomspace(512, 2 * longest, 28) / _KIB
     for colour, (name, found) in zip(_COLOURS, shown.items(), strict=False):
@@ -196,11 +196,11 @@ def _reads_and_bytes(figure: Any, replays: dict[str, Replay]) -> None:
 def _cache_curve(figure: Any, workload: Workload, placed: list[Placed], device: Device) -> None:
     hits_axes, time_axes = _axes(figure, 2)
     for colour, policy in zip(_COLOURS, CACHE_POLICIES, strict=False):
-        strategy = replace(RIPPLE, cache_policy=policy)
+        contender = replace(RIPPLE, cache_policy=policy)
         found = [
             replay(
                 workload,
-                strategy,
+                contender,
                 placed,
                 device.model,
                 cache_bytes=int(share * workload.weight_bytes),

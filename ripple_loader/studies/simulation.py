@@ -1,4 +1,4 @@
-"""Trace-driven replay: the reads that a strategy issues for a real activation trace, and what a drive takes.
+"""Trace-driven replay: the reads that a contender issues for a real activation trace, and what a drive takes.
 
 Each token reaches each MLP once: a step. Its active neurons are looked up in that MLP's cache, the missing
 ones are read, and some of them are admitted. Nothing is computed, and reads do not overlap with anything: the
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy:
+class Contender:
     """A way to stream MLPs; the defaults are Ripple's.
 
     Attributes:
@@ -48,10 +48,10 @@ class Strategy:
     dense: bool = False
 
 
-RIPPLE = Strategy()
-STRATEGIES: dict[str, Strategy] = {
-    "dense": Strategy(placement="identity", dense=True, shares=False),
-    "LLM in a Flash": Strategy(placement="identity", cache_policy="lru", shares=False, collapse=False),
+RIPPLE = Contender()
+CONTENDERS: dict[str, Contender] = {
+    "dense": Contender(placement="identity", dense=True, shares=False),
+    "LLM in a Flash": Contender(placement="identity", cache_policy="lru", shares=False, collapse=False),
     "random, collapse": replace(RIPPLE, placement="random"),
     "frequency, collapse": replace(RIPPLE, placement="frequency"),
     "Ripple": RIPPLE,
@@ -111,7 +111,7 @@ def workload_of(trace: Trace, bundle_bytes: int, tokens: int) -> Workload:
 
 @dataclass(frozen=True)
 class Replay:
-    """The reads of a strategy, and how its cache did.
+    """The reads of a contender, and how its cache did.
 
     Attributes:
         offsets, lengths: bytes, the layers' bundles one after the other, shape (Q,).
@@ -145,36 +145,36 @@ def place_all(workload: Workload, placement: str, config: ReorderConfig | None =
 
 def replay(
     workload: Workload,
-    strategy: Strategy,
+    contender: Contender,
     placed: list[Placed],
     model: DriveModel,
     *,
     cache_bytes: int,
     block: int = 4096,
 ) -> Replay:
-    """The reads that a strategy issues.
+    """The reads that a contender issues.
 
     Args:
         workload: the activity.
-        strategy: how it is streamed.
-        placed: the orders, of the strategy's placement.
+        contender: how it is streamed.
+        placed: the orders, of the contender's placement.
         model: of the drive that reads are collapsed for.
         cache_bytes: memory for neurons, over all layers.
         block: what offsets and lengths of reads have to be multiples of.
     """
     slots, layers = cache_bytes // workload.bundle_bytes, len(workload.replayed)
-    if strategy.shares:
+    if contender.shares:
         shares = cache_shares([count_uses(sets, workload.neurons) for sets in workload.calibration], slots)
     else:
         shares = [min(slots // layers, workload.neurons)] * layers
-    collapse = cheapest(model) if strategy.collapse else fixed_gap(0)
+    collapse = cheapest(model) if contender.collapse else fixed_gap(0)
     parts = []
     for layer, order in enumerate(placed):
         base = layer * workload.layer_bytes
-        if strategy.dense:
+        if contender.dense:
             parts.append(_dense_layer(workload, layer, base, shares[layer], block))
         else:
-            cached = (strategy.cache_policy, shares[layer])
+            cached = (contender.cache_policy, shares[layer])
             parts.append(_sparse_layer(workload, layer, base, order, cached, collapse, block))
     first = np.cumsum([0, *(len(part.token) for part in parts)])
     return Replay(

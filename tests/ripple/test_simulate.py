@@ -17,9 +17,9 @@ from ripple_loader.storage.devices import Device, load_devices
 from ripple_loader.storage.drive import DriveProfile, Measurement, device_of
 from ripple_loader.studies.html_report import coactivation_map
 from ripple_loader.studies.simulation import (
+    CONTENDERS,
     RIPPLE,
-    STRATEGIES,
-    Strategy,
+    Contender,
     Workload,
     place_all,
     replay,
@@ -50,8 +50,8 @@ def identity(work):
 @settings(deadline=None)
 @given(work=ACTIVITY, collapse=st.booleans(), block=st.sampled_from([512, 4096]))
 def test_without_a_cache_the_reads_cover_exactly_the_active_neurons_and_gaps(work, collapse, block):
-    strategy = Strategy(placement="identity", collapse=collapse, shares=False)
-    found = replay(work, strategy, identity(work), DEVICE.model, cache_bytes=0, block=block)
+    contender = Contender(placement="identity", collapse=collapse, shares=False)
+    found = replay(work, contender, identity(work), DEVICE.model, cache_bytes=0, block=block)
     wanted = np.concatenate(work.replayed)
     step, place = np.nonzero(np.unpackbits(wanted, axis=1, count=NEURONS))
     starts = step // work.tokens * work.layer_bytes + place * WIDTH
@@ -71,8 +71,8 @@ def test_without_a_cache_the_reads_cover_exactly_the_active_neurons_and_gaps(wor
 @settings(deadline=None)
 @given(work=ACTIVITY)
 def test_collapsing_never_costs_time(work):
-    without = Strategy(placement="identity", collapse=False, shares=False)
-    with_ = Strategy(placement="identity", shares=False)
+    without = Contender(placement="identity", collapse=False, shares=False)
+    with_ = Contender(placement="identity", shares=False)
     slow, fast = (
         replay(work, one, identity(work), DEVICE.model, cache_bytes=0).seconds(DEVICE.model)
         for one in (without, with_)
@@ -81,21 +81,21 @@ def test_collapsing_never_costs_time(work):
 
 
 @settings(deadline=None)
-@given(work=ACTIVITY, slots=st.integers(0, 130), name=st.sampled_from(sorted(STRATEGIES)))
+@given(work=ACTIVITY, slots=st.integers(0, 130), name=st.sampled_from(sorted(CONTENDERS)))
 def test_no_strategy_finds_more_neurons_than_it_has_memory_for(work, slots, name):
-    strategy = STRATEGIES[name]
-    placed = place_all(work, strategy.placement, ReorderConfig(partners=4))
-    found = replay(work, strategy, placed, DEVICE.model, cache_bytes=slots * WIDTH)
+    contender = CONTENDERS[name]
+    placed = place_all(work, contender.placement, ReorderConfig(partners=4))
+    found = replay(work, contender, placed, DEVICE.model, cache_bytes=slots * WIDTH)
     assert found.hits <= min(found.active, work.tokens * slots)
     if not slots:
         assert not found.hits
-    if slots >= 2 * NEURONS and strategy.dense:
+    if slots >= 2 * NEURONS and contender.dense:
         assert not len(found.lengths)
 
 
 def test_dense_streaming_takes_the_bandwidth():
     work = workload(np.ones((6, NEURONS)))
-    found = replay(work, STRATEGIES["dense"], identity(work), DEVICE.model, cache_bytes=20 * WIDTH)
+    found = replay(work, CONTENDERS["dense"], identity(work), DEVICE.model, cache_bytes=20 * WIDTH)
     row = summarise(found, work.tokens, DEVICE.model)
     whole_blocks = -(-NEURONS * WIDTH // 4096) * 4096 - 10 * WIDTH // 4096 * 4096
     assert math.isclose(row["ms_per_token"], 2 * whole_blocks / 1e9 * 1e3)
@@ -182,7 +182,7 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
     assert found["bundle_bytes"] == 2 * 32 * 4
     assert set(found["strategies"]) == set(load_devices())
     for rows in found["strategies"].values():
-        assert set(rows) == set(STRATEGIES)
+        assert set(rows) == set(CONTENDERS)
         assert rows["Ripple"]["ms_per_token"] <= rows["LLM in a Flash"]["ms_per_token"]
 
     timed = [
@@ -200,7 +200,7 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
         assert page.read_text().count("data:image/png;base64,") == plots
     html = page.read_text()
     assert "http" not in html.replace("https://arxiv.org", "")
-    assert all(name in html for name in STRATEGIES)
+    assert all(name in html for name in CONTENDERS)
 
 
 @pytest.mark.parametrize(

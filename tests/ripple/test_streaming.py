@@ -110,7 +110,7 @@ def test_adjacency_selects_neighbours(reordered):
 
 
 def _runs(streaming, row):
-    places = streaming.backend.select(streaming.layer, row, streaming.activation).places
+    places = streaming.backend.selector.select(streaming.layer, row, streaming.activation).places
     return 1 + int((places[1:] - places[:-1] > 1).sum())
 
 
