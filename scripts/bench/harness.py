@@ -12,21 +12,18 @@ anew from a fixed seed. A contender is a function without arguments, a `Contende
 
 import contextlib
 import functools
-import importlib
-import json
+import multiprocessing
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
+from unittest import mock
 
 Equal = Callable[[Any, Any], Any]
 """Takes a result and the one wanted; raises AssertionError unless they agree. May return the error."""
@@ -34,7 +31,9 @@ Equal = Callable[[Any, Any], Any]
 
 def close(*, rtol: float, atol: float) -> Equal:
     """Nested tensors and numbers agree within |got - want| <= atol + rtol |want|."""
-    return functools.partial(torch.testing.assert_close, rtol=rtol, atol=atol)
+    from torch.testing import assert_close
+
+    return functools.partial(assert_close, rtol=rtol, atol=atol)
 
 
 def same(got: Any, want: Any) -> None:
@@ -68,7 +67,8 @@ class Timing(NamedTuple):
 
 def clocks() -> tuple[float, float, float]:
     """The readings that a `Timing` is the difference of, when the GPU is done."""
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # a contender without it does not pay for its import
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter(), time.thread_time(), time.process_time()
 
@@ -131,64 +131,59 @@ class Contender:
         return timings[untimed:]
 
 
+@contextlib.contextmanager
+def _process(environment: Mapping[str, str] | None) -> Iterator[ProcessPoolExecutor]:
+    """A new interpreter with these variables beside the others; it starts with its first task."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ, environment or {}):
+            pool.submit(os.getpid).result()
+        yield pool
+
+
+def in_own_process(function: Callable[..., Any], *args: Any, environment: Any = None) -> Any:
+    """`function(*args)` in a process of its own, which imports the function's module anew."""
+    with _process(environment) as pool:
+        return pool.submit(function, *args).result()
+
+
 class OwnProcess:
     """A call in a process of its own, which times it and hands back its result.
 
     Args:
-        target: a function at a module's top level that returns a context manager, which yields the call. The
-            process imports the module anew.
-        args: its arguments. They and the results must be what JSON knows.
+        target: a function at a module's top level that returns a context manager, which yields the call.
+        args: its arguments.
         environment: variables that are set in that process only.
         exact: whether its result must equal the reference's.
-
-    Raises:
-        RuntimeError: the process ended; its messages are on stderr.
     """
+
+    _entered = contextlib.ExitStack()  # these two in the process itself
+    _contender: Contender
 
     def __init__(
         self, target: Callable[..., Any], *args: Any, environment: Any = None, exact: bool = True
     ) -> None:
-        self.name, self.exact = f"{target.__name__}{args}", exact
-        module = str(sys.modules[target.__module__].__file__)
-        command = [sys.executable, __file__, module, target.__name__, json.dumps(args)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process: Any = subprocess.Popen(command, env=os.environ | (environment or {}), **pipes)
-        self.first = self._answer()
+        self.exact, self._stack = exact, contextlib.ExitStack()
+        self._pool = self._stack.enter_context(_process(environment))
+        self._pool.submit(self._enter, target, args).result()
 
     def turn(self, **counts: int) -> list[Timing]:
-        self.process.stdin.write(json.dumps(counts) + "\n")
-        self.process.stdin.flush()
-        return [Timing(*each) for each in self._answer()]
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()} before it answered.")
-        return json.loads(line)
+        return self._pool.submit(self._turn, counts).result()
 
     def close(self) -> None:
-        self.process.communicate()
+        self._pool.submit(self._leave).result()
+        self._stack.close()
 
+    @classmethod
+    def _enter(cls, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        cls._contender = Contender(cls._entered.enter_context(target(*args)))
 
-def in_own_process(function: Callable[..., Any], *args: Any, environment: Any = None) -> Any:
-    """`function(*args)` in a process of its own; arguments and result must be what JSON knows."""
-    with contextlib.closing(OwnProcess(function, *args, environment=environment)) as process:
-        return process.first
+    @classmethod
+    def _turn(cls, counts: dict[str, int]) -> list[Timing]:
+        return cls._contender.turn(**counts)
 
-
-def serve(module: str, name: str, args: str) -> None:
-    """The other end of `OwnProcess`: a line of JSON for the result, or for each turn that stdin asks for."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever the libraries print goes to stderr
-    sys.path.insert(0, str(Path(module).parent))
-    result = getattr(importlib.import_module(Path(module).stem), name)(*json.loads(args))
-    if not isinstance(result, AbstractContextManager):
-        print(json.dumps(result), file=answers)
-        return
-    with result as call:
-        print(json.dumps("ready"), file=answers)
-        for line in sys.stdin:
-            print(json.dumps(Contender(call).turn(**json.loads(line))), file=answers)
+    @classmethod
+    def _leave(cls) -> None:
+        cls._entered.close()
 
 
 @dataclass
@@ -242,9 +237,3 @@ class Race:
         for _ in range(rounds):
             self.round(**counts)
         return self.times
-
-
-if __name__ == "__main__":
-    import harness  # this file as other modules know it
-
-    harness.serve(*sys.argv[1:])

@@ -41,13 +41,13 @@ def main() -> None:
         layers=[10, 20, 40, 80],
         kinds=option(["alike", "different"], choices=("alike", "different")),
         budget_s=option(float, "default: by the size of the graph"),
+        threads=1,
     )
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    budget = "default budget" if options.budget_s is None else f"budget {options.budget_s:.0f} s"
-    config = f"fp32, 1 thread, no_grad, chain of 3x3 convolutions with batch norms, {budget}, cold"
+    budget = "" if options.budget_s else ", default budget"
+    config = f"fp32, no_grad, chain of 3x3 convolutions with batch norms, cold; {options}{budget}"
     table = Table("ollie_growth", "Compile time by number of layers", config)
-    limits = {"ollie": {} if options.budget_s is None else {"budget_s": options.budget_s}, "inductor": {}}
+    limits = {"ollie": {"budget_s": options.budget_s}, "inductor": {}}
     x = torch.randn(1, 8, 16, 16)
     warm_up()
     for kind in options.kinds:

@@ -26,10 +26,10 @@ def main() -> None:
         nets=option(list(NETS), choices=NETS),
         contenders=option(INSTALLED, choices=CONTENDERS),
         calls=option(5, "calls timed together"),
+        threads=1,
     )
-    torch.set_num_threads(1)
     os.environ["TVM_NUM_THREADS"] = "1"
-    config = f"fp32, 1 thread, no_grad, random weights, medians of interleaved rounds; {options}"
+    config = f"fp32, no_grad, random weights, medians of interleaved rounds; {options}"
     table = Table("ollie_main", "OLLIE's main job: milliseconds a batch", config)
     for name, batch in ((name, batch) for name in options.nets for batch in options.batch):
         build, shape = NETS[name]

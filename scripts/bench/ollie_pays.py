@@ -21,9 +21,9 @@ def main() -> None:
         nets=option(list(SMALL_NETS), choices=SMALL_NETS),
         rounds=20,
         budget_s=option(20.0, "OLLIE's search and measurement"),
+        threads=1,
     )
-    torch.set_num_threads(1)
-    config = "fp32, 1 thread, no_grad, weights random but the upscalers', medians of interleaved rounds of 5"
+    config = "fp32, no_grad, weights random but the upscalers', medians of interleaved rounds of 5"
     table = Table("ollie_pays", "Where derivation pays: milliseconds", f"{config}; {options}")
     for name, (build, shape) in ((name, SMALL_NETS[name]) for name in options.nets):
         torch.manual_seed(0)

@@ -80,12 +80,11 @@ def main() -> None:
         calls=option(5, "calls timed together"),
         training=option(False, "forward and backward"),
         seconds=option(float("inf"), "no model begins after these"),
+        threads=1,
     )
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     job = "forward and backward" if options.training else "forward, no_grad"
-    config = f"fp32, 1 thread, {job}, small random models, default options, medians of {options.rounds} "
-    config += f"interleaved rounds of {options.calls}, cold compilations"
+    config = f"fp32, {job}, small random models, default options, medians, cold compilations; {options}"
     table = Table("ollie_zoo", "A zoo nobody tuned for: OLLIE beside Inductor", config)
     warm_up()
     stop = time.perf_counter() + options.seconds

@@ -7,7 +7,6 @@ Perplexity is of the streamed model on held-out text; the weights beside the sid
 
 from pathlib import Path
 
-import torch
 from common import Table, assets, option, parse, scratch
 from models import language
 from ripple_parts import streamed
@@ -23,7 +22,6 @@ BUDGET = "96MiB"
 
 def main() -> None:
     options = parse(__doc__, model=option(Path, "by default SmolLM2 from scripts/assets.py"), threads=1)
-    torch.set_num_threads(options.threads)
     directory = options.model or assets.model_dir()
     ids = language.tokens("held_out", *HELD_OUT, folder=directory)
     table = Table(

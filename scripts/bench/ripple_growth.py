@@ -26,7 +26,6 @@ TRACED, STEP_TOKENS = 2048, 16
 @torch.no_grad()
 def main() -> None:
     options = parse(__doc__, rounds=5, threads=1)
-    torch.set_num_threads(options.threads)
     text = torch.randint(1024, (TRACED,), generator=torch.Generator().manual_seed(1))
     table = Table(
         "ripple_growth",

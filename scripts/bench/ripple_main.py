@@ -15,7 +15,6 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,12 +74,6 @@ def configs(dram_budget: str, placements: list[str]) -> dict[str, tuple[str, Rip
     return found
 
 
-@contextlib.contextmanager
-def uncached(file: Path) -> Iterator[None]:
-    parts.drop_from_page_cache(file)
-    yield
-
-
 def contenders(
     copies: dict[str, Path], base: Path, folder: Path, options: Any, prompt: torch.Tensor
 ) -> tuple[dict[str, Counted], dict[str, Contender]]:
@@ -92,12 +85,11 @@ def contenders(
     # A file of its own: pages that another model has mapped would not leave the cache.
     own = Path(shutil.copytree(base, folder / "accelerate"))
     for kind, directory in (("page cache", base), ("from disk", own)):
-        decoders[f"accelerate, {kind}"] = Counted(
-            parts.offloaded(directory, folder / "offload"), prompt=prompt
-        )
+        model = parts.offloaded(directory, folder / "offload")
+        decoders[f"accelerate, {kind}"] = Counted(model, prompt=prompt)
     calls = {name: Contender(each, exact=each.keep == 1.0) for name, each in decoders.items()}
-    setup = functools.partial(uncached, own / "model.safetensors")
-    calls["accelerate, from disk"] = replace(calls["accelerate, from disk"], setup=setup)
+    uncached = functools.partial(parts.drop_from_page_cache, own / "model.safetensors")
+    calls["accelerate, from disk"].setup = lambda: contextlib.nullcontext(uncached())
     return decoders, calls
 
 
@@ -105,8 +97,8 @@ def row(decoder: Counted, times: Any) -> dict[str, float | str]:
     found: dict[str, float | str] = {
         "resident_MB": language.own_bytes(decoder.model) / 2**20,
         "tokens_per_s": 1 / times.median,
-        "slowest": 1 / times.slowest,
-        "MB_per_s": sum(read for _, read in times.results) / sum(each.wall for each in times) / 1e6,
+        "slowest": 1 / max(times.wall),
+        "MB_per_s": sum(read for _, read in times.results) / sum(times.wall) / 1e6,
     }
     if report := decoder.report:
         counted = parts.counts(report)
@@ -126,18 +118,14 @@ def main() -> None:
         copies=option(Path, "keep the reordered models there"),
         threads=option(1, "of torch; the reads need a core as well"),
     )
-    torch.set_num_threads(options.threads)
     base, source = assets.model_dir(), open_source(assets.model_dir())
     ids = language.tokens("held_out", *HELD_OUT)
     prompt = ids[:1, :PROMPT_TOKENS]
     with scratch() as folder:
         kept = options.copies or folder
         copies = {placement: kept / placement for placement in options.placements}
-        missing = [name for name, copy in copies.items() if not copy.exists()]
-        if missing:
-            parts.reordered(
-                base, kept, {name: ReorderConfig(tokens=1024, placement=name) for name in missing}
-            )
+        orders = {name: ReorderConfig(tokens=1024, placement=name) for name in copies}
+        parts.reordered(base, kept, {name: orders[name] for name in orders if not copies[name].exists()})
         os.environ["XDG_CACHE_HOME"] = str(folder)  # the probe is this run's
         profile = probe(copies[options.placements[0]])
         profile.save()
@@ -146,8 +134,8 @@ def main() -> None:
         exact = [(name, decoders[name].logits) for name in calls if calls[name].exact]
         largest = exact[0][1].abs().max().item()
         require_equal(exact, close(rtol=0, atol=1e-5 * largest))
-        perplexities = {each.keep: each.model for each in reversed(decoders.values())}  # the first of each
-        perplexities = {keep: language.perplexity(model, ids) for keep, model in perplexities.items()}
+        judged = {each.keep: each.model for each in reversed(decoders.values())}  # the first of each
+        perplexities = {keep: language.perplexity(model, ids) for keep, model in judged.items()}
         race = Race(calls, equal=parts.same_token, keep=True)
         race.check()
         for decoder in decoders.values():

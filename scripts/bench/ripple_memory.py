@@ -53,12 +53,12 @@ def warm_up() -> None:
 
 
 @torch.no_grad()
-def measure(name: str, copy: str) -> dict[str, int]:
+def measure(name: str, directory: Path) -> dict[str, int]:
     """One contender's bytes, in this process."""
     torch.set_num_threads(1)
     threading.stack_size(256 << 10)  # RLIMIT_DATA counts stacks in full
     warm_up()
-    directory, resident, data, budget = Path(copy), status("VmRSS"), status("VmData"), 0
+    resident, data, budget = status("VmRSS"), status("VmData"), 0
     if contender := CONTENDERS[name]:
         share, keep = contender
         budget = parse_size(share, "share", total=Sidecar(directory).header.weight_bytes)
@@ -86,7 +86,7 @@ def main() -> None:
         config = ReorderConfig(placement="identity", tokens=32)
         reorder(assets.model_dir(), folder / "copy", [torch.arange(32)], config)
         for name in CONTENDERS:
-            row = in_own_process(measure, name, str(folder / "copy"))
+            row = in_own_process(measure, name, folder / "copy")
             table.add(name, **{metric: size / 2**20 for metric, size in row.items()})
     table.finish()
 

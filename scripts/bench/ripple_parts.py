@@ -36,7 +36,8 @@ def reordered(
     model: Path, folder: Path, configs: Mapping[str, ReorderConfig], text: Any = None
 ) -> dict[str, Any]:
     """The plans of copies in `folder`, by their names: the model in each order, all from one trace."""
-    trace_of(model, next(iter(configs.values())), folder / "trace", text)
+    for config in list(configs.values())[:1]:
+        trace_of(model, config, folder / "trace", text)
     return {
         name: reorder(model, folder / name, config=config, trace=folder / "trace")
         for name, config in configs.items()

@@ -72,7 +72,7 @@ def load(name: str, folder: Path, memory: int) -> tuple[Callable[[int], int], An
 
 
 @contextlib.contextmanager
-def contender(name: str, base: str, memory: int, tokens: list[int]) -> Iterator[Callable[[], Any]]:
+def contender(name: str, folder: Path, memory: int, tokens: list[int]) -> Iterator[Callable[[], Any]]:
     """One contender in this process, under the limit: a call decodes the next token, and counts."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -80,7 +80,7 @@ def contender(name: str, base: str, memory: int, tokens: list[int]) -> Iterator[
     if name in PEERS[1:]:
         importlib.import_module("airllm" if name == "airllm" else "llama_cpp")
     with parts.limited_memory(memory):
-        after, report = load(name, Path(base), memory)
+        after, report = load(name, folder, memory)
         text = iter(tokens)
         for _ in range(WARM_UP):
             after(next(text))
@@ -114,13 +114,12 @@ def main() -> None:
     with scratch() as folder, contextlib.ExitStack() as stack:
         os.environ["XDG_CACHE_HOME"] = str(folder)  # the probe is this run's
         make_copies(model, folder)
-        arguments = str(folder), int(size / share), tokens
-        running = {
-            name: stack.enter_context(
-                OwnProcess(contender, name, *arguments, exact="int8" not in name and "recall" not in name)
-            )
-            for name in (*CONTENDERS, *PEERS)
-        }
+        arguments = folder, int(size / share), tokens
+        running = {}
+        for name in (*CONTENDERS, *PEERS):
+            exact = "int8" not in name and "recall" not in name
+            running[name] = OwnProcess(contender, name, *arguments, exact=exact)
+            stack.callback(running[name].close)
         race = Race(running, equal=parts.same_token, keep=True)
         race.run(rounds, samples=STEP_TOKENS)
     parts.require_same_text(race)
@@ -132,7 +131,7 @@ def main() -> None:
         f"KiB: a token and layer",
     )
     for name, times in race.times.items():
-        table.add(name, tokens_per_s=1 / times.median, slowest=1 / times.slowest, **times.results[-1][1])
+        table.add(name, tokens_per_s=1 / times.median, slowest=1 / max(times.wall), **times.results[-1][1])
     table.finish()
 
 

@@ -33,10 +33,9 @@ def kind_of(function: tuple[str, int, str]) -> str:
 
 @torch.no_grad()
 def main() -> None:
-    options = parse(__doc__, copy=Path, tokens=20, dram_budget="96MiB")
+    options = parse(__doc__, copy=Path, tokens=20, dram_budget="96MiB", threads=1)
     if options.copy is None:
         raise SystemExit("ripple_profile: --copy must name a folder that `ripple reorder` made.")
-    torch.set_num_threads(1)
     table = Table(
         "ripple_profile",
         "Ripple: milliseconds of the main thread a token",

@@ -38,32 +38,31 @@ def infogan() -> nn.Module:
     return _generator((228, 448, 256, 128, 64, 3), first_taps=2)
 
 
+def _normed(before: int, after: int, taps: int, stride: int = 1) -> nn.Module:
+    convolution = nn.Conv2d(before, after, taps, stride, taps // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(after))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(
-            nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
-        )
-        self.second = nn.Sequential(nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after))
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or before != after:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
-            )
+        self.body = nn.Sequential(_normed(before, after, 3, stride), nn.ReLU(), _normed(after, after, 3))
+        same = stride == 1 and before == after
+        self.shortcut = nn.Identity() if same else _normed(before, after, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(self.second(self.first(x)) + self.shortcut(x))
+        return functional.relu(self.body(x) + self.shortcut(x))
 
 
 def _stages() -> tuple[nn.Module, nn.ModuleList]:
     """The stem and the four stages of ResNet-18 (arXiv 1512.03385)."""
-    stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    stem = nn.Sequential(_normed(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
     stages = nn.ModuleList()
     for before, after, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
         stages.append(nn.Sequential(BasicBlock(before, after, stride), BasicBlock(after, after, 1)))
-    return nn.Sequential(stem, nn.MaxPool2d(3, 2, 1)), stages
+    return stem, stages
 
 
 def resnet18() -> nn.Module:
@@ -77,15 +76,10 @@ class LargeKernel(nn.Module):
 
     def __init__(self, before: int, after: int, taps: int) -> None:
         super().__init__()
-        tall, wide, half = (taps, 1), (1, taps), taps // 2
-        self.left = nn.Sequential(
-            nn.Conv2d(before, after, tall, padding=(half, 0)),
-            nn.Conv2d(after, after, wide, padding=(0, half)),
-        )
-        self.right = nn.Sequential(
-            nn.Conv2d(before, after, wide, padding=(0, half)),
-            nn.Conv2d(after, after, tall, padding=(half, 0)),
-        )
+        tall = {"kernel_size": (taps, 1), "padding": (taps // 2, 0)}
+        wide = {"kernel_size": (1, taps), "padding": (0, taps // 2)}
+        self.left = nn.Sequential(nn.Conv2d(before, after, **tall), nn.Conv2d(after, after, **wide))
+        self.right = nn.Sequential(nn.Conv2d(before, after, **wide), nn.Conv2d(after, after, **tall))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(x) + self.right(x)
@@ -96,8 +90,8 @@ class Refinement(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
-        self.body = nn.Sequential(convs[0], nn.ReLU(), convs[1])
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.body = nn.Sequential(first, nn.ReLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)

@@ -13,43 +13,32 @@ from torch.nn import functional
 from models.ncnn import upscaler
 from models.nets import Net
 
+_conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+
 
 def espcn(scale: int = 3) -> nn.Module:
     """ESPCN (arXiv 1609.05158): [batch, 1, h, w] -> [batch, 1, scale * h, scale * w]."""
-    return nn.Sequential(
-        nn.Conv2d(1, 64, 5, padding=2),
-        nn.Tanh(),
-        nn.Conv2d(64, 32, 3, padding=1),
-        nn.Tanh(),
-        nn.Conv2d(32, scale * scale, 3, padding=1),
-        nn.PixelShuffle(scale),
-    )
+    layers = (nn.Conv2d(1, 64, 5, padding=2), nn.Tanh(), _conv(64, 32), nn.Tanh(), _conv(32, scale * scale))
+    return nn.Sequential(*layers, nn.PixelShuffle(scale))
 
 
 def srresnet_tail() -> nn.Module:
     """The upsampling end of SRResNet (arXiv 1609.04802)."""
-    up = (nn.Conv2d(64, 256, 3, padding=1), nn.PixelShuffle(2), nn.PReLU())
-    return nn.Sequential(*up, nn.Conv2d(64, 3, 9, padding=4))
+    return nn.Sequential(_conv(64, 256), nn.PixelShuffle(2), nn.PReLU(), nn.Conv2d(64, 3, 9, padding=4))
 
 
 def dncnn(depth: int = 17) -> nn.Module:
     """DnCNN (arXiv 1608.03981)."""
-    layers: list[nn.Module] = [nn.Conv2d(1, 64, 3, padding=1), nn.ReLU()]
+    layers: list[nn.Module] = [_conv(1, 64), nn.ReLU()]
     for _ in range(depth - 2):
-        layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(64, 1, 3, padding=1))
+        layers += [_conv(64, 64, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    return nn.Sequential(*layers, _conv(64, 1))
 
 
 def unet_tail() -> nn.Module:
     """The last stage of a U-Net (arXiv 1505.04597)."""
-    return nn.Sequential(
-        nn.ConvTranspose2d(128, 64, 2, 2),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(64, 2, 1),
-    )
+    layers = (nn.ConvTranspose2d(128, 64, 2, 2), _conv(64, 64), nn.ReLU(), _conv(64, 64), nn.ReLU())
+    return nn.Sequential(*layers, nn.Conv2d(64, 2, 1))
 
 
 class ResidualBlock(nn.Module):
@@ -155,10 +144,8 @@ class LoRA(nn.Module):
     def __init__(self, features: int = 768, rank: int = 16) -> None:
         super().__init__()
         self.base = nn.Linear(features, features)
-        self.down, self.up = (
-            nn.Linear(features, rank, bias=False),
-            nn.Linear(rank, features, bias=False),
-        )
+        self.down = nn.Linear(features, rank, bias=False)
+        self.up = nn.Linear(rank, features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + 2.0 * self.up(self.down(x))
@@ -169,8 +156,7 @@ class Projections(nn.Module):
 
     def __init__(self, features: int = 576, keys: int = 192) -> None:
         super().__init__()
-        self.q = nn.Linear(features, features, bias=False)
-        self.k, self.v = nn.Linear(features, keys, bias=False), nn.Linear(features, keys, bias=False)
+        self.q, self.k, self.v = (nn.Linear(features, out, bias=False) for out in (features, keys, keys))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.q(x), self.k(x), self.v(x)

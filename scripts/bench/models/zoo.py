@@ -72,6 +72,7 @@ _EFFICIENTNET = {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient
 _SWIN = {"image_size": 16, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 _ENCODEC = {"num_filters": 8, "hidden_size": 32, "codebook_size": 64, "codebook_dim": 32}
 _DAC = {"encoder_hidden_size": 8, "decoder_hidden_size": 64, "n_codebooks": 2, "codebook_size": 64}
+_GPT_NEO = [[["global", "local"], 1]]
 _DPT = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": _WIDTHS, "fusion_hidden_size": 16}
 _DOWN_UP = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 _UNET = {
@@ -123,30 +124,16 @@ VISION_AND_AUDIO: dict[str, Callable[[], Built]] = {
     "unet2d": partial(_convolutional, "UNet2DModel", _noisy_image, sample_size=16, **_UNET),
 }
 
+_PLAIN = "llama", "mistral", "qwen2", "phi", "phi3", "bloom", "gpt_neox", "stablelm", "olmo2", "starcoder2"
 LANGUAGE: dict[str, Callable[[], Built]] = {
-    name: partial(_language, name, **settings)
-    for name, settings in {
-        "gpt2": {"n_inner": 64},
-        "llama": {},
-        "mistral": {},
-        "qwen2": {},
-        "qwen3": {"head_dim": 8},
-        "gemma": {"head_dim": 8},
-        "gemma2": {"head_dim": 8},
-        "phi": {},
-        "phi3": {},
-        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-        "bloom": {},
-        "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
-        "gpt_neox": {},
-        "gptj": {"rotary_dim": 4},
-        "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
-        "stablelm": {},
-        "olmo2": {},
-        "starcoder2": {},
-        "bert": {"auto": "AutoModel"},
-        "roberta": {"auto": "AutoModel"},
-    }.items()
+    **{name: partial(_language, name) for name in _PLAIN},
+    **{name: partial(_language, name, head_dim=8) for name in ("qwen3", "gemma", "gemma2")},
+    **{name: partial(_language, name, "AutoModel") for name in ("bert", "roberta")},
+    "gpt2": partial(_language, "gpt2", n_inner=64),
+    "opt": partial(_language, "opt", ffn_dim=64, word_embed_proj_dim=32),
+    "gpt_neo": partial(_language, "gpt_neo", attention_types=_GPT_NEO, num_layers=2, num_heads=4),
+    "gptj": partial(_language, "gptj", rotary_dim=4),
+    "falcon": partial(_language, "falcon", new_decoder_architecture=True, num_kv_heads=2, alibi=False),
 }
 
 ZOO = VISION_AND_AUDIO | LANGUAGE
