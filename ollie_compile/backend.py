@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, fx
 
 import ollie_compile.kernels.library  # noqa: F401  # graphs that Inductor has cached call its operators
+from ollie_compile import compat
 from ollie_compile.config import OllieConfig, mode_options
 from ollie_compile.graph import freezing, gate
 from ollie_compile.graph.derivation_pass import DerivationPass
 from ollie_compile.graph.library_pass import LibraryPass
 from ollie_compile.plan.context import Context
 from ollie_compile.report.report import Report
+
+compat.require()
 
 CONTEXT = Context()
 """The plans and the machine of this process, for all graphs that no other context is given for."""
@@ -51,12 +54,10 @@ def compile_with(
     context: Context = CONTEXT,
 ) -> Any:
     """Compile a graph as `ollie` does, with the plans of `context`, and write the decisions into `report`."""
-    from torch._inductor import config as inductor_config
-
     config, inductor = OllieConfig.with_inductor(options)
     config = config.for_mode(mode)
     inductor = mode_options(mode) | inductor
-    config = replace(config, freeze=config.freeze or inductor_config.freezing)
+    config = replace(config, freeze=config.freeze or compat.inductor_config.freezing)
     if config.freeze and torch.is_grad_enabled():
         config = _unfrozen(config, report, "it needs torch.no_grad(), and gradients are enabled")
     copied = freezing.copied(gm) if config.freeze else gm
@@ -90,12 +91,10 @@ def _fastest(
         )
 
     def build(graph: fx.GraphModule, options: dict[str, Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
         if not config.freeze:
-            return compile_fx(graph, list(example_inputs), config_patches=options)
+            return compat.compile_fx(graph, list(example_inputs), config_patches=options)
         held, inputs, of_all = freezing.hold(graph, example_inputs)
-        compiled = of_all(compile_fx(held, inputs, config_patches=options))
+        compiled = of_all(compat.compile_fx(held, inputs, config_patches=options))
         if config.verify:
             freezing.check(graph, compiled, example_inputs)
         return compiled
@@ -139,9 +138,7 @@ def _libraries(
 
 def _passes(inductor: dict[str, Any], name: str) -> Sequence[Any]:
     """The user's own passes of one of Inductor's options."""
-    from torch._inductor import config
-
-    given = inductor.get(name, getattr(config, name)) or ()
+    given = inductor.get(name, getattr(compat.inductor_config, name)) or ()
     return given if isinstance(given, (list, tuple)) else (given,)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from ollie_compile import store
+from ollie_compile import compat, store
+from ollie_compile.compat import CustomGraphPass, get_hash_for_files
 from ollie_compile.config import OllieConfig
 from ollie_compile.graph import precision
 from ollie_compile.graph.splicing import NOT_SPLICED, splice
@@ -79,7 +79,7 @@ class DerivationPass(CustomGraphPass):
             custom(graph)
         rounded = self._widen(graph)
         targets = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
-        joint = [] if _is_training(graph) else self._subprograms(graph)
+        joint = [] if compat.is_joint_graph(graph) else self._subprograms(graph)
         targets.subtract(self._report_declared(graph, joint))
         deadline = self.context.machine.now() + self.config.budget_s
         wanted = Counter(operator for operator, _ in joint)
@@ -131,7 +131,7 @@ class DerivationPass(CustomGraphPass):
         """Report the users' operators that no subprogram holds; returns their targets."""
         lifted = {node for _, site in joint for node in site.nodes}
         missed = [node for node in subprograms.declared(graph) if node not in lifted]
-        why = "gradients are computed" if _is_training(graph) else "finding subprograms failed"
+        why = "gradients are computed" if compat.is_joint_graph(graph) else "finding subprograms failed"
         for node in missed:
             self.report.left(node.name, unsupported(node) or why)
         return [str(node.target) for node in missed]
@@ -184,21 +184,14 @@ def _guards(graph: fx.Graph) -> list[str]:
     for node in graph.nodes:
         value = node.meta.get("val")
         if dynamic.is_dynamic(value):
-            return [str(guard.expr) for guard in value.fake_mode.shape_env.guards]
+            return compat.guards_of(value)
     return []
-
-
-def _is_training(graph: fx.Graph) -> bool:
-    """Whether this is a joint graph: values of its forward are used by its backward too."""
-    return any("tangents" in node.name for node in graph.find_nodes(op="placeholder"))
 
 
 def _fixed(graph: fx.Graph) -> frozenset[fx.Node]:
     """Parameters and buffers, and what is computed from them alone."""
-    context = torch._guards.TracingContext.try_get()
-    places = context.fw_metadata.static_input_indices if context and context.fw_metadata else []
     placeholders = graph.find_nodes(op="placeholder")
-    fixed = {placeholders[place] for place in places if place < len(placeholders)}
+    fixed = {placeholders[place] for place in compat.static_inputs() if place < len(placeholders)}
     fixed.update(graph.find_nodes(op="get_attr"))
     for node in graph.nodes:
         if node.op == "call_function" and node.all_input_nodes and set(node.all_input_nodes) <= fixed:

@@ -15,7 +15,7 @@ from ollie_compile import store
 from ollie_compile.config import OllieConfig
 from ollie_compile.graph import freezing
 from ollie_compile.graph.derivation_pass import UnchangedError, operator_count
-from ollie_compile.measure import isolation
+from ollie_compile.measure.isolation import outside_compilation
 from ollie_compile.measure.machine import Machine
 from ollie_compile.plan.extensions import user_extensions
 from ollie_compile.report.report import Report
@@ -178,7 +178,7 @@ def _name(
 
 def _measured(built: dict[str, Compiled], inputs: Sequence[Tensor], machine: Machine) -> dict[str, float]:
     """Seconds of each call on copies of the inputs, which calls may change."""
-    with isolation.outside_compilation(), torch.random.fork_rng():
+    with outside_compilation(), torch.random.fork_rng():
         calls = [
             functools.partial(call, *[freezing.real(value) for value in inputs]) for call in built.values()
         ]

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from ollie_compile import store
-from ollie_compile.kernels import library
-from ollie_compile.measure import isolation, products
+from ollie_compile import compat, store
+from ollie_compile.compat import CustomGraphPass, get_hash_for_files
+from ollie_compile.measure import products
+from ollie_compile.measure.isolation import outside_compilation
 from ollie_compile.measure.machine import Machine
 from ollie_compile.report.report import Report
 
@@ -49,16 +49,14 @@ class LibraryPass(CustomGraphPass):
         return None if None in theirs else get_hash_for_files(_SOURCES, repr(decisive))
 
     def __call__(self, graph: fx.Graph) -> None:
-        from torch._inductor.virtualized import V
-
         for custom in self.before:
             custom(graph)
-        if not library.has_onednn() or V.aot_compilation:  # what is exported runs without Python
+        if not compat.has_onednn() or compat.is_exporting():  # what is exported runs without Python
             return
         moved = set()
         for node in list(graph.nodes):
             try:
-                with isolation.outside_compilation():
+                with outside_compilation():
                     moved.add(self._move(node))
             except Exception:  # such as too little memory for what is measured
                 logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)

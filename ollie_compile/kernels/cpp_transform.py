@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollie_compile.compat import load_cpp
+
 Numbers = tuple[int, ...]
 
 VECTORS = """
@@ -104,9 +106,7 @@ Matrices = tuple[tuple[tuple[float, ...], ...], ...]
 
 @functools.lru_cache(maxsize=64)
 def _library(matrices: Matrices) -> Any:
-    from torch._inductor.codecache import CppCodeCache
-
-    return CppCodeCache.load(VECTORS + tile_source("tile", matrices) + _TRANSFORM, needs_vec_isa=True)
+    return load_cpp(VECTORS + tile_source("tile", matrices) + _TRANSFORM)
 
 
 def matrices_of(

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ollie_compile.compat import unset_fake_temporarily
 from ollie_compile.expr import Affine, Input, Loop, Ranges, Read, Scope, Tensor, ranges_of
 from ollie_compile.lift import convolutions, movement, products
 from ollie_compile.lift.declared import DECLARED, Declaration

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ollie_compile.kernels import library
+from ollie_compile import compat
 from ollie_compile.measure.packing import pack
 from ollie_compile.measure.products import move_plain
 from ollie_compile.measure.profile import Profile
@@ -40,7 +40,7 @@ def compiled(
             convolutions read packed.
         profile: earlier timings of products, which decide the library of each.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from ollie_compile.compat import compile_fx
 
     graph, values = _traced(function, inputs, constant, profile)
     call = compile_fx(graph, values, config_patches={"joint_custom_pre_pass": None})
@@ -57,7 +57,7 @@ def called(
 def _traced(
     function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int], profile: Profile
 ) -> tuple[fx.GraphModule, list[Tensor]]:
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from ollie_compile.compat import make_fx
 
     # A bound method is not traced; with fake values nothing is computed for the trace.
     graph = make_fx(lambda *values: function(*values), tracing_mode="fake")(*inputs)
@@ -66,7 +66,7 @@ def _traced(
     if places:
         graph, made, kept = _fold(graph, values, places)
         values = pack(graph.graph, made + kept, len(made))
-    if library.has_onednn():
+    if compat.has_onednn():
         for node in graph.graph.nodes:
             move_plain(node, profile)
     _join_views(graph.graph)
@@ -94,7 +94,7 @@ def _join_views(graph: fx.Graph) -> None:
 
 
 def _is_view(node: fx.Node) -> bool:
-    view = node.op == "call_function" and getattr(node.target, "is_view", False)
+    view = node.op == "call_function" and compat.is_view(node.target)
     if not view or not isinstance(node.meta["val"], Tensor):  # such as the parts of a split
         return False
     return node.meta["val"].dtype == node.all_input_nodes[0].meta["val"].dtype

@@ -13,6 +13,7 @@ from operator import attrgetter
 import torch
 from torch import fx
 
+from ollie_compile import compat
 from ollie_compile.kernels import library
 from ollie_compile.measure import timing
 from ollie_compile.measure.profile import Profile
@@ -51,7 +52,7 @@ def move_plain(node: fx.Node, profile: Profile, margin: float = 0.0) -> str:
 
 def move_packed(node: fx.Node, profile: Profile, margin: float) -> str:
     """The same for a product whose constant weights Inductor has packed for MKL."""
-    if not str(node.target).startswith("mkl._mkl_linear"):
+    if not compat.is_mkl_product(node.target):
         return ""
     x, packed, weight, bias, rows = node.args
     value, held = x.meta.get("val"), node.graph.owning_module
@@ -60,13 +61,12 @@ def move_packed(node: fx.Node, profile: Profile, margin: float) -> str:
     first = torch.empty_strided(value.shape, value.stride()).fill_(1.0)
     for_mkl, second = (attrgetter(source.target)(held) for source in (packed, weight))
     added = None if bias is None else torch.ones(second.shape[0])
-    reordered = torch.ops.mkldnn._reorder_linear_weight(second, rows)
+    reordered = compat.onednn_packed(second, rows)
     transposed = second.t().contiguous()
+    call, arguments = compat.onednn_product_call(first, reordered, added)
     offered = {
-        PACKED: lambda: torch.ops.mkl._mkl_linear(first, for_mkl, second, added, rows),
-        ONEDNN_PACKED: lambda: torch.ops.mkldnn._linear_pointwise.default(
-            first, reordered, added, "none", [], ""
-        ),
+        PACKED: lambda: compat.mkl_product(first, for_mkl, second, added, rows),
+        ONEDNN_PACKED: lambda: call(*arguments),
         PLAIN: lambda: (
             torch.mm(first, transposed) if added is None else torch.addmm(added, first, transposed)
         ),
@@ -80,8 +80,7 @@ def move_packed(node: fx.Node, profile: Profile, margin: float) -> str:
     with node.graph.inserting_before(node):
         ours = node.graph.get_attr(name)
     if which == ONEDNN_PACKED:
-        node.target = torch.ops.mkldnn._linear_pointwise.default
-        node.args = (x, ours, bias, "none", [], "")
+        node.target, node.args = compat.onednn_product_call(x, ours, bias)
     else:
         ours.meta["val"] = value.new_empty(transposed.shape)
         node.target = aten.mm.default if bias is None else aten.addmm.default

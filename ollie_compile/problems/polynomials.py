@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ollie_compile.compat import FakeTensorMode, TorchDispatchMode, has_effects, pytree
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ def _target(name: str) -> Any:
     library, operator, overload = name.split(".")
     if library in ("aten", "ollie", "prim"):
         found = getattr(getattr(getattr(torch.ops, library), operator), overload)
-        if not found._schema.is_mutable:
+        if not has_effects(found):
             return found
     raise ValueError(f"it calls {name}")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ollie_compile.compat import FakeTensorMode
 from ollie_compile.expr import Input, Read, Scope, Tensor
 from ollie_compile.lift import movement
 from ollie_compile.lift.aten import (

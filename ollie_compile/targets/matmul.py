@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ollie_compile.compat import has_onednn
 from ollie_compile.expr import Read, Scope, once
 from ollie_compile.kernels import library
 from ollie_compile.targets.target import (
@@ -159,7 +160,7 @@ def timed_product(apart: int, left: int, contracted: int, right: int, *, shared:
         if apart > 1:
             return [lambda: torch.bmm(first.expand(apart, -1, -1), second)]
         offered: list[Callable[[], object]] = [lambda: torch.mm(first[0], second[0])]
-        if library.has_onednn() and library.has_libraries(first):
+        if has_onednn() and library.has_libraries(first):
             offered.append(lambda: library.product(first[0], second[0]))
         return offered
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from ollie_compile import compat
 from ollie_compile.backend import compile_with
 from ollie_compile.graph.derivation_pass import DerivationPass
-from ollie_compile.kernels import library
 from ollie_compile.lower.lowering import Program
 from ollie_compile.measure import bounds
 from ollie_compile.measure.machine import Machine
 from ollie_compile.report.report import Report
 from tests.ollie.strategies import operator
 
-pytestmark = pytest.mark.skipif(not library.has_onednn(), reason="weights are packed by oneDNN")
+pytestmark = pytest.mark.skipif(not compat.has_onednn(), reason="weights are packed by oneDNN")
 
 
 @pytest.mark.parametrize(
