@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
-from lemo_trainer.compat import unwrap
+from lemo_trainer.compat import calling_handler, unwrap
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.layers.segments import FLOAT16
@@ -142,11 +140,8 @@ def _checkpoint(output_dir: Path, state: TrainerState) -> Path:
 
 
 def _come_first(callback: TrainerCallback) -> None:
-    """Move `callback` to the front of its handler's list: reporting callbacks stand before a user's one.
-
-    The handler gives its callbacks no reference to itself or the Trainer; it is who calls the event.
-    """
-    handler = sys._getframe(2).f_locals.get("self")
-    if isinstance(handler, CallbackHandler):
+    """Move `callback` in front of the reporting callbacks, which would else see no metrics of it."""
+    handler = calling_handler(callback)
+    if handler is not None:
         handler.remove_callback(callback)
         handler.callbacks.insert(0, callback)

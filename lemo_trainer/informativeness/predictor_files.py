@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from lemo_trainer.compat import is_whole, unwrap
+from lemo_trainer.compat import base_parameter_name, is_whole, unwrap
 from lemo_trainer.files import write_whole
 from lemo_trainer.informativeness.predictors import PatternPredictors
 
@@ -31,10 +31,9 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     quantization leaves alone. Parameters that are not whole in this process are left out.
     """
     hashes = {}
-    for name, parameter in unwrap(model).named_parameters():
-        name = name.replace(".base_layer", "").replace(".original_module", "")
-        adapter = "lora_" in name or ".modules_to_save." in name
-        if adapter or not parameter.is_floating_point() or not is_whole(parameter):
+    for full_name, parameter in unwrap(model).named_parameters():
+        name = base_parameter_name(full_name)
+        if name is None or not parameter.is_floating_point() or not is_whole(parameter):
             continue
         flat = parameter.detach().flatten()
         places = torch.arange(_SAMPLES, device=flat.device) * len(flat) // _SAMPLES

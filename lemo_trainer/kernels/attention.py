@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo_trainer.compat import NOT_IN_SDPA
 from lemo_trainer.kernels.dispatch import runs_triton
 
 WIDEST = 128  # heads whose tiles fit a GPU's shared memory
@@ -22,8 +23,7 @@ WIDEST = 128  # heads whose tiles fit a GPU's shared memory
 
 def fits(query_BHKd: Tensor, value_BGTd: Tensor, options: dict[str, Any]) -> bool:
     """Whether the Triton kernel computes what SDPA would, given the options that a model hands to it."""
-    unusual = ("softcap", "s_aux", "position_bias", "cache")
-    plain = not options.get("dropout") and all(options.get(name) is None for name in unusual)
+    plain = not options.get("dropout") and all(options.get(name) is None for name in NOT_IN_SDPA)
     same = query_BHKd.shape[-1] == value_BGTd.shape[-1] <= WIDEST and query_BHKd.dtype == value_BGTd.dtype
     return plain and same and options.get("scaling") is not None and runs_triton(query_BHKd)
 

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lemo_trainer.kernels.dispatch import interpreted
+
 TILE = 64  # queries and keys of a tile
 TILE_BYTES = 16384  # of a tile's queries or keys; wider heads and dtypes get tiles of fewer rows
 
@@ -309,7 +311,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def _tiles(query: Tensor) -> dict[str, Any]:
     """Tile sizes, and the dtype of tl.dot's factors: the interpreter would multiply the bits of bfloat16."""
-    operand = tl.float32 if triton.knobs.runtime.interpret else _DTYPES[query.dtype]
+    operand = tl.float32 if interpreted() else _DTYPES[query.dtype]
     tile_d = max(16, triton.next_power_of_2(query.shape[3]))
     rows = max(16, min(TILE, TILE_BYTES // (tile_d * query.element_size())))
     return {"tile_m": rows, "tile_n": rows, "tile_d": tile_d, "operand": operand}

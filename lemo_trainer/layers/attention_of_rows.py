@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lemo_trainer.compat import attention_function, attention_implementation
 from lemo_trainer.kernels.attention import attend, fits
 from lemo_trainer.model.architectures import Architecture
-from lemo_trainer.model.capture import AttentionInputs, attention_function, attention_inputs
-from lemo_trainer.model.masks import attention_interface, masked_attention
+from lemo_trainer.model.capture import AttentionInputs, attention_inputs, dispatching_to
+from lemo_trainer.model.masks import masked_attention
 from lemo_trainer.model.rows import take_arguments, take_queries
 
 QUERIES_OF_A_PIECE = 256  # that attend under one mask; fewer skip more keys, more use the cores better
@@ -67,8 +68,8 @@ class AttentionOfRows:
         self.positions, self.options = positions, options
         self.attention: Any = architecture.attention_of(layer)
         implementation, self.mask = masked_attention(self.attention, attention_mask)
-        self.function = attention_interface(self.attention, implementation)
-        self.fused = fused and self.attention.config._attn_implementation == "sdpa"
+        self.function = attention_function(self.attention, implementation)
+        self.fused = fused and attention_implementation(self.attention.config) == "sdpa"
 
     def project(self, x_BTD: Tensor, index_BT: Tensor | None = None) -> AttentionInputs:
         """Queries, keys and values of the rows at positions `index_BT`; None is all rows."""
@@ -101,7 +102,7 @@ class AttentionOfRows:
         Args:
             attend: gets the rows' queries, keys and values and the attention's options; returns the heads.
         """
-        with attention_function(self.attention, _GIVEN):
+        with dispatching_to(self.attention, _GIVEN):
             return self.architecture.attention_branch(
                 self.layer,
                 x_BTD,

@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lemo_trainer.compat import SDPA_KERNELS
 from lemo_trainer.kernels import attention
 
-_aten = torch.ops.aten
-_LINEAR = {_aten.mm.default: 0, _aten.addmm.default: 1}  # operator: place of its left factor
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    attention.OPERATOR,
-}
+_LINEAR = {
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+}  # operator: index of its left factor
+_ATTENTION = SDPA_KERNELS | {attention.OPERATOR}
 NARROW = 64  # a product over at most so many columns (LoRA's second factor) is cheaper than its output
 
 

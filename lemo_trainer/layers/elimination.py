@@ -22,7 +22,7 @@ from lemo_trainer.informativeness.selectors import LayerView, Selector
 from lemo_trainer.layers.checkpointing import in_segments, without_graph
 from lemo_trainer.layers.stream import Stream, Streams
 from lemo_trainer.model.architectures import Architecture
-from lemo_trainer.model.capture import AttentionInputs, attention_function, attention_inputs, mlp_intermediate
+from lemo_trainer.model.capture import AttentionInputs, attention_inputs, dispatching_to, mlp_intermediate
 from lemo_trainer.model.masks import masked_attention, valid_tokens
 from lemo_trainer.model.rows import flat_rows, take_arguments, take_mask
 
@@ -76,7 +76,7 @@ class EliminatingLayer:
         kept = {"attention_mask": take_mask(mask, index_BK), **take_arguments(positions, index_BK)}
 
         def attention_branch(x: Tensor, rows: Tensor | None = None) -> Tensor:
-            with attention_function(attention, implementation):
+            with dispatching_to(attention, implementation):
                 return architecture.attention_branch(layer, x, rows, **kept, **kwargs)
 
         stream = self.streams.enter(layer, x_BSD)

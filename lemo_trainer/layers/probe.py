@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.compat import is_whole
+from lemo_trainer.compat import CHECKPOINTING, is_whole
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness.selection import BlockPlan
 from lemo_trainer.informativeness.selectors import selector_for
@@ -213,7 +213,7 @@ def is_wiring_of(architecture: Architecture, layer: Any, x_BSD: Tensor, argument
 def _in_training(layer: nn.Module) -> Iterator[None]:
     """Every part of `layer` in training mode, without gradient checkpointing; the own modes come back."""
     idle = [part for part in layer.modules() if not part.training]
-    checkpointing = vars(layer).pop("gradient_checkpointing", None)
+    checkpointing = vars(layer).pop(CHECKPOINTING, None)
     layer.train()
     try:
         yield
@@ -221,7 +221,7 @@ def _in_training(layer: nn.Module) -> Iterator[None]:
         for part in idle:
             part.training = False
         if checkpointing is not None:
-            vars(layer)["gradient_checkpointing"] = checkpointing
+            vars(layer)[CHECKPOINTING] = checkpointing
 
 
 def _from_present_seed(function: Callable[[], Tensor], device: torch.device) -> Tensor:

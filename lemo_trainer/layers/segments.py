@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers.cache_utils import Cache, DynamicLayer
 
-from lemo_trainer.compat import is_whole
+from lemo_trainer.compat import Cache, DynamicLayer, is_whole, uses_causal_lm_loss
 from lemo_trainer.head.loss import IGNORE_INDEX, shift
 from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.checkpointing import without_graph
@@ -204,10 +203,8 @@ def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
 
 def check_segments(parts: CausalLM) -> None:
     """Raise ValueError unless two segments give the hidden states and the loss of one, from whole weights."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     model = parts.model
-    if model.loss_function is not ForCausalLMLoss:
+    if not uses_causal_lm_loss(model):
         raise ValueError(
             f'mode="segments" needs transformers\' ForCausalLMLoss, whose parts add up, and '
             f'{type(model).__name__} has a loss of its own; use mode="detach".'

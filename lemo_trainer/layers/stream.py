@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as nn_module
 
+from lemo_trainer.compat import has_forward_hooks, has_forward_pre_hooks
 from lemo_trainer.kernels.rows import add_rows, take_rows
 
 
@@ -77,7 +77,7 @@ class Streams:
     def enter(self, layer: nn.Module, x_BSD: Tensor) -> Stream:
         """The stream that `layer` got as `x_BSD`: itself where it may be overwritten, else a copy."""
         released, self._released = self._released, None
-        if released is not None and released[0]() is x_BSD and not _hooked(layer, "_forward_pre_hooks"):
+        if released is not None and released[0]() is x_BSD and not has_forward_pre_hooks(layer):
             released[1].adopted = True
             return Stream(x_BSD)
         return Stream(x_BSD.clone(memory_format=torch.contiguous_format))
@@ -86,10 +86,6 @@ class Streams:
         """What `layer` returns."""
         seam = _Seam()
         output: Tensor = _Release.apply(stream.x_BSD, seam)
-        if self.in_place and not _hooked(layer, "_forward_hooks"):
+        if self.in_place and not has_forward_hooks(layer):
             self._released = weakref.ref(output), seam
         return output
-
-
-def _hooked(layer: nn.Module, kind: str) -> bool:
-    return bool(getattr(layer, kind) or getattr(nn_module, f"_global{kind}"))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_trainer.compat import enable_checkpointing
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.model.architectures import find_causal_lm
@@ -286,9 +287,7 @@ def _measure(
 ) -> _Measured:
     model: Any = _build(setup, layers, setup.device)
     if checkpointing:
-        name = "activation_checkpointing_enable"
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
     if lemo is not None:
         apply_lemo(model, lemo)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -39,7 +39,7 @@ class PredictorSelector(InformativenessSelector):
             FileNotFoundError, ValueError: see `load_predictors`; or they are for other blocks or layers.
         """
         config = self.config
-        folder = config.predictors or getattr(unwrap(model).config, "_name_or_path", "")
+        folder = config.predictors or unwrap(model).config.name_or_path
         predictors = load_predictors(folder, model)
         missing = [layer for layer in layers if layer not in predictors.layers]
         if missing or predictors.block_size != config.block_size:
