@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ripple_loader.registry import ACTIVE_RULES, BUNDLES, CACHE_POLICIES, PLACEMENTS
 from ripple_loader.studies import commands
 
 app = typer.Typer(
@@ -107,7 +108,8 @@ Out = Annotated[str | None, typer.Option(help="Directory to make.")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
 Active = Annotated[
-    str | None, typer.Option(help="Which neurons are active, where none is zero: top_k, threshold or energy.")
+    str | None,
+    typer.Option(help=f"Which neurons are active, if none is exactly zero: {ACTIVE_RULES.names()}."),
 ]
 ActiveShare = Annotated[float | None, typer.Option(help="The share that `active` refers to.")]
 
@@ -170,9 +172,7 @@ def reorder(
     trace: Annotated[
         str | None, typer.Option(help="What `ripple trace` made, instead of a calibration text.")
     ] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="linked, spectral, frequency, identity or random.")
-    ] = None,
+    placement: Annotated[str | None, typer.Option(help=f"{PLACEMENTS.names()}.")] = None,
     tokens: Tokens = None,
     sequence_length: SequenceLength = None,
     active: Active = None,
@@ -185,9 +185,7 @@ def reorder(
     predictor: Annotated[
         float | None, typer.Option(help="Rank of a ReLU model's predictors, of the hidden size; 0 for none.")
     ] = None,
-    bundles: Annotated[
-        str | None, typer.Option(help="Stored as: same, float32, float16, bfloat16, int8 or int4.")
-    ] = None,
+    bundles: Annotated[str | None, typer.Option(help=f"Stored as one of: {BUNDLES.names()}.")] = None,
     workers: Annotated[int | None, typer.Option(help="Layers placed at once.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random placement.")] = None,
 ) -> None:
@@ -235,7 +233,7 @@ def generate(
     prefetch: Annotated[
         bool | None, typer.Option(help="Read ahead what the next layer will probably select.")
     ] = None,
-    cache_policy: Annotated[str | None, typer.Option(help="linked, s3fifo or lru.")] = None,
+    cache_policy: Annotated[str | None, typer.Option(help=f"{CACHE_POLICIES.names()}.")] = None,
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
 ) -> None:
     """Generate text, greedily, with the MLPs streamed from disk; a line of numbers goes to stderr."""

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from ripple_loader.compat import QuantizationConfigMixin
-from ripple_loader.registry import CACHE_POLICIES, PLACEMENTS
+from ripple_loader.registry import ACTIVE_RULES, BUNDLES, CACHE_POLICIES, PLACEMENTS
 
-ActiveRule = Literal["top_k", "threshold", "energy"]
-BundleDtype = Literal["same", "float32", "float16", "bfloat16", "int8", "int4"]
 IOEngine = Literal["auto", "aio", "threads"]
-Strategy = Literal["auto", "dense", "sparse"]
+StrategyName = Literal["auto", "dense", "sparse"]
 
 RECALLS = (0.8, 0.999)  # for which predictors know how sure to be
 
@@ -118,20 +116,20 @@ class ReorderConfig:
     placement: str = "linked"
     tokens: int = 8192
     sequence_length: int = 512
-    active: ActiveRule = "top_k"
+    active: str = "top_k"
     active_share: float = 0.5
     partners: int = 32
     two_opt: bool = True
     hot_share: float = 0.1
     predictor: float = 0.125
-    bundles: BundleDtype = "same"
+    bundles: str = "same"
     workers: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         PLACEMENTS.check(self.placement)
-        _check_choice(self.active, "active", get_args(ActiveRule))
-        _check_choice(self.bundles, "bundles", get_args(BundleDtype))
+        ACTIVE_RULES.check(self.active)
+        BUNDLES.check(self.bundles)
         _check_share(self.active_share, "active_share")
         _check_share(self.hot_share, "hot_share", zero=True)
         _check_share(self.predictor, "predictor", zero=True)
@@ -190,7 +188,7 @@ class RippleConfig(QuantizationConfigMixin):
     keep: float = 1.0
     recall: float = 1.0
     adjacency: float = 0.0
-    strategy: Strategy = "auto"
+    strategy: StrategyName = "auto"
     merge_gap: int | str = "auto"
     prefetch: bool = True
     buffer: int | str = "2MiB"
@@ -217,7 +215,7 @@ class RippleConfig(QuantizationConfigMixin):
             raise ValueError("`recall` and `keep` should not both be below 1: each says what to leave out.")
         _check_share(self.adjacency, "adjacency", zero=True)
         _check_count(self.queue_depth, "queue_depth")
-        _check_choice(self.strategy, "strategy", get_args(Strategy))
+        _check_choice(self.strategy, "strategy", get_args(StrategyName))
         _check_choice(self.io_engine, "io_engine", get_args(IOEngine))
         CACHE_POLICIES.check(self.cache_policy)
 

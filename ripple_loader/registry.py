@@ -56,8 +56,14 @@ class Registry(Mapping[str, T]):
         return len(self._choices)
 
 
-CACHE_POLICIES: Registry[Callable[..., Any]] = Registry("cache_policy")
+CACHE_POLICIES: Registry[Any] = Registry("cache_policy")
 """Subclasses of `online.cache.NeuronCache`."""
 
-PLACEMENTS: Registry[Callable[..., Any]] = Registry("placement")
+ACTIVE_RULES: Registry[Callable[[Any, float], Any]] = Registry("active")
+"""Functions from |activation| (T, N) and `active_share` to which neurons are active, bool (T, N)."""
+
+BUNDLES: Registry[str | None] = Registry("bundles")
+"""Names of encodings in a sidecar, keys of `format.encoding.ENCODINGS`; None means the checkpoint's own."""
+
+PLACEMENTS: Registry[Callable[[Any], Any]] = Registry("placement")
 """Functions from an `offline.placement.LayerActivity` to its `Placed` order."""

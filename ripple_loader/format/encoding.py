@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ripple_loader.checkpoint.shards import DTYPES
+from ripple_loader.registry import BUNDLES
 
 GROUP = 32
 
@@ -101,11 +101,33 @@ class IntegerEncoding(Encoding):
             torch.mul(integers_NH[:, whole:], scale_NG[:, -1:], out=out_NH[:, whole:])
 
 
-ENCODINGS: dict[str, Encoding] = {
-    **{name: FloatEncoding(dtype) for name, dtype in DTYPES.items()},
-    "I8": IntegerEncoding(8),
-    "I4": IntegerEncoding(4),
-}
+ENCODINGS: dict[str, Encoding] = {}
+"""Encodings by the names that sidecars have for them: safetensors' for floats."""
+
+
+def register_encoding(option: str, stored: str, encoding: Encoding) -> None:
+    """Let `ReorderConfig.bundles` choose an encoding, and sidecars name it.
+
+    Args:
+        option: its name in the configuration.
+        stored: its name in a sidecar's header; sidecars of that name can be opened once it is registered.
+        encoding: how rows are stored.
+
+    Raises:
+        ValueError: one of the names is taken.
+    """
+    if stored in ENCODINGS:
+        raise ValueError(f"sidecars have an encoding {stored!r} already: choose another name.")
+    BUNDLES.register(option)(stored)
+    ENCODINGS[stored] = encoding
+
+
+BUNDLES.register("same")(None)
+register_encoding("float32", "F32", FloatEncoding(torch.float32))
+register_encoding("float16", "F16", FloatEncoding(torch.float16))
+register_encoding("bfloat16", "BF16", FloatEncoding(torch.bfloat16))
+register_encoding("int8", "I8", IntegerEncoding(8))
+register_encoding("int4", "I4", IntegerEncoding(4))
 
 
 def rounding_error(encoding: Encoding, weight_NH: Tensor) -> float:

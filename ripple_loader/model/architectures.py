@@ -231,6 +231,6 @@ def architecture_of(model_type: str) -> Architecture:
         raise ValueError(
             f"Ripple should know where a model keeps its MLP neurons: it looked for the model type "
             f"{model_type!r} and knows {', '.join(sorted(ARCHITECTURES))}; "
-            "add an entry to ripple_loader.architectures.ARCHITECTURES."
+            "add an entry to ripple_loader.model.architectures.ARCHITECTURES."
         )
     return ARCHITECTURES[model_type]

@@ -10,32 +10,50 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ripple_loader.config import ActiveRule
+from ripple_loader.registry import ACTIVE_RULES
 
-_COUNTED_AT_ONCE = 1024
-
+_COUNTED_AT_ONCE = 1024  # tokens
 
 BitSets = npt.NDArray[np.uint8]
 """Active sets of one MLP: shape (tokens, ceil(N / 8)), as `numpy.packbits` packs them."""
 
 
-def active_mask(activation_TN: Tensor, rule: ActiveRule, share: float, *, exact_zeros: bool) -> Tensor:
+@ACTIVE_RULES.register("top_k")
+def largest(size_TN: Tensor, share: float) -> Tensor:
+    """That share of a layer's neurons, those of the largest activation."""
+    count = max(1, round(share * size_TN.shape[-1]))
+    mask_TN = torch.zeros_like(size_TN, dtype=torch.bool)
+    return mask_TN.scatter_(-1, size_TN.topk(count, dim=-1).indices, True)
+
+
+@ACTIVE_RULES.register("threshold")
+def above_threshold(size_TN: Tensor, share: float) -> Tensor:
+    """All neurons with at least that share of the token's largest activation."""
+    return size_TN >= share * size_TN.amax(-1, keepdim=True)
+
+
+@ACTIVE_RULES.register("energy")
+def most_energy(size_TN: Tensor, share: float) -> Tensor:
+    """The fewest neurons that make up that share of the sum of squares."""
+    energy_TN, order_TN = size_TN.square().sort(dim=-1, descending=True)
+    before_TN = energy_TN.cumsum(-1) - energy_TN
+    mask_TN = torch.zeros_like(size_TN, dtype=torch.bool)
+    return mask_TN.scatter_(-1, order_TN, before_TN < share * energy_TN.sum(-1, keepdim=True))
+
+
+def active_mask(activation_TN: Tensor, rule: str, share: float, *, exact_zeros: bool) -> Tensor:
     """Which neurons count as active, bool of shape (T, N).
 
-    With exact zeros all that are not zero; elsewhere by `rule`, see `ReorderConfig.active`.
+    Args:
+        activation_TN: what their columns of `down_proj` are multiplied with.
+        rule: a name of `registry.ACTIVE_RULES`, for activations without exact zeros.
+        share: what the rule refers to, see `ReorderConfig.active`.
+        exact_zeros: whether inactive neurons are exactly zero; all others are active then.
     """
     if exact_zeros:
         return activation_TN != 0
-    size_TN = activation_TN.float().abs()
-    if rule == "threshold":
-        return size_TN >= share * size_TN.amax(-1, keepdim=True)
-    mask_TN = torch.zeros_like(size_TN, dtype=torch.bool)
-    if rule == "top_k":
-        count = max(1, round(share * size_TN.shape[-1]))
-        return mask_TN.scatter_(-1, size_TN.topk(count, dim=-1).indices, True)
-    energy_TN, order_TN = size_TN.square().sort(dim=-1, descending=True)
-    before_TN = energy_TN.cumsum(-1) - energy_TN
-    return mask_TN.scatter_(-1, order_TN, before_TN < share * energy_TN.sum(-1, keepdim=True))
+    mask_TN: Tensor = ACTIVE_RULES[rule](activation_TN.float().abs(), share)
+    return mask_TN
 
 
 def unpack(sets: BitSets, neurons: int) -> npt.NDArray[np.uint8]:

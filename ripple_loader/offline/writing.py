@@ -25,9 +25,9 @@ from ripple_loader.format.writer import SidecarWriter
 from ripple_loader.offline.orders import ReorderPlan
 from ripple_loader.offline.placement import Order
 from ripple_loader.offline.trace import Trace
+from ripple_loader.registry import BUNDLES
 
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ripple"}
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "I4"}
 _SAMPLED_MLPS = 8
 
 
@@ -77,7 +77,7 @@ def output_bytes(source: SourceModel, bundles: str, rank: int) -> tuple[int, int
 
 def stored_as(source: SourceModel, bundles: str) -> str:
     """How bundles store weights, a key of `encoding.ENCODINGS`, for `ReorderConfig.bundles`."""
-    return _STORED.get(bundles, source.down.dtype)
+    return BUNDLES[bundles] or source.down.dtype
 
 
 def _sidecar_header(

@@ -10,7 +10,7 @@ from ripple_loader.config import RippleConfig, parse_size
 from ripple_loader.format.layout import SidecarHeader, Vectors
 from ripple_loader.format.predictor import Predictor
 from ripple_loader.format.profile import cache_shares, spread_uses
-from ripple_loader.online.cache import INDEX_BYTES
+from ripple_loader.registry import CACHE_POLICIES
 from ripple_loader.storage.blocks import BLOCK, align
 
 _BUFFER_SHARE = 8
@@ -119,7 +119,7 @@ def allocate(
     sketch_layers = min(header.layers, left // sketch_bytes) if selecting and not rank else 0
     resident["sketch"] = sketch_layers * sketch_bytes
     left -= resident["sketch"]
-    index = header.layers * header.neurons * INDEX_BYTES
+    index = header.layers * header.neurons * CACHE_POLICIES[config.cache_policy].index_bytes
     cache_slots = _divide(header, max(0, (left - index) // header.bundle_bytes), selective=selecting)
     if any(cache_slots):
         resident["index"], resident["cache"] = index, sum(cache_slots) * header.bundle_bytes

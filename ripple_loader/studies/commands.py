@@ -9,12 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ripple_loader.registry import BUNDLES
+
 Model = Annotated[str, typer.Argument(help="The model's directory, as it was traced.")]
 TraceOption = Annotated[str, typer.Option("--trace", help="What `ripple trace` made of it.")]
 Devices = Annotated[str | None, typer.Option(help="YAML file of devices instead of those that come along.")]
 Cache = Annotated[float, typer.Option(help="Memory for neurons, as a share of all of them.")]
 Replayed = Annotated[int, typer.Option(help="Tokens at the end of the trace to replay.")]
-Bundles = Annotated[str, typer.Option(help="Stored as: same, float32, float16, bfloat16, int8 or int4.")]
+Bundles = Annotated[str, typer.Option(help=f"Stored as one of: {BUNDLES.names()}.")]
 
 
 def _workload(model: str, trace: str, bundles: str, tokens: int) -> Any:
@@ -24,7 +26,7 @@ def _workload(model: str, trace: str, bundles: str, tokens: int) -> Any:
     from ripple_loader.offline.writing import stored_as
     from ripple_loader.studies.simulation import workload_of
 
-    source, config = open_reorderable(Path(model)), ReorderConfig(bundles=bundles)  # type: ignore[arg-type]
+    source, config = open_reorderable(Path(model)), ReorderConfig(bundles=bundles)
     row_bytes = ENCODINGS[stored_as(source, config.bundles)].row_bytes(source.hidden)
     width = len(source.architecture.bundle) * row_bytes
     return workload_of(trace_of(source, Path(trace)), width, tokens)

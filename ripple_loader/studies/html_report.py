@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
@@ -195,7 +196,7 @@ def _reads_and_bytes(figure: Any, replays: dict[str, Replay]) -> None:
 
 def _cache_curve(figure: Any, workload: Workload, placed: list[Placed], device: Device) -> None:
     hits_axes, time_axes = _axes(figure, 2)
-    for colour, policy in zip(_COLOURS, CACHE_POLICIES, strict=False):
+    for colour, policy in zip(itertools.cycle(_COLOURS), CACHE_POLICIES, strict=False):
         contender = replace(RIPPLE, cache_policy=policy)
         found = [
             replay(

@@ -26,8 +26,8 @@ class LinkedCache(S3FifoCache):
         super().__init__(neurons, capacity, pinned)
         self._random = np.random.default_rng(0)
 
-    def _choose(self, places: Places) -> Slots:
-        free = len(self._free)
+    def choose(self, places: Places) -> Slots:
+        free = len(self.free)
         if len(places) <= free:
             return np.arange(len(places))
         run = np.cumsum(np.append(True, np.diff(places) != 1)) - 1

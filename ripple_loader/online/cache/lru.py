@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ripple_loader.online.cache.base import NeuronCache
 from ripple_loader.registry import CACHE_POLICIES
 from ripple_loader.storage.collapse import Places
@@ -13,11 +11,5 @@ from ripple_loader.storage.collapse import Places
 class LruCache(NeuronCache):
     """Admits every neuron and drops the least recently used."""
 
-    def _touch(self, places: Places) -> None:
-        self._stamp[places] = self._now + 1
-
-    def _insert(self, places: Places) -> None:
-        pass
-
-    def _victims(self, count: int) -> Places:
-        return self._oldest(self.pinned + np.flatnonzero(self._slot[self.pinned :] >= 0), count)
+    def victims(self, count: int) -> Places:
+        return self.oldest(self.evictable(), count)

@@ -27,28 +27,29 @@ class S3FifoCache(NeuronCache):
         self._queue = np.zeros(neurons, np.uint8)
         self._uses = np.zeros(neurons, np.uint8)
         self._left_at = np.full(neurons, -1, np.int64)
-        self._left = 0
+        self._departures = 0
 
-    def _touch(self, places: Places) -> None:
+    def used(self, places: Places) -> None:
         self._uses[places] = np.minimum(self._uses[places] + 1, 3)
 
-    def _insert(self, places: Places) -> None:
-        known = (self._left_at[places] >= 0) & (self._left - self._left_at[places] < self._room)
+    def admitted(self, places: Places) -> None:
+        super().admitted(places)
+        known = (self._left_at[places] >= 0) & (self._departures - self._left_at[places] < self._room)
         self._queue[places] = np.where(known, self._MAIN, self._SMALL)
         self._uses[places] = 0
 
-    def _victims(self, count: int) -> Places:
+    def victims(self, count: int) -> Places:
         limit = int(self.SMALL_SHARE * self._room)
         small = np.flatnonzero(self._queue == self._SMALL)
         in_main = np.count_nonzero(self._queue == self._MAIN)
-        passed = small[np.argsort(self._stamp[small], kind="stable")]
+        passed = small[np.argsort(self.stamp[small], kind="stable")]
         passed = passed[: max(len(small) - limit, count - in_main, 0)]
         used = self._uses[passed] > 0
-        self._queue[passed[used]], self._stamp[passed[used]] = self._MAIN, self._now
+        self._queue[passed[used]], self.stamp[passed[used]] = self._MAIN, self.now
         leaving = passed[~used][:count]
         self._queue[leaving] = self._ABSENT
-        self._left_at[leaving] = self._left
-        self._left += len(leaving)
+        self._left_at[leaving] = self._departures
+        self._departures += len(leaving)
         if len(leaving) == count:
             return leaving
         return np.concatenate([leaving, self._from_main(count - len(leaving))])
@@ -56,7 +57,7 @@ class S3FifoCache(NeuronCache):
     def _from_main(self, count: int) -> Places:
         """What leaves the main queue, which turns until `count` came up unused; a turn takes one use."""
         main = np.flatnonzero(self._queue == self._MAIN)
-        rank = (self._uses[main].astype(np.int64) << 48) + self._stamp[main]
+        rank = (self._uses[main].astype(np.int64) << 48) + self.stamp[main]
         leaving = main[np.argpartition(rank, count - 1)[:count]]
         turns = self._uses[leaving].max()
         self._uses[main] = np.maximum(self._uses[main], turns) - turns
