@@ -248,7 +248,7 @@ def test_options(monkeypatch):
         "out": None,
         "name": "x",
     }
-    assert str(parsed) == "seq len 8, lr 0.001"
+    assert str(parsed) == "seq-len 8, lr 0.001"
     monkeypatch.setattr(sys, "argv", ["toy", *CHOSEN])
     parsed = common.parse("A toy.", **options)
     assert (parsed.seq_len, parsed.lr, parsed.nets) == (9, 2.0, ["b", "a"])

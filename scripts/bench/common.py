@@ -38,11 +38,11 @@ def option(default: Any, help: str | None = None, choices: Iterable[Any] | None 
 
 
 class Options(argparse.Namespace):
-    """The options of a run; as text, its numbers, for the conditions of a table."""
+    """The options of a run; as text, those that are numbers, for the conditions of a table."""
 
     def __str__(self) -> str:
         numbers = ((name, value) for name, value in vars(self).items() if type(value) in (int, float))
-        return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in numbers)
+        return ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in numbers)
 
 
 def parse(doc: str | None, **options: Any) -> Options:

@@ -66,6 +66,7 @@ def main() -> None:
     table = Table("ollie_bilinear", "3x3 convolutions in bilinear form", config)
     for shape in options.shapes:
         channels, size, batch = map(int, shape.split("x"))
+        torch.compiler.reset()
         torch.manual_seed(0)
         x = torch.randn(batch, channels, size, size)
         weight = torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
