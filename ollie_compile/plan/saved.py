@@ -52,7 +52,7 @@ def load(operator: Operator, config: OllieConfig, budget_s: float) -> Plan | Non
     if content is None:
         return None
     try:
-        made = _plan(content, operator)
+        made = plan_of(content, operator)
     except Exception as error:  # whatever an entry may hold
         logger.warning("ollie: the plan %s of the cache is ignored: %s", name, error)
         return None
@@ -63,10 +63,10 @@ def save(made: Plan, config: OllieConfig) -> None:
     """Keep a plan for later processes."""
     name = entry_name(made.operator, config)
     if name is not None and made.stats.states:
-        store.write(name, _content(made))
+        store.write(name, content_of(made))
 
 
-def _content(made: Plan) -> dict[str, Any]:
+def content_of(made: Plan) -> dict[str, Any]:
     operator, winner = made.operator, made.winner
     expression = operator.expression()
     content: dict[str, Any] = {
@@ -114,7 +114,7 @@ def _expressions(content: Mapping[str, Any]) -> tuple[Scope, list[Scope]]:
     return parse(winner["expression"], tensors), steps
 
 
-def _plan(content: Mapping[str, Any], operator: Operator) -> Plan:
+def plan_of(content: Mapping[str, Any], operator: Operator) -> Plan:
     made = Plan(
         operator,
         float(content["budget_s"]),

@@ -116,7 +116,7 @@ def test_later_compilations_search_no_more(net, shape, other, monkeypatch, tmp_p
     for again in ("first", "in this process", "in another process"):
         torch._dynamo.reset()
         if again != "first":
-            for search in ("choice.search", "dynamic.derive"):
+            for search in ("plan.preparing.search", "problems.dynamic.derive"):
                 monkeypatch.setattr(f"ollie_compile.{search}", lambda *_, **__: pytest.fail("a search began"))
         if again == "in another process":
             backend.CONTEXT.reset()

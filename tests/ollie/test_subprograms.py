@@ -309,7 +309,7 @@ def test_a_fault_in_finding_leaves_the_graph(monkeypatch):
 
 
 def test_a_wrong_candidate_comes_with_a_reproducer(monkeypatch, caplog, capsys):
-    from ollie_compile.plan import choice
+    from ollie_compile.plan import preparing
 
     def search(expression, **limits):
         found = plan_search(expression, **limits)
@@ -319,8 +319,8 @@ def test_a_wrong_candidate_comes_with_a_reproducer(monkeypatch, caplog, capsys):
         found.derivations = [replace(derivation, scope=moved)]
         return found
 
-    plan_search = choice.search
-    monkeypatch.setattr(choice, "search", search)
+    plan_search = preparing.search
+    monkeypatch.setattr(preparing, "search", search)
     with caplog.at_level(logging.ERROR):
         report, _, got, want = derive(Attention(), torch.randn(2, 3, 24))
     assert report.rewritten == 0
