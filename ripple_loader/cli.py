@@ -51,7 +51,7 @@ def _calibration(path: str) -> Iterable[Any]:
         return _dataset(path)
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"`calibration` should be a .jsonl or text file, a saved dataset or hub:NAME, but {path} does "
+            f"`calibration` must be a .jsonl or text file, a saved dataset or hub:NAME, but {path} does "
             "not exist."
         )
     return _jsonl(path) if path.endswith(".jsonl") else _text(path)
@@ -69,11 +69,11 @@ def _dataset(path: str) -> Any:
         found = datasets.load_from_disk(path)
     except FileNotFoundError:
         raise ValueError(
-            f"`calibration` should be a file or a folder of `Dataset.save_to_disk`, but {path} is neither."
+            f"`calibration` must be a file or a folder of `Dataset.save_to_disk`, but {path} is neither."
         ) from None
     if isinstance(found, datasets.DatasetDict):
         raise ValueError(
-            f"`calibration` should be one split, but {path} holds {', '.join(found)}: give the folder of one."
+            f"`calibration` must be one split, but {path} holds {', '.join(found)}: give the folder of one."
         )
     return found
 
@@ -85,7 +85,7 @@ def _jsonl(path: str) -> Iterator[str]:
                 yield json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f'{path} should have {{"text": ...}} on each line, not so line {number}.'
+                    f'{path} must have {{"text": ...}} on each line, not so line {number}.'
                 ) from None
 
 
@@ -124,7 +124,7 @@ def _settings(
     paths = {name: options.pop(name, None) for name in ("model", "calibration", "trace", "out")}
     for name in needed:
         if paths[name] is None:
-            raise ValueError(f"`{name}` should be given, on the command line or in the recipe.")
+            raise ValueError(f"`{name}` must be given, on the command line or in the recipe.")
     return ReorderConfig.from_options(options), paths
 
 

@@ -19,7 +19,7 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
-            f"{directory} should have {needed / 2**20:,.0f} MiB free for the output, got "
+            f"{directory} must have {needed / 2**20:,.0f} MiB free for the output, got "
             f"{free / 2**20:,.0f} MiB: free some space or write to another disk."
         )
 
@@ -95,7 +95,7 @@ def _lock(descriptor: int, out: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise FileExistsError(
-            f"{out} should be written by one process, but another is writing it: wait for that one or choose "
+            f"{out} must be written by one process, but another is writing it: wait for that one or choose "
             "another directory."
         ) from None
 
@@ -103,7 +103,7 @@ def _lock(descriptor: int, out: Path) -> None:
 def check_new(out: Path) -> None:
     """Raise FileExistsError when there is something at `out`."""
     if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out} should not exist yet, but does: remove it or choose another directory.")
+        raise FileExistsError(f"{out} must not exist yet, but does: remove it or choose another directory.")
 
 
 @contextmanager

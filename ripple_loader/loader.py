@@ -69,7 +69,7 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
         places = (0, int(sidecar.permutation(layer)[0]))  # in the reordered, and in the original model
         if not any(_same(stored_H, weight_NH[place], sidecar) for place in places):
             raise ValueError(
-                f"{sidecar.path} should be made from this model's weights, but layer {layer} differs: "
+                f"{sidecar.path} must be made from this model's weights, but layer {layer} differs: "
                 "give the directory that this model was reordered to."
             )
     del weights
@@ -99,7 +99,7 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
     got = (model.config.model_type, count, sites[0].experts, tuple(sites[0].down_weights()[0].shape))
     if wanted != got:
         raise ValueError(
-            f"{sidecar.path} should fit the model, but is made for {wanted} (type, MLPs, experts, neurons by "
+            f"{sidecar.path} must fit the model, but is made for {wanted} (type, MLPs, experts, neurons by "
             f"hidden size) and the model has {got}: reorder this model."
         )
     return sites

@@ -40,7 +40,7 @@ class Registry(Mapping[str, T]):
     def check(self, name: str) -> None:
         """Raise a ValueError that lists the choices when `name` is not one of them."""
         if name not in self._choices:
-            raise ValueError(f"`{self.option}` should be one of {self.names()}, got {name!r}.")
+            raise ValueError(f"`{self.option}` must be one of {self.names()}, got {name!r}.")
 
     def names(self) -> str:
         """All names, for people."""

@@ -74,7 +74,7 @@ def read_shard(path: Path) -> Shard:
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} should be a whole safetensors file, but {error}: fetch or save it again."
+            f"{path} must be a whole safetensors file, but {error}: fetch or save it again."
         ) from None
     with path.open("rb") as file:
         length = file.read(8)
@@ -99,18 +99,18 @@ def read_shards(directory: Path) -> list[Shard]:
     if not index.exists():
         if not (directory / "model.safetensors").exists():
             raise FileNotFoundError(
-                f"{directory} should hold model.safetensors or {_INDEX}, but holds neither: save the model "
+                f"{directory} must hold model.safetensors or {_INDEX}, but holds neither: save the model "
                 "there with `save_pretrained`."
             )
         return [read_shard(directory / "model.safetensors")]
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} should map tensors to files under `weight_map`, but does not.") from None
+        raise ValueError(f"{index} must map tensors to files under `weight_map`, but does not.") from None
     held = {path.name for path in directory.iterdir() if path.is_file()}
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} should name files in its own directory, got {name!r}.")
+            raise ValueError(f"{index} must name files in its own directory, got {name!r}.")
         if name not in held:
             raise FileNotFoundError(
                 f"{index} names {name}, but {directory} does not hold it: fetch it again."

@@ -92,7 +92,7 @@ def open_source(directory: Path) -> SourceModel:
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
-            f"{directory} should be a model directory with a config.json, but there is none: give the folder "
+            f"{directory} must be a model directory with a config.json, but there is none: give the folder "
             "that `save_pretrained` or `snapshot_download` made."
         )
     config = AutoConfig.from_pretrained(directory)
@@ -100,7 +100,7 @@ def open_source(directory: Path) -> SourceModel:
     if quantization is not None:
         method = dict(quantization).get("quant_method", "an unnamed method")
         raise ValueError(
-            f"{directory} should hold plain float weights, but is quantized with {method}: "
+            f"{directory} must hold plain float weights, but is quantized with {method}: "
             "reorder the checkpoint from before quantization."
         )
     forms = architecture_of(config.model_type).forms()
@@ -111,13 +111,13 @@ def open_source(directory: Path) -> SourceModel:
     kinds = {tuple((key, spot.dtype, spot.shape) for key, spot in sorted(m.items())) for m in mlp}
     if len(kinds) != 1:
         raise ValueError(
-            f"all MLPs of {directory} should have the same shapes and dtypes, got {len(kinds)} different "
+            f"all MLPs of {directory} must have the same shapes and dtypes, got {len(kinds)} different "
             "kinds: Ripple cannot stream this model."
         )
     source = SourceModel(directory, shards, config.model_type, architecture, experts, mlp, pieces, spots)
     if source.down.dtype not in DTYPES:
         raise ValueError(
-            f"MLP weights should be float32, float16 or bfloat16, got {source.down.dtype} in {directory}: "
+            f"MLP weights must be float32, float16 or bfloat16, got {source.down.dtype} in {directory}: "
             "reorder the checkpoint from before quantization."
         )
     _check_shapes(source)
@@ -132,7 +132,7 @@ def _check_shapes(source: SourceModel) -> None:
         got = source.mlp[0][projection.linear, "weight"].shape
         if got != tuple(wanted):
             raise ValueError(
-                f"the weight of {projection.linear} in {source.directory} should be {tuple(wanted)}, as "
+                f"the weight of {projection.linear} in {source.directory} must be {tuple(wanted)}, as "
                 f"{source.architecture.down.linear} has it, got {got}: Ripple does not know this layout of a "
                 f"{source.model_type}."
             )
@@ -164,7 +164,7 @@ def _find_mlps(
             if (projection.linear, "weight") not in found.get(place, {}):
                 spot_name = f"layer {place[0]}" + ("" if experts is None else f", expert {place[1]}")
                 raise ValueError(
-                    f"{directory} should hold the weight of {projection.linear} of {spot_name}, as a "
+                    f"{directory} must hold the weight of {projection.linear} of {spot_name}, as a "
                     f"{config.model_type} does, but no tensor matches {pattern.pattern}: fetch it again."
                 )
     numbers = {place: number for number, place in enumerate(wanted)}

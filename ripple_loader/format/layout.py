@@ -78,19 +78,19 @@ class SidecarHeader:
     def __post_init__(self) -> None:
         for name in ("layers", "neurons", "hidden"):
             if type(getattr(self, name)) is not int or not 0 < getattr(self, name) < 1 << 31:
-                raise ValueError(f"`{name}` should be a positive int32, got {getattr(self, name)!r}")
+                raise ValueError(f"`{name}` must be a positive int32, got {getattr(self, name)!r}")
         if type(self.rank) is not int or not 0 <= self.rank <= self.hidden:
-            raise ValueError(f"`rank` should be at most {self.hidden}, got {self.rank!r}")
+            raise ValueError(f"`rank` must be at most {self.hidden}, got {self.rank!r}")
         if self.rows not in (2, 3):
-            raise ValueError(f"`rows` should be 2 or 3, got {self.rows!r}")
+            raise ValueError(f"`rows` must be 2 or 3, got {self.rows!r}")
         if self.dtype not in ENCODINGS:
-            raise ValueError(f"`dtype` should be one of {', '.join(ENCODINGS)}, got {self.dtype!r}")
+            raise ValueError(f"`dtype` must be one of {', '.join(ENCODINGS)}, got {self.dtype!r}")
         if type(self.hot) is not list or not all(type(n) is int and 0 <= n <= self.neurons for n in self.hot):
-            raise ValueError(f"`hot` should count neurons of each MLP, got {self.hot!r}")
+            raise ValueError(f"`hot` must count neurons of each MLP, got {self.hot!r}")
         if self.experts is not None and (
             type(self.experts) is not int or self.experts < 1 or self.layers % self.experts
         ):
-            raise ValueError(f"`experts` should divide the {self.layers} MLPs, got {self.experts!r}")
+            raise ValueError(f"`experts` must divide the {self.layers} MLPs, got {self.experts!r}")
 
     @property
     def encoding(self) -> Encoding:

@@ -36,7 +36,7 @@ class Sidecar:
         self.path = Path(directory) / SIDECAR
         if not self.path.is_file():
             raise FileNotFoundError(
-                f"{directory} should hold {SIDECAR}, but does not: make a streaming copy of the model with "
+                f"{directory} must hold {SIDECAR}, but does not: make a streaming copy of the model with "
                 f"`ripple reorder {directory} --calibration TEXT --out NEW_DIRECTORY` and load that."
             )
         self.header = self._read_header()
@@ -46,7 +46,7 @@ class Sidecar:
         if container != self.layout.container:
             raise self._damaged(0, "its table of sections does not follow from its description")
         if (size := self.path.stat().st_size) != self.layout.file_bytes:
-            raise self._damaged(size, f"it should have {self.layout.file_bytes} bytes")
+            raise self._damaged(size, f"it must have {self.layout.file_bytes} bytes")
 
     def _damaged(self, offset: int, reason: str) -> ValueError:
         return ValueError(f"{self.path} is damaged at byte {offset}: {reason}; reorder the model again.")
@@ -128,6 +128,6 @@ class Sidecar:
         files = files or [shard.path for shard in read_shards(self.path.parent)]
         if fingerprint(files) != self.header.checkpoint:
             raise ValueError(
-                f"{self.path} should lie beside the weights it was made with, but those of "
+                f"{self.path} must lie beside the weights it was made with, but those of "
                 f"{files[0].parent} differ: reorder that model again."
             )

@@ -229,7 +229,7 @@ def architecture_of(model_type: str) -> Architecture:
     """
     if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"Ripple should know where a model keeps its MLP neurons: it looked for the model type "
+            f"Ripple must know where a model keeps its MLP neurons: it looked for the model type "
             f"{model_type!r} and knows {', '.join(sorted(ARCHITECTURES))}; "
             "add an entry to ripple_loader.model.architectures.ARCHITECTURES."
         )

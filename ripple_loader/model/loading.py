@@ -43,7 +43,7 @@ class StreamingQuantizer(LoadingHooks):
     def before_weights(self, model: Any, files: list[Path]) -> None:
         if not files:
             raise ValueError(
-                "Ripple should load from a reordered directory, got a model without checkpoint files: "
+                "Ripple must load from a reordered directory, got a model without checkpoint files: "
                 "use `from_pretrained(directory, quantization_config=...)`."
             )
         from ripple_loader.model.streaming import stream

@@ -111,7 +111,7 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
-            "a model streamed by Ripple should only run forward, but backward was called: "
+            "a model streamed by Ripple must only run forward, but backward was called: "
             "load it without `quantization_config` to train it."
         )
 

@@ -29,7 +29,7 @@ def calibration_sequences(
         ValueError: there is not a single sequence.
     """
     if isinstance(calibration, str):
-        raise TypeError("`calibration` should be a list of texts, got one str: put it in a list.")
+        raise TypeError("`calibration` must be a list of texts, got one str: put it in a list.")
     pending, left = torch.empty(0, dtype=torch.int64, device="cpu"), tokens
     for item in calibration:
         pending = torch.cat([pending, _token_ids(item, tokenizer)])
@@ -42,7 +42,7 @@ def calibration_sequences(
     if len(pending):
         yield pending[None, :left]
     elif left == tokens:
-        raise ValueError("`calibration` should hold at least one token, got an empty set.")
+        raise ValueError("`calibration` must hold at least one token, got an empty set.")
 
 
 def _token_ids(item: Any, tokenizer: Callable[[], Any]) -> Tensor:
@@ -53,7 +53,7 @@ def _token_ids(item: Any, tokenizer: Callable[[], Any]) -> Tensor:
     if isinstance(item, Tensor) or (isinstance(item, list) and item and isinstance(item[0], int)):
         return torch.as_tensor(item, dtype=torch.int64, device="cpu").flatten()
     raise TypeError(
-        "`calibration` should hold texts, rows with a `text` or `input_ids` column, or tensors of token ids, "
+        "`calibration` must hold texts, rows with a `text` or `input_ids` column, or tensors of token ids, "
         f"got {type(item).__name__}."
     )
 

@@ -55,7 +55,7 @@ def reorder(
     check_space(out, sum(output_bytes(source, config.bundles, predictor_rank(source, config))))
     if (trace is None) == (calibration is None):
         got = "none" if trace is None else "both"
-        raise ValueError(f"one of `calibration` and `trace` should be given, got {got}.")
+        raise ValueError(f"one of `calibration` and `trace` must be given, got {got}.")
     found = trace_of(source, Path(trace)) if trace is not None else None
     if found is not None and predictor_rank(source, config):
         found.check_inputs()
@@ -91,7 +91,7 @@ def trace_of(source: SourceModel, directory: Path) -> Trace:
     for name in ("model", "mlps", "neurons"):
         if found.description.get(name) != expected[name]:
             raise ValueError(
-                f"{directory} should be a trace of {source.directory}, but is one of another model: "
+                f"{directory} must be a trace of {source.directory}, but is one of another model: "
                 "trace this model."
             )
     return found

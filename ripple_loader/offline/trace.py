@@ -50,13 +50,13 @@ class Trace:
         self.directory = directory
         path = directory / _DESCRIPTION
         if not path.is_file():
-            raise FileNotFoundError(f"{directory} should hold a trace, but has no {_DESCRIPTION}.")
+            raise FileNotFoundError(f"{directory} must hold a trace, but has no {_DESCRIPTION}.")
         self.description = _read_description(path)
         count = self.description["sequences"]
         self._files = sorted(filter(_is_whole, directory.glob("sequence-*.safetensors")))[:count]
         if missing := count - len(self._files):
             raise ValueError(
-                f"{directory} should hold {count} sequences, but {missing} are missing: run the trace again."
+                f"{directory} must hold {count} sequences, but {missing} are missing: run the trace again."
             )
 
     @property
@@ -72,7 +72,7 @@ class Trace:
         """ValueError where a trace with exact zeros is of an earlier version, which kept no inputs."""
         if not self.description.get("inputs_every"):
             raise ValueError(
-                f"{self.directory} should hold inputs of the MLPs, which predictors are fitted to: trace the "
+                f"{self.directory} must hold inputs of the MLPs, which predictors are fitted to: trace the "
                 "model again, or reorder with `predictor` 0."
             )
 
@@ -110,7 +110,7 @@ def trace_description(source: SourceModel, sequences: list[Tensor], config: Reor
 
 @torch.no_grad()
 def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderConfig, out: Path) -> Trace:
-    """Run sequences through a model and record its active sets; goes on with what `out` holds already.
+    """Run sequences through a model and record its active sets; resumes a trace that `out` holds in part.
 
     Under `accelerate launch` the processes share the sequences. Memory is that of the model without its MLPs,
     one MLP, and one sequence's activations and active sets.
@@ -118,7 +118,7 @@ def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderCo
     Args:
         source: the model.
         sequences: token ids, each of shape (1, length).
-        config: what counts as active.
+        config: which neurons count as active.
         out: the trace's directory, made if it is missing.
 
     Raises:
@@ -126,7 +126,32 @@ def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderCo
     """
     from accelerate import PartialState
 
-    description = trace_description(source, sequences, config)
+    _describe(out, trace_description(source, sequences, config))
+    state = PartialState(cpu=not torch.cuda.is_available())
+    mine = range(state.process_index, len(sequences), state.num_processes)
+    missing = [number for number in mine if not _is_whole(_sequence_file(out, number))]
+    bar = tqdm(
+        total=sum(sequences[number].shape[1] for number in mine),
+        initial=sum(sequences[number].shape[1] for number in set(mine) - set(missing)),
+        unit="token",
+        desc="trace",
+        disable=not (missing and state.is_main_process),
+    )
+    with bar:
+        if missing:
+            tracer = Tracer(source, config)
+            model = load_traced(tracer, state.device)
+        for number in missing:
+            model(sequences[number].to(state.device), use_cache=False)
+            with whole_file(_sequence_file(out, number)) as partial:
+                save_file(tracer.take(), partial)
+            bar.update(sequences[number].shape[1])
+    state.wait_for_everyone()
+    return Trace(out)
+
+
+def _describe(out: Path, description: dict[str, Any]) -> None:
+    """Write what a trace depends on into its directory, which may hold the same trace but no other."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / _DESCRIPTION
     if path.exists():
@@ -134,31 +159,11 @@ def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderCo
         differing = [key for key in description if found.get(key) != description[key]]
         if differing:
             raise ValueError(
-                f"{out} should hold a trace of this model, text and rule, but differs in "
+                f"{out} must hold a trace of this model, text and rule, but differs in "
                 f"{', '.join(differing)}: remove it or choose another directory."
             )
     with whole_file(path) as partial:
         partial.write_text(json.dumps(description, indent=1))
-    state = PartialState(cpu=not torch.cuda.is_available())
-    mine = range(state.process_index, len(sequences), state.num_processes)
-    missing = [number for number in mine if not _is_whole(_sequence_file(out, number))]
-    if missing:
-        tracer = Tracer(source, config)
-        model = load_traced(tracer, state.device)
-        with tqdm(
-            total=sum(sequences[number].shape[1] for number in mine),
-            initial=sum(sequences[number].shape[1] for number in set(mine) - set(missing)),
-            unit="token",
-            desc="trace",
-            disable=not state.is_main_process,
-        ) as bar:
-            for number in missing:
-                model(sequences[number].to(state.device), use_cache=False)
-                with whole_file(_sequence_file(out, number)) as partial:
-                    save_file(tracer.take(), partial)
-                bar.update(sequences[number].shape[1])
-    state.wait_for_everyone()
-    return Trace(out)
 
 
 def _sequence_file(directory: Path, number: int) -> Path:
@@ -172,7 +177,7 @@ def _read_description(path: Path) -> dict[str, Any]:
             return found
     except (ValueError, KeyError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{path} should describe a trace, but is damaged: remove {path.parent} and trace again.")
+    raise ValueError(f"{path} must describe a trace, but is damaged: remove {path.parent} and trace again.")
 
 
 def _is_whole(path: Path) -> bool:

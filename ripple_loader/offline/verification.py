@@ -39,7 +39,7 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
     for shard in copy.shards:
         if sha256(shard.path) != sidecar.header.files.get(shard.path.name):
             raise ValueError(
-                f"{shard.path} should be as `ripple reorder` wrote it, but it was changed or damaged: "
+                f"{shard.path} must be as `ripple reorder` wrote it, but it was changed or damaged: "
                 "reorder the model again."
             )
     yield "files", f"SHA-256 of {len(copy.shards)} weight files as written"
@@ -53,7 +53,7 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
     for shard in source.shards:
         if sha256(shard.path) != sidecar.header.base.get(shard.path.name):
             raise ValueError(
-                f"{directory} should be made from {shard.path}, but that file differs from its source."
+                f"{directory} must be made from {shard.path}, but that file differs from its source."
             )
     yield "original", f"SHA-256 of {len(source.shards)} files as recorded"
     _check_tensors(source, copy, orders)
@@ -65,7 +65,7 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
 def _order(sidecar: Sidecar, layer: int) -> Tensor:
     order = torch.from_numpy(sidecar.permutation(layer)).long()
     if not torch.equal(order.sort().values, torch.arange(sidecar.header.neurons, device="cpu")):
-        raise ValueError(f"{sidecar.path} should order each neuron of layer {layer} once, but does not.")
+        raise ValueError(f"{sidecar.path} must order each neuron of layer {layer} once, but does not.")
     return order
 
 
@@ -73,13 +73,13 @@ def _check_bundles(sidecar: Sidecar, copy: SourceModel, layer: int) -> None:
     rows = [copy.part(layer, role, "weight") for role in copy.architecture.bundle]
     weights = [weight_NH for weight_NH in rows if weight_NH is not None]
     if not torch.equal(sidecar.bundles(layer), pack_bundles(weights, sidecar.header.encoding)):
-        raise ValueError(f"{sidecar.path} should hold the weights of MLP {layer} beside it, but they differ.")
+        raise ValueError(f"{sidecar.path} must hold the weights of MLP {layer} beside it, but they differ.")
 
 
 def _check_tensors(source: SourceModel, copy: SourceModel, orders: list[Tensor]) -> None:
     for name, spot in source.spots.items():
         if name not in copy.spots:
-            raise ValueError(f"{copy.directory} should hold the tensor {name}, but does not.")
+            raise ValueError(f"{copy.directory} must hold the tensor {name}, but does not.")
         if name in source.pieces:
             same = all(
                 torch.equal(permuted(source, a.spot.read(), a.linear, orders[a.mlp]), b.spot.read())
@@ -88,7 +88,7 @@ def _check_tensors(source: SourceModel, copy: SourceModel, orders: list[Tensor])
         else:
             same = all(a == b for a, b in zip(spot.raw_chunks(), copy.spots[name].raw_chunks(), strict=True))
         if not same:
-            raise ValueError(f"{copy.directory} should hold the original's {name}, but it differs.")
+            raise ValueError(f"{copy.directory} must hold the original's {name}, but it differs.")
 
 
 def _check_logits(
@@ -108,7 +108,7 @@ def _check_logits(
             continue
         if not error <= tolerance:
             raise ValueError(
-                f"the {kind} of {copy.directory} should be within {tolerance:.0e} of the original's, "
+                f"the {kind} of {copy.directory} must be within {tolerance:.0e} of the original's, "
                 f"got {error:.1e}."
             )
         yield kind, f"within {error:.1e} of the original's (relative, {_TOKENS} random tokens)"

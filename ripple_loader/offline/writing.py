@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ripple_loader.checkpoint.shards import Shard, fingerprint, sha256
+from ripple_loader.checkpoint.shards import Shard, TensorSpot, fingerprint, sha256
 from ripple_loader.checkpoint.source import SourceModel
 from ripple_loader.files import LEFTOVERS, check_space, whole_file
 from ripple_loader.format.encoding import ENCODINGS, Encoding, rounding_error
@@ -139,24 +140,24 @@ def _write_shard(
         return sha256(shard.path), sha256(path)
     before, after = hashlib.sha256(shard.header), hashlib.sha256(shard.header)
 
-    def write(part: Any) -> None:
-        after.update(part)
-        file.write(part)
-
     with whole_file(path) as partial, partial.open("wb") as file:
         file.write(shard.header)
         for name, spot in shard.tensors.items():
-            if name not in source.pieces:
-                for chunk in spot.raw_chunks():
-                    before.update(chunk)
-                    write(chunk)
-            for piece in source.pieces.get(name, ()):
-                tensor = piece.spot.read()
-                before.update(_bytes_of(tensor))
-                order = torch.from_numpy(plan.orders[piece.mlp])
-                write(_bytes_of(permuted(source, tensor, piece.linear, order)))
+            for original, written in _copies(source, plan, name, spot):
+                before.update(original)
+                after.update(written)
+                file.write(written)
             bar.update(spot.stop - spot.start)
     return before.hexdigest(), after.hexdigest()
+
+
+def _copies(source: SourceModel, plan: ReorderPlan, name: str, spot: TensorSpot) -> Iterator[tuple[Any, Any]]:
+    """A tensor's bytes part by part, as they are and as they are written."""
+    if name not in source.pieces:
+        yield from ((chunk, chunk) for chunk in spot.raw_chunks())
+    for piece in source.pieces.get(name, ()):
+        tensor, order = piece.spot.read(), torch.from_numpy(plan.orders[piece.mlp])
+        yield _bytes_of(tensor), _bytes_of(permuted(source, tensor, piece.linear, order))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -56,14 +56,14 @@ def rank_in_use(header: SidecarHeader, config: RippleConfig) -> int:
         return 0
     if not header.exact_zeros:
         raise ValueError(
-            f"`recall` should be 1 for this {header.model_type}, whose activations are never exactly zero: "
+            f"`recall` must be 1 for this {header.model_type}, whose activations are never exactly zero: "
             "use `keep`."
         )
     if config.strategy == "dense":
         return 0
     if not header.rank:
         raise ValueError(
-            "`recall` below 1 should find predictors in the sidecar, which has none: reorder the model again "
+            "`recall` below 1 must find predictors in the sidecar, which has none: reorder the model again "
             "with `predictor` above 0."
         )
     return header.rank
@@ -112,7 +112,7 @@ def allocate(
     left = budget - sum(resident.values())
     if left < 0:
         raise ValueError(
-            f"`dram_budget` should be at least {sum(resident.values())} bytes for this model, got {budget}: "
+            f"`dram_budget` must be at least {sum(resident.values())} bytes for this model, got {budget}: "
             "raise it."
         )
     sketch_bytes = header.section_bytes()["sketch"]

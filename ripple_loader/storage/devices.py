@@ -56,13 +56,13 @@ class Device:
         self._check("source", isinstance(self.source, str) and bool(self.source.strip()), "a text")
         if not self.block <= self.knee <= _LARGEST_KNEE:
             raise ValueError(
-                f"device {self.name}: bandwidth / iops should be between a block ({self.block} bytes) and "
+                f"device {self.name}: bandwidth / iops must be between a block ({self.block} bytes) and "
                 f"16 MiB, got {self.knee:.4g} bytes: give bytes a second and reads a second."
             )
 
     def _check(self, name: str, valid: bool, what: str) -> None:
         if not valid:
-            raise ValueError(f"device {self.name}: `{name}` should be {what}, got {getattr(self, name)!r}.")
+            raise ValueError(f"device {self.name}: `{name}` must be {what}, got {getattr(self, name)!r}.")
 
     @property
     def knee(self) -> float:
@@ -101,15 +101,15 @@ def load_devices(path: str | Path | None = None) -> dict[str, Device]:
         try:
             text = Path(path).read_text("utf-8")
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} should be a YAML file of devices, but does not exist.") from None
+            raise FileNotFoundError(f"{path} must be a YAML file of devices, but does not exist.") from None
         except UnicodeDecodeError:
-            raise ValueError(f"{path} should be a YAML file of devices, but is not text.") from None
+            raise ValueError(f"{path} must be a YAML file of devices, but is not text.") from None
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} should be YAML: {' '.join(str(error).split())}.") from None
+        raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(found, dict) or not found or not all(isinstance(one, dict) for one in found.values()):
-        raise ValueError(f"{path} should map names of devices to what they can do.")
+        raise ValueError(f"{path} must map names of devices to what they can do.")
     return {str(name): _device(str(name), values) for name, values in found.items()}
 
 
@@ -117,5 +117,5 @@ def _device(name: str, values: dict[str, Any]) -> Device:
     known = [field.name for field in fields(Device) if field.name != "name"]
     check_keys(values, known, f"device {name}")
     if missing := {"bandwidth", "iops", "source"} - values.keys():
-        raise ValueError(f"device {name} should have {', '.join(sorted(missing))}.")
+        raise ValueError(f"device {name} must have {', '.join(sorted(missing))}.")
     return Device(name=name, **values)

@@ -44,7 +44,7 @@ class Measurement:
         for part in fields(self):
             value = getattr(self, part.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
-                raise ValueError(f"`{part.name}` should be a positive number, got {value!r}")
+                raise ValueError(f"`{part.name}` must be a positive number, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

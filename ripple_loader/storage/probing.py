@@ -77,7 +77,7 @@ def _probed_file(path: Path) -> Iterator[Path]:
     directory = path if path.is_dir() else path.parent
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"`path` should be a file or directory of the drive, but {path} does not exist."
+            f"`path` must be a file or directory of the drive, but {path} does not exist."
         )
     large = [file for file in directory.iterdir() if file.is_file() and file.stat().st_size >= SMALLEST_FILE]
     if large:
@@ -106,7 +106,7 @@ def probe(path: str | Path, *, seconds: float = 3.0) -> DriveProfile:
         OSError: the drive has no room for the file, or cannot be read.
     """
     if not 0 < seconds < 3600:
-        raise ValueError(f"`seconds` should be positive and at most an hour, got {seconds!r}.")
+        raise ValueError(f"`seconds` must be positive and at most an hour, got {seconds!r}.")
     with _probed_file(Path(path)) as file:
         share = seconds / (len(SIZES) * len(DEPTHS))
         found, direct, buffer = [], True, AlignedBuffer(_BUFFER)

@@ -38,13 +38,13 @@ def _devices(path: str | None, names: list[str] | None) -> list[Any]:
     found = load_devices(path)
     for name in names or ():
         if name not in found:
-            raise ValueError(f"`device` should be one of {', '.join(found)}, got {name!r}.")
+            raise ValueError(f"`device` must be one of {', '.join(found)}, got {name!r}.")
     return [found[name] for name in names or found]
 
 
 def _check_share(cache: float) -> None:
     if not 0 <= cache <= 1:
-        raise ValueError(f"`cache` should be a share from 0 to 1, got {cache}.")
+        raise ValueError(f"`cache` must be a share from 0 to 1, got {cache}.")
 
 
 def simulate(

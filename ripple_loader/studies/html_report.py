@@ -78,7 +78,7 @@ def make_report(
     import jinja2
 
     if not 0 <= layer < len(workload.replayed):
-        raise ValueError(f"`layer` should be from 0 to {len(workload.replayed) - 1}, got {layer}.")
+        raise ValueError(f"`layer` must be from 0 to {len(workload.replayed) - 1}, got {layer}.")
     placements = {contender.placement for contender in CONTENDERS.values()}
     placed = {placement: place_all(workload, placement) for placement in sorted(placements)}
     replays, rows = {}, {}

@@ -95,7 +95,7 @@ def workload_of(trace: Trace, bundle_bytes: int, tokens: int) -> Workload:
     traced = trace.description["tokens"]
     if not 0 < tokens < traced:
         raise ValueError(
-            f"`tokens` should be positive and leave some of the trace's {traced} tokens to find an order "
+            f"`tokens` must be positive and leave some of the trace's {traced} tokens to find an order "
             f"from, got {tokens}."
         )
     sets = [trace.sets(layer) for layer in range(trace.description["mlps"])]

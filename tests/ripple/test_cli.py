@@ -104,9 +104,9 @@ def bad(*arguments):
 
 def test_bad_input_is_one_sentence_and_exit_code_2(saved, reordered, text, tmp_path):
     out, model = tmp_path / "out", saved("llama")
-    assert "nowhere should be a model" in bad("reorder", "nowhere", "--calibration", text, "--out", out)
+    assert "nowhere must be a model" in bad("reorder", "nowhere", "--calibration", text, "--out", out)
     assert "nothing.txt does not exist" in bad("reorder", model, "--calibration", "nothing.txt", "--out", out)
-    assert "`out` should be given" in bad("reorder", model, "--calibration", text)
+    assert "`out` must be given" in bad("reorder", model, "--calibration", text)
     assert "'magic'" in bad("reorder", model, "--calibration", text, "--out", out, "--placement", "magic")
     assert "not exist yet" in bad("reorder", model, "--calibration", text, "--out", tmp_path)
     assert "ripple reorder" in bad("generate", model, "hello")

@@ -22,7 +22,7 @@ def test_sizes_with_units(text, size):
 
 @pytest.mark.parametrize("size", [0, -1, "", "many", "5 parsecs", "-3MiB", "0%", "101%", True, None, 1.5e3j])
 def test_sizes_that_are_none(size):
-    with pytest.raises(ValueError, match="`x` should be"):
+    with pytest.raises(ValueError, match="`x` must be"):
         parse_size(size, "x", total=1000)
 
 
@@ -34,7 +34,7 @@ def test_a_share_needs_a_total():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0}, "`keep` should be above 0"),
+        ({"keep": 0}, "`keep` must be above 0"),
         ({"keep": 1.01}, "got 1.01"),
         ({"keep": "half"}, "`keep`"),
         ({"dram_budget": "lots"}, "`dram_budget`.*'lots'"),
@@ -73,7 +73,7 @@ def test_yaml_recipes(tmp_path):
     recipe.write_text("reorder: {model: here, tokens: 64}\nload: {keep: 0.5, dram_budget: 1GiB}\n")
     assert ReorderConfig.from_yaml(recipe) == ReorderConfig(tokens=64)
     assert RippleConfig.from_yaml(recipe) == RippleConfig(keep=0.5, dram_budget="1GiB")
-    for text, message in [("a: {}", "no key 'a'"), ("[1]", "should map"), ("{", "should be YAML")]:
+    for text, message in [("a: {}", "no key 'a'"), ("[1]", "must map"), ("{", "must be YAML")]:
         recipe.write_text(text)
         with pytest.raises(ValueError, match=message):
             RippleConfig.from_yaml(recipe)

@@ -11,7 +11,7 @@ from ripple_loader.checkpoint.source import open_source
 from ripple_loader.offline.active_sets import unpack
 from ripple_loader.offline.calibration import calibration_sequences, cut_sequences
 from ripple_loader.offline.trace import trace_source
-from ripple_loader.online.fetching import staging
+from ripple_loader.online.scratch import staging
 from ripple_loader.online.selection import Selection
 from ripple_loader.online.selector import Selector
 from ripple_loader.report import RippleReport

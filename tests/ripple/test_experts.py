@@ -113,7 +113,7 @@ def test_experts_stacked_in_a_layout_that_is_not_known_are_refused(saved, tmp_pa
             tensors[name] = tensor.transpose(1, 2).contiguous()
     path.unlink()
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"gate_up_proj in .* should be \(96, 32\).* got \(32, 96\)"):
+    with pytest.raises(ValueError, match=r"gate_up_proj in .* must be \(96, 32\).* got \(32, 96\)"):
         open_reorderable(tmp_path)
 
 

@@ -162,9 +162,9 @@ def test_refused_where_it_has_no_meaning(saved, reordered, tmp_path):
     with pytest.raises(ValueError, match="reorder the model again with `predictor` above 0"):
         load(tmp_path / "out", recall=0.9)
     for recall in (0, 0.5, 0.9999, 2, "0.9"):
-        with pytest.raises(ValueError, match="`recall` should be 1 or between"):
+        with pytest.raises(ValueError, match="`recall` must be 1 or between"):
             RippleConfig(recall=recall)
-    with pytest.raises(ValueError, match="should not both be below 1"):
+    with pytest.raises(ValueError, match="must not both be below 1"):
         RippleConfig(recall=0.9, keep=0.5)
 
 
@@ -214,7 +214,7 @@ def test_an_input_that_is_not_a_number_has_all_neurons_computed(bad, predicting)
 @pytest.mark.parametrize("strategy", ["sparse", "auto"])
 def test_a_budget_that_is_too_small_is_told_the_least_that_works(strategy, predicting):
     options = {"recall": 0.9, "strategy": strategy}
-    with pytest.raises(ValueError, match="should be at least") as error:
+    with pytest.raises(ValueError, match="must be at least") as error:
         load(predicting("opt"), dram_budget=1, **options)
     least = int(re.search(r"at least (\d+)", str(error.value))[1])
     load(predicting("opt"), dram_budget=least, **options)

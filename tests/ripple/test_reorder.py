@@ -150,7 +150,7 @@ def run(model, out, **options):
 
 
 def test_missing_model_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere should be a model directory"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere must be a model directory"):
         run(tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -193,7 +193,7 @@ def test_truncated_shard(saved, tmp_path):
     shutil.copytree(saved("llama"), tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     os.truncate(path, path.stat().st_size - 10)
-    with pytest.raises(ValueError, match=rf"{path} should be a whole safetensors file"):
+    with pytest.raises(ValueError, match=rf"{path} must be a whole safetensors file"):
         run(tmp_path / "model", tmp_path / "out")
 
 
@@ -201,7 +201,7 @@ def test_truncated_shard(saved, tmp_path):
 def test_an_index_that_points_outside_the_directory(name, saved, tmp_path):
     shutil.copy(saved("llama") / "config.json", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="should name files in its own directory"):
+    with pytest.raises(ValueError, match="must name files in its own directory"):
         run(tmp_path, tmp_path / "out")
 
 
@@ -209,7 +209,7 @@ def test_an_index_that_points_outside_the_directory(name, saved, tmp_path):
 def test_an_index_that_is_none(text, saved, tmp_path):
     shutil.copy(saved("llama") / "config.json", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json should"):
+    with pytest.raises(ValueError, match=r"index\.json must"):
         run(tmp_path, tmp_path / "out")
 
 
@@ -223,7 +223,7 @@ def test_an_index_of_missing_files(saved, tmp_path):
 def test_existing_output_is_left_alone(saved, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "keep").write_text("me")
-    with pytest.raises(FileExistsError, match="out should not exist yet"):
+    with pytest.raises(FileExistsError, match="out must not exist yet"):
         run(saved("llama"), tmp_path / "out")
     assert (tmp_path / "out" / "keep").read_text() == "me"
 
@@ -234,7 +234,7 @@ def test_no_disk_space(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "ripple_loader.offline.reordering.trace_source", pytest.fail
     )  # it is found before the trace
-    with pytest.raises(OSError, match=r"should have .* MiB free"):
+    with pytest.raises(OSError, match=r"must have .* MiB free"):
         run(saved("llama"), tmp_path / "new" / "out")
     assert not list(tmp_path.iterdir())
 

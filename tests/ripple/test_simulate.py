@@ -127,22 +127,22 @@ GOOD = {"bandwidth": 1e9, "iops": 1e5, "source": "made up"}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "should be YAML"),
-        ("just words", "should map names of devices"),
-        ("drive: 7", "should map names of devices"),
-        (json.dumps({"drive": {"bandwidth": 1e9}}), "should have iops, source"),
+        ("a: [1", "must be YAML"),
+        ("just words", "must map names of devices"),
+        ("drive: 7", "must map names of devices"),
+        (json.dumps({"drive": {"bandwidth": 1e9}}), "must have iops, source"),
         (json.dumps({"drive": GOOD | {"bandwith": 1}}), "no key 'bandwith'; did you mean bandwidth"),
-        (json.dumps({"drive": GOOD | {"iops": -3}}), "`iops` should be a positive number, got -3"),
+        (json.dumps({"drive": GOOD | {"iops": -3}}), "`iops` must be a positive number, got -3"),
         (
             json.dumps({"drive": GOOD | {"bandwidth": "fast"}}),
-            "`bandwidth` should be a positive number, got 'fast'",
+            "`bandwidth` must be a positive number, got 'fast'",
         ),
         (json.dumps({"drive": GOOD | {"bandwidth": 700}}), "between a block"),
-        (json.dumps({"drive": GOOD | {"latency": 50}}), "`latency` should be seconds"),
-        (json.dumps({"drive": GOOD | {"queue_depth": 0}}), "`queue_depth` should be a whole number"),
-        (json.dumps({"drive": GOOD | {"block": 100}}), "`block` should be 512 or 4096"),
-        (json.dumps({"drive": GOOD | {"source": ""}}), "`source` should be a text"),
-        ("drive: {bandwidth: .nan, iops: 1, source: x}", "`bandwidth` should be a positive number, got nan"),
+        (json.dumps({"drive": GOOD | {"latency": 50}}), "`latency` must be seconds"),
+        (json.dumps({"drive": GOOD | {"queue_depth": 0}}), "`queue_depth` must be a whole number"),
+        (json.dumps({"drive": GOOD | {"block": 100}}), "`block` must be 512 or 4096"),
+        (json.dumps({"drive": GOOD | {"source": ""}}), "`source` must be a text"),
+        ("drive: {bandwidth: .nan, iops: 1, source: x}", "`bandwidth` must be a positive number, got nan"),
     ],
 )
 def test_a_nonsense_file_of_devices_is_refused(text, message, tmp_path):
@@ -206,12 +206,12 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("simulate", ["--device", "floppy"], "`device` should be one of"),
-        ("simulate", ["--tokens", "100000"], "`tokens` should be positive and leave some"),
-        ("simulate", ["--cache", "7"], "`cache` should be a share"),
-        ("simulate", ["--bundles", "int3"], "`bundles` should be one of"),
+        ("simulate", ["--device", "floppy"], "`device` must be one of"),
+        ("simulate", ["--tokens", "100000"], "`tokens` must be positive and leave some"),
+        ("simulate", ["--cache", "7"], "`cache` must be a share"),
+        ("simulate", ["--bundles", "int3"], "`bundles` must be one of"),
         ("simulate", ["--devices", "nowhere.yaml"], "does not exist"),
-        ("report", ["--layer", "9"], "`layer` should be from 0 to 1"),
+        ("report", ["--layer", "9"], "`layer` must be from 0 to 1"),
     ],
 )
 def test_bad_options_are_named(command, options, message, traced):

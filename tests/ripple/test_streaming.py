@@ -161,7 +161,7 @@ def test_dict_form_and_config_json(saved, reordered, tmp_path):
 
 def test_backward_is_refused(reordered):
     model, ids = load(reordered("llama")), token_ids()
-    with pytest.raises(RuntimeError, match="should only run forward"):
+    with pytest.raises(RuntimeError, match="must only run forward"):
         model(ids, labels=ids).loss.backward()
 
 

@@ -37,14 +37,14 @@ def changed(path, name, change):
 def test_another_original_is_found(saved, reordered, tmp_path):
     shutil.copytree(saved("llama"), tmp_path / "other")
     changed(tmp_path / "other" / "model.safetensors", "model.norm.weight", lambda t: t.add_(1))
-    with pytest.raises(ValueError, match=r"should be made from .*other"):
+    with pytest.raises(ValueError, match=r"must be made from .*other"):
         list(verify(reordered("llama"), tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.1.mlp.up_proj.weight", "should hold the weights of MLP 1"),
+        ("model.layers.1.mlp.up_proj.weight", "must hold the weights of MLP 1"),
         ("model.layers.0.mlp.up_proj.bias", "original's model.layers.0.mlp.up_proj.bias"),
         ("model.layers.0.self_attn.q_proj.weight", "original's model.layers.0.self_attn.q_proj.weight"),
     ],
@@ -55,7 +55,7 @@ def test_changed_weights_are_found_by_their_file_and_by_comparing(
     copy, header = tmp_path / "copy", Sidecar(reordered("llama")).header
     shutil.copytree(reordered("llama"), copy)
     changed(copy / "model.safetensors", name, lambda t: t.view(-1)[-1:].add_(1))
-    with pytest.raises(ValueError, match=r"copy/model\.safetensors should be as `ripple reorder` wrote it"):
+    with pytest.raises(ValueError, match=r"copy/model\.safetensors must be as `ripple reorder` wrote it"):
         list(verify(copy))
 
     def recorded(path):
