@@ -49,7 +49,7 @@ def main() -> None:
                     net,
                     name,
                     options.budget_s,
-                    environment=caches(Path(base) / name),
+                    environment=caches(Path(base) / name.replace(" ", "_")),
                 )
                 for name in NAMES
             }
