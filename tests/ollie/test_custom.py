@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch._functorch._aot_autograd.descriptors import PlainAOTOutput, TangentAOTInput
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ollie_compile
@@ -162,7 +163,9 @@ def test_gradients_are_the_users():
 
 
 def test_training_graphs_keep_them():
-    traced = make_fx(lambda a, b, tangents: (product(a, b), tangents.exp()))(A, B, A)
+    traced = make_fx(lambda a, b, gradient: (product(a, b), gradient.exp()))(A, B, A)
+    *_, gradient = traced.graph.find_nodes(op="placeholder")
+    gradient.meta["desc"] = TangentAOTInput(PlainAOTOutput(0))  # as AOTAutograd describes it
     report = ollie_compile.Report()
     DerivationPass(ollie_compile.OllieConfig(**QUICK), report, backend.CONTEXT, [])(traced.graph)
     assert report.untouched == [("product", "gradients are computed")]
