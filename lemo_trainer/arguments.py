@@ -19,7 +19,7 @@ PREFIX = "lemo_"
 
 
 def documented_fields(cls: type) -> dict[str, str]:
-    """What the "Args:" section of a class's docstring says about each name, on one line each."""
+    """The text about each name in the "Args:" section of a class's docstring, as one line."""
     section = inspect.getdoc(cls).partition("Args:\n")[2]  # type: ignore[union-attr]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
@@ -32,7 +32,7 @@ def config_help() -> dict[str, str]:
 
 
 class _SelectorNames:
-    """The values of `selector` as choices of a parser, those included that are registered later."""
+    """The values of `selector` as choices of a parser, also those that are registered later."""
 
     def __contains__(self, name: object) -> bool:
         return name in selector_names()
@@ -42,7 +42,7 @@ class _SelectorNames:
 
 
 def flag_type(hint: Any) -> Any:
-    """The type that a command line can give for a field: text where the field takes text or a sequence."""
+    """The type of a field on the command line: text if the field takes text or a sequence."""
     if get_origin(hint) is types.UnionType and str in get_args(hint):
         return str | None if type(None) in get_args(hint) else str
     return hint
@@ -95,6 +95,6 @@ class LemoArguments:
         return config if self.lemo else None
 
     def callbacks(self) -> list[LemoCallback]:
-        """What to pass to a `Trainer`: one `LemoCallback`, or nothing without `--lemo`."""
+        """The callbacks for a `Trainer`: one `LemoCallback`, or none without `--lemo`."""
         config = self.config()
         return [] if config is None else [LemoCallback(config, measure=self.lemo_measure)]

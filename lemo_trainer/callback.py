@@ -29,15 +29,15 @@ class LemoCallback(TrainerCallback):
     Each log entry of a training loss gets `lemo_kept_share` and `lemo_patched_layers`, and
     `lemo_kept_share/layer_N` where the layers differ; the first one after a measured step gets
     `lemo_saved_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the progress bar and the
-    reporting callbacks (TensorBoard, W&B). `lemo_config.json`, and predictors where there are some, go into
-    every checkpoint and into the output folder; a resumed run goes on with those of its checkpoint. With
-    `predictor_refresh` the recall of each layer is logged as `lemo_recall/layer_N`.
+    reporting callbacks (TensorBoard, W&B). `lemo_config.json`, and the predictors of `selector="predictor"`,
+    are written into every checkpoint and into the output folder; a resumed run uses those of its checkpoint.
+    With `predictor_refresh` the recall of each layer is logged as `lemo_recall/layer_N`.
 
     Args:
-        config: which tokens are kept, where and when.
-        measure: measure the first optimizer step that leaves tokens out, on this process: the bytes that its
-            largest micro-batch saves for the backward pass, and the FLOPs of all its forward and backward
-            passes. That step is slower, no other is.
+        config: the configuration of LeMo.
+        measure: whether to measure the first optimizer step that leaves tokens out, in this process: the
+            bytes that its largest micro-batch saves for the backward pass, and the FLOPs of all its forward
+            and backward passes. Only that step is slower.
     """
 
     def __init__(self, config: LemoConfig, *, measure: bool = False) -> None:
@@ -55,7 +55,7 @@ class LemoCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _come_first(self)  # one that was added after the Trainer was made saw no `on_init_end`
+        _come_first(self)  # a callback added after the Trainer was made gets no `on_init_end`
         if self.report is not None:  # the last train() was interrupted
             self._restore(kwargs["model"])
         if args.fp16 and self.config.mode == "segments":
@@ -122,7 +122,7 @@ class LemoCallback(TrainerCallback):
         self.report = self._session = None
 
     def _config_at(self, output_dir: Path, state: TrainerState) -> LemoConfig:
-        """The configuration; in a resumed run, with what its selector saved in the checkpoint."""
+        """The configuration, which a selector may point to its files in the checkpoint of a resumed run."""
         selector = type(selector_for(self.config))
         return selector.resume(self.config, _checkpoint(output_dir, state))
 
@@ -140,7 +140,7 @@ def _checkpoint(output_dir: Path, state: TrainerState) -> Path:
 
 
 def _come_first(callback: TrainerCallback) -> None:
-    """Move `callback` in front of the reporting callbacks, which would else see no metrics of it."""
+    """Move `callback` in front of the reporting callbacks, which otherwise would not see its metrics."""
     handler = calling_handler(callback)
     if handler is not None:
         handler.remove_callback(callback)

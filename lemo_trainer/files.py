@@ -8,17 +8,17 @@ from typing import Any
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that a killed process leaves as it was or whole."""
+    """Replace a file atomically: a process killed meanwhile leaves the old file or the new one."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     unfinished.write_bytes(data)
     unfinished.replace(path)
 
 
 def check_model(name: str) -> None:
-    """Raise FileNotFoundError where `name` can only be a folder and there is none."""
+    """Raise FileNotFoundError if `name` can only be a path, and no folder is there."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise FileNotFoundError(
-            f"The model folder {name} must exist, and there is none (`python scripts/assets.py`?)."
+            f"No such model folder: {name} (`python scripts/assets.py` fetches the test model)."
         )
 
 
@@ -28,7 +28,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a YAML file, and there is none.")
+        raise FileNotFoundError(f"No such file: {path} (expected a YAML file).")
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:

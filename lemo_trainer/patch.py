@@ -1,8 +1,8 @@
 """Put LeMo onto a model's layers and head, and take it off again.
 
-A patched decoder layer becomes an instance of a subclass of its own class (same name, same module), as FSDP2
-does it: that holds whichever of `forward` and `__call__` the installed transformers wraps for gradient
-checkpointing. The causal LM gets an instance `forward` with the segment-wise loss.
+A patched decoder layer becomes an instance of a subclass of its own class (same name, same module), as in
+FSDP2. That works whether the installed transformers wraps `forward` or `__call__` for gradient checkpointing.
+The causal LM gets an instance `forward` with the segment-wise loss.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
 
     Args:
         model: a causal LM of a supported architecture, plain or wrapped by PEFT.
-        config: which tokens are kept, where and when.
+        config: the configuration of LeMo.
 
     Raises:
-        ValueError: the model is patched already, or it cannot be (architecture, attention implementation,
-            a head that the segment-wise loss cannot read), or the predictors are damaged or another model's.
-        FileNotFoundError: there are no predictors for `selector="predictor"`.
+        ValueError: the model is patched already; LeMo does not support its architecture, its attention
+            implementation or its head; or the predictors are damaged or belong to another model.
+        FileNotFoundError: `selector="predictor"` found no predictors.
     """
     parts = find_causal_lm(model)
     if session_of(parts.model) is not None:
@@ -89,7 +89,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
 
 
 def remove_lemo(model: nn.Module) -> None:
-    """Give every patched part of `model` its own class and `forward` back; an unpatched model stays so."""
+    """Give every patched part of `model` its own class and `forward` back. Unpatched models are ignored."""
     session = session_of(model)
     if session is not None:
         session.undo()
@@ -108,7 +108,7 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
         if config.shared_blocks:
             raise ValueError(
                 f"`shared_blocks` needs a model that runs all its layers, got {model_type} with "
-                f"layerdrop {layerdrop}, which may drop the layer that chooses; set either to none."
+                f"layerdrop {layerdrop}, which may drop the layer that chooses; leave one of them out."
             )
         config = dataclasses.replace(config, shared_blocks=False)
     wiring = find_wiring(parts)
@@ -117,7 +117,7 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
     selector = selector_for(config)
     selector.prepare(parts.model, choosing)
     session = LemoSession(selector, model_type, total, chosen, wiring)
-    # A table of known models has those only that hand a stream from layer to layer and keep none for later.
+    # Models of the table keep no layer's input for later; a probed model might.
     streams = Streams(in_place=not wiring.probed)
     if config.mode == "detach":
         first = parts.layers[chosen[0]]
@@ -151,10 +151,10 @@ def _patch_layers(parts: CausalLM, layer_forward: LayerForward | None, session: 
 
 @functools.cache
 def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The subclass whose training forward leaves tokens out.
+    """The subclass of a layer's class whose training forward leaves tokens out.
 
-    It checkpoints what it recomputes by itself, the chosen rows only, and so hides the layer's
-    `gradient_checkpointing` from transformers, which would recompute the choice too.
+    It checkpoints the chosen rows itself. It therefore hides the layer's `gradient_checkpointing` from
+    transformers, which would recompute the choice too.
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +169,7 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
                 run = saving_inputs if config.mode == "segments" else checkpointing_function(self)
         elif self.training and config.selective_checkpointing:
             run = saving_matmuls
-        if run is not operator.call:  # a recomputation would fill a cache again
+        if run is not operator.call:  # a recomputation would fill the model's cache again
             arguments = {
                 name: value
                 for name, value in arguments.items()
@@ -229,12 +229,12 @@ def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
         makes_loss = session.config.mode == "segments" or session.config.label_weights != "all"
         if makes_loss and loss_is_made_by_trl(arguments.arguments):
             raise ValueError(
-                'mode="segments" and `label_weights` make the loss, and TRL makes its own from the '
+                'mode="segments" and `label_weights` compute the loss, and so does TRL, from the '
                 'log-probabilities of all tokens; use mode="detach" and label_weights="all", or '
                 "transformers' Trainer."
             )
         if session.config.mode == "segments":
-            check_batch(parts, arguments)  # in the warm-up too, so that nothing is refused after it
+            check_batch(parts, arguments)  # in the warm-up too, so that errors come early
             if session.active:
                 return forward_in_segments(
                     parts, with_loss, arguments, session.config.segment_tokens, session.choose_segments
@@ -243,7 +243,7 @@ def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
 
     def with_loss(arguments: inspect.BoundArguments) -> Any:
         if not session.config.loss_segment or loss_is_made_by_trl(arguments.arguments):
-            # TRL's fused head makes its loss in pieces by itself
+            # TRL's fused head computes its loss in pieces itself
             return forward(*arguments.args, **arguments.kwargs)
         return forward_with_segmented_loss(
             parts, forward, arguments, session.config.loss_segment, session.label_weights
@@ -255,7 +255,7 @@ def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
     @functools.partial(torch.compiler.disable, recursive=False)
     @functools.wraps(forward)
     def lemo_forward(*args: Any, **kwargs: Any) -> Any:
-        # One that an earlier apply_lemo left inside somebody's wrapper hands every call on.
+        # If an earlier apply_lemo's forward is still inside a wrapper, it only passes calls on.
         run = train if model.training and session_of(model) is session else forward
         return run(*args, **kwargs)
 
@@ -263,7 +263,7 @@ def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
     model._lemo = session
 
     def undo() -> None:
-        # Where somebody wrapped lemo_forward since, it stays inside and hands every call on.
+        # If other code wrapped lemo_forward since, it stays inside and only passes calls on.
         if model.__dict__.get("forward") is lemo_forward:
             del model.forward
             if own_forward is not None:

@@ -142,7 +142,7 @@ class LemoSession:
         return weight_BS if isinstance(weight_BS, Tensor) else None
 
     def warn_of_logits(self) -> None:
-        """Say once that `loss_segment` saves nothing for batches without labels."""
+        """Warn once that `loss_segment` saves nothing for batches without labels."""
         if not self.logits_made:
             self.logits_made = True
             logger.warning(

@@ -16,7 +16,7 @@ def read_texts(path: str | Path) -> list[Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"The text {path} must exist, and there is none (`python scripts/assets.py`?)."
+            f"No such text file: {path} (`python scripts/assets.py` fetches the test text)."
         )
     content = path.read_text("utf-8")
     if path.suffix != ".jsonl":
@@ -29,7 +29,10 @@ def read_texts(path: str | Path) -> list[Any]:
 
 
 def pack(documents: list[Any], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
-    """Join the documents, each ended by EOS, and cut them into samples of `seq_len` tokens; drop the rest."""
+    """Join the documents, each followed by EOS, and cut them into samples of `seq_len` tokens.
+
+    Tokens after the last whole sample are dropped.
+    """
     tokens: list[int] = []
     for document in documents:
         if isinstance(document, str):

@@ -7,6 +7,7 @@ from lemo_trainer.config import LemoConfig
 
 
 def show_model(name: str, seq_len: int, config: LemoConfig) -> None:
+    """Print the patched layers, the kept tokens, the kernels and the loss, for a model without weights."""
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -32,7 +33,7 @@ def show_model(name: str, seq_len: int, config: LemoConfig) -> None:
         table.add_row("segments with gradient", f"{sum(chosen)} of {len(chosen)}")
     elif config.thresholds:
         table.add_row("thresholds, in mean scores", config.thresholds)
-        table.add_row("tokens in a patched layer", "those above, text by text")
+        table.add_row("tokens in a patched layer", "the blocks above them, different in each text")
     else:
         blocks = BlockPlan.of(seq_len, config)
         of_blocks = f"{blocks.kept_blocks} of {blocks.blocks} x {blocks.block_size} tokens, + {blocks.tail}"

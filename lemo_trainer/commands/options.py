@@ -4,6 +4,7 @@ from __future__ import annotations
 
 
 def check_least(option: str, value: int, least: int) -> None:
+    """Raise ValueError if a whole number is too small."""
     if value < least:
         raise ValueError(f"`{option}` must be at least {least}, got {value}.")
 

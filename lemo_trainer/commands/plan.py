@@ -24,6 +24,7 @@ def predict_step(
     checkpointing: bool,
     lemo: dict[str, Any],
 ) -> None:
+    """Print predicted costs of a step; with a limit, those of the configuration that fits."""
     from rich.console import Console
     from rich.table import Table
 
@@ -52,7 +53,7 @@ def predict_step(
 
 
 def step_setup(name: str, seq_len: int, batch_size: int, lora_rank: int, dtype: str) -> Setup:
-    """The run that `lemo plan` predicts, on the device that is there."""
+    """The run whose steps are predicted, on a GPU if this machine has one."""
     import torch
     from transformers import AutoConfig
 

@@ -19,6 +19,7 @@ def make_predictors(
     options: dict[str, Any],
     config: LemoConfig,
 ) -> None:
+    """Train predictors on a text and print the recall of each layer."""
     import torch
     from accelerate import PartialState
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Recipes: a YAML file that names a model, a text, LoRA, LeMo and the training arguments, and its run."""
+"""`lemo train`: a recipe is a YAML file that names a model, a text, LoRA, LeMo and training arguments."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Recipe:
 
     Args:
         model: folder of a causal LM, or an id of the Hugging Face hub.
-        train_file: what to train on: .jsonl with a "text" or chat "messages" in each line, or plain text.
-        output_dir: where the adapter (or the model) is written.
+        train_file: training text: .jsonl with a "text" or chat "messages" in each line, or plain text.
+        output_dir: folder into which the adapter (or the model) is written.
         eval_file: held-out text; its dense loss is measured before and after.
         seq_len: tokens of a training sample; documents are joined and cut.
         checkpointing: gradient checkpointing.
@@ -85,9 +85,9 @@ class RunResult:
 
 
 def run(recipe: Recipe) -> RunResult:
-    """Fine-tune as `recipe` says and save the result.
+    """Fine-tune by `recipe` and save the result.
 
-    Everything that the user can get wrong is checked before anything is written.
+    All values and files are checked before anything is written.
 
     Raises:
         ValueError, FileNotFoundError: a value, a file or the model cannot be used.
@@ -133,7 +133,7 @@ def run(recipe: Recipe) -> RunResult:
 
 
 def _lora(options: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """What puts the LoRA of these options onto a model."""
+    """A function that puts LoRA with these options onto a model."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -1,8 +1,8 @@
 """The segment-wise loss in the place of a causal LM's own head and loss.
 
-The model's forward runs as it is, with two of its parts exchanged for the time of a call: the head gets no
-rows, so that it makes no logits, and the loss function takes the hidden state that the head would have got.
-Router losses, `num_items_in_batch`, `shift_labels` and all else stay the model's own business.
+The model's own forward runs with two of its parts exchanged during the call: the head gets no rows, so that
+it computes no logits, and the loss function takes the hidden state that the head would have got. Everything
+else, router losses, `num_items_in_batch` and `shift_labels` included, is still the model's own code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lemo_trainer.model.capture import without_dropout
 def _segmented_loss(
     parts: CausalLM, segment: int, label_weights: Callable[[], Tensor | None] = lambda: None
 ) -> Iterator[list[Tensor]]:
-    """Yields the list that the hidden state comes into when the head is called."""
+    """Yields a list, to which the call of the head appends the hidden state."""
     model, head = parts.model, parts.head
     config = model.config
     seen: list[Tensor] = []
@@ -87,18 +87,18 @@ def forward_with_segmented_loss(
 
     Args:
         segment: labelled tokens that go through the head at a time.
-        label_weights: asked when the layers have run: what the label that each token predicts weighs in the
-            gradient, [B, S]; None is 1 for all.
+        label_weights: called after the layers; returns the weight in the gradient of the label that each
+            token predicts, [B, S], or None for 1.
 
     Raises:
-        ValueError: there are weights, and `forward` makes the loss past the head (Liger's fused one does).
+        ValueError: there are weights, and `forward` computes the loss without the head, as Liger's does.
     """
     return_tuple = arguments.arguments.get("kwargs", {}).pop("return_dict", True) is False
     with _segmented_loss(parts, segment, label_weights) as seen:
         output = forward(*arguments.args, **arguments.kwargs)
     if not seen and label_weights() is not None:
         raise ValueError(
-            "`label_weights` must be 'all' where somebody replaced the forward of "
+            "`label_weights` must be 'all' if other code replaced the forward of "
             f"{type(parts.model).__name__} by one with a loss of its own; with `use_liger_kernel`, "
             'liger_kernel_config={"fused_linear_cross_entropy": False} keeps the head.'
         )
@@ -109,8 +109,8 @@ def forward_with_segmented_loss(
 def check_head(parts: CausalLM) -> None:
     """Raise ValueError unless the segment-wise loss is the model's own.
 
-    A few tokens go past the idle layers through head and loss, once each way; where the weights are not whole
-    (on the meta device, sharded by FSDP2 or ZeRO-3) only the types are looked at.
+    A few tokens go past idle layers through head and loss, once with each loss. If the weights are not whole
+    (on the meta device, sharded by FSDP2 or ZeRO-3), only types are checked.
     """
     model, head = parts.model, parts.head
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
@@ -120,14 +120,16 @@ def check_head(parts: CausalLM) -> None:
         )
     if not uses_causal_lm_loss(model):
         raise ValueError(
-            f"The segment-wise loss stands in for transformers' ForCausalLMLoss, which "
+            "The segment-wise loss replaces transformers' ForCausalLMLoss, which "
             f"{type(model).__name__} does not use; set loss_segment=0."
         )
     if not is_whole(head.weight):
         return
     tokens = torch.arange(1, 9, device=model.get_input_embeddings().weight.device)[None]
     inputs = {"input_ids": tokens, "labels": tokens, **dry_options(model)}
-    loud = head.register_forward_pre_hook(lambda module, args: (32 * args[0], *args[1:]))  # caps show
+    loud = head.register_forward_pre_hook(
+        lambda module, args: (32 * args[0], *args[1:])
+    )  # large enough for caps to show
     try:
         with torch.no_grad(), without_dropout(model), idle_layers(parts.layers):
             wanted = model(**inputs).loss

@@ -21,7 +21,7 @@ IGNORE_INDEX = -100
 class _SegmentedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropies of all rows with a label, divided by `denominator`.
 
-    The gradients are made in the forward pass, while a segment's logits exist; the backward scales them.
+    The forward pass computes the gradients, while a segment's logits exist; the backward pass scales them.
     """
 
     @staticmethod
@@ -110,17 +110,17 @@ def segmented_cross_entropy(
     """Cross entropy of `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, segment by segment.
 
     Args:
-        hidden_NC: [N, C], any floating dtype; the logits of a segment are taken to float32.
+        hidden_NC: [N, C], any floating dtype; the logits of a segment are computed in float32 from it.
         weight_VC: [V, C] in the dtype of `hidden_NC`.
         labels_N: [N] int64, already shifted; rows labelled -100 are neither computed nor counted.
         bias_V: [V] or None.
         weights_N: [N] factors on the gradients of the rows' losses, at least 0; the value of the loss stays
             the unweighted one. None is 1 for all.
         segment: rows whose logits exist at the same time.
-        num_items: what the summed loss is divided by (the Trainer's `num_items_in_batch`); None divides by
-            the number of labelled rows, as a mean.
+        num_items: divisor of the summed loss (the Trainer's `num_items_in_batch`); None is the number of
+            labelled rows, which gives the mean.
         scale: factor on the logits (Granite's 1 / `logits_scaling`).
-        softcap: Gemma 2's `final_logit_softcapping`; None leaves the logits as they are.
+        softcap: Gemma 2's `final_logit_softcapping`; None does not cap.
 
     Returns:
         A float32 scalar with gradients for hidden, weight and bias.

@@ -1,4 +1,4 @@
-"""Predictors on disk: `lemo_predictors.safetensors`, and a .json with what they are and of which model."""
+"""Predictors on disk: `lemo_predictors.safetensors`, and a .json that describes them and their model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SAMPLES = 64  # values of each parameter in the base model's fingerprint
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, str]:
-    """A hash for each parameter of the base model, of `_SAMPLES` evenly spaced values in bfloat16.
+    """A hash for each parameter of the base model, from `_SAMPLES` evenly spaced values in bfloat16.
 
-    So it is the same in float32 and bfloat16, under PEFT (adapters are left out), and for the parameters that
-    quantization leaves alone. Parameters that are not whole in this process are left out.
+    It is the same in float32 and bfloat16, with and without PEFT (adapters are not hashed), and for
+    parameters that quantization does not touch. Parameters that are not whole in this process are not hashed.
     """
     hashes = {}
     for full_name, parameter in unwrap(model).named_parameters():
@@ -36,8 +36,8 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
         if name is None or not parameter.is_floating_point() or not is_whole(parameter):
             continue
         flat = parameter.detach().flatten()
-        places = torch.arange(_SAMPLES, device=flat.device) * len(flat) // _SAMPLES
-        values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        sampled = torch.arange(_SAMPLES, device=flat.device) * len(flat) // _SAMPLES
+        values = flat[sampled].to(torch.bfloat16).view(torch.int16).cpu().numpy()
         digest = hashlib.sha256(repr(tuple(parameter.shape)).encode() + values.tobytes())
         hashes[name] = digest.hexdigest()[:16]
     return hashes
@@ -47,7 +47,7 @@ def save_predictors(predictors: PatternPredictors, folder: str | Path, base: dic
     """Write both files into `folder`, each of them whole or not at all.
 
     Args:
-        base: `base_fingerprint` of the model that they belong to.
+        base: `base_fingerprint` of the model for which they were trained.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def has_predictors(folder: str | Path) -> bool:
 
 
 def load_predictors(folder: str | Path, model: nn.Module | None = None) -> PatternPredictors:
-    """Read the predictors in `folder` and check that they belong to `model` (None checks nothing).
+    """Read the predictors in `folder`, and check that they were trained for `model` unless it is None.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -80,9 +80,9 @@ def load_predictors(folder: str | Path, model: nn.Module | None = None) -> Patte
     if not has_predictors(folder):
         raise FileNotFoundError(
             f"{folder} must hold {TENSORS_NAME} and {JSON_NAME}; `lemo predict-train MODEL --data FILE` "
-            "makes them."
+            "writes them."
         )
-    damaged = f"The predictors in {folder} are damaged: {{}}; make them again with `lemo predict-train`."
+    damaged = f"The predictors in {folder} are damaged: {{}}; train them again with `lemo predict-train`."
     data = (folder / TENSORS_NAME).read_bytes()
     try:
         described = json.loads((folder / JSON_NAME).read_text("utf-8"))
@@ -97,7 +97,7 @@ def load_predictors(folder: str | Path, model: nn.Module | None = None) -> Patte
     except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnicodeError) as error:
         raise ValueError(damaged.format(f"{type(error).__name__}: {error}")) from error
     except json.JSONDecodeError as error:
-        raise ValueError(damaged.format(f"{JSON_NAME} is no JSON")) from error
+        raise ValueError(damaged.format(f"{JSON_NAME} is not valid JSON")) from error
     if model is not None:
         _check_base(described["base"], model, folder)
     return predictors

@@ -1,13 +1,14 @@
-"""Pattern predictors: small nets that see a layer's input and foretell its block map (LeMo, section 4).
+"""Pattern predictors: small nets that predict a layer's block map from its input (LeMo, section 4).
 
-Each layer has two nets, one for the queries' side and one for the keys'. A net is three low-rank matrices
+Each layer has one net for queries and one for keys. A net is three low-rank matrices
 with ReLU between them: the first on each token, the second on a block's tokens, the third on the block,
 
     h = relu(norm(x) W1);   g = relu(flatten(h) W2);   P(x) = g W3
     I'(m, n) = softplus(a * P_Q(x)_m . P_K(x)_n / r3 + b)        for n <= m, else 0
 
-`design="paper"` flattens, as above. `design="max"`, the default, lets W2 work on each token and takes the
-largest of a block in the place of flattening: fewer weights, and no matter where in its block a token stands.
+`design="paper"` flattens, as above. `design="max"`, the default, applies W2 to each token and takes the
+maximum over the block instead of flattening: it has fewer weights, and the position inside a block makes no
+difference.
 
 Shapes: B batch, S tokens, N whole blocks, M blocks with a partial one, D hidden width, r1, r2, r3 ranks.
 """
@@ -34,7 +35,7 @@ _TEMPERATURE = 0.1
 
 
 class BlockNet(nn.Module):
-    """One side's net: block embeddings [B, N, r3] of the residual stream."""
+    """The net for queries or for keys: block embeddings [B, N, r3] of the residual stream."""
 
     def __init__(self, design: Design, block_size: int, width: int, ranks: tuple[int, int, int]) -> None:
         super().__init__()
@@ -64,14 +65,14 @@ class BlockNet(nn.Module):
         return g_BNr @ self.third
 
     def _note(self, *largest: Tensor) -> None:
-        """Remember the largest value of each hidden unit since the last `prune`."""
+        """Record the largest value of each hidden unit since the last `prune`."""
         if self.seen is not None:
             largest = tuple(torch.maximum(*pair) for pair in zip(self.seen, largest, strict=True))
         self.seen = (largest[0], largest[1])
 
     @torch.no_grad()
     def prune(self, seen: tuple[Tensor, Tensor]) -> int:
-        """Leave out the hidden units of which the largest value is 0, but one; returns how many."""
+        """Prune the hidden units whose largest value is 0, but keep one unit; returns the number pruned."""
         self.seen = None
         alive = [torch.where(largest > 0)[0] for largest in seen]
         alive = [units if len(units) else units.new_zeros(1) for units in alive]
@@ -89,7 +90,7 @@ class PatternPredictor(nn.Module):
     """The two nets of a layer.
 
     Args:
-        design: see the module's docstring.
+        design: "paper" or "max", see the module's docstring.
         block_size: tokens of a block.
         width: hidden width of the model.
         ranks: r1, r2 and r3.
@@ -113,11 +114,11 @@ class PatternPredictor(nn.Module):
         return map_BNN * allowed_blocks(mask_B1SS, self.query.block_size)
 
     def loss(self, x_BSD: Tensor, mask_B1SS: Tensor | None, exact_BMN: Tensor) -> tuple[Tensor, Tensor]:
-        """How far the predicted map is from the exact one, and the predicted map.
+        """The distance of the predicted map from the exact one, and the predicted map.
 
-        Three parts: the squared differences of the logarithms of the maps' entries and of their column sums,
-        and the cross entropy of a block's being in the upper half of the columns. All are relative, so that
-        layers of any scale weigh alike.
+        The distance has three parts: the squared differences of the logarithms of the maps' entries and of
+        their column sums, and the cross entropy of a block's being in the upper half of the columns. All are
+        relative, so that layers of any scale weigh alike.
         """
         predicted_BNN = self(x_BSD, mask_B1SS)
         exact_BNN = exact_BMN[:, : predicted_BNN.shape[1]]
@@ -143,18 +144,18 @@ def recall_at_kept(predicted_BN: Tensor, exact_BN: Tensor, kept_blocks: int) -> 
 
 
 class PatternPredictors(nn.Module):
-    """The predictors of a model's layers, and what is known of how well they do.
+    """The predictors of a model's layers, with the recall of each.
 
-    They stand outside of the model's own modules, so that no state dict, PEFT or FSDP meets them.
+    They are no modules of the model, so that they stay out of its state dict, PEFT and FSDP.
 
     Args:
-        layers: indices of the decoder layers that have one.
+        layers: indices of the decoder layers that have a predictor.
         design, block_size, width, ranks: those of `PatternPredictor`.
 
     Attributes:
-        recall: by layer, the share of the exactly chosen blocks that its predictor chose too: of the
-            held-out text after training, then a running mean of the refreshes.
-        refreshing: every layer scores exactly in this step, and its predictor learns from that.
+        recall: by layer, the share of the exactly chosen blocks that its predictor chose too: measured on
+            held-out text after training, then a running mean over the refreshes.
+        refreshing: whether every layer scores exactly in this step and its predictor learns from it.
         distrusted: layers that went back to exact scores because their recall fell below `least_recall`.
     """
 
@@ -188,17 +189,17 @@ class PatternPredictors(nn.Module):
         return net
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a state dict of `nets`; pruned nets have shapes of their own."""
+        """Load a state dict of `nets`, whose shapes differ from the present ones if nets were pruned."""
         for name, parameter in self.nets.named_parameters():
             parameter.data = tensors[name]
         self.nets.load_state_dict(dict(tensors))
 
     def at_step(self, step: int) -> None:
-        """Refresh in this optimizer step, where `refresh_steps` says so."""
+        """Refresh in every `refresh_steps`-th optimizer step."""
         self.refreshing = bool(self.refresh_steps) and step % self.refresh_steps == 0
 
     def needs_exact(self, layer: int) -> bool:
-        """Whether the exact scores of `layer` are wanted in this step."""
+        """Whether `layer` must score exactly in this step."""
         return self.refreshing or layer in self.distrusted
 
     @torch.no_grad()
@@ -210,7 +211,7 @@ class PatternPredictors(nn.Module):
     def refresh(
         self, layer: int, x_BSD: Tensor, mask_B1SS: Tensor | None, exact_BMN: Tensor, kept_blocks: int
     ) -> None:
-        """One training step of a layer's predictor on the exact map of this batch, if it is time for one.
+        """Train a layer's predictor for one step on the exact map of this batch, in a refreshing step.
 
         A layer whose running mean of the recall falls below `least_recall` is distrusted from then on.
         """

@@ -6,14 +6,15 @@ Attention (LeMo, section 3). With S = scaling * Q K^T before softmax, Q and K as
     I(m, n) = max over queries i of block m, keys j of block n of (1 / H) * sum over heads of max(S_ij, 0)
     score(n) = sum over m of I(m, n)
 
-The maximum over all queries is the paper's; over some of each block, evenly spaced, it is an estimate.
+The paper takes the maximum over all queries; a maximum over some evenly spaced ones of each block estimates
+it.
 
 MLP. With z the intermediate activation (the input of the last projection; act(gate) * up in gated MLPs),
 
     score(n) = mean over tokens of block n of mean over the width of |z|
 
-Q, K and z are taken from the model's own modules, which run without gradient and without dropout up to the
-point where they exist. No S x S map is ever held: queries are taken a few blocks at a time.
+Q, K and z come from the model's own modules (`lemo_trainer.model.capture`). No S x S map is ever held:
+queries are scored a few blocks at a time.
 
 Shapes: B batch, S tokens, P scored queries, H query heads, G key heads, d head width, N whole blocks,
 M blocks with a partial one, D hidden width.
@@ -33,7 +34,8 @@ QUERY_ROWS = 256  # queries scored at a time, rounded to whole blocks
 def query_positions(seq_len: int, block_size: int, count: int, device: torch.device) -> Tensor:
     """Positions [M * c] of c = min(count, block_size) evenly spaced queries in each of the M blocks.
 
-    The last of each stretch is taken, which sees most keys. A partial block, the last one, repeats its last.
+    Each is the last of its stretch, which sees the most keys. A partial block at the end repeats its last
+    one.
     """
     count = min(count, block_size)
     offsets = torch.arange(1, count + 1, device=device) * block_size // count - 1

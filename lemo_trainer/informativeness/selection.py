@@ -1,4 +1,4 @@
-"""Which blocks a layer keeps: how many, and which of them.
+"""The choice of the blocks that a layer keeps: how many, and which.
 
 Shapes: B batch, S tokens, K kept tokens of a sample, N whole blocks.
 """
@@ -20,20 +20,20 @@ def _ignore(values: Tensor) -> None:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How many blocks of a sequence are kept; one number for all samples, so that a batch stays a tensor.
+    """How many blocks of a sequence are kept, the same number in each sample so that a batch stays a tensor.
 
     Args:
         blocks: whole blocks of the sequence.
-        kept_blocks: how many of them are kept; with a `threshold`, at least how many.
+        kept_blocks: number of kept blocks; the least number with a `threshold`.
         tail: tokens of the last, partial block; they are always kept.
         block_size: tokens of a whole block.
         threshold: keep the blocks whose score is this many times the sample's mean, or more; None keeps
             `kept_blocks`. A batch keeps as many as its sample with the most.
         labelled: bool [B, S], True where a token has a label, for `protect_labels`.
         layer: number of the decoder layer that it is for.
-        on_chosen: called with the positions [B, K] that were chosen.
-        on_scored: called, where there is a `threshold`, with the scores that are compared with it, one number
-            for each block with tokens of a sample.
+        on_chosen: called with the chosen positions [B, K].
+        on_scored: called under a `threshold` with the relative scores that are compared with it, one number
+            for each block that holds tokens of a sample.
     """
 
     blocks: int
@@ -48,7 +48,7 @@ class BlockPlan:
 
     @classmethod
     def of(cls, seq_len: int, config: LemoConfig, keep_ratio: float | None = None) -> BlockPlan:
-        """The plan nearest to a kept share (that of `config` by default) that keeps all protected blocks."""
+        """The plan nearest to a kept share, by default that of `config`, that keeps all protected blocks."""
         keep_ratio = config.resolved_keep_ratio if keep_ratio is None else keep_ratio
         blocks, tail = divmod(seq_len, config.block_size)
         wanted = int((keep_ratio * seq_len - tail) / config.block_size + 0.5)

@@ -1,9 +1,9 @@
 """Attention of chosen queries over all keys, causal by position.
 
-A query at position p meets the keys at positions up to p. torch's fused attention knows such a mask only as a
-tensor of every pair; Triton's kernel needs the positions alone, and skips the tiles of keys behind a tile of
-queries. On other devices the model's own attention runs, with the mask written out a few queries at a time
-(`detachment`), which is what the reference here does in one piece.
+A query at position p attends to the keys at positions up to p. torch's fused attention takes such a mask only
+as a tensor of every pair; the Triton kernel needs the positions alone, and skips the tiles of keys after a
+tile of queries. On other devices the model's own attention runs with the mask of a few queries at a time
+(`lemo_trainer.layers.attention_of_rows`); the reference here computes the same in one piece.
 
 Shapes: B batch, K queries, T keys, H query heads, G key heads, d head width.
 """
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from lemo_trainer.compat import NOT_IN_SDPA
 from lemo_trainer.kernels.dispatch import runs_triton
 
-WIDEST = 128  # heads whose tiles fit a GPU's shared memory
+WIDEST_HEAD = 128  # wider tiles do not fit a GPU's shared memory
 
 
 def fits(query_BHKd: Tensor, value_BGTd: Tensor, options: dict[str, Any]) -> bool:
-    """Whether the Triton kernel computes what SDPA would, given the options that a model hands to it."""
+    """Whether the Triton kernel equals SDPA under the options that a model passes to its attention."""
     plain = not options.get("dropout") and all(options.get(name) is None for name in NOT_IN_SDPA)
-    same = query_BHKd.shape[-1] == value_BGTd.shape[-1] <= WIDEST and query_BHKd.dtype == value_BGTd.dtype
+    same = (
+        query_BHKd.shape[-1] == value_BGTd.shape[-1] <= WIDEST_HEAD and query_BHKd.dtype == value_BGTd.dtype
+    )
     return plain and same and options.get("scaling") is not None and runs_triton(query_BHKd)
 
 
@@ -56,7 +58,7 @@ def reference(
 def _triton(
     query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The outputs, and what their gradient needs of the softmax; an operator, so that it can be saved."""
+    """Outputs and log-sum-exps; an operator, so that selective checkpointing can save its output."""
     from lemo_trainer.kernels import triton_attention
 
     return triton_attention.forward(query, key, value, positions, scaling)

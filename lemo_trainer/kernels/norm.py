@@ -1,9 +1,9 @@
 """RMSNorm and LayerNorm of chosen rows of the residual stream.
 
-The rows are read straight from the stream. For the backward pass the stream itself, the row numbers and one
-or two numbers a row are saved: neither the gathered nor the normed rows. That is worth it where the stream
-stays as it is. Where it is overwritten in place, its rows have to be copied first (`Stream.take`), and the
-norm of the copy (`rows=None`) saves that copy only.
+The rows are read straight from the stream. The backward pass needs the stream itself, the row numbers and one
+or two numbers a row, but neither the gathered nor the normed rows. That saves memory while the stream is kept
+anyway. Where the stream is overwritten in place, its rows must be copied first (`Stream.take`), and the norm
+of the copy (`rows=None`) saves only that copy.
 
 Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
 """

@@ -28,7 +28,7 @@ from lemo_trainer.model.architectures import ARCHITECTURES, Architecture, Causal
 from lemo_trainer.model.calls import CACHES, dry_options, idle_layers, split_arguments
 from lemo_trainer.model.capture import dispatches, mlp_intermediate, without_dropout
 
-TOKENS = 8
+PROBED_TOKENS = 8  # of each of two samples
 
 
 class _Unfit(Exception):  # noqa: N818 - a result of the probe, not an error
@@ -76,7 +76,7 @@ def _layer_calls(parts: CausalLM, name: str) -> list[tuple[Tensor, dict[str, Any
             "sharded yet."
         )
     device = parts.model.get_input_embeddings().weight.device
-    tokens = torch.arange(1, TOKENS + 1, device=device).expand(2, -1)
+    tokens = torch.arange(1, PROBED_TOKENS + 1, device=device).expand(2, -1)
     try:
         with torch.no_grad(), without_dropout(parts.model), idle_layers(parts.layers) as calls:
             parts.model(input_ids=tokens, **dry_options(parts.model))
@@ -212,7 +212,7 @@ def is_wiring_of(architecture: Architecture, layer: Any, x_BSD: Tensor, argument
 
     def detached() -> Tensor:
         config = LemoConfig(selector="recency", keep_ratio=0.5, block_size=1)
-        plan = BlockPlan.of(TOKENS, config)
+        plan = BlockPlan.of(PROBED_TOKENS, config)
         return DetachingLayer(architecture, selector_for(config), layer)(
             layer, x_BSD, mask, positions, plan, operator.call, **options
         )

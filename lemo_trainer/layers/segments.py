@@ -29,8 +29,8 @@ from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.capture import without_dropout
 
 FLOAT16 = (
-    'mode="segments" makes its gradients before a loss scaler can scale them: train in bfloat16 or float32, '
-    'or use mode="detach".'
+    'mode="segments" computes its gradients before a loss scaler can scale them: train in bfloat16 or '
+    'float32, or use mode="detach".'
 )
 Forward = Callable[[inspect.BoundArguments], Any]
 

@@ -1,13 +1,14 @@
-"""How decoder layers are wired, and where a causal LM keeps its parts.
+"""The wiring of known decoder layers, and the parts of a causal LM.
 
 Every supported layer adds the branches of its attention and of its MLP to the residual stream,
 
     y = x + scale * after_attention(attention(before_attention(x)))
     z = y + scale * after_mlp(mlp(before_mlp(y)))
 
-A parallel layer reads x in both (z = y + ... before_mlp(x)), and a post-norm layer has its norms behind the
-sums instead of in front of the branches. The attention calls transformers' `AttentionInterface`. Everything
-else is a matter of names, and of attributes of the layer that say which form it has.
+A parallel layer reads x in both branches (z = y + ... before_mlp(x)), and a post-norm layer has its norms
+after the sums instead of in front of the branches. The attention calls transformers' `AttentionInterface`.
+Apart from that, layers differ in the names of their parts, and in attributes that say which of these forms
+they have.
 """
 
 from __future__ import annotations
@@ -31,19 +32,20 @@ class Architecture:
 
     Args:
         attention: the attention module.
-        output: the attention's last projection, which takes the concatenated heads; None where more than a
+        output: the attention's last projection, which takes the concatenated heads; None if more than a
             projection follows the heads (a gate, a norm).
-        mlp: the modules of the MLP, one behind the other.
-        down_proj: path of the MLP's last projection; its input is the intermediate activation. None, and an
-            MLP of experts, which has no such projection: the MLP works on all tokens.
+        mlp: the modules of the MLP, in the order of their calls.
+        down_proj: path of the MLP's last projection, whose input is the intermediate activation. If it is
+            None, or the MLP is a mixture of experts, the MLP works on all tokens.
         before_attention: norm in front of the attention.
-        after_attention: norm or dropout behind it, inside the residual branch.
+        after_attention: norm or dropout after the attention, inside the residual branch.
         before_mlp: norm in front of the MLP.
-        after_mlp: norm or dropout behind it, inside the residual branch.
+        after_mlp: norm or dropout after the MLP, inside the residual branch.
         residual_scale: factor on both residual branches.
-        parallel: attention and MLP both read the layer's input; a name is the layer's attribute that says so.
-        norm_first: False puts `before_attention` and `before_mlp` behind the sums (post-norm); a name is the
-            layer's attribute that says so.
+        parallel: whether attention and MLP both read the layer's input, or the name of the layer's attribute
+            that tells.
+        norm_first: False if `before_attention` and `before_mlp` come after the sums (post-norm); or the name
+            of the layer's attribute that tells.
     """
 
     attention: str = "self_attn"
@@ -59,7 +61,7 @@ class Architecture:
     norm_first: bool | str = True
 
     def missing_from(self, layer: nn.Module) -> list[str]:
-        """The parts that `layer` should have and has not."""
+        """The parts that `layer` must have and lacks."""
         paths = [self.attention, *self.mlp, self.before_attention, self.after_attention, self.before_mlp]
         paths += [self.after_mlp, self.residual_scale, self.output and f"{self.attention}.{self.output}"]
         paths += [name for name in (self.parallel, self.norm_first) if isinstance(name, str)]
@@ -84,16 +86,16 @@ class Architecture:
     def attention_branch(
         self, layer: nn.Module, x: Tensor, rows: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """What the attention adds to the residual stream for rows `x` [B, S, D].
+        """The attention's update of the residual stream for rows `x` [B, S, D].
 
-        With `rows`, flat row numbers, `x` is the stream itself and its rows are read from it.
+        With flat row numbers `rows`, `x` is the whole stream, from which these rows are read.
         """
         x, rows = self._source(layer, x, rows)
         output = self.attention_of(layer)(self.attention_input(layer, x, rows), **kwargs)[0]
         return self._added(layer, x, output, self.after_attention, self.before_attention)
 
     def finish_attention(self, layer: nn.Module, x: Tensor, heads_BSHd: Tensor) -> Tensor:
-        """What the attention adds for rows `x` [B, S, D] and its heads' outputs [B, S, H, d]."""
+        """The attention's update for rows `x` [B, S, D], given the outputs [B, S, H, d] of its heads."""
         assert self.output is not None
         output = getattr(self.attention_of(layer), self.output)(heads_BSHd.flatten(2))
         return self._added(layer, x, output, self.after_attention, self.before_attention)
@@ -102,13 +104,13 @@ class Architecture:
         return _apply(layer, self.before_mlp if _switch(layer, self.norm_first) else None, x, rows)
 
     def mlp_branch(self, layer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """What the MLP adds to the residual stream for rows `x` [B, S, D] of its source; `rows` as above."""
+        """The MLP's update of the residual stream for rows `x` [B, S, D]; `rows` as for the attention."""
         x, rows = self._source(layer, x, rows)
         output = self.run_mlp(layer, self.mlp_input(layer, x, rows))
         return self._added(layer, x, output, self.after_mlp, self.before_mlp)
 
     def run_mlp(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The MLP alone, without norms and residual."""
+        """The output of the MLP alone, without norms and residual."""
         shape = x.shape
         for name in self.mlp:
             x = getattr(layer, name)(x)
@@ -116,7 +118,7 @@ class Architecture:
         return output.view(shape)  # some mixtures of experts return flat rows, and their scores with them
 
     def _source(self, layer: nn.Module, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A post-norm layer needs its rows a second time, for the sum in front of the norm."""
+        """The rows themselves for a post-norm layer, which needs them again in the sum; else unchanged."""
         if rows is None or _switch(layer, self.norm_first):
             return x, rows
         return gather(x, rows), None
@@ -143,7 +145,7 @@ def _switch(layer: nn.Module, value: bool | str) -> bool:
 
 
 def _apply(layer: Any, name: str | None, x: Tensor, rows: Tensor | None = None) -> Tensor:
-    """`x` through a module of the layer, or through a dropout of which the layer holds the probability.
+    """`x` through a module of the layer, or through a dropout whose probability is the layer's attribute.
 
     A norm that the kernels repeat (`norms`) reads its rows straight from the stream.
     """
@@ -216,8 +218,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
-# What a probe cannot see, for it shows at long sequences only.
-REFUSED = {"llama4_text": "its attention counts the positions of its rows by itself to scale them"}
+# Models on which a probe would be wrong: they differ only at sequences longer than it tries.
+REFUSED = {"llama4_text": "its attention scales rows by positions that it counts itself"}
 
 
 @dataclass(frozen=True)
@@ -233,8 +235,8 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
     """Find the parts of `model`, plain or wrapped.
 
     Raises:
-        ValueError: it is no text-only causal LM of transformers, or its attention implementation is not
-            supported.
+        ValueError: the model is not a text-only causal LM of transformers, or its attention implementation is
+            not supported.
     """
     model = unwrap(model)
     config: Any = getattr(model, "config", None)

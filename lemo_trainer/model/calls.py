@@ -1,4 +1,4 @@
-"""The arguments that a decoder layer is called with, and layers that only note them."""
+"""The arguments of a decoder layer's call, and layers that record theirs instead of computing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _signature = functools.cache(inspect.signature)
 def layer_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The hidden states that a layer class's `forward` is called with, and its other arguments by name."""
+    """The hidden states that a call passes to a layer class's `forward`, and the other arguments by name."""
     signature = _signature(forward)
     arguments = dict(signature.bind(None, *args, **kwargs).arguments)
     _, first, *_, last = signature.parameters.values()
@@ -31,7 +31,7 @@ def layer_arguments(
 
 
 def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The attention mask, the arguments with one entry a token, and the rest without caches and None."""
+    """The attention mask, the arguments with one entry a token, and the others but caches and None."""
     mask = arguments.get("attention_mask")
     positions = {name: value for name, value in arguments.items() if name in POSITIONS}
     others = {"attention_mask", *POSITIONS, *CACHES}
@@ -41,7 +41,7 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dic
 
 @contextlib.contextmanager
 def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Layers that hand their input on, and note the arguments they were called with, in order."""
+    """Let layers return their input and append the arguments of each call to the list that this yields."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
     own = [vars(layer).get("forward") for layer in layers]
 
@@ -64,7 +64,7 @@ def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, 
 
 
 def dry_options(model: Any) -> dict[str, bool]:
-    """What a forward with idle layers must be told: there is no cache to fill, and no router to ask."""
+    """Options of a forward with idle layers, which fill no cache and ask no router."""
     options = {"use_cache": False}
     if hasattr(model.config, "output_router_logits"):
         options["output_router_logits"] = False

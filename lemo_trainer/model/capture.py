@@ -1,4 +1,7 @@
-"""The model's own queries, keys, values and MLP intermediates, without running the rest of a layer."""
+"""Reads the model's own queries, keys, values and MLP intermediates out of the middle of a layer.
+
+The model's modules run without gradient and dropout, up to the point where the wanted tensors exist.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from lemo_trainer.model.rows import take_heads
 _CAPTURE = "lemo_capture"
 
 
-class _Captured(Exception):  # noqa: N818 - carries a result out of a module, not an error
+class _Captured(Exception):  # noqa: N818 - carries a result, not an error
     """Leaves a module's forward as soon as the wanted tensors exist."""
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What a model's attention hands to its attention function.
+    """The arguments that a model's attention passes to its attention function.
 
     Query is [B, H, S, d], key and value are [B, G, S, d]; `scaling` is the factor on their products.
     """
@@ -38,7 +41,7 @@ class AttentionInputs:
     options: dict[str, Any]
 
     def take(self, index_BK: Tensor) -> AttentionInputs:
-        """Those of the tokens at positions [B, K]."""
+        """The inputs at positions [B, K] only."""
         query, key, value = (take_heads(x, index_BK) for x in (self.query, self.key, self.value))
         return dataclasses.replace(self, query=query, key=key, value=value)
 
@@ -73,10 +76,10 @@ def dispatching_to(attention: Any, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Run `module` in evaluation mode, and give every part its own mode back.
+    """Run `module` in evaluation mode, and restore the mode of every part afterwards.
 
-    Linear projections stay as they are: nothing in them is random, and bitsandbytes repacks its own for
-    inference when they see evaluation mode.
+    Linear projections keep their mode: nothing in them is random, and those of bitsandbytes repack their
+    weights for inference when they run in evaluation mode.
     """
     training = [part for part in module.modules() if part.training and not isinstance(part, nn.Linear)]
     for part in training:
@@ -90,7 +93,7 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def attention_inputs(attention: Any, x_BSD: Tensor, **kwargs: Any) -> AttentionInputs:
-    """What `attention` hands to its attention function, without gradient and dropout.
+    """The arguments that `attention` passes to its attention function, without gradient and dropout.
 
     Args:
         attention: an attention module that dispatches through transformers' `AttentionInterface`.

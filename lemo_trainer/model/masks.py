@@ -1,4 +1,4 @@
-"""Attention masks as tensors, whatever the model's attention implementation hands to its layers.
+"""Attention masks as tensors, and attention functions that take them.
 
 A mask is None (plain causal) or [B, 1, S, S], bool (True where a query may look at a key) or additive. The
 `BlockMask` of flex attention cannot be cut to chosen tokens; it is written out as a bool mask once a batch.
@@ -22,7 +22,7 @@ _written_out: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
 
 
 def masked_attention(attention: Any, mask: Any) -> tuple[str, Tensor | None]:
-    """The attention implementation for chosen tokens, by its registered name, and the mask as it takes it."""
+    """The registered name of the attention for chosen tokens, and the mask in the form that it takes."""
     if not isinstance(mask, BlockMask):
         own = attention_implementation(attention.config)
         return _GROUPED if own == "sdpa" else own, mask
@@ -44,7 +44,7 @@ def _grouped_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """SDPA on shared key heads as they are; under a mask transformers copies them, which the CPU need not."""
+    """SDPA on shared key heads. transformers copies them under a mask, which a CPU does not need."""
     unusual = any(options.get(name) is not None for name in NOT_IN_SDPA)
     if attention_mask is None or query.device.type != "cpu" or unusual:
         sdpa = attention_function(module, "sdpa")
@@ -58,7 +58,7 @@ def _grouped_attention(
 def _written_out_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
 ) -> tuple[Tensor, Any]:
-    """What flex attention computes, for a bool mask: SDPA knows neither soft caps nor sinks, eager both."""
+    """Flex attention for a bool mask: by SDPA, or by eager attention under soft caps and sinks."""
     if options.get("softcap") is None and options.get("s_aux") is None:
         return attention_function(module, "sdpa")(module, query, key, value, attention_mask, **options)
     additive = torch.zeros_like(attention_mask, dtype=query.dtype)

@@ -1,4 +1,4 @@
-"""Norms of a model that LeMo's kernel repeats, recognised one by one when LeMo is applied."""
+"""Norms of a model that LeMo's kernel computes, recognised one by one when LeMo is applied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lemo_trainer.model.architectures import Architecture
 
 
 class RecognisedNorm:
-    """A norm module of a model that `norm_rows` repeats."""
+    """A norm module of a model that `norm_rows` computes to the bit."""
 
     def __init__(self, module: nn.Module, eps: float, centred: bool) -> None:
         self.module, self.eps, self.centred = module, eps, centred
@@ -24,7 +24,7 @@ class RecognisedNorm:
         return type(self.module).__name__
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the module still is what it was, for `x`: no hooks, no other forward, no other dtype."""
+        """Whether the kernel may compute `x`: its forward is not hooked or replaced, and dtypes agree."""
         module = self.module
         hooked = has_forward_hooks(module) or has_forward_pre_hooks(module)
         touched = hooked or "forward" in vars(module)
@@ -39,7 +39,7 @@ class RecognisedNorm:
 
 
 def recognised_norms(architecture: Architecture, layer: nn.Module) -> dict[str, RecognisedNorm]:
-    """The norms of a decoder layer that `norm_rows` repeats, by name."""
+    """The norms of a decoder layer that `norm_rows` computes, by name."""
     names = (
         architecture.before_attention,
         architecture.after_attention,
@@ -52,10 +52,11 @@ def recognised_norms(architecture: Architecture, layer: nn.Module) -> dict[str, 
 
 
 def recognise(module: nn.Module) -> RecognisedNorm | None:
-    """`module` as a norm that `norm_rows` repeats to the bit (its reference, on random numbers), else None.
+    """`module` as a norm that `norm_rows` computes to the bit, tried on random numbers; None otherwise.
 
-    Tried are torch's LayerNorm and classes of any library named RMSNorm with a weight and an epsilon.
-    Gemma's, which adds 1 to the weight, is none, nor is in half precision one that rounds elsewhere.
+    Accepted are torch's LayerNorm, and classes of any library named RMSNorm with a weight and an epsilon.
+    Rejected are Gemma's norm, which adds 1 to the weight, and in half precision norms that round at another
+    step.
     """
     centred = type(module) is nn.LayerNorm
     weights = dict(module.named_parameters())

@@ -1,4 +1,4 @@
-"""Positions of chosen tokens, and their part of heads, positions and masks.
+"""Cuts heads, arguments and masks to the positions of chosen tokens.
 
 Shapes: B batch, S tokens, K chosen tokens of a sample.
 """

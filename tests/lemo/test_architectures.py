@@ -110,7 +110,7 @@ REFUSED = {
         lambda: tiny_model("minimax", **EXPERTS, layer_types=["full_attention"] * 3),
         "whose output is not the sum of its input, self_attn and mlp",
     ),
-    "own positions": (lambda: unusual("llama4_text", num_hidden_layers=1), "counts the positions"),
+    "own positions": (lambda: unusual("llama4_text", num_hidden_layers=1), "positions that it counts itself"),
     "encoder": (
         lambda: tiny_model("gpt2", add_cross_attention=True),
         "a causal decoder of text alone, got GPT2LMHeadModel",

@@ -58,8 +58,8 @@ def test_train_runs_a_recipe_with_overrides(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "./no/such/model"}, "./no/such/model must exist"),
-        ({"train_file": "absent.jsonl"}, "absent.jsonl must exist"),
+        ({"model": "./no/such/model"}, "No such model folder: ./no/such/model"),
+        ({"train_file": "absent.jsonl"}, "No such text file: absent.jsonl"),
         ({"seq_len": 100_000}, "at least `seq_len` 100000 tokens"),
         ({"seq_len": 0}, "`seq_len` must be .*got 0"),
         ({"sequence_len": 5}, "no option 'sequence_len'; the closest are seq_len"),
@@ -86,7 +86,7 @@ def test_a_recipe_without_a_model_or_a_recipe_that_is_not_there(recipe, tmp_path
     result = CliRunner().invoke(app, ["train", "absent.yaml"])
     assert (result.exit_code, result.stderr) == (
         2,
-        "lemo: absent.yaml must be a YAML file, and there is none.\n",
+        "lemo: No such file: absent.yaml (expected a YAML file).\n",
     )
 
 
@@ -109,7 +109,7 @@ def test_inspect_shows_thresholds_in_the_place_of_a_kept_share():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["./nowhere"], "./nowhere must exist"),
+        (["./nowhere"], "No such model folder: ./nowhere"),
         ([str(MODEL), "--block-size", "0"], "`block_size` must be a whole number of at least 1, got 0"),
         ([str(MODEL), "--seq-len", "0"], "`seq_len` must be at least 1, got 0"),
         ([str(MODEL), "--layers", "30"], "from 0 to 29 in this model, got '30'"),
@@ -260,7 +260,7 @@ def test_predict_train_runs_in_two_processes(recipe, tmp_path):
         (["--steps", "0"], "`steps` must be at least 1, got 0"),
         (["--seq-len", "15"], "`seq_len` must be at least 16, got 15"),
         (["--held-out", "100000"], "must hold more than the 100000 held-out samples"),
-        (["--data", "absent.txt"], "absent.txt must exist"),
+        (["--data", "absent.txt"], "No such text file: absent.txt"),
     ],
 )
 def test_predict_train_names_what_is_wrong_and_writes_nothing(recipe, tmp_path, options, message):
