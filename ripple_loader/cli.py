@@ -27,12 +27,12 @@ Recipe = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Turn what the user can mend into one sentence and exit code 2."""
+    """Print an error that the user can correct as one sentence, and exit with code 2."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
         message = str(error)
-        if isinstance(error, OSError) and error.filename is not None:  # the system's, not a sentence of ours
+        if isinstance(error, OSError) and error.filename is not None:  # an error of the operating system
             message = f"{error.filename}: {error.strerror}"
         typer.echo(f"ripple: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from None
@@ -46,7 +46,7 @@ def _section(recipe: Path | None, name: str, options: dict[str, Any]) -> dict[st
 
 
 def _calibration(path: str) -> Iterable[Any]:
-    """What a calibration set holds, read as far as it is asked for: rows of a dataset, or texts."""
+    """The texts, or the dataset's rows, of a calibration set; read no further than they are used."""
     if path.startswith("hub:") or Path(path).is_dir():
         return _dataset(path)
     if not Path(path).is_file():
@@ -66,16 +66,16 @@ def _dataset(path: str) -> Any:
         name, _, split = path.removeprefix("hub:").partition(":")
         return datasets.load_dataset(name, split=split or "train", streaming=True)
     try:
-        found = datasets.load_from_disk(path)
+        dataset = datasets.load_from_disk(path)
     except FileNotFoundError:
         raise ValueError(
             f"`calibration` must be a file or a folder of `Dataset.save_to_disk`, but {path} is neither."
         ) from None
-    if isinstance(found, datasets.DatasetDict):
+    if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(
-            f"`calibration` must be one split, but {path} holds {', '.join(found)}: give the folder of one."
+            f"`calibration` must be one split, but {path} holds {', '.join(dataset)}: give the folder of one."
         )
-    return found
+    return dataset
 
 
 def _jsonl(path: str) -> Iterator[str]:
@@ -85,7 +85,7 @@ def _jsonl(path: str) -> Iterator[str]:
                 yield json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f'{path} must have {{"text": ...}} on each line, not so line {number}.'
+                    f'{path} must have {{"text": ...}} on each line, but line {number} does not.'
                 ) from None
 
 
@@ -104,12 +104,14 @@ Calibration = Annotated[
         "hub:NAME[:SPLIT]."
     ),
 ]
-Out = Annotated[str | None, typer.Option(help="Directory to make.")]
+Out = Annotated[str | None, typer.Option(help="Directory to write; it must not exist.")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
 Active = Annotated[
     str | None,
-    typer.Option(help=f"Which neurons are active, if none is exactly zero: {ACTIVE_RULES.names()}."),
+    typer.Option(
+        help=f"Which neurons count as active where the activation has no exact zeros: {ACTIVE_RULES.names()}."
+    ),
 ]
 ActiveShare = Annotated[float | None, typer.Option(help="The share that `active` refers to.")]
 
@@ -144,7 +146,7 @@ def trace(
     active: Active = None,
     active_share: ActiveShare = None,
 ) -> None:
-    """Record which neurons are active on a text; run again after an interruption to go on."""
+    """Record which neurons are active on a text; after an interruption, run it again to resume."""
     given = locals()
     with _user_errors():
         from ripple_loader.offline.calibration import cut_sequences
@@ -170,7 +172,7 @@ def reorder(
     out: Out = None,
     config: Recipe = None,
     trace: Annotated[
-        str | None, typer.Option(help="What `ripple trace` made, instead of a calibration text.")
+        str | None, typer.Option(help="Directory that `ripple trace` wrote, instead of a calibration text.")
     ] = None,
     placement: Annotated[str | None, typer.Option(help=f"{PLACEMENTS.names()}.")] = None,
     tokens: Tokens = None,
@@ -180,23 +182,27 @@ def reorder(
     partners: Annotated[int | None, typer.Option(help="Co-activation partners kept for each neuron.")] = None,
     two_opt: Annotated[bool | None, typer.Option(help="Improve a linked or spectral order by 2-opt.")] = None,
     hot_share: Annotated[
-        float | None, typer.Option(help="Share of the neurons, the most active, that are pinned in memory.")
+        float | None,
+        typer.Option(help="Share of all neurons that is pinned in memory: the most active ones."),
     ] = None,
     predictor: Annotated[
-        float | None, typer.Option(help="Rank of a ReLU model's predictors, of the hidden size; 0 for none.")
+        float | None,
+        typer.Option(
+            help="Rank of a ReLU model's predictors, as a share of the hidden size; 0 leaves them out."
+        ),
     ] = None,
     bundles: Annotated[str | None, typer.Option(help=f"Stored as one of: {BUNDLES.names()}.")] = None,
     workers: Annotated[int | None, typer.Option(help="Layers placed at once.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random placement.")] = None,
 ) -> None:
-    """Write a streaming copy of a model: neurons that are active together lie together."""
+    """Write a streaming copy of a model, in which neurons that are active together are stored together."""
     given = locals()
     with _user_errors():
         from ripple_loader.offline.reordering import reorder as run
 
         settings, paths = _settings(given.pop("config"), given, ("model", "out"))
-        found = None if paths["calibration"] is None else _calibration(paths["calibration"])
-        run(paths["model"], paths["out"], found, settings, trace=paths["trace"])
+        texts = None if paths["calibration"] is None else _calibration(paths["calibration"])
+        run(paths["model"], paths["out"], texts, settings, trace=paths["trace"])
         typer.echo(paths["out"])
 
 
@@ -205,7 +211,7 @@ def reorder(
     'ripple generate out/smollm2-ripple "The with statement" --config configs/ripple/smollm2.yaml'
 )
 def generate(
-    directory: Annotated[str, typer.Argument(help="Directory that `ripple reorder` made.")],
+    directory: Annotated[str, typer.Argument(help="Directory that `ripple reorder` wrote.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     config: Recipe = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
@@ -219,10 +225,13 @@ def generate(
         float | None, typer.Option(help="Share of a ReLU model's active neurons to find; 1 is exact.")
     ] = None,
     adjacency: Annotated[
-        float | None, typer.Option(help="How much neighbours on the drive count for each other when kept.")
+        float | None,
+        typer.Option(
+            help="Share of a neuron's estimated contribution that is its pair's mean; 0 keeps each by itself."
+        ),
     ] = None,
     merge_gap: Annotated[
-        str | None, typer.Option(help="Unneeded bytes worth reading to join two reads, or auto.")
+        str | None, typer.Option(help="Unneeded bytes to read in order to join two reads, or auto.")
     ] = None,
     buffer: Annotated[str | None, typer.Option(help="Size of a read buffer.")] = None,
     queue_depth: Annotated[int | None, typer.Option(help="Reads in flight.")] = None,
@@ -231,7 +240,7 @@ def generate(
         str | None, typer.Option(help="auto, dense (read all neurons, in order) or sparse (select some).")
     ] = None,
     prefetch: Annotated[
-        bool | None, typer.Option(help="Read ahead what the next layer will probably select.")
+        bool | None, typer.Option(help="Read ahead the neurons that the next layer will probably select.")
     ] = None,
     cache_policy: Annotated[str | None, typer.Option(help=f"{CACHE_POLICIES.names()}.")] = None,
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
@@ -268,7 +277,7 @@ def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> 
 
     from ripple_loader.format.sidecar import Sidecar
 
-    Sidecar(directory)  # its errors before transformers' own
+    Sidecar(directory)  # report its errors before transformers reports its own
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -285,7 +294,7 @@ def inspect(
     directory: Annotated[str, typer.Argument(help="Reordered directory.")],
     verify: Annotated[bool, typer.Option(help="Check every checksum and the weights beside it.")] = False,
 ) -> None:
-    """Print what a sidecar says about itself, as JSON."""
+    """Print the header of a sidecar as JSON."""
     with _user_errors():
         from ripple_loader.format.sidecar import Sidecar
 
@@ -302,7 +311,7 @@ def inspect(
 )
 def verify(
     directory: Annotated[str, typer.Argument(help="Reordered directory.")],
-    original: Annotated[str | None, typer.Option(help="Directory of the model it was made from.")] = None,
+    original: Annotated[str | None, typer.Option(help="Directory of the original model.")] = None,
 ) -> None:
     """Prove that a reordered directory is whole and, given the original, that nothing was lost."""
     with _user_errors():
@@ -326,14 +335,14 @@ def probe(
     path: Annotated[str, typer.Argument(help="A directory or file on the drive.")] = ".",
     seconds: Annotated[float, typer.Option(help="About how long to read.")] = 3.0,
 ) -> None:
-    """Measure a drive and keep what its reads cost for all models that are streamed from it."""
+    """Measure what reads from a drive cost, and save it for all models that are streamed from that drive."""
     with _user_errors():
         from ripple_loader.storage.probing import describe
         from ripple_loader.storage.probing import probe as run
 
-        found = run(path, seconds=seconds)
-        saved = found.save()
-        describe(found)
+        profile = run(path, seconds=seconds)
+        saved = profile.save()
+        describe(profile)
         typer.echo(str(saved))
 
 

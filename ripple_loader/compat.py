@@ -1,6 +1,6 @@
-"""What Ripple uses of torch and transformers that is private or may change with their versions.
+"""Private and version-dependent APIs of torch and transformers that Ripple uses.
 
-Each name says in which version it was seen, what it is for, and what happens where it is missing.
+Each name says in which version it was seen, its purpose, and what happens if a version lacks it.
 `tests/ripple/test_compat.py` fails when one of them stops holding.
 """
 
@@ -51,11 +51,11 @@ __all__ = [
 
 
 class LoadingHooks(HfQuantizer):
-    """What `from_pretrained` calls before and after it reads the weights.
+    """Hooks that `from_pretrained` calls before and after it reads the weights.
 
     transformers 5.23.0: `HfQuantizer._process_model_before_weight_loading`, with `checkpoint_files`, and
-    `_process_model_after_weight_loading`. They are private, but every quantizer overrides them. Where
-    they are missing, importing `ripple_loader` fails: otherwise no MLP would be replaced.
+    `_process_model_after_weight_loading`. They are private, but every quantizer overrides them. If a
+    version lacks them, importing `ripple_loader` fails: otherwise no MLP would be replaced.
     """
 
     @abstractmethod
@@ -86,7 +86,7 @@ def expect_missing(model: Any, patterns: Iterable[str]) -> None:
     """Have `from_pretrained` pass over tensors of the checkpoint whose names match, without a warning.
 
     transformers 5.23.0: `PreTrainedModel._keys_to_ignore_on_load_unexpected`, a set of patterns or None.
-    Where it is missing, transformers reports the tensors as unexpected and loads all others as before.
+    If a version lacks it, transformers reports the tensors as unexpected and loads all others as before.
     """
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     model._keys_to_ignore_on_load_unexpected = {*(known or ()), *patterns}
@@ -95,8 +95,8 @@ def expect_missing(model: Any, patterns: Iterable[str]) -> None:
 def has_exact_zeros(activation: nn.Module) -> bool:
     """Whether an activation makes inactive neurons exactly zero, so that leaving them out is exact.
 
-    transformers 5.23.0: `transformers.activations.ReLUSquaredActivation`. Where it is missing, opening or
-    reordering a model fails with an ImportError.
+    transformers 5.23.0: `transformers.activations.ReLUSquaredActivation`. If a version lacks it, loading
+    or reordering a model fails with an ImportError.
     """
     try:
         from transformers.activations import ReLUSquaredActivation  # brings in Dynamo, so not at import
@@ -110,8 +110,8 @@ def has_exact_zeros(activation: nn.Module) -> bool:
 def has_integer_units() -> bool:
     """Whether the processor multiplies int8 numbers with units of their own (AVX-512 VNNI).
 
-    torch 2.13.0: `torch.cpu._is_vnni_supported` and `torch._int_mm`. Where one is missing, products are
-    computed in floats, as exact and slower, and a warning says so.
+    torch 2.13.0: `torch.cpu._is_vnni_supported` and `torch._int_mm`. If a version lacks one, products
+    are computed in floats, which is slower, and a warning says so.
     """
     if not hasattr(torch.cpu, "_is_vnni_supported") or not hasattr(torch, "_int_mm"):
         warnings.warn(

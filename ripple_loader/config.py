@@ -15,7 +15,8 @@ from ripple_loader.registry import ACTIVE_RULES, BUNDLES, CACHE_POLICIES, PLACEM
 IOEngine = Literal["auto", "aio", "threads"]
 StrategyName = Literal["auto", "dense", "sparse"]
 
-RECALLS = (0.8, 0.999)  # for which predictors know how sure to be
+RECALLS = (0.8, 0.999)
+"""The range of `recall` that predictors are calibrated for."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -24,7 +25,7 @@ def parse_size(size: int | str, name: str, *, total: int | None = None) -> int:
     """Bytes meant by `size`: a number of bytes, "512MiB", "2GB" or, where `total` is given, "25%" of it.
 
     Raises:
-        ValueError: `size` is none of these, or not positive.
+        ValueError: `size` has another form, or is not positive.
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
@@ -68,7 +69,7 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     """The sections of a YAML recipe: "reorder" and "load", each optional.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: `path` does not exist.
         ValueError: it is not YAML, not a mapping, or has an unknown section.
     """
     import yaml
@@ -76,7 +77,7 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     try:
         recipe = yaml.safe_load(Path(path).read_text("utf-8")) or {}
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} must be a YAML recipe, but there is no such file.") from None
+        raise FileNotFoundError(f"No such file: {path} (expected a YAML recipe).") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(recipe, dict) or not all(isinstance(part, dict) for part in recipe.values()):
@@ -95,18 +96,18 @@ class ReorderConfig:
             "identity" keeps the model's order; "random".
         tokens: calibration tokens to trace; an eighth of them is held back to estimate reads per token.
         sequence_length: tokens of one calibration sequence.
-        active: which neurons count as active for a token where the activation has no exact zeros (SiLU,
+        active: the rule for which neurons count as active where the activation has no exact zeros (SiLU,
             GELU): "top_k", the `active_share` of a layer's neurons with the largest activation; "threshold",
-            those with at least that share of the token's largest activation; "energy", the fewest that make
-            up that share of the sum of squares. ReLU models ignore both.
+            those with at least that share of the token's largest activation; "energy", the fewest that hold
+            that share of the sum of squares. ReLU models ignore both.
         active_share: see `active`; with "top_k" use the `keep` you will run with.
         partners: co-activation partners kept for each neuron when linking.
         two_opt: improve a linked or spectral order by 2-opt.
-        hot_share: this share of all neurons, those that are active most often in any MLP, come first, out of
-            the linking, and are pinned in memory as far as the budget reaches; best about the share that
-            you will have memory for, and 0 pins none.
+        hot_share: share of all neurons, the most active of any MLP, that is stored first, stays out of the
+            linking, and is pinned in memory as far as the budget reaches. The best value is about the share
+            that you will have memory for; with 0 no neuron is pinned.
         predictor: rank of the low-rank predictors of ReLU models (`RippleConfig.recall`), as a share of the
-            hidden size; 0 makes none.
+            hidden size; with 0 the copy has no predictors.
         bundles: how the sidecar stores weights; "same" as the checkpoint. "int8" and "int4" round them, with
             a scale for each 32 weights: shorter reads, other results.
         workers: layers placed at once.
@@ -158,32 +159,32 @@ class RippleConfig(QuantizationConfigMixin):
 
     Attributes:
         dram_budget: most memory that Ripple holds for the streamed MLPs: buffers, sketches or predictors, and
-            the neuron cache. Bytes, a size ("2GiB") or a share of the streamed weights ("25%"). What the rest
-            of the model holds (embeddings, attention, KV cache) is not part of it.
+            the neuron cache. Bytes, a size ("2GiB") or a share of the streamed weights ("25%"). It does not
+            cover the rest of the model (embeddings, attention, KV cache).
         keep: share of each layer's neurons computed per token, those with the largest estimated contribution.
             1.0 is exact: a ReLU model then reads only its active neurons, others read all of them.
         recall: share of a ReLU model's active neurons to find. 1.0 is exact: an int8 sketch, a quarter of the
-            float32 weights that select, rules out what cannot be active. Below, low-rank predictors, a
-            sixth to a quarter of that and faster, leave out about 1 - `recall` of them, mostly the least
-            active; how many follows the calibration text.
+            float32 weights that select, rules out neurons that cannot be active. Below 1, low-rank
+            predictors, a sixth to a quarter of the sketch and faster, miss about 1 - `recall` of the active
+            neurons, mostly the least active; they are calibrated on the calibration text.
         adjacency: with `keep` below 1, the share of a neuron's estimated contribution that is the mean of
-            its pair, two neighbours on the drive: fewer, longer reads for a little quality. 0 looks at each,
-            and where no neurons are selected it does nothing.
+            its pair, two neighbours on the drive: fewer, longer reads for a little quality. 0 scores each
+            neuron by itself; without selection of neurons the option has no effect.
         strategy: "sparse" reads and computes the neurons that are selected, "dense" reads and computes all of
-            them, in order, which is exact whatever `keep`; "auto" takes what the drive and the processor make
-            cheaper.
-        merge_gap: unneeded bytes worth reading to join two reads; "auto" goes by the drive's model.
+            them, in order, which is exact whatever `keep` is; "auto" chooses the one that is cheaper on this
+            drive and processor.
+        merge_gap: most unneeded bytes to read in order to join two reads; "auto" follows the drive's model.
         prefetch: read neurons that the next layer will probably select while the drive would be idle.
         buffer: most bytes of one read buffer; there are three, each at most an eighth of the budget.
         queue_depth: reads in flight.
         io_engine: "aio" lets the kernel keep them in flight, "threads" has a thread for each, up to 16;
             "auto" is "aio" where the kernel and the file system have it.
-        cache_policy: of the neuron cache; "linked" is S3-FIFO that admits long runs rarely, "s3fifo" and
-            "lru" admit everything.
+        cache_policy: policy of the neuron cache. "linked" is S3-FIFO that seldom admits long runs; "s3fifo"
+            and "lru" admit every neuron that is read.
         verify: check every checksum of the sidecar before loading (reads it once).
     """
 
-    quant_method: str = "ripple"  # the key of transformers' registry
+    quant_method: str = "ripple"  # the name that transformers' registry has for this loader
     dram_budget: int | str = "50%"
     keep: float = 1.0
     recall: float = 1.0
@@ -212,7 +213,7 @@ class RippleConfig(QuantizationConfigMixin):
                 f"`recall` must be 1 or between {RECALLS[0]} and {RECALLS[1]}, got {self.recall!r}."
             )
         if self.recall < 1 and self.keep < 1:
-            raise ValueError("`recall` and `keep` must not both be below 1: each says what to leave out.")
+            raise ValueError("`recall` and `keep` must not both be below 1: each of them leaves neurons out.")
         _check_share(self.adjacency, "adjacency", zero=True)
         _check_count(self.queue_depth, "queue_depth")
         _check_choice(self.strategy, "strategy", get_args(StrategyName))

@@ -1,4 +1,4 @@
-"""Write a directory so that it appears whole or not at all, and go on after the process was killed."""
+"""Write files and directories that appear whole or not at all, and resume after the process was killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 def check_space(path: Path, needed: int) -> None:
     """Raise OSError when the file system that `path` is or will be on has fewer than `needed` bytes free."""
-    directory = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    directory = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
@@ -25,11 +25,11 @@ def check_space(path: Path, needed: int) -> None:
 
 
 LEFTOVERS = ".*.part"
-"""Matches what a killed process was writing by `whole_file`."""
+"""Matches the unfinished files that `whole_file` leaves behind when its process is killed."""
 
 
 class Workspace:
-    """A hidden directory in which the stages of some work lie until it is done.
+    """A hidden directory that holds the stages of some work until it is done.
 
     Args:
         path: the directory.
@@ -41,11 +41,11 @@ class Workspace:
         self.path = path
 
     def stage(self, name: str, key: Any) -> Path:
-        """The directory of a stage: with what an earlier run left if it had the same key, else empty.
+        """The directory of a stage, with the files of an earlier run if its key was the same, else empty.
 
         Args:
             name: of the stage; `Workspace.OUTPUT` becomes the result.
-            key: what the stage's content depends on, as JSON.
+            key: everything that the stage's content depends on, as JSON.
         """
         stage, stamp, text = self.path / name, self.path / f"{name}.json", json.dumps(key, sort_keys=True)
         if not (stage.is_dir() and stamp.is_file() and stamp.read_text() == text):
@@ -60,8 +60,8 @@ class Workspace:
 def working_on(out: Path) -> Iterator[Workspace]:
     """Yield a workspace beside `out`; on success its output stage is synced and becomes `out`.
 
-    After Ctrl-C or kill -9 the workspace stays, and the next call goes on with it. After an error the output
-    goes, which may have filled the disk, and the rest stays.
+    After Ctrl-C or kill -9 the workspace stays, and the next call resumes from it. After an error the output
+    stage, which may have filled the disk, is removed and the others stay.
 
     Raises:
         FileExistsError: `out` exists, or another process is working on it.
@@ -71,7 +71,7 @@ def working_on(out: Path) -> Iterator[Workspace]:
     lock = os.open(work.path, os.O_RDONLY)
     try:
         _lock(lock, out)
-        check_new(out)  # the process that held the lock may have finished it
+        check_new(out)  # another process may have finished while it held the lock
         try:
             yield work
             output = work.path / Workspace.OUTPUT
@@ -84,7 +84,7 @@ def working_on(out: Path) -> Iterator[Workspace]:
         except BaseException as error:
             if isinstance(error, Exception):
                 shutil.rmtree(work.path / Workspace.OUTPUT, ignore_errors=True)
-            print(f"{work.path} keeps the work so far for the next run, or remove it.", file=sys.stderr)
+            print(f"{work.path} keeps the work so far: run again to resume, or remove it.", file=sys.stderr)
             raise
     finally:
         os.close(lock)
@@ -101,14 +101,14 @@ def _lock(descriptor: int, out: Path) -> None:
 
 
 def check_new(out: Path) -> None:
-    """Raise FileExistsError when there is something at `out`."""
+    """Raise FileExistsError when `out` exists."""
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"{out} must not exist yet, but does: remove it or choose another directory.")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield where to write a file that appears at `path`, synced, once it is written."""
+    """Yield a temporary path; the file written there is synced and moved to `path` at the end."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     yield partial
     sync(partial)
@@ -116,7 +116,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's or a directory's content to the drive."""
+    """Flush a file's or a directory's content to the drive."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -24,7 +24,7 @@ from ripple_loader.report import RippleReport
 if TYPE_CHECKING:
     from ripple_loader.model.streaming import Backend
 
-_ROUNDED_AWAY = 0.3  # of a row's norm; 4-bit integers round away a tenth
+_ROUNDING_TOLERANCE = 0.3  # of a row's norm; 4-bit integers lose a tenth
 
 register_quantization_config("ripple")(RippleConfig)
 
@@ -66,8 +66,8 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
     weights = [weight_NH for site in sites for weight_NH in site.down_weights()]
     for layer, weight_NH in enumerate(weights):
         stored_H = sidecar.bundle(layer, 0)[-1]
-        places = (0, int(sidecar.permutation(layer)[0]))  # in the reordered, and in the original model
-        if not any(_same(stored_H, weight_NH[place], sidecar) for place in places):
+        indices = (0, int(sidecar.permutation(layer)[0]))  # in the reordered, and in the original model
+        if not any(_same(stored_H, weight_NH[index], sidecar) for index in indices):
             raise ValueError(
                 f"{sidecar.path} must be made from this model's weights, but layer {layer} differs: "
                 "give the directory that this model was reordered to."
@@ -80,10 +80,10 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
 
 
 def _same(stored_H: Tensor, weight_H: Tensor, sidecar: Sidecar) -> bool:
-    """Whether a float32 row of a bundle is a weight's, up to what its encoding rounds away."""
+    """Whether a float32 row of a bundle equals a row of a weight, within the error of its encoding."""
     if isinstance(sidecar.header.encoding, FloatEncoding):
         return torch.equal(stored_H.to(weight_H), weight_H)
-    return bool((stored_H.to(weight_H) - weight_H).norm() <= _ROUNDED_AWAY * weight_H.norm())
+    return bool((stored_H.to(weight_H) - weight_H).norm() <= _ROUNDING_TOLERANCE * weight_H.norm())
 
 
 def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:

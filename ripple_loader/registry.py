@@ -1,6 +1,6 @@
-"""What options of a configuration choose among by name, and where others can add to the choices.
+"""The choices of the configurations' options by name; other code can add to them.
 
-A choice registers itself where it is defined; `ripple_loader` imports all that come with it.
+A choice registers itself where it is defined; importing `ripple_loader` imports all of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Registry(Mapping[str, T]):
         """Decorator that adds a class or function under a name.
 
         Raises:
-            ValueError: the name is taken by another.
+            ValueError: another choice has the name.
         """
 
         def add(choice: T) -> T:
@@ -60,7 +60,7 @@ CACHE_POLICIES: Registry[Any] = Registry("cache_policy")
 """Subclasses of `online.cache.NeuronCache`."""
 
 ACTIVE_RULES: Registry[Callable[[Any, float], Any]] = Registry("active")
-"""Functions from |activation| (T, N) and `active_share` to which neurons are active, bool (T, N)."""
+"""Functions from |activation| (T, N) and `active_share` to a mask of the active neurons, bool (T, N)."""
 
 BUNDLES: Registry[str | None] = Registry("bundles")
 """Names of encodings in a sidecar, keys of `format.encoding.ENCODINGS`; None means the checkpoint's own."""

@@ -24,7 +24,7 @@ _SAMPLE = 4096
 
 @dataclass(frozen=True)
 class TensorSpot:
-    """Where a tensor lies: its file, byte range, dtype (safetensors' name) and shape."""
+    """The location of a tensor: its file, byte range, dtype (safetensors' name) and shape."""
 
     path: Path
     start: int
@@ -33,12 +33,12 @@ class TensorSpot:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Load it whole, for the dtypes of `encoding.DTYPES`."""
+        """Load the whole tensor; its dtype must be one of `DTYPES`."""
         data = np.fromfile(self.path, np.uint8, self.stop - self.start, offset=self.start)
         return torch.from_numpy(data).view(DTYPES[self.dtype]).view(self.shape)
 
     def slices(self) -> list[TensorSpot]:
-        """Where each entry of its first axis lies."""
+        """The location of each entry of its first axis."""
         count = self.shape[0] if self.shape else 0
         size = (self.stop - self.start) // max(1, count)
         starts = (self.start + number * size for number in range(count))
@@ -48,9 +48,9 @@ class TensorSpot:
         """Its bytes, a few MiB at a time."""
         with self.path.open("rb") as file:
             file.seek(self.start)
-            left = self.stop - self.start
-            while left and (chunk := file.read(min(left, _COPY_CHUNK))):
-                left -= len(chunk)
+            remaining = self.stop - self.start
+            while remaining and (chunk := file.read(min(remaining, _COPY_CHUNK))):
+                remaining -= len(chunk)
                 yield chunk
 
 
@@ -92,7 +92,7 @@ def read_shards(directory: Path) -> list[Shard]:
     """All weight files of a model directory.
 
     Raises:
-        FileNotFoundError: there is no safetensors checkpoint, or a file of its index is missing.
+        FileNotFoundError: no safetensors checkpoint, or a file of its index is missing.
         ValueError: the index is not valid or names a file outside the directory.
     """
     index = directory / _INDEX

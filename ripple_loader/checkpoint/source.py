@@ -17,7 +17,7 @@ from ripple_loader.model.architectures import Architecture, Role, architecture_o
 
 @dataclass(frozen=True)
 class Piece:
-    """One linear's weight or bias of one MLP: its place, the MLP's number, the linear."""
+    """One linear's weight or bias of one MLP: its location, the MLP's number, the linear."""
 
     spot: TensorSpot
     mlp: int
@@ -30,13 +30,13 @@ class SourceModel:
 
     Attributes:
         directory, shards: its files.
-        model_type, architecture: what it is, in the form that the files have.
+        model_type, architecture: transformers' name of it, and the form that its files have.
         experts: MLPs of a layer that has experts; None if the model is dense.
-        mlp: for each streamed MLP, the place of its weights by (linear, "weight" or "bias"); experts layer by
-            layer.
-        pieces: for each tensor that they lie in, what it holds, front to back: one linear of one MLP, or of
+        mlp: for each streamed MLP, the location of its weights by (linear, "weight" or "bias"); experts are
+            in order of their layers.
+        pieces: for each tensor with MLP weights, its parts from front to back: one linear of one MLP, or of
             each expert of a layer.
-        spots: every tensor's place.
+        spots: the location of every tensor.
     """
 
     directory: Path
@@ -92,8 +92,8 @@ def open_source(directory: Path) -> SourceModel:
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
-            f"{directory} must be a model directory with a config.json, but there is none: give the folder "
-            "that `save_pretrained` or `snapshot_download` made."
+            f"{directory} must be a model directory, but has no config.json: give the folder "
+            "that `save_pretrained` or `snapshot_download` wrote."
         )
     config = AutoConfig.from_pretrained(directory)
     quantization = getattr(config, "quantization_config", None)
@@ -125,7 +125,7 @@ def open_source(directory: Path) -> SourceModel:
 
 
 def _check_shapes(source: SourceModel) -> None:
-    """All projections of an MLP should be of its neurons and hidden size; checkpoints may be transposed."""
+    """Refuse projections of other shapes than the MLP's neurons and hidden size, such as transposed ones."""
     for projection in source.architecture.projections.values():
         wanted = [source.hidden, source.hidden]
         wanted[projection.neuron_axis] = source.neurons * (1 if projection.half is None else 2)
@@ -133,7 +133,7 @@ def _check_shapes(source: SourceModel) -> None:
         if got != tuple(wanted):
             raise ValueError(
                 f"the weight of {projection.linear} in {source.directory} must be {tuple(wanted)}, as "
-                f"{source.architecture.down.linear} has it, got {got}: Ripple does not know this layout of a "
+                f"{source.architecture.down.linear} has it, got {got}: Ripple does not know this form of a "
                 f"{source.model_type}."
             )
 
@@ -143,34 +143,34 @@ def _find_mlps(
 ) -> tuple[list[dict[tuple[str, str], TensorSpot]], dict[str, list[Piece]], int | None]:
     """The weights of each MLP to stream, the tensors they lie in, and how many experts a layer has."""
     pattern = architecture.tensor_pattern()
-    found: dict[tuple[int, int], dict[tuple[str, str], TensorSpot]] = {}
+    weights: dict[tuple[int, int], dict[tuple[str, str], TensorSpot]] = {}
     holders: dict[str, list[tuple[tuple[int, int], str, TensorSpot]]] = {}
     for name, spot in spots.items():
         if match := pattern.match(name):
             layer, first, linear, kind = match.groups()
             for expert, part in enumerate(spot.slices() if architecture.stacked else [spot], int(first or 0)):
-                place = int(layer), expert
-                found.setdefault(place, {})[linear, kind or "weight"] = part
-                holders.setdefault(name, []).append((place, linear, part))
+                mlp = int(layer), expert
+                weights.setdefault(mlp, {})[linear, kind or "weight"] = part
+                holders.setdefault(name, []).append((mlp, linear, part))
     if architecture.expert is None:
         wanted = [(layer, 0) for layer in range(config.get_text_config().num_hidden_layers)]
         experts = None
     else:
-        experts = 1 + max((expert for _, expert in found), default=0)
-        layers = sorted({layer for layer, _ in found}) or [0]
+        experts = 1 + max((expert for _, expert in weights), default=0)
+        layers = sorted({layer for layer, _ in weights}) or [0]
         wanted = [(layer, expert) for layer in layers for expert in range(experts)]
-    for place in wanted:
+    for mlp in wanted:
         for projection in architecture.projections.values():
-            if (projection.linear, "weight") not in found.get(place, {}):
-                spot_name = f"layer {place[0]}" + ("" if experts is None else f", expert {place[1]}")
+            if (projection.linear, "weight") not in weights.get(mlp, {}):
+                where = f"layer {mlp[0]}" + ("" if experts is None else f", expert {mlp[1]}")
                 raise ValueError(
-                    f"{directory} must hold the weight of {projection.linear} of {spot_name}, as a "
+                    f"{directory} must hold the weight of {projection.linear} of {where}, as a "
                     f"{config.model_type} does, but no tensor matches {pattern.pattern}: fetch it again."
                 )
-    numbers = {place: number for number, place in enumerate(wanted)}
+    numbers = {mlp: number for number, mlp in enumerate(wanted)}
     pieces = {
-        name: [Piece(part, numbers[place], linear) for place, linear, part in held]
+        name: [Piece(part, numbers[mlp], linear) for mlp, linear, part in held]
         for name, held in holders.items()
         if held[0][0] in numbers
     }
-    return [found[place] for place in wanted], pieces, experts
+    return [weights[mlp] for mlp in wanted], pieces, experts

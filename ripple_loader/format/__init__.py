@@ -1,4 +1,4 @@
-"""The sidecar `neurons.ripple`: its layout, how weights are stored in it, and what selects neurons from it.
+"""The sidecar `neurons.ripple`: its layout, its encodings of weights, and the sketches and predictors in it.
 
-`offline` writes it and `online` reads it; neither says here when, or for which tokens.
+`offline` writes it and `online` reads it; which neurons a token needs is not decided here.
 """

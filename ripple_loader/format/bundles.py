@@ -1,4 +1,4 @@
-"""Bundles: what one neuron has in each of its MLP's weights, encoded and stored together.
+"""Bundles: one neuron's rows and column of its MLP's weights, encoded and stored together.
 
 Dimension key: R rows of a bundle, N neurons, B bytes of a bundle, H hidden.
 """

@@ -1,4 +1,4 @@
-"""How a bundle stores its rows: as floats, or as 8- or 4-bit integers with a scale for each group of weights.
+"""Encodings of a bundle's rows: floats, or 8- or 4-bit integers with a scale for each group of weights.
 
 Dimension key: N neurons, H hidden, G groups of a row, B bytes of a row, R rows of a bundle.
 """
@@ -18,7 +18,7 @@ GROUP = 32
 
 
 class Encoding(ABC):
-    """Turns rows of weights into bytes and back."""
+    """Turns rows of weights into bytes, and bytes into rows."""
 
     @abstractmethod
     def row_bytes(self, hidden: int) -> int:
@@ -34,7 +34,7 @@ class Encoding(ABC):
 
     @abstractmethod
     def decode(self, bytes_NB: Tensor, out_NH: Tensor) -> None:
-        """Write the rows that some bytes stand for, in any float dtype; both may be parts of others."""
+        """Write decoded rows into `out_NH`, of any float dtype; both tensors may be views."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ def register_encoding(option: str, stored: str, encoding: Encoding) -> None:
 
     Args:
         option: its name in the configuration.
-        stored: its name in a sidecar's header; sidecars of that name can be opened once it is registered.
-        encoding: how rows are stored.
+        stored: its name in a sidecar's header; only registered names can be opened.
+        encoding: encodes and decodes the rows.
 
     Raises:
-        ValueError: one of the names is taken.
+        ValueError: another encoding has one of the names.
     """
     if stored in ENCODINGS:
         raise ValueError(f"sidecars have an encoding {stored!r} already: choose another name.")
@@ -131,7 +131,7 @@ register_encoding("int4", "I4", IntegerEncoding(4))
 
 
 def rounding_error(encoding: Encoding, weight_NH: Tensor) -> float:
-    """What an encoding loses: the norm of the difference relative to that of the weights."""
+    """The norm of an encoding's rounding error relative to the norm of the weights."""
     back_NH = torch.empty(weight_NH.shape, dtype=torch.float32)
     encoding.decode(encoding.encode(weight_NH), back_NH)
     norm = weight_NH.float().norm()

@@ -1,6 +1,6 @@
-"""The sidecar's format: what `neurons.ripple` holds and where.
+"""The sidecar's layout: the sections of `neurons.ripple` and their offsets.
 
-It is a safetensors container, which any safetensors tool can list, under a name that no loader takes for
+It is a safetensors container, which any safetensors tool can list, under a name that no loader mistakes for
 weights. Its sections are byte tensors that start and end on a 4096-byte boundary:
 
     layers.I.bundles      one bundle a neuron, in placement order: [gate | up | down^T], or [fc1 | fc2^T],
@@ -41,21 +41,21 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SidecarHeader:
-    """What a sidecar says about itself.
+    """The description in a sidecar.
 
     Attributes:
         model_type: transformers' name of the architecture.
         layers, neurons, hidden: MLPs streamed, neurons in each (N), hidden size (H).
         experts: how many MLPs in a row are experts of one layer; None if the model is dense.
         rows: rows of a bundle (R): 3 with a gate, 2 without.
-        dtype: how bundles store weights: a key of `encoding.ENCODINGS`.
+        dtype: the encoding of the bundles: a key of `encoding.ENCODINGS`.
         exact_zeros: whether the activation zeroes inactive neurons, which makes sparse reads exact.
         hot: for each MLP, how many of its first places hold neurons that stay in memory.
         checkpoint: fingerprint of the weight files beside the sidecar.
         files: SHA-256 of each of these weight files.
         base: SHA-256 of each weight file of the model that was reordered.
-        rank: of the predictors; 0 where there are none.
-        profile: how the order was found: placement, calibration tokens, activity, expected reads.
+        rank: of the predictors; 0 in a sidecar without predictors.
+        profile: figures of the order: placement, calibration tokens, activity, expected reads.
         version: of this format.
     """
 
@@ -121,7 +121,7 @@ class SidecarHeader:
         return {kind: size for kind, size in sizes.items() if size}
 
     def layout(self) -> Layout:
-        """Where everything lies in the file."""
+        """The offsets of all sections."""
         entries: dict[str, Any] = {"__metadata__": {"ripple": json.dumps(asdict(self))}}
         starts, end = {}, 0
         for layer in range(self.layers):
@@ -141,7 +141,7 @@ class SidecarHeader:
 
 @dataclass(frozen=True)
 class Layout:
-    """Places in a sidecar file.
+    """Offsets in a sidecar file.
 
     Attributes:
         container: the safetensors header that the file starts with.
@@ -167,7 +167,7 @@ class Vectors:
         bias: biases of the rows that select, shape (S, N).
         down_bias: bias of the output, shape (H,).
         scale: float value of one step of the int8 sketch, shape (S, N).
-        error: Euclidean norm of what the sketch rounds away of each row, shape (S, N).
+        error: Euclidean norm of each row's rounding error in the sketch, shape (S, N).
     """
 
     bias: Array

@@ -1,11 +1,11 @@
-"""Low-rank predictors of a ReLU's active neurons: what inputs have in common is computed, the rest is slack.
+"""Low-rank predictors of a ReLU's active neurons: products in the inputs' main subspace, plus a margin.
 
-The inputs of an MLP lie close to a subspace of few dimensions K: the leading right singular vectors of some
-of them, taken while tracing, span it. A neuron's pre-activation is w.x + b = w.P x + b + w.(x - P x), with
-the projection P; the first part takes K products a neuron instead of H, and the last is small. Its deviation
-is measured for each neuron on inputs that did not shape P, and so is how many deviations leave how large a
-share of the active neurons out. Deja Vu (arXiv 2310.17157) and LLM in a Flash (arXiv 2312.11514, section 3.1)
-train such predictors; this one is closed-form.
+The inputs of an MLP lie close to a subspace of few dimensions K: the leading right singular vectors of
+inputs that were sampled while tracing span it. With the projection P to it, a neuron's pre-activation is
+w.x + b = w.P x + b + w.(x - P x): the first part takes K products a neuron instead of H, and the last is
+small. The standard deviation of the last part is measured for each neuron on held-out inputs. They also
+calibrate recall against the number of deviations added. Deja Vu (arXiv 2310.17157) and LLM in a Flash (arXiv
+2312.11514, section 3.1) train such predictors; this one is closed-form.
 
 Dimension key: T tokens, M sampled tokens, N neurons, H hidden, K rank, L levels.
 """
@@ -23,17 +23,17 @@ from torch import Tensor
 from ripple_loader.config import RECALLS
 from ripple_loader.format.sketch import IntegerInputs, sketch_rows
 
-_HELD_BACK = 4  # every fourth sampled token measures what the others' subspace leaves
-_MOST, _FEWEST = 4096, 32  # sampled tokens to fit to, and held back to be sure of what they say
-_MULTIPLE = 8  # of which ranks are, for the processor
-_LEAST = 1e-6  # of the largest pre-activation: floating point leaves as much
+_HELD_OUT_EVERY = 4  # sampled tokens; deviations are measured on every fourth
+_MOST_TOKENS, _FEWEST_HELD_OUT = 4096, 32  # to fit to, and to calibrate on
+_RANK_MULTIPLE = 8  # for the processor
+_LEAST_DEVIATION = 1e-6  # of the largest pre-activation: the error of floating point
 MISSES = np.geomspace(1 - RECALLS[1], 1 - RECALLS[0], 12)
-"""Shares of the active neurons left out, for which predictors know their slack."""
+"""Shares of the active neurons missed, for each of which a predictor stores how many deviations to add."""
 
 
 def rank_of(hidden: int, share: float) -> int:
-    """The rank of a predictor for a share of the hidden size; 0 where the share is."""
-    return min(hidden, math.ceil(share * hidden / _MULTIPLE) * _MULTIPLE)
+    """The rank of a predictor for a share of the hidden size; 0 for a share of 0."""
+    return min(hidden, math.ceil(share * hidden / _RANK_MULTIPLE) * _RANK_MULTIPLE)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Predictor:
         basis: of the inputs' subspace, float32, shape (K, H).
         rows: the neurons' weights in it, int8, shape (N, K).
         scale: value of one step of each row, float32, shape (N,).
-        deviation: of what it leaves out of each pre-activation, float32, shape (N,).
+        deviation: of each pre-activation's part outside the subspace, float32, shape (N,).
         levels: how many deviations to add for each of `MISSES`, float32, shape (L,).
     """
 
@@ -56,51 +56,53 @@ class Predictor:
 
     @staticmethod
     def size(rank: int, neurons: int, hidden: int) -> int:
-        """Bytes of a packed one; none for rank 0."""
+        """Bytes of a packed predictor; 0 for rank 0."""
         floats = rank * hidden + 2 * neurons + len(MISSES)
         return 4 * floats + rank * neurons if rank else 0
 
     @classmethod
     def fit(cls, x_MH: Tensor, weight_NH: Tensor, bias_N: Tensor, rank: int) -> Self:
-        """Of an MLP's selecting weights, from some of its inputs; float32.
+        """Fit a predictor of an MLP's selecting weights to some of its inputs; all float32.
 
-        Where the inputs are too few to tell, the slack is infinite, and all neurons are taken to be active.
+        With too few inputs the number of deviations is infinite, so that all neurons count as active.
         """
         x_MH = x_MH[x_MH.isfinite().all(1)]
-        x_MH = x_MH[:: -(-len(x_MH) // _MOST)] if len(x_MH) else x_MH
-        held_back = torch.arange(len(x_MH), device="cpu") % _HELD_BACK == _HELD_BACK - 1
+        x_MH = x_MH[:: -(-len(x_MH) // _MOST_TOKENS)] if len(x_MH) else x_MH
+        held_out = torch.arange(len(x_MH), device="cpu") % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
         basis_KH = torch.zeros(rank, x_MH.shape[1], device="cpu")
-        found = torch.linalg.svd(x_MH[~held_back], full_matrices=False).Vh[:rank]
-        basis_KH[: len(found)] = found
+        singular = torch.linalg.svd(x_MH[~held_out], full_matrices=False).Vh[:rank]
+        basis_KH[: len(singular)] = singular
         rows, scale, _ = map(torch.from_numpy, sketch_rows(weight_NH @ basis_KH.T))
-        estimate_MN = _products(x_MH[held_back], basis_KH, rows, scale) + bias_N
-        exact_MN = x_MH[held_back] @ weight_NH.T + bias_N
+        estimate_MN = _products(x_MH[held_out], basis_KH, rows, scale) + bias_N
+        exact_MN = x_MH[held_out] @ weight_NH.T + bias_N
         active_MN = exact_MN > 0
-        if len(exact_MN) < _FEWEST or not active_MN.any():
+        if len(exact_MN) < _FEWEST_HELD_OUT or not active_MN.any():
             unknown = torch.full((len(MISSES),), torch.inf, device="cpu")
             return cls(basis_KH, rows, scale, torch.ones(len(rows), device="cpu"), unknown)
-        left_MN = estimate_MN - exact_MN
-        deviation_N = left_MN.square().mean(0).sqrt().clamp_min(_LEAST * float(exact_MN.abs().amax()))
+        error_MN = estimate_MN - exact_MN
+        deviation_N = (
+            error_MN.square().mean(0).sqrt().clamp_min(_LEAST_DEVIATION * float(exact_MN.abs().amax()))
+        )
         short = -(estimate_MN / deviation_N)[active_MN].numpy()
         levels = np.quantile(short, 1 - MISSES).astype(np.float32)
         return cls(basis_KH, rows, scale, deviation_N, torch.from_numpy(levels))
 
     def estimate(self, x_TH: Tensor) -> Tensor:
-        """Pre-activations without bias as the subspace has them, float32, shape (T, N)."""
+        """Pre-activations without bias, of the inputs' part in the subspace, float32, shape (T, N)."""
         return _products(x_TH, self.basis, self.rows, self.scale)
 
     def deviations(self, recall: float) -> float:
-        """How many to add to the estimates so that this share of the active neurons is above zero."""
+        """The number of deviations to add so that this share of the active neurons is above zero."""
         return float(np.interp(np.log(1 - recall), np.log(MISSES), self.levels.numpy()))
 
     def pack(self) -> bytes:
-        """What `unpack` takes."""
+        """All arrays as the bytes of a section."""
         floats = (self.basis, self.scale, self.deviation, self.levels)
         return b"".join(part.numpy().tobytes() for part in (*floats, self.rows))
 
     @classmethod
     def unpack(cls, data: Tensor, rank: int, neurons: int, hidden: int) -> Self:
-        """Views of a packed one, uint8, shape (`size`,)."""
+        """A predictor of views into packed bytes, uint8, shape (`size`,)."""
         sizes = [rank * hidden, neurons, neurons, len(MISSES)]
         numbers, rows = data.split([4 * sum(sizes), rank * neurons])
         basis, scale, deviation, levels = numbers.view(torch.float32).split(sizes)

@@ -1,4 +1,4 @@
-"""How the uses that a trace saw are spread over neurons, as a sidecar's header keeps it.
+"""The distribution of uses over neurons in a trace, as a sidecar's header keeps it.
 
 Dimension key: N neurons of an MLP, G groups of them.
 """
@@ -29,11 +29,11 @@ def spread_uses(grouped_G: list[float], neurons: int) -> Counts:
 
 
 def cache_shares(uses: list[Counts], slots: int) -> list[int]:
-    """How many slots each MLP should have: a slot goes where the next most used neuron is.
+    """Divide cache slots over MLPs: each slot goes to the MLP of the next most used neuron.
 
     Args:
         uses: by MLP.
-        slots: for all MLPs together; what no neuron could use stays free.
+        slots: for all MLPs together; slots beyond the number of neurons stay free.
     """
     sizes = np.array([len(one) for one in uses])
     if slots >= sizes.sum():

@@ -25,7 +25,7 @@ HEADER_LIMIT = 100 << 20  # safetensors' own
 
 
 class Sidecar:
-    """A sidecar opened for looking things up; the weights are read by `reader.Reader`.
+    """A sidecar opened for looking things up; `storage.reader.Reader` reads the weights while it is used.
 
     Raises:
         FileNotFoundError: the directory has no sidecar.
@@ -44,7 +44,7 @@ class Sidecar:
         with self.path.open("rb") as file:
             container = file.read(len(self.layout.container))
         if container != self.layout.container:
-            raise self._damaged(0, "its table of sections does not follow from its description")
+            raise self._damaged(0, "its table of sections contradicts its description")
         if (size := self.path.stat().st_size) != self.layout.file_bytes:
             raise self._damaged(size, f"it must have {self.layout.file_bytes} bytes")
 
@@ -92,7 +92,7 @@ class Sidecar:
         return Vectors.unpack(data.data, self.header.rows, self.header.neurons, self.header.hidden)
 
     def predictor(self, layer: int) -> Predictor:
-        """What predicts the active neurons of a layer, where the header has a rank."""
+        """A layer's predictor, of a sidecar whose header has a rank."""
         header, (offset, size) = self.header, self.section(layer, "predictor")
         data = np.fromfile(self.path, np.uint8, size, offset=offset)
         return Predictor.unpack(torch.from_numpy(data), header.rank, header.neurons, header.hidden)
@@ -124,10 +124,10 @@ class Sidecar:
                 raise self._damaged(offset, f"the next {len(data)} bytes do not match their checksum")
 
     def check_weights(self, files: list[Path] | None = None) -> None:
-        """Check that the weight files, by default those beside it, are those the sidecar was made with."""
+        """Check that the sidecar belongs to the weight files, by default those beside it."""
         files = files or [shard.path for shard in read_shards(self.path.parent)]
         if fingerprint(files) != self.header.checkpoint:
             raise ValueError(
-                f"{self.path} must lie beside the weights it was made with, but those of "
+                f"{self.path} must lie beside the weights that it was written with, but those of "
                 f"{files[0].parent} differ: reorder that model again."
             )

@@ -18,32 +18,32 @@ Array = npt.NDArray[Any]
 _FEW_TOKENS = 4
 _FLOATS_AT_ONCE = 1 << 16
 _PARTS = 3
-_LEAST = 1e-30  # of a token's largest input; its finest step is still a normal number
+_LEAST_INPUT = 1e-30  # a token's largest input is at least this, so that the finest step is a normal number
 
 
 @dataclass(frozen=True)
 class IntegerInputs:
-    """Inputs as sums of int8 parts, each of what those before it leave: products with a sketch need no float.
+    """Inputs as sums of int8 parts, each the rounded remainder of those before it.
 
-    Where one of a token's inputs is hundreds of times as large as the others, as some models have it, two
-    parts would leave too much of those.
+    In some models one of a token's inputs is hundreds of times as large as the others. Two parts would round
+    the others too coarsely, so there are three.
 
     Attributes:
         parts: int8, each (T, H).
         steps: the value of one in each part, (T, 1).
         norm: of the inputs, (T,).
-        left: norm of what all parts leave of them, (T,).
+        error: norm of the remainder after all parts, (T,).
     """
 
     parts: list[Tensor]
     steps: list[Tensor]
     norm: Tensor
-    left: Tensor
+    error: Tensor
 
     @classmethod
     def of(cls, x_TH: Tensor) -> IntegerInputs:
-        """Of float32 inputs (T, H)."""
-        step_T1 = x_TH.abs().amax(1, keepdim=True).clamp(min=_LEAST) / 127
+        """Split float32 inputs (T, H)."""
+        step_T1 = x_TH.abs().amax(1, keepdim=True).clamp(min=_LEAST_INPUT) / 127
         rest_TH = x_TH / step_T1  # norms are of these, whose squares neither overflow nor vanish
         norm_T = step_T1[:, 0] * rest_TH.norm(dim=1)
         parts, steps = [], []
@@ -59,8 +59,8 @@ class IntegerInputs:
     def products(self, sketch_RH: Tensor, out_TR: Tensor) -> None:
         """Products with the rows of a sketch, int8 (R, H), into float32 (T, R).
 
-        Processors without units for them multiply the integers as floats, and so do all for many tokens: some
-        rows at a time, for the memory that this takes is beyond the DRAM budget.
+        Processors without integer units, and all processors for many tokens, multiply the integers as floats:
+        some rows at a time, because the DRAM budget does not cover this memory.
         """
         if len(self.norm) <= _FEW_TOKENS and has_integer_units():
             products_STR = integer_product(torch.cat(self.parts), sketch_RH.T).unflatten(0, (_PARTS, -1))
@@ -68,8 +68,8 @@ class IntegerInputs:
             return
         y_TH = torch.stack([p * step for p, step in zip(self.parts, self.steps, strict=True)]).sum(0)
         rows = max(1, _FLOATS_AT_ONCE // sketch_RH.shape[1])
-        for rows_RH, found_TR in zip(sketch_RH.split(rows), out_TR.split(rows, 1), strict=True):
-            torch.mm(y_TH, rows_RH.T.float(), out=found_TR)
+        for rows_RH, products_TR in zip(sketch_RH.split(rows), out_TR.split(rows, 1), strict=True):
+            torch.mm(y_TH, rows_RH.T.float(), out=products_TR)
 
 
 def sketch_rows(weight_NH: Tensor) -> tuple[Array, Array, Array]:

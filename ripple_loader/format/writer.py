@@ -1,4 +1,4 @@
-"""Write a sidecar, layer by layer, with what selects its neurons: sketch, vectors and predictor.
+"""Write a sidecar, layer by layer: bundles, sketch, vectors, permutation and predictor.
 
 Dimension key: R rows of a bundle, S = R - 1 rows that select, N neurons, H hidden.
 """
@@ -27,14 +27,14 @@ class SidecarWriter:
 
     Args:
         path: the file to make.
-        header: all that its sizes follow from.
+        header: the description, which determines all sizes.
     """
 
     def __init__(self, path: Path, header: SidecarHeader) -> None:
         self.header, self.layout = header, header.layout()
         self._file = path.open("wb")
         self._file.write(self.layout.container)
-        self._chunk, self._crc, self._left = [zlib.crc32(self.layout.container)], 0, CHECKSUM_CHUNK
+        self._chunk, self._crc, self._remaining = [zlib.crc32(self.layout.container)], 0, CHECKSUM_CHUNK
 
     def __enter__(self) -> Self:
         return self
@@ -44,7 +44,7 @@ class SidecarWriter:
     ) -> None:
         try:
             if kind is None:
-                if self._left < CHECKSUM_CHUNK:
+                if self._remaining < CHECKSUM_CHUNK:
                     self._chunk.append(self._crc)
                 self._file.write(np.array(self._chunk, "<u4").tobytes())
                 self._file.flush()
@@ -71,7 +71,7 @@ class SidecarWriter:
         N, H, S = self.header.neurons, self.header.hidden, self.header.rows - 1
         bundles = pack_bundles(rows_RNH, self.header.encoding)
         self._write(bundles.numpy())
-        # The sketch is of what will be computed with, which is what bounds its error.
+        # The sketch is of the decoded bundles, so that its error bound holds for the weights that compute.
         stored_NRH = unpack_bundles(bundles, self.header, torch.float32)
         sketches, scales, errors = zip(*(sketch_rows(stored_NRH[:, row]) for row in range(S)), strict=True)
         self._write(np.stack(sketches))
@@ -92,9 +92,9 @@ class SidecarWriter:
         for part in (data, memoryview(bytes(align(len(data)) - len(data)))):
             self._file.write(part)
             while len(part):
-                taken, part = part[: self._left], part[self._left :]
-                self._crc = zlib.crc32(taken, self._crc)
-                self._left -= len(taken)
-                if not self._left:
+                piece, part = part[: self._remaining], part[self._remaining :]
+                self._crc = zlib.crc32(piece, self._crc)
+                self._remaining -= len(piece)
+                if not self._remaining:
                     self._chunk.append(self._crc)
-                    self._crc, self._left = 0, CHECKSUM_CHUNK
+                    self._crc, self._remaining = 0, CHECKSUM_CHUNK

@@ -1,4 +1,4 @@
-"""Where a model keeps its MLPs, and the modules that take their place: all that knows transformers' models.
+"""The MLPs of transformers' models: where to find them, and the modules that replace them.
 
-It imports no other folder; the neurons come from a `streaming.Backend`, which `online` and `offline` have.
+It imports no other folder; `online` and `offline` implement the `streaming.Backend` that computes the MLPs.
 """

@@ -26,7 +26,7 @@ class Projection:
     Attributes:
         linear: its name in the checkpoint and, but for experts, that of the module that holds it.
         neuron_axis: axis of the weight along which neurons lie.
-        half: which half of that axis is meant, where one weight holds two projections.
+        half: which half of that axis this projection is, where one weight holds two projections.
     """
 
     linear: str
@@ -64,7 +64,7 @@ class Architecture:
     stacked: bool = False
 
     def forms(self) -> tuple[Architecture, ...]:
-        """How checkpoints may store it: as this entry says or, for experts, as transformers 5 stacks them."""
+        """The forms of checkpoints: this entry's and, for experts, the stacked one of transformers 5."""
         if self.expert is None:
             return (self,)
         gate, up = (Projection("gate_up_proj", 0, half=half) for half in (0, 1))
@@ -72,8 +72,8 @@ class Architecture:
 
     @property
     def projections(self) -> dict[Role, Projection]:
-        found: dict[Role, Projection] = {"selector": self.selector, "down": self.down}
-        return found if self.up is None else {**found, "up": self.up}
+        roles: dict[Role, Projection] = {"selector": self.selector, "down": self.down}
+        return roles if self.up is None else {**roles, "up": self.up}
 
     @property
     def bundle(self) -> tuple[Role, ...]:
@@ -139,7 +139,7 @@ class MLPSite:
         return has_exact_zeros(self.activation)
 
     def replace(self, model: nn.Module, streaming: nn.Module) -> None:
-        """Put `streaming`, which is called as the MLP is, in its place."""
+        """Replace the MLP by `streaming`, which is called with the same arguments."""
         if self.architecture.mlp:
             parent, _, name = self.name.rpartition(".")
             setattr(model.get_submodule(parent), name, streaming)
@@ -229,8 +229,8 @@ def architecture_of(model_type: str) -> Architecture:
     """
     if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"Ripple must know where a model keeps its MLP neurons: it looked for the model type "
-            f"{model_type!r} and knows {', '.join(sorted(ARCHITECTURES))}; "
-            "add an entry to ripple_loader.model.architectures.ARCHITECTURES."
+            f"Ripple does not know where a model of type {model_type!r} keeps its MLP neurons; it knows "
+            f"{', '.join(sorted(ARCHITECTURES))}. To support it, add an entry to "
+            "ripple_loader.model.architectures.ARCHITECTURES."
         )
     return ARCHITECTURES[model_type]

@@ -1,4 +1,4 @@
-"""Load a model with streaming modules in its MLPs' place, through transformers' slot for quantizers."""
+"""Load a model whose MLPs are replaced by streaming modules, through transformers' slot for quantizers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def read_alone(tensor: Tensor) -> None:
-    """Have the kernel read a tensor that lies in a mapped file now, and never what lies around it there.
+    """Have the kernel read a tensor of a mapped file now, without reading ahead around it.
 
     Weights that stay in memory are views of the mapped checkpoint, whose neighbours are the MLPs. Where
-    memory is short, read-ahead of those, megabytes at each fault, would push the weights out again.
+    memory is short, the kernel's read-ahead of the MLPs, megabytes at each fault, would evict the weights.
     """
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = tensor.data_ptr() + tensor.nbytes - start
@@ -29,21 +29,21 @@ def read_alone(tensor: Tensor) -> None:
         madvise = ctypes.CDLL(None).madvise
         for advice in (mmap.MADV_RANDOM, mmap.MADV_WILLNEED):
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
-    except (AttributeError, TypeError):  # a system without it
+    except (AttributeError, TypeError):  # this system has no madvise
         return
 
 
 class StreamingQuantizer(LoadingHooks):
-    """Leaves the MLP weights on disk and puts streaming modules in the MLPs' place."""
+    """Leaves the MLP weights on disk and replaces the MLPs by streaming modules."""
 
     @abstractmethod
     def streamed(self, model: Any, files: list[Path]) -> tuple[list[MLPSite], Backend]:
-        """The MLPs to replace and what computes them, for the checkpoint files of `model`."""
+        """The MLPs of `model` to replace, and the backend that computes them, for its checkpoint files."""
 
     def before_weights(self, model: Any, files: list[Path]) -> None:
         if not files:
             raise ValueError(
-                "Ripple must load from a reordered directory, got a model without checkpoint files: "
+                "Ripple must load from a reordered directory, but the model has no checkpoint files: "
                 "use `from_pretrained(directory, quantization_config=...)`."
             )
         from ripple_loader.model.streaming import stream

@@ -1,7 +1,7 @@
-"""The modules that take an MLP's place: no parameters, their neurons come from a backend.
+"""Modules that replace MLPs and have no parameters: a backend computes with neurons from elsewhere.
 
-They are opaque to torch.compile: a compiled model has a graph break at each. Import this file where a model
-is loaded, for `torch.compiler.disable` brings in Dynamo, as loading does anyway.
+They are opaque to torch.compile: a compiled model has a graph break at each. Import this file only when a
+model is loaded, because `torch.compiler.disable` imports Dynamo.
 
 Dimension key: T tokens, H hidden, K experts a token is routed to.
 """
@@ -17,13 +17,13 @@ from ripple_loader.model.architectures import MLPSite
 
 
 class Backend(Protocol):
-    """What computes the streamed MLPs of a model, numbered as they run: `engine.Engine`, or the tracer."""
+    """Computes the streamed MLPs of a model, numbered as they run: `online.engine.Engine` or the tracer."""
 
     def compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
         """An MLP's output for T tokens; `following` is the MLP that runs next, if it is known."""
 
     def begin(self, tokens: int) -> None:
-        """Note that a forward call with so many tokens reaches the first streamed layer."""
+        """Called when a forward call of `tokens` tokens reaches the first streamed layer."""
 
 
 class StreamingMLP(nn.Module):
@@ -57,7 +57,7 @@ class StreamingMLP(nn.Module):
 
 
 class StreamingExperts(nn.Module):
-    """Computes the routed experts of a layer; those that no token is routed to are not read.
+    """Computes the routed experts of a layer; it does not read experts that no token is routed to.
 
     Args:
         backend: shared by all layers of a model.
@@ -76,8 +76,8 @@ class StreamingExperts(nn.Module):
 
         Args:
             hidden_states: shape (T, H).
-            top_k_index: the experts of each token, shape (T, K); `experts` and above stand for none.
-            top_k_weights: what each of their outputs is multiplied with, shape (T, K).
+            top_k_index: the experts of each token, shape (T, K); numbers from `experts` on are no expert.
+            top_k_weights: the factor of each of their outputs, shape (T, K).
         """
         return _InferenceOnly.apply(hidden_states, self, top_k_index, top_k_weights)
 
@@ -102,7 +102,7 @@ class StreamingExperts(nn.Module):
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """Refuses a backward pass: the weights it would need are gone by then."""
+    """Refuses a backward pass, which would need weights that are no longer in memory."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, module: Any, *more: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which neurons count as active for a token, kept as bit sets.
+"""Active sets: the neurons that count as active for each token, as bit sets.
 
 Dimension key: T tokens, N neurons.
 """
@@ -42,13 +42,13 @@ def most_energy(size_TN: Tensor, share: float) -> Tensor:
 
 
 def active_mask(activation_TN: Tensor, rule: str, share: float, *, exact_zeros: bool) -> Tensor:
-    """Which neurons count as active, bool of shape (T, N).
+    """The neurons that count as active, bool of shape (T, N).
 
     Args:
-        activation_TN: what their columns of `down_proj` are multiplied with.
+        activation_TN: the factors of the columns of `down_proj`.
         rule: a name of `registry.ACTIVE_RULES`, for activations without exact zeros.
-        share: what the rule refers to, see `ReorderConfig.active`.
-        exact_zeros: whether inactive neurons are exactly zero; all others are active then.
+        share: the rule's parameter, see `ReorderConfig.active`.
+        exact_zeros: whether inactive neurons are exactly zero; then all others are active.
     """
     if exact_zeros:
         return activation_TN != 0
@@ -62,7 +62,7 @@ def unpack(sets: BitSets, neurons: int) -> npt.NDArray[np.uint8]:
 
 
 def count_uses(sets: BitSets, neurons: int) -> npt.NDArray[np.int64]:
-    """For how many tokens each neuron is active, shape (N,)."""
+    """The number of tokens that each neuron is active for, shape (N,)."""
     counts = np.zeros(neurons, np.int64)
     for start in range(0, len(sets), _COUNTED_AT_ONCE):
         counts += unpack(sets[start : start + _COUNTED_AT_ONCE], neurons).sum(0, dtype=np.int64)

@@ -20,28 +20,28 @@ def calibration_sequences(
 
     Args:
         calibration: texts, rows of a dataset with a "text" or "input_ids" column, or tensors of token ids.
-        tokenizer: makes the tokenizer, once there is a text.
-        tokens: stop after so many.
+        tokenizer: makes the tokenizer; called only for texts.
+        tokens: the number of tokens to stop after.
         sequence_length: most tokens of a sequence; documents are joined to fill it.
 
     Raises:
-        TypeError: it is one text, or an item is none of these.
-        ValueError: there is not a single sequence.
+        TypeError: it is a single text, or an item has another type.
+        ValueError: it is empty.
     """
     if isinstance(calibration, str):
         raise TypeError("`calibration` must be a list of texts, got one str: put it in a list.")
-    pending, left = torch.empty(0, dtype=torch.int64, device="cpu"), tokens
+    pending, remaining = torch.empty(0, dtype=torch.int64, device="cpu"), tokens
     for item in calibration:
         pending = torch.cat([pending, _token_ids(item, tokenizer)])
-        while len(pending) >= sequence_length and left > 0:
-            taken = min(sequence_length, left)
-            yield pending[None, :taken]
-            pending, left = pending[sequence_length:], left - taken
-        if left <= 0:
+        while len(pending) >= sequence_length and remaining > 0:
+            length = min(sequence_length, remaining)
+            yield pending[None, :length]
+            pending, remaining = pending[sequence_length:], remaining - length
+        if remaining <= 0:
             return
     if len(pending):
-        yield pending[None, :left]
-    elif left == tokens:
+        yield pending[None, :remaining]
+    elif remaining == tokens:
         raise ValueError("`calibration` must hold at least one token, got an empty set.")
 
 
@@ -59,7 +59,7 @@ def _token_ids(item: Any, tokenizer: Callable[[], Any]) -> Tensor:
 
 
 def cut_sequences(source: SourceModel, calibration: Iterable[Any], config: ReorderConfig) -> list[Tensor]:
-    """The calibration set as token ids, made with the model's own tokenizer."""
+    """The calibration set as token ids, by the model's own tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = functools.cache(lambda: AutoTokenizer.from_pretrained(source.directory))

@@ -1,7 +1,7 @@
 """Offline step 2: how often neurons are active together.
 
-Counts of single pairs are exact, from bit sets over tokens. Which pairs are worth counting comes from a
-matrix product, for wide layers over a sample of the tokens: the whole product would be 2 T N^2 operations.
+Counts of single pairs are exact, from bit sets over tokens. A matrix product proposes the pairs to count; for
+wide layers it takes a sample of the tokens, because the whole product would be 2 T N^2 operations.
 
 Dimension key: T tokens, N neurons, M members looked at, B of them at once.
 """
@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 1024
 _NEURONS_AT_ONCE = 1024
 _PAIRS_AT_ONCE = 8192
 _PRODUCTS = 1 << 36
-_CANDIDATES = 2  # for each partner wanted, when they come from a sample
+_CANDIDATES = 2  # for each partner to keep, when a sample proposes them
 
 Indices = npt.NDArray[np.int64]
 
@@ -47,12 +47,12 @@ class Activity:
 
     def together(self, first: Indices, second: Indices) -> Indices:
         """f(first, second): for how many tokens both neurons of each pair are active, int64."""
-        found = np.empty(len(first), np.int64)
+        counts = np.empty(len(first), np.int64)
         for start in range(0, len(first), _PAIRS_AT_ONCE):
             part = slice(start, start + _PAIRS_AT_ONCE)
             both = self._words[first[part]] & self._words[second[part]]
-            found[part] = np.bitwise_count(both).sum(1, dtype=np.int64)
-        return found
+            counts[part] = np.bitwise_count(both).sum(1, dtype=np.int64)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class CoActivation:
 
 
 def sampled_tokens(tokens: int, members: int) -> int:
-    """How many of a layer's tokens propose partners among so many neurons."""
+    """How many of a layer's tokens propose partners among `members` neurons."""
     return min(tokens, max(64, _PRODUCTS // max(1, members * members)))
 
 
@@ -84,10 +84,10 @@ def coactivation(
 
     Args:
         activity: the layer's active sets.
-        partners: how many to keep; pairs that are never active together are left out.
+        partners: the number to keep; pairs that are never active together are not kept.
         members: look at these neurons only, ascending.
-        sample: tokens that propose partners, by default `sampled_tokens`; where that is not all of them,
-            twice as many candidates are counted exactly and the best kept.
+        sample: tokens that propose partners, by default `sampled_tokens`; if these are not all tokens,
+            twice as many candidates are counted exactly and the best are kept.
     """
     members = np.arange(activity.neurons) if members is None else members
     M, T = len(members), activity.tokens

@@ -26,7 +26,7 @@ class _Paths:
         return neuron
 
     def link(self, pairs: Iterable[tuple[int, int]]) -> int:
-        """Join the pairs in turn, leaving out those that would branch a path or close it; how many joined."""
+        """Join the pairs in turn, except those that would branch or close a path; returns how many."""
         neighbours, before = self.neighbours, self.links
         for first, second in pairs:
             if len(neighbours[first]) < 2 and len(neighbours[second]) < 2:
@@ -39,7 +39,7 @@ class _Paths:
         return self.links - before
 
     def ends(self, members: Indices) -> Indices:
-        """Members that can still be linked."""
+        """The members that have fewer than two links."""
         return np.array([n for n in members.tolist() if len(self.neighbours[n]) < 2], np.int64)
 
     def walk(self, members: Indices) -> Indices:
@@ -55,14 +55,14 @@ class _Paths:
 
 
 def greedy_linking(activity: Activity, members: Indices, partners: int, graph: CoActivation) -> Indices:
-    """Link the nearest neurons first, then, round by round, the nearest ends of the paths this leaves.
+    """Link the nearest neurons first, then, round by round, the nearest ends of the resulting paths.
 
-    Paths that nothing in the trace connects are chained in the model's own order.
+    Paths that were never active together are chained in the model's own order.
 
     Args:
         activity: the layer's active sets.
         members: the neurons to order, ascending.
-        partners: how many are kept of each path end, round by round.
+        partners: how many partners of each path end are considered in a round.
         graph: of the members, for the first round.
     """
     paths = _Paths(activity.neurons)

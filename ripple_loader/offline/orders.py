@@ -1,4 +1,4 @@
-"""Orders for all MLPs of a model, and what they are expected to cost.
+"""Orders for all MLPs of a model, and their expected reads.
 
 An eighth of the traced tokens is held back from the orders, to count their reads on.
 """
@@ -30,14 +30,14 @@ _TOKENS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class ReorderPlan:
-    """An order for every MLP and what it is expected to cost.
+    """An order for every MLP and its expected reads.
 
     Attributes:
         orders: one permutation an MLP.
         hot: how many of its first places hold neurons that stay in memory.
         exact_zeros: whether inactive neurons are exactly zero.
-        bundles: how the sidecar stores weights, see `ReorderConfig`.
-        rank: of the predictors, 0 for none.
+        bundles: the encoding of the sidecar, see `ReorderConfig`.
+        rank: of the predictors; 0 without them.
         profile: placement, tokens, share of neurons active, share of them hot, and reads per token and MLP in
             the model's own order and in this one, without the hot neurons, counted on tokens that did not
             shape it; "uses", for each MLP: see `grouped_uses`.
@@ -52,10 +52,10 @@ class ReorderPlan:
 
 
 def hot_neurons(uses: list[Indices], share: float) -> list[int]:
-    """How many neurons of each MLP are hot: of those of all MLPs, the share that is active most often.
+    """The number of hot neurons of each MLP: together the most active share of all MLPs' neurons.
 
     Args:
-        uses: for how many tokens each neuron is active, shape (N,), by MLP; one that never is cannot be hot.
+        uses: tokens that each neuron is active for, shape (N,), by MLP; unused neurons cannot be hot.
         share: from 0 to 1.
     """
     active = sum(int(np.count_nonzero(one)) for one in uses)
@@ -63,37 +63,37 @@ def hot_neurons(uses: list[Indices], share: float) -> list[int]:
 
 
 def most_active(counts: Indices, hot: int) -> npt.NDArray[np.bool_]:
-    """Which neurons are the so many most active ones; of equals the first."""
-    found = np.zeros(len(counts), bool)
-    found[np.argsort(-counts, kind="stable")[:hot]] = True
-    return found
+    """A mask of the `hot` most active neurons; the first of equally active ones."""
+    mask_N = np.zeros(len(counts), bool)
+    mask_N[np.argsort(-counts, kind="stable")[:hot]] = True
+    return mask_N
 
 
-def expected_reads(sets: BitSets, order: Order, left_out: npt.NDArray[np.bool_] | None = None) -> float:
+def expected_reads(sets: BitSets, order: Order, in_memory: npt.NDArray[np.bool_] | None = None) -> float:
     """Reads per token that `order` needs: the mean number of runs of active neurons, without merging.
 
     Args:
         sets: active sets to count on.
         order: a permutation of the layer's neurons.
-        left_out: neurons that are in memory, by their own index, bool of shape (N,).
+        in_memory: neurons that need no reads, in the model's own order, bool of shape (N,).
     """
     total = 0
     for start in range(0, len(sets), _TOKENS_AT_ONCE):
         active_TN = unpack(sets[start : start + _TOKENS_AT_ONCE], len(order))
-        if left_out is not None:
-            active_TN[:, left_out] = 0
+        if in_memory is not None:
+            active_TN[:, in_memory] = 0
         starts: Any = np.diff(active_TN[:, order].astype(np.int8), axis=1, prepend=np.int8(0)) == 1
         total += int(starts.sum())
     return total / len(sets) if len(sets) else 0.0
 
 
 def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: Workspace) -> ReorderPlan:
-    """Place the neurons of every MLP, some at once; what `work` holds already is kept."""
+    """Place the neurons of every MLP, several at once; orders that `work` holds already are kept."""
     settings = {name: value for name, value in asdict(config).items() if name in _PLACING}
     stage = work.stage("orders", [trace.description, settings])
 
     def shaping(layer: int) -> Any:
-        """The tokens that an MLP's order is made from; the others tell what it is worth."""
+        """The tokens that determine an MLP's order; its reads are counted on the others."""
         sets = trace.sets(layer)
         return sets[np.arange(len(sets)) % _HELD_BACK != _HELD_BACK - 1]
 
@@ -134,12 +134,12 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
 
 
 def predictor_rank(source: SourceModel, config: ReorderConfig) -> int:
-    """Of the predictors, which only a model with exact zeros has."""
+    """The rank of the predictors; 0 for a model without exact zeros, which has no predictors."""
     return rank_of(source.hidden, config.predictor) if source.exact_zeros else 0
 
 
 def _cost(sets: Any, placed: Placed) -> dict[str, Any]:
-    """What one MLP's order costs, without what it pins; the means over MLPs are the plan's profile."""
+    """Figures of one MLP's order, with the reads of all but hot neurons; the profile holds their means."""
     order, held_back = placed.order, sets[_HELD_BACK - 1 :: _HELD_BACK]
     hot = np.zeros(len(order), bool)
     hot[order[: placed.hot]] = True

@@ -33,7 +33,7 @@ class Placed:
 
     Attributes:
         order: the permutation.
-        hot: how many of its first places hold neurons that stay in memory.
+        hot: the number of its first places, whose neurons stay in memory.
     """
 
     order: Order
@@ -42,14 +42,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class LayerActivity:
-    """What one layer's order can be made from; what takes time is computed when it is first asked for.
+    """The activity of one layer, to order its neurons by; slow parts are computed when they are first used.
 
     Attributes:
         sets: the active sets to order by.
         neurons: N.
         layer: its number.
         config: how to place.
-        hot: how many neurons, the most active, should come first where the order is by activity.
+        hot: how many of the most active neurons to put first in an order by activity.
     """
 
     sets: BitSets
@@ -79,7 +79,7 @@ class LayerActivity:
         return coactivation(self.activity, self.config.partners, self.linkable)
 
     def hot_first(self, path: Indices) -> Placed:
-        """The hot neurons, then a path through the others, improved by 2-opt where the configuration says."""
+        """The hot neurons, then a path through the others, improved by 2-opt if the configuration says so."""
         if self.config.two_opt:
             path = two_opt(path, self.activity, self.graph)
         return Placed(np.concatenate([self.by_frequency[: self.hot], path]), self.hot)
@@ -99,7 +99,7 @@ def place_spectral(layer: LayerActivity) -> Placed:
 
 @PLACEMENTS.register("frequency")
 def place_by_frequency(layer: LayerActivity) -> Placed:
-    """Sorted by how often each is active."""
+    """Sorted by how often each neuron is active."""
     return Placed(layer.by_frequency, layer.hot)
 
 

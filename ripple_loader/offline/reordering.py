@@ -30,8 +30,8 @@ def reorder(
 ) -> ReorderPlan:
     """Write a streaming copy of a model: `out_dir` appears whole or not at all.
 
-    A run that was killed is resumed by the next one with the same arguments: traced sequences, placed MLPs
-    and written weight files are kept.
+    After an interruption the next run with the same arguments resumes: it keeps traced sequences, placed MLPs
+    and written weight files.
 
     Args:
         model_dir: a causal LM saved as safetensors in float32, float16 or bfloat16.
@@ -54,30 +54,30 @@ def reorder(
     source = open_reorderable(Path(model_dir))
     check_space(out, sum(output_bytes(source, config.bundles, predictor_rank(source, config))))
     if (trace is None) == (calibration is None):
-        got = "none" if trace is None else "both"
+        got = "neither" if trace is None else "both"
         raise ValueError(f"one of `calibration` and `trace` must be given, got {got}.")
-    found = trace_of(source, Path(trace)) if trace is not None else None
-    if found is not None and predictor_rank(source, config):
-        found.check_inputs()
+    traced = trace_of(source, Path(trace)) if trace is not None else None
+    if traced is not None and predictor_rank(source, config):
+        traced.check_inputs()
     sequences = cut_sequences(source, calibration, config) if calibration is not None else []
     with working_on(out) as work:
-        if found is None:
+        if traced is None:
             stage = work.stage("trace", trace_description(source, sequences, config))
-            found = trace_source(source, sequences, config, stage)
-        plan = plan_orders(source, found, config, work)
+            traced = trace_source(source, sequences, config, stage)
+        plan = plan_orders(source, traced, config, work)
         tqdm.write(
             "expected reads per token and MLP: {reads_identity:.1f} in the model's order, {reads:.1f} in "
             "{placement} order; {activity:.1%} of the neurons active, {hot:.1%} hot".format(**plan.profile),
             file=sys.stderr,
         )
         orders = [hashlib.sha256(order.tobytes()).hexdigest() for order in plan.orders]
-        key = [found.description, config.bundles, plan.hot, plan.rank, orders]
-        write_copy(source, plan, found, work.stage(Workspace.OUTPUT, key))
+        key = [traced.description, config.bundles, plan.hot, plan.rank, orders]
+        write_copy(source, plan, traced, work.stage(Workspace.OUTPUT, key))
     return plan
 
 
 def open_reorderable(directory: Path) -> SourceModel:
-    """`open_source` for a directory that is not a reordered one."""
+    """Like `open_source`, but refuses a directory that is reordered already."""
     source = open_source(directory)
     if (directory / SIDECAR).exists():
         raise ValueError(f"{directory} is reordered already: give the original model's directory.")
@@ -85,13 +85,13 @@ def open_reorderable(directory: Path) -> SourceModel:
 
 
 def trace_of(source: SourceModel, directory: Path) -> Trace:
-    """A finished trace; ValueError where it is one of another model."""
-    found = Trace(directory)
+    """Open a finished trace; ValueError if it is of another model."""
+    trace = Trace(directory)
     expected = trace_description(source, [], ReorderConfig())
     for name in ("model", "mlps", "neurons"):
-        if found.description.get(name) != expected[name]:
+        if trace.description.get(name) != expected[name]:
             raise ValueError(
                 f"{directory} must be a trace of {source.directory}, but is one of another model: "
                 "trace this model."
             )
-    return found
+    return trace

@@ -1,8 +1,8 @@
-"""Offline step 1: which neurons are active for which token, on real text.
+"""Offline step 1: record the active neurons of each token of a text.
 
-A neuron's activation is what its column of `down_proj` is multiplied with. The model runs with its MLPs
+A neuron's activation is the factor of its column of `down_proj`. The model runs with its MLPs
 streamed from the checkpoint, one at a time, so that it need not fit in memory. Each sequence's active sets
-are a file of their own: an interrupted trace goes on where it stopped, and several processes share one.
+are a file of their own, so that an interrupted trace resumes and several processes share one.
 
 Dimension key: T tokens, N neurons, H hidden.
 """
@@ -36,14 +36,14 @@ class Trace:
     """A finished trace on disk.
 
     Args:
-        directory: what `trace_source` or `ripple trace` made.
+        directory: written by `trace_source` or `ripple trace`.
 
     Attributes:
-        description: what was traced: fingerprint of the weights, rule, tokens, sequences.
+        description: fingerprint of the traced weights, rule, tokens, sequences.
 
     Raises:
-        FileNotFoundError: there is no trace.
-        ValueError: it is not finished.
+        FileNotFoundError: the directory has no trace.
+        ValueError: the trace is not finished.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -69,7 +69,7 @@ class Trace:
         return np.concatenate(self._tensors(str(layer)))
 
     def check_inputs(self) -> None:
-        """ValueError where a trace with exact zeros is of an earlier version, which kept no inputs."""
+        """ValueError if the trace has no inputs of the MLPs, as those of an earlier version."""
         if not self.description.get("inputs_every"):
             raise ValueError(
                 f"{self.directory} must hold inputs of the MLPs, which predictors are fitted to: trace the "
@@ -77,7 +77,7 @@ class Trace:
             )
 
     def inputs(self, layer: int) -> Tensor:
-        """Inputs of one MLP, float32, shape (M, H): of every fourth token, where zeros are exact."""
+        """Inputs of one MLP, float32, shape (M, H): of every fourth token of a model with exact zeros."""
         return torch.from_numpy(np.concatenate(self._tensors(f"{layer}.inputs")))
 
     def _tensors(self, name: str) -> list[npt.NDArray[Any]]:
@@ -90,7 +90,7 @@ class Trace:
 
 
 def trace_description(source: SourceModel, sequences: list[Tensor], config: ReorderConfig) -> dict[str, Any]:
-    """What a trace depends on, as it is written beside it."""
+    """Everything that a trace depends on, as `trace.json` holds it."""
     digest = hashlib.sha256()
     for ids in sequences:
         digest.update(ids.numpy().tobytes())
@@ -151,12 +151,12 @@ def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderCo
 
 
 def _describe(out: Path, description: dict[str, Any]) -> None:
-    """Write what a trace depends on into its directory, which may hold the same trace but no other."""
+    """Write `trace.json` into a directory that is new or holds the same trace."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / _DESCRIPTION
     if path.exists():
-        found = _read_description(path)
-        differing = [key for key in description if found.get(key) != description[key]]
+        existing = _read_description(path)
+        differing = [key for key in description if existing.get(key) != description[key]]
         if differing:
             raise ValueError(
                 f"{out} must hold a trace of this model, text and rule, but differs in "
@@ -172,9 +172,9 @@ def _sequence_file(directory: Path, number: int) -> Path:
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
-        if found.keys() >= {"tokens", "exact_zeros"} and type(found["sequences"]) is int:
-            return found
+        description: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if description.keys() >= {"tokens", "exact_zeros"} and type(description["sequences"]) is int:
+            return description
     except (ValueError, KeyError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{path} must describe a trace, but is damaged: remove {path.parent} and trace again.")

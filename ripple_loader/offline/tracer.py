@@ -25,18 +25,18 @@ from ripple_loader.offline.active_sets import active_mask
 if TYPE_CHECKING:
     from ripple_loader.model.streaming import Backend
 
-INPUTS_EVERY = 4  # tokens, of which inputs are kept for predictors
+INPUTS_EVERY = 4  # tokens; the inputs of every fourth are kept for predictors
 
 
 class Tracer:
-    """A backend that reads each MLP from the checkpoint, computes all of it and notes what was active."""
+    """A backend that reads each MLP from the checkpoint, computes it, and records its active neurons."""
 
     def __init__(self, source: SourceModel, config: ReorderConfig) -> None:
         self.source, self.config = source, config
-        self._found: dict[str, npt.NDArray[Any]] = {}
+        self._recorded: dict[str, npt.NDArray[Any]] = {}
 
     def __deepcopy__(self, memo: Any) -> Tracer:
-        return self  # transformers copies the config that brings the tracer to the model
+        return self  # transformers copies the config that holds the tracer
 
     def begin(self, tokens: int) -> None:
         pass
@@ -50,10 +50,12 @@ class Tracer:
         mask_TN = active_mask(
             a_TN, self.config.active, self.config.active_share, exact_zeros=self.source.exact_zeros
         )
-        self._found[str(layer)] = np.packbits(mask_TN.cpu().numpy(), axis=1)
+        self._recorded[str(layer)] = np.packbits(mask_TN.cpu().numpy(), axis=1)
         if self.source.exact_zeros:
-            # safetensors writes what lies in memory, whatever the strides.
-            self._found[f"{layer}.inputs"] = np.ascontiguousarray(x_TH[::INPUTS_EVERY].float().cpu().numpy())
+            # safetensors ignores strides.
+            self._recorded[f"{layer}.inputs"] = np.ascontiguousarray(
+                x_TH[::INPUTS_EVERY].float().cpu().numpy()
+            )
         down_NH, bias_H = self._part(layer, down, x_TH)
         return F.linear(a_TN, down_NH.T, bias_H)
 
@@ -63,13 +65,13 @@ class Tracer:
         return weight.to(like), None if bias is None else bias.to(like)
 
     def take(self) -> dict[str, npt.NDArray[Any]]:
-        """The active sets since the last call by number of the MLP, and inputs; empty where no token came."""
-        found, self._found = self._found, {}
+        """The active sets and inputs since the last call, by MLP; empty for an MLP that no token reached."""
+        recorded, self._recorded = self._recorded, {}
         for layer in range(self.source.layers):
-            found.setdefault(str(layer), np.empty((0, -(-self.source.neurons // 8)), np.uint8))
+            recorded.setdefault(str(layer), np.empty((0, -(-self.source.neurons // 8)), np.uint8))
             if self.source.exact_zeros:
-                found.setdefault(f"{layer}.inputs", np.empty((0, self.source.hidden), np.float32))
-        return found
+                recorded.setdefault(f"{layer}.inputs", np.empty((0, self.source.hidden), np.float32))
+        return recorded
 
 
 @register_quantization_config("ripple_trace")

@@ -1,4 +1,4 @@
-"""Prove that a reordered directory is whole and loses nothing of the original."""
+"""Prove that a reordered directory is whole and lost nothing of the original."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
 
     Args:
         directory: a reordered directory.
-        original: the model it was made from; without it only integrity is checked.
+        original: the original model; without it only integrity is checked.
 
     Raises:
         FileNotFoundError: a directory or file is missing.
-        ValueError: a check fails; names the file and what differs.
+        ValueError: a check fails; names the file and the difference.
     """
     sidecar = Sidecar(directory)
     sidecar.verify()
@@ -96,15 +96,15 @@ def _check_logits(
 ) -> Iterator[tuple[str, str]]:
     """Compare the original's logits with those of the copy, from its weight files and from the sidecar.
 
-    No model is ever whole in memory. Where the bundles are rounded, the difference of the streamed logits is
-    told, not checked.
+    No model is ever whole in memory. If the bundles are rounded, the difference of the streamed logits is
+    reported, not checked.
     """
     reference = _logits(source)
     tolerance = _TOLERANCE[DTYPES[source.down.dtype]]
     for kind, options in {"logits": None, "streamed logits": RippleConfig(dram_budget=_BUDGET)}.items():
         error = ((_logits(copy, options) - reference).abs().max() / reference.abs().max()).item()
         if rounded_to is not None and options is not None:
-            yield kind, f"differ by {error:.1e} (relative), for the bundles are rounded to {rounded_to}"
+            yield kind, f"differ by {error:.1e} (relative), because the bundles are rounded to {rounded_to}"
             continue
         if not error <= tolerance:
             raise ValueError(

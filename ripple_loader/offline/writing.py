@@ -33,12 +33,12 @@ _SAMPLED_MLPS = 8
 
 
 def write_copy(source: SourceModel, plan: ReorderPlan, trace: Trace, out: Path) -> None:
-    """Write into `out`, going on with what it holds; memory is about six copies of one MLP.
+    """Write into `out`, keeping finished files; takes the memory of about six copies of one MLP.
 
     Args:
         source: the model.
         plan: its orders.
-        trace: what they were made from; predictors are fitted to its inputs.
+        trace: the trace of these orders; predictors are fitted to its inputs.
         out: a directory.
 
     Raises:
@@ -67,7 +67,7 @@ def write_copy(source: SourceModel, plan: ReorderPlan, trace: Trace, out: Path) 
 
 
 def output_bytes(source: SourceModel, bundles: str, rank: int) -> tuple[int, int]:
-    """Bytes of the weight files and of the sidecar, up to what the profile adds to its header."""
+    """Bytes of the weight files, and of the sidecar without the profile in its header."""
     base = {shard.path.name: "0" * 64 for shard in source.shards}
     plan = ReorderPlan(
         orders=[], hot=[0] * source.layers, exact_zeros=False, bundles=bundles, rank=rank, profile={}
@@ -77,7 +77,7 @@ def output_bytes(source: SourceModel, bundles: str, rank: int) -> tuple[int, int
 
 
 def stored_as(source: SourceModel, bundles: str) -> str:
-    """How bundles store weights, a key of `encoding.ENCODINGS`, for `ReorderConfig.bundles`."""
+    """The encoding for `ReorderConfig.bundles`, a key of `format.encoding.ENCODINGS`."""
     return BUNDLES[bundles] or source.down.dtype
 
 
@@ -85,9 +85,9 @@ def _sidecar_header(
     source: SourceModel, plan: ReorderPlan, *, checkpoint: str, files: dict[str, str], base: dict[str, str]
 ) -> SidecarHeader:
     dtype = stored_as(source, plan.bundles)
-    lost = {}
+    error = {}
     if plan.orders and dtype != source.down.dtype:
-        lost["rounding_error"] = _rounding_error(source, ENCODINGS[dtype])
+        error["rounding_error"] = _rounding_error(source, ENCODINGS[dtype])
     return SidecarHeader(
         model_type=source.model_type,
         layers=source.layers,
@@ -102,7 +102,7 @@ def _sidecar_header(
         checkpoint=checkpoint,
         files=files,
         base=base,
-        profile=plan.profile | lost,
+        profile=plan.profile | error,
     )
 
 
@@ -152,7 +152,7 @@ def _write_shard(
 
 
 def _copies(source: SourceModel, plan: ReorderPlan, name: str, spot: TensorSpot) -> Iterator[tuple[Any, Any]]:
-    """A tensor's bytes part by part, as they are and as they are written."""
+    """A tensor's bytes part by part: the original's and the copy's."""
     if name not in source.pieces:
         yield from ((chunk, chunk) for chunk in spot.raw_chunks())
     for piece in source.pieces.get(name, ()):

@@ -1,4 +1,4 @@
-"""How a DRAM budget is spent: buffers first, then sketches or predictors, then the neuron cache."""
+"""The division of a DRAM budget: buffers first, then sketches or predictors, then the neuron cache."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ripple_loader.registry import CACHE_POLICIES
 from ripple_loader.storage.blocks import BLOCK, align
 
 _BUFFER_SHARE = 8
-"""A read buffer takes at most an eighth of the budget: the three and the working copy, a half of it."""
+"""A read buffer takes at most an eighth of the budget: with the scratch they take at most half of it."""
 
 BUFFERS = 3
-"""One is computed with, one is read, and one waits for whichever is faster."""
+"""One for computing, one for reading, and one between them when their speeds differ."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Ripple holds.
+    """The memory that Ripple holds.
 
     Attributes:
         budget: bytes it may hold.
         buffer: bytes of each read buffer.
-        scratch: bytes of the working copy of some neurons, as stored and, where that differs, in the model's
+        scratch: bytes of working memory for some neurons, as stored and, if that differs, in the model's
             dtype.
-        rows: neurons that fit into it.
+        rows: neurons that fit into the scratch.
         sketch_layers: layers whose sketch is resident; the others read theirs in every forward call.
-        rank: of the predictors that are held instead of sketches; 0 where there are none.
+        rank: of the predictors that are held instead of sketches; 0 if sketches are.
         cache_slots: cached neurons of each MLP, hot ones included.
         resident: bytes by kind.
     """
@@ -50,7 +50,7 @@ def rank_in_use(header: SidecarHeader, config: RippleConfig) -> int:
     """The rank of the predictors that select, 0 where sketches do.
 
     Raises:
-        ValueError: `recall` asks for predictors that the sidecar has not.
+        ValueError: `recall` needs predictors, but the sidecar has none.
     """
     if config.recall == 1:
         return 0
@@ -63,7 +63,7 @@ def rank_in_use(header: SidecarHeader, config: RippleConfig) -> int:
         return 0
     if not header.rank:
         raise ValueError(
-            "`recall` below 1 must find predictors in the sidecar, which has none: reorder the model again "
+            "`recall` below 1 needs predictors, but the sidecar has none: reorder the model again "
             "with `predictor` above 0."
         )
     return header.rank
@@ -81,16 +81,16 @@ def allocate(
 
     Args:
         header: of the sidecar to stream.
-        config: the budget and what it is for.
+        config: the budget, and the options that need memory.
         dtype: the model's, in which neurons are computed; they are cached as they are stored.
-        selective: whether neurons are selected; by default where `needs_sketch` says.
+        selective: whether neurons are selected; by default as `needs_sketch` says.
 
     Raises:
-        ValueError: the budget does not hold the buffers and predictors, or there are no predictors.
+        ValueError: the budget is too small for the buffers and predictors, or the predictors are missing.
     """
     budget = parse_size(config.dram_budget, "dram_budget", total=header.weight_bytes)
     vectors = header.layers * 4 * Vectors.size(header.rows, header.neurons, header.hidden)
-    smallest = align(header.bundle_bytes + BLOCK)  # one bundle, wherever in its blocks it starts
+    smallest = align(header.bundle_bytes + BLOCK)  # one bundle at any offset in its blocks
     largest = header.section_bytes()["bundles"] + 2 * BLOCK
     decoded = header.rows * header.hidden * dtype.itemsize
     converted = 0 if header.encoding.stores(dtype) else decoded
@@ -109,25 +109,25 @@ def allocate(
         "index": 0,
         "cache": 0,
     }
-    left = budget - sum(resident.values())
-    if left < 0:
+    spare = budget - sum(resident.values())
+    if spare < 0:
         raise ValueError(
             f"`dram_budget` must be at least {sum(resident.values())} bytes for this model, got {budget}: "
             "raise it."
         )
     sketch_bytes = header.section_bytes()["sketch"]
-    sketch_layers = min(header.layers, left // sketch_bytes) if selecting and not rank else 0
+    sketch_layers = min(header.layers, spare // sketch_bytes) if selecting and not rank else 0
     resident["sketch"] = sketch_layers * sketch_bytes
-    left -= resident["sketch"]
+    spare -= resident["sketch"]
     index = header.layers * header.neurons * CACHE_POLICIES[config.cache_policy].index_bytes
-    cache_slots = _divide(header, max(0, (left - index) // header.bundle_bytes), selective=selecting)
+    cache_slots = _divide(header, max(0, (spare - index) // header.bundle_bytes), selective=selecting)
     if any(cache_slots):
         resident["index"], resident["cache"] = index, sum(cache_slots) * header.bundle_bytes
     return Allocation(budget, buffer, scratch, rows, sketch_layers, rank * selecting, cache_slots, resident)
 
 
 def _divide(header: SidecarHeader, slots: int, *, selective: bool) -> list[int]:
-    """Slots of each MLP by the uses that the trace saw; in equal parts without them, or if all are read."""
+    """Slots of each MLP, by the uses in the trace; equal parts without them, or if all neurons are read."""
     uses = header.profile.get("uses")
     if not uses or not selective:
         return [min(slots // header.layers, header.neurons)] * header.layers

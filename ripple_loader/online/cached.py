@@ -1,4 +1,4 @@
-"""The neurons that are in memory: a cache for each MLP, and the bundles in its slots.
+"""The cached neurons: a cache for each MLP, and the bundles in its slots.
 
 Dimension key: N neurons, B bytes of a bundle.
 """
@@ -18,13 +18,13 @@ _ROWS_COPIED_AT_ONCE = 32
 
 
 class CachedNeurons:
-    """The caches of all MLPs; without memory for any neuron they are empty.
+    """The caches of all MLPs; a budget without memory for neurons has no caches.
 
     Args:
         header: of the sidecar.
         allocation: the slots of each MLP.
         policy: of the caches.
-        whole: whether all neurons are always wanted; each slot then keeps what it was filled with.
+        whole: whether every MLP always needs all neurons; each slot then keeps its first neuron.
 
     Attributes:
         bundles: of each MLP, in its slots, uint8, shape (slots, B).
@@ -52,7 +52,7 @@ class CachedNeurons:
 
     @property
     def pinned(self) -> list[int]:
-        """How many of each MLP's first neurons have the slots of the same number for good."""
+        """For each MLP, how many of its first neurons permanently hold the slots of the same number."""
         return [cache.pinned for cache in self._caches]
 
     def lookup(self, layer: int, places: Places) -> Slots:
@@ -64,13 +64,13 @@ class CachedNeurons:
         return self._caches[layer].absent(places) if self._caches else places
 
     def admit(self, layer: int, places: Places, spots: Places, buffer: AlignedBuffer) -> int:
-        """Copy some of the neurons that were just read into the cache; how many others made room.
+        """Copy some of the neurons that were just read into the cache; returns how many others made room.
 
         Args:
             layer: which MLP.
             places: the neurons, not cached, ascending.
-            spots: where their bundles lie in the buffer.
-            buffer: what they were read into.
+            spots: the offsets of their bundles in the buffer.
+            buffer: the buffer that they were read into.
         """
         if not self._caches or self._caches[layer].pinned == self._caches[layer].capacity:
             return 0

@@ -47,7 +47,7 @@ class Engine:
         header = sidecar.header
         self.sidecar, self.config, self.header = sidecar, config, header
         self._lock = threading.Lock()
-        self._unfinished = False  # set while computing, and left so by an error or Ctrl-C
+        self._unfinished = False  # true while computing, and after an error or Ctrl-C
         self._foreseen: tuple[int, Places] | None = None
         if config.verify:
             sidecar.verify()
@@ -59,7 +59,7 @@ class Engine:
             budget=allocation.budget,
         )
         reader = Reader(sidecar.path, config.queue_depth, self.report, config.io_engine)
-        with torch.device("cpu"):  # transformers builds the skeleton, and so this, under the meta device
+        with torch.device("cpu"):  # transformers calls this with the meta device as default
             buffers = [AlignedBuffer(allocation.buffer) for _ in range(BUFFERS)]
             drive = known_drive(reader)
             undecided = config.strategy == "auto" and needs_sketch(header, config)
@@ -79,7 +79,7 @@ class Engine:
         self.report.reset()
 
     def _describe(self, drive: str, strategy: str) -> None:
-        """Note in the report how the budget is spent and what was decided."""
+        """Record the memory held and the decisions in the report."""
         self.report.resident, self.report.cache_slots = self.allocation.resident, self.allocation.cache_slots
         self.report.drive, self.report.strategy = drive, strategy
 
@@ -88,18 +88,13 @@ class Engine:
         """Whether neurons are selected; if not, all are read in order."""
         return self.selector.selects
 
-    @property
-    def drive_factors(self) -> tuple[float, float]:
-        """By how much requests and bytes cost more at present than the drive's model says."""
-        return self._meter.factors
-
     def bias(self, layer: int, row: int) -> Tensor:
         """A projection's bias, float32: of a row that selects (N,), or of the last row, the output (H,)."""
         vectors: Vectors = self._vectors[layer]
         return torch.from_numpy(vectors.down_bias if row == self.header.rows - 1 else vectors.bias[row])
 
     def begin(self, tokens: int) -> None:
-        """Count the tokens of a forward call."""
+        """Count the tokens of a new forward call."""
         with self._lock:
             self.report.tokens += tokens
             self._fetcher.pause()
@@ -134,7 +129,7 @@ class Engine:
     def _product(
         self, layer: int, batch: Batch, selection: Selection, x_TH: Tensor, activation: nn.Module
     ) -> Tensor:
-        """What the neurons of a batch add to the output, shape (T, H)."""
+        """The contribution of a batch of neurons to the output, shape (T, H)."""
         *selecting, down_UH = batch.rows.to(x_TH.device).unbind(1)
         places = torch.from_numpy(batch.places)
         factors = [
@@ -155,8 +150,8 @@ class Engine:
     def _look_ahead(
         self, layer: int, following: int | None, selection: Selection, x_TH: Tensor, activation: nn.Module
     ) -> None:
-        """Start reading what the next MLP will want: all of it after one that wants all, else what this one's
-        input would select there, as far as the drive would be idle.
+        """Start reading for the next MLP: all neurons after an MLP that needed all, else those that this
+        input would select there, as many as the drive can read while it would be idle.
         """
         if following is None:
             return
@@ -165,7 +160,7 @@ class Engine:
             self._fetcher.read_ahead(following, np.arange(count))
         elif (
             self.config.prefetch and len(x_TH) == 1 and layer < following < self.selector.resident_layers
-        ):  # the next token's first MLP cannot be foreseen
+        ):  # the next token's first MLP cannot be predicted
             score_N = self.selector.scores(following, x_TH, activation)[0]
             best = score_N.topk(count).indices.numpy()
             self._foreseen = following, best

@@ -1,4 +1,4 @@
-"""Hands out neurons: from the cache, from what was read ahead, and from the file, MLP by MLP.
+"""Hands out an MLP's neurons from the cache, from reads that were started ahead, and from the file.
 
 Dimension key: N neurons, U of them wanted, R rows of a bundle, B its bytes, H hidden.
 """
@@ -27,12 +27,12 @@ from ripple_loader.storage.meter import Meter
 from ripple_loader.storage.pipeline import Pipeline, Ticket
 from ripple_loader.storage.reader import Reader
 
-_IDLE_MEMORY = 0.9  # of the mean of how long the drive has nothing to do between two layers
+_IDLE_MEMORY = 0.9  # weight of earlier values in the mean idle time of the drive between two layers
 
 
 @dataclass(frozen=True)
 class _Ahead:
-    """Neurons of a layer that are being read before it asks for them; `sure` if all that it lacks."""
+    """Neurons that are being read before their layer asks for them; `sure` if these are all that it lacks."""
 
     layer: int
     ticket: Ticket
@@ -44,9 +44,9 @@ class Batch:
     """Some neurons of an MLP.
 
     Attributes:
-        places: which, shape (U,).
+        places: the neurons, shape (U,).
         rows: their bundles in the model's dtype, shape (U, R, H).
-        wanted: those that count, bool, shape (U,); others only lie between them. None for all.
+        wanted: which of them to compute with, bool, shape (U,); the others lie in gaps. None for all.
     """
 
     places: Places
@@ -63,10 +63,10 @@ class Fetcher:
         allocation: the budget's division.
         dtype: the model's, which neurons are handed out in.
         reader: of the sidecar.
-        buffers: what is read into, `budget.BUFFERS` of `allocation.buffer` bytes.
-        meter: what reads cost on this drive.
-        pace: what computing costs on this processor.
-        whole: whether all neurons are always wanted; the cache then keeps what it was filled with.
+        buffers: for reads, `budget.BUFFERS` of `allocation.buffer` bytes.
+        meter: the cost of reads on this drive.
+        pace: the cost of computing on this processor.
+        whole: whether every MLP always needs all neurons, see `CachedNeurons`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Fetcher:
     def read(
         self, layer: int, kind: str, places: Places, width: int
     ) -> Generator[tuple[ReadPlan, AlignedBuffer], None, None]:
-        """Read rows of a section, in order; each batch holds until the next. Close it."""
+        """Read rows of a section, in order; each batch is valid until the next. Close the generator."""
         self.drop_ahead()
         ticket = self._pipeline.add(self._plans(layer, kind, places, width, 0.0, 0.0))
         with self._dropping(ticket):
@@ -119,7 +119,7 @@ class Fetcher:
 
     @contextmanager
     def _dropping(self, *tickets: Ticket) -> Iterator[None]:
-        """Give the buffers of some tickets back at the end, whether they were used or not."""
+        """Release the buffers of some tickets at the end, used or not."""
         try:
             yield
         finally:
@@ -128,7 +128,7 @@ class Fetcher:
     def _plans(
         self, layer: int, kind: str, places: Places, width: int, scattered: float, in_order: float
     ) -> Iterator[ReadPlan]:
-        """Reads of some rows, which take so many seconds to compute with scattered or in order."""
+        """Reads of some rows, which take `scattered` or `in_order` seconds to compute with."""
         collapse = self._fixed or cheapest(self.meter.next_model(), computing=(scattered, in_order))
         base, _ = self._sidecar.section(layer, kind)
         block, capacity = self._reader.block, self._capacity
@@ -143,7 +143,7 @@ class Fetcher:
         return list(self._plans(layer, "bundles", places, width, scattered, in_order))
 
     def pause(self) -> None:
-        """Note that the time until the next fetch is not the model's."""
+        """Leave the time until the next fetch out of the drive's idle time, because it is the user's."""
         self._drained = 0.0
 
     def drop_ahead(self) -> None:
@@ -161,7 +161,7 @@ class Fetcher:
             self._ahead = _Ahead(layer, ticket, sure=len(places) == self.header.neurons)
 
     def most_ahead(self, layer: int, places: Places) -> Places:
-        """The first of some neurons, best first, that the drive can read while it would be idle."""
+        """The first of some neurons, best first, that the drive can read while it would otherwise be idle."""
         absent = self._cached.absent(layer, places)
         each = self.meter.model.seconds(1, self.header.bundle_bytes)
         return np.sort(absent[: int(self._idle / each)])
@@ -169,7 +169,7 @@ class Fetcher:
     def fetch(
         self, layer: int, places: Places, then: Callable[[], None] | None = None
     ) -> Generator[Batch, None, None]:
-        """Hand out an MLP's neurons in batches that fit the buffers; close it.
+        """Hand out an MLP's neurons in batches that fit the buffers; close the generator.
 
         Args:
             layer: which MLP.
@@ -215,7 +215,7 @@ class Fetcher:
         return missing[~coming_N[missing]]
 
     def _count(self, *, wanted: int, missing: int) -> None:
-        """Note in the report what the cache held, and for how long the drive had nothing to do."""
+        """Record the cache's hits in the report, and how long the drive was idle."""
         if self._drained:
             self._idle += (1 - _IDLE_MEMORY) * (time.perf_counter() - self._drained - self._idle)
             self._drained = 0.0

@@ -1,4 +1,4 @@
-"""How fast this processor computes with neurons: measured when a model is loaded, in some milliseconds.
+"""The speed of this processor: measured when a model is loaded, in some milliseconds.
 
 Dimension key: U neurons in a batch, H hidden, K rank of a predictor.
 """
@@ -25,9 +25,9 @@ class Pace:
     """Seconds that the processor needs for one token.
 
     Attributes:
-        compute: with a neuron that lies in order among others.
-        gather: more for one that does not, and is copied first.
-        select: to decide which neurons of a layer are needed.
+        compute: to compute with a neuron that lies in order among others.
+        gather: to copy a scattered neuron first.
+        select: to select the neurons of a layer.
     """
 
     compute: float = 0.0
@@ -38,7 +38,7 @@ class Pace:
 def measure_pace(
     header: SidecarHeader, allocation: Allocation, dtype: torch.dtype, buffers: list[AlignedBuffer]
 ) -> Pace:
-    """What this processor needs to compute with neurons, to gather them, and to select them, for one token.
+    """Measure how long computing with neurons, gathering them, and selecting them takes for one token.
 
     Args:
         header: of the sidecar, for its sizes and encoding; nothing is read.
@@ -74,7 +74,7 @@ def measure_pace(
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The best time of a few runs."""
+    """The least time of a few runs."""
     times = []
     for _ in range(4):
         start = time.perf_counter()

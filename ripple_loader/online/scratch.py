@@ -36,7 +36,7 @@ class Scratch:
         header: of the sidecar that the neurons come from.
         allocation: how large it is: [gathered bundles | decoded rows].
         dtype: the model's, to which bundles are decoded.
-        report: notes a memory of another kind than was wanted.
+        report: records if the memory cannot be pinned.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Scratch:
         self._memory = staging(allocation.scratch, report)
 
     def rows_at_once(self, count: int, *, copied: bool) -> int:
-        """How many of `count` neurons to take at once: all, where they are used as they lie."""
+        """How many of `count` neurons to hand out at once: all, if no copy is needed."""
         if copied or not self._header.encoding.stores(self._dtype):
             return self._rows
         return max(1, count)

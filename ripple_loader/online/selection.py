@@ -1,4 +1,4 @@
-"""Which neurons a token needs, decided from int8 weights in memory before anything is read.
+"""The choice of a token's neurons, by scores or bounds that are known before anything is read.
 
 Dimension key: T tokens, N neurons, H hidden, S sketched rows a neuron (gate and up, or fc1).
 """
@@ -25,7 +25,7 @@ class Selection:
 
     Attributes:
         places: neurons that at least one token needs, ascending, shape (U,).
-        mask: which token needs which, bool, shape (T, N); None where any may have all of them.
+        mask: the neurons of each token, bool, shape (T, N); None if every token may use all of them.
     """
 
     places: Places
@@ -40,17 +40,17 @@ def select_all(neurons: int) -> Selection:
 def margins(estimate_TN: Tensor, error_N: Tensor, scale_N: Tensor, inputs: IntegerInputs) -> Tensor:
     """An upper bound on each pre-activation, shape (T, N).
 
-    |w.x - sketch.y| <= |w - sketch| |x| + |sketch| |x - y| bounds what rounding of weights and inputs hides.
+    |w.x - sketch.y| <= |w - sketch| |x| + |sketch| |x - y| bounds the error of rounding weights and inputs.
 
     Args:
         estimate_TN: the sketch's pre-activations of the rounded inputs y, float32.
         error_N: norm of each row's rounding error.
-        scale_N: value of a sketch step; 127 of them bound every weight, and so floating-point rounding.
+        scale_N: value of a sketch step; 127 steps bound every weight, and thus floating-point rounding.
         inputs: x and y.
     """
     largest_N = 127 * scale_N * inputs.parts[0].shape[1] ** 0.5
     slack_TN = inputs.norm[:, None] * (error_N + _ROUNDING * largest_N)
-    return estimate_TN + slack_TN.addcmul_(inputs.left[:, None], largest_N)
+    return estimate_TN + slack_TN.addcmul_(inputs.error[:, None], largest_N)
 
 
 def contributions(estimates_STN: list[Tensor], activation: nn.Module) -> Tensor:
@@ -66,27 +66,28 @@ def select_active(margin_TN: Tensor, *, certain: bool) -> Selection:
 
     Args:
         margin_TN: upper bounds of their pre-activations.
-        certain: whether the bounds are; if not, a token leaves out the same neurons in any batch.
+        certain: whether the bounds are exact; if not, each token computes its own selection only, so that
+            it does not depend on the batch.
     """
-    needed_TN = ~(margin_TN <= 0)  # NaN is neither: what is not known to be inactive is computed
+    needed_TN = ~(margin_TN <= 0)  # a NaN bound cannot rule a neuron out
     return Selection(needed_TN.any(0).nonzero().flatten().cpu().numpy(), None if certain else needed_TN)
 
 
 def shared_by_neighbours(score_TN: Tensor, share: float, first: int) -> Tensor:
-    """Scores of which a share is the mean of two neighbours on the drive, so that more of them come in pairs.
+    """Mix the scores of neighbours on the drive, so that more neurons are selected in pairs.
 
     Args:
         score_TN: in the order of the drive.
-        share: 0 leaves the scores as they are, with 1 both neighbours have the same.
-        first: the place where pairs begin; neurons before it are in memory.
+        share: of the pair's mean in each score; 0 keeps the scores, with 1 both neighbours have the same.
+        first: the place at which pairs begin; neurons before it are in memory.
     """
     pairs = (score_TN.shape[1] - first) // 2
     if not share or not pairs:
         return score_TN
-    found_TN = score_TN.clone()
-    pairs_TP2 = found_TN[:, first : first + 2 * pairs].unflatten(1, (pairs, 2))
+    mixed_TN = score_TN.clone()
+    pairs_TP2 = mixed_TN[:, first : first + 2 * pairs].unflatten(1, (pairs, 2))
     pairs_TP2.lerp_(pairs_TP2.mean(2, keepdim=True), share)
-    return found_TN
+    return mixed_TN
 
 
 def select_largest(score_TN: Tensor, keep: float) -> Selection:

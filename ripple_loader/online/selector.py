@@ -1,4 +1,4 @@
-"""Selects neurons with what a model holds in memory of them: sketches or low-rank predictors.
+"""Selects neurons by sketches or low-rank predictors.
 
 Dimension key: T tokens, N neurons, H hidden, S rows of a bundle that select.
 """
@@ -36,10 +36,10 @@ class Selector:
 
     Args:
         sidecar: the neurons to select among.
-        config: how many to select, or how sure to be.
-        allocation: how many sketches are held, or the rank of the predictors.
-        vectors: of each MLP: biases, and what belongs to its sketch.
-        fetcher: reads the sketches that are not held; its report notes what was not as asked.
+        config: `keep`, `recall` and `adjacency`.
+        allocation: the number of sketches in memory, or the rank of the predictors.
+        vectors: of each MLP: biases, and the scales and errors of its sketch.
+        fetcher: reads the sketches that are not in memory; its report records predictors that cannot select.
         selects: whether neurons are selected; if not, every token gets all of them.
     """
 
@@ -67,11 +67,11 @@ class Selector:
 
     @property
     def resident_layers(self) -> int:
-        """So many MLPs, the first, can be selected from without a read."""
+        """The number of MLPs, from the first, whose sketches or predictors are in memory."""
         return max(len(self._sketches), len(self._predictors))
 
     def select(self, layer: int, x_TH: Tensor, activation: nn.Module) -> Selection:
-        """Which neurons of a layer some tokens need, as `RippleConfig.keep` has it."""
+        """Select the neurons of a layer for some tokens, by `RippleConfig.keep` or `recall`."""
         if not self.selects:
             return select_all(self._header.neurons)
         score_TN = self.scores(layer, x_TH, activation)
@@ -80,7 +80,7 @@ class Selector:
         return select_active(score_TN, certain=not self._predictors)
 
     def scores(self, layer: int, x_TH: Tensor, activation: nn.Module) -> Tensor:
-        """What neurons are selected by, (T, N): estimated contributions, or bounds of a ReLU's input."""
+        """Scores to select by, shape (T, N): estimated contributions, or bounds of a ReLU's input."""
         vectors = self._vectors[layer]
         if self._predictors:
             predictor, deviations = self._predictors[layer], self._deviations[layer]
@@ -95,7 +95,7 @@ class Selector:
         return margins(estimates[0], error_N, scale_N, inputs)
 
     def _estimate(self, layer: int, inputs: IntegerInputs) -> list[Tensor]:
-        """What the sketch makes of each selecting projection: S tensors, float32, shape (T, N)."""
+        """The selecting projections by the sketch: S tensors, float32, shape (T, N)."""
         S, N = self._header.rows - 1, self._header.neurons
         estimate = torch.empty(len(inputs.norm), S * N, device="cpu")
         if layer < len(self._sketches):

@@ -1,6 +1,6 @@
-"""Whether selecting neurons pays on this drive and processor, or reading all of them in order is cheaper.
+"""Decides between selecting neurons and reading all of them in order, whichever is cheaper here.
 
-Selecting costs memory (sketches or predictors, which the cache lacks then), time before any read can start,
+Selecting costs memory (for sketches or predictors instead of the cache), time before any read can start,
 and short reads. Both ways are priced for a layer and a token with `drive.DriveModel` and the processor's
 `pace.Pace`; reads and computing overlap, so that the longer of the two counts. Decided once, when the
 model is loaded: which neurons a token gets must not depend on how fast the drive was a moment ago.
@@ -22,8 +22,8 @@ from ripple_loader.storage.drive import DriveModel
 from ripple_loader.storage.reader import LONGEST_READ
 
 _WORTH = 0.6
-"""Selecting has to promise this share of the time or less. What a model does between two MLPs hides behind
-reads only where all neurons are read, and how long it takes is not known when the model is loaded."""
+"""Selecting must promise this share of the time or less: only reads of all neurons continue while the rest of
+the model computes, and how long that takes is not known when the model is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Expected:
 
     def summary(self) -> str:
         """One line for people."""
-        what = "selects neurons" if self.selects else "reads all neurons, in order"
+        choice = "selects neurons" if self.selects else "reads all neurons, in order"
         return (
-            f"{what}: a layer should take {self.sparse * 1e3:.2f} ms with {self.share:.0%} of its neurons, "
+            f"{choice}: a layer should take {self.sparse * 1e3:.2f} ms with {self.share:.0%} of its neurons, "
             f"{self.dense * 1e3:.2f} ms with all"
         )
 
@@ -64,7 +64,7 @@ def expect(
         dense, sparse: how the budget is divided without and with sketches.
         model: of the drive.
         pace: of the processor.
-        block: what reads are multiples of.
+        block: offsets and lengths of reads are multiples of it.
         share: of its neurons that a layer selects for a token.
     """
     N, width = header.neurons, header.bundle_bytes
@@ -76,7 +76,7 @@ def expect(
     missing = round(count * (1 - np.mean(sparse.cache_slots) / N))
     reading = 0.0
     if missing:
-        # A made-up selection: no order is assumed to keep neurons together, so this is on the careful side.
+        # A random selection: it assumes no benefit from the order, so that the price is rather too high.
         places = np.sort(np.random.default_rng(0).choice(N, missing, replace=False))
         computing = (count * (pace.compute + pace.gather), N * pace.compute)
         plan = plan_reads(
@@ -99,15 +99,15 @@ def decide(
     *,
     block: int,
 ) -> tuple[bool, str]:
-    """Whether neurons are selected, and why, for the report.
+    """Decide whether neurons are selected; returns the reason as well, for the report.
 
     Args:
         header: of the sidecar.
-        config: the budget, and what the user decided.
+        config: the budget, and the user's choice of `strategy`.
         dtype: the model's.
         model: of the drive.
-        pace: of the processor; used where the user left it open.
-        block: what reads are multiples of.
+        pace: of the processor; used if `strategy` is "auto".
+        block: offsets and lengths of reads are multiples of it.
     """
     share = config.keep if config.keep < 1 else header.profile.get("activity")
     if not needs_sketch(header, config):
@@ -115,7 +115,7 @@ def decide(
     if config.strategy != "auto":
         return config.strategy == "sparse", f"{config.strategy}, as `strategy` says"
     if share is None:
-        return True, "selects neurons: how many are active is not known beforehand"
+        return True, "selects neurons: the sidecar does not say how many are active"
     dense, sparse = (allocate(header, config, dtype, selective=selective) for selective in (False, True))
     expected = expect(header, dense, sparse, model, pace, block=block, share=float(share))
     return expected.selects, expected.summary()

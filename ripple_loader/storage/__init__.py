@@ -1,4 +1,4 @@
-"""The drive: what reads cost, which byte ranges to read, and reading them with O_DIRECT, many at once.
+"""The drive: the cost of reads, the choice of byte ranges, and reading many at once with O_DIRECT.
 
 It reads rows of any file and knows no model.
 """

@@ -1,7 +1,7 @@
 """Linux's native asynchronous reads (`io_submit`): many requests in one system call, without a thread each.
 
-The requests are rows of a numpy array, so that no Python runs per request and none of it holds the GIL while
-the drive works. The kernel's interface, from `linux/aio_abi.h`, has no wrapper in libc; it needs O_DIRECT, or
+The requests are rows of a numpy array, so that no Python runs per request and the GIL is free while the drive
+works. The kernel's interface, from `linux/aio_abi.h`, has no wrapper in libc; it needs O_DIRECT, or
 `io_submit` blocks until the data is there.
 
 Dimension key: Q requests.
@@ -69,7 +69,7 @@ class AsyncReads:
 
         Args:
             offsets, lengths: byte ranges of the file, aligned as O_DIRECT wants them, shape (Q,).
-            addresses: where in memory each goes, shape (Q,).
+            addresses: the address in memory of each, shape (Q,).
 
         Returns:
             Bytes read of each, or a negative error number, int64, shape (Q,).
@@ -89,10 +89,10 @@ class AsyncReads:
                 )
                 if got >= 0:
                     started, in_flight = started + got, in_flight + got
-                elif not (got == -errno.EAGAIN and in_flight):  # else there is room once some are done
+                elif not (got == -errno.EAGAIN and in_flight):  # the queue is full until some are done
                     results[started], started = got, started + 1
                     continue
-            # The last are waited for together, before that half of the queue, which is then refilled at once.
+            # Wait for half of the queue, to refill it at once, and at the end for all of it.
             least = in_flight if started == count else max(1, in_flight // 2)
             got = self._call(
                 _GETEVENTS, self._context, least, self.depth, ctypes.c_void_p(self._events.ctypes.data), None
@@ -106,5 +106,5 @@ class AsyncReads:
         return results
 
     def close(self) -> None:
-        """Give the queue back to the kernel."""
+        """Release the kernel's queue."""
         self._call(_DESTROY, self._context)

@@ -1,4 +1,4 @@
-"""What O_DIRECT asks of reads: whole blocks, from aligned offsets into aligned memory."""
+"""Blocks: O_DIRECT reads whole ones, at aligned offsets, into aligned memory."""
 
 from __future__ import annotations
 

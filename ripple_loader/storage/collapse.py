@@ -1,5 +1,4 @@
-"""Access collapse: which byte ranges to read for a set of neurons, with reads joined over gaps where that
-pays.
+"""Access collapse: the byte ranges to read for a set of neurons, with reads joined over gaps where that pays.
 
 Reading a gap saves a request and costs its bytes. A drive's seconds grow with the number of requests and with
 their bytes (`drive.DriveModel`). Among all ways to leave k gaps unread, leaving the k widest reads the fewest
@@ -21,8 +20,13 @@ import numpy.typing as npt
 from ripple_loader.storage.drive import DriveModel
 
 Places = npt.NDArray[np.int64]
+"""Neurons of one MLP by their place, which is their number in the order on the drive, from 0 on."""
+
+Bytes = npt.NDArray[np.int64]
+"""Byte offsets or lengths."""
+
 Mask = npt.NDArray[np.bool_]
-Collapse = Callable[[Places, int], Mask]
+Collapse = Callable[[Bytes, int], Mask]
 """Chooses the gaps to read: from their widths in bytes, shape (G,), and the bytes that have to be read."""
 
 
@@ -33,38 +37,38 @@ class ReadPlan:
     Attributes:
         places: the neurons, ascending, shape (U,).
         offsets, lengths: byte ranges of the file, whole blocks, shape (Q,).
-        targets: where each range lands in the buffer, shape (Q,).
-        spots: where each neuron's bundle lies in the buffer, shape (U,).
+        targets: the offset of each range in the buffer, shape (Q,).
+        spots: the offset of each neuron's bundle in the buffer, shape (U,).
     """
 
     places: Places
-    offsets: Places
-    lengths: Places
-    targets: Places
-    spots: Places
+    offsets: Bytes
+    lengths: Bytes
+    targets: Bytes
+    spots: Bytes
 
     @property
     def size(self) -> int:
-        """Bytes read, and of the buffer used."""
+        """Bytes that are read, which is also how much of the buffer is used."""
         return int(self.lengths.sum())
 
 
 def fixed_gap(most: int) -> Collapse:
-    """Read all gaps of at most so many bytes, whatever the drive."""
+    """Read all gaps of at most `most` bytes, whatever the drive."""
     return lambda widths_G, size: widths_G <= most
 
 
 def cheapest(model: DriveModel, *, computing: tuple[float, float] = (0.0, 0.0)) -> Collapse:
-    """Read the gaps that make the reads, and what is computed meanwhile, take the least time.
+    """Read the gaps for which reading, and computing at the same time, takes least.
 
     Args:
-        model: what reads cost.
-        computing: seconds to compute with the neurons where they lie scattered, which gathers them first, and
-            where one long read brought them in order, with all gaps among them. Reads and computing overlap,
-            so that the longer of the two counts.
+        model: the cost of reads.
+        computing: seconds to compute with the neurons if they are gathered from several reads, and if one
+            long read brings them in order, with all gaps among them. Reads and computing overlap, so that
+            the longer of the two counts.
     """
 
-    def choose(widths_G: Places, size: int) -> Mask:
+    def choose(widths_G: Bytes, size: int) -> Mask:
         count = len(widths_G)
         order_G = np.argsort(widths_G, kind="stable")
         sizes = size + np.append(0, np.cumsum(widths_G[order_G]))
@@ -72,8 +76,8 @@ def cheapest(model: DriveModel, *, computing: tuple[float, float] = (0.0, 0.0)) 
         if any(computing):
             computed = np.append(np.full(count, computing[0]), computing[1])
             seconds = np.maximum(seconds, computed)
-        must = int(np.searchsorted(widths_G[order_G], 0, side="right"))  # touching or sharing a block
-        best = must + int(np.argmin(seconds[must:]))
+        least = int(np.searchsorted(widths_G[order_G], 0, side="right"))  # touching or sharing a block
+        best = least + int(np.argmin(seconds[least:]))
         closed_G = np.zeros(count, bool)
         closed_G[order_G[:best]] = True
         return closed_G
@@ -81,8 +85,8 @@ def cheapest(model: DriveModel, *, computing: tuple[float, float] = (0.0, 0.0)) 
     return choose
 
 
-def _ranges(places: Places, base: int, width: int, block: int) -> tuple[Places, Places]:
-    """First byte of each neuron's blocks and the byte behind its last."""
+def _ranges(places: Places, base: int, width: int, block: int) -> tuple[Bytes, Bytes]:
+    """The first byte of each neuron's blocks, and the byte behind the last."""
     starts = base + places * width
     return starts // block * block, -(-(starts + width) // block) * block
 
@@ -105,8 +109,8 @@ def plan_reads(places: Places, *, base: int, width: int, block: int, collapse: C
         places: ascending and distinct, shape (U,), U > 0.
         base: byte offset of the bundles in the file, a whole number of blocks.
         width: bytes of a bundle.
-        block: what offsets and lengths of reads have to be multiples of.
-        collapse: which gaps to read.
+        block: offsets and lengths of reads are multiples of it.
+        collapse: chooses the gaps to read.
     """
     closed = _closed(places, collapse, base, width, block)
     return _plan(places, closed, base=base, width=width, block=block)
@@ -127,14 +131,14 @@ def waves(
     """
     if not len(places):
         return
-    where: dict[str, Any] = {"base": base, "width": width, "block": block}
-    closed = _closed(places, collapse, **where)
+    section: dict[str, Any] = {"base": base, "width": width, "block": block}
+    closed = _closed(places, collapse, **section)
     while True:
-        plan = _plan(places, closed, **where)
+        plan = _plan(places, closed, **section)
         if plan.size <= capacity:
             yield plan
             return
         ends = -(-(plan.spots + width) // block) * block
         count = max(1, int(np.searchsorted(ends, capacity, side="right")))
-        yield _plan(places[:count], closed[: count - 1], **where)
+        yield _plan(places[:count], closed[: count - 1], **section)
         places, closed = places[count:], closed[count:]

@@ -1,4 +1,4 @@
-"""Published drives: what reads would cost on a device that is not at hand.
+"""Published drives: the cost of reads on devices that are not at hand.
 
 Data sheets give the most short reads and the most bytes a second at a queue depth. A device is held to both
 at once (`drive.DriveModel`, p = infinity): its bandwidth grows linearly with the length of reads up to the
@@ -21,16 +21,16 @@ _LARGEST_KNEE = 16 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a drive can do.
+    """The published speed of a drive.
 
     Attributes:
-        name: what `ripple simulate --device` calls it.
+        name: its name for `ripple simulate --device`.
         bandwidth: bytes a second of long reads.
         iops: short reads a second with `queue_depth` in flight.
-        source: where the numbers are published.
+        source: the publication of the numbers.
         latency: seconds that one short read takes; no set of reads takes less.
         queue_depth: reads in flight.
-        block: what offsets and lengths of reads are multiples of, in bytes.
+        block: bytes that offsets and lengths of reads are multiples of.
         description: for people.
 
     Raises:
@@ -71,7 +71,7 @@ class Device:
 
     @property
     def model(self) -> DriveModel:
-        """What its reads cost."""
+        """The cost of its reads."""
         return DriveModel(
             request_seconds=1 / self.iops,
             byte_seconds=1 / self.bandwidth,
@@ -90,8 +90,8 @@ def load_devices(path: str | Path | None = None) -> dict[str, Device]:
     """The devices of a YAML file by name; by default those that come with the package.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, or a device in it is incomplete, misspelt or does what no drive can do.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not YAML, or a device in it is incomplete, misspelt or has an impossible value.
     """
     import yaml
 
@@ -101,16 +101,20 @@ def load_devices(path: str | Path | None = None) -> dict[str, Device]:
         try:
             text = Path(path).read_text("utf-8")
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} must be a YAML file of devices, but does not exist.") from None
+            raise FileNotFoundError(f"No such file: {path} (expected a YAML file of devices).") from None
         except UnicodeDecodeError:
             raise ValueError(f"{path} must be a YAML file of devices, but is not text.") from None
     try:
-        found = yaml.safe_load(text)
+        devices = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(found, dict) or not found or not all(isinstance(one, dict) for one in found.values()):
-        raise ValueError(f"{path} must map names of devices to what they can do.")
-    return {str(name): _device(str(name), values) for name, values in found.items()}
+    if (
+        not isinstance(devices, dict)
+        or not devices
+        or not all(isinstance(one, dict) for one in devices.values())
+    ):
+        raise ValueError(f"{path} must map names of devices to their numbers.")
+    return {str(name): _device(str(name), values) for name, values in devices.items()}
 
 
 def _device(name: str, values: dict[str, Any]) -> Device:

@@ -1,5 +1,4 @@
-"""What reads cost: a small model of a drive, fitted to a probe, kept per device, and corrected while it is
-used.
+"""The cost of reads: a small model of a drive, fitted to a probe and kept for each device.
 
 With some requests in flight, R requests of B bytes in all take
 
@@ -28,7 +27,7 @@ from ripple_loader.files import whole_file
 
 Array = npt.NDArray[Any]
 NORMS = (1.0, 2.0, math.inf)
-VERSION = 1
+PROFILE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +51,12 @@ class DriveModel:
     """Seconds that reads take on a drive at one depth.
 
     Attributes:
-        request_seconds, byte_seconds: what a request and a byte cost.
-        latency: no set of reads takes less.
-        norm: how both combine, see the file.
-        depth: requests in flight that it holds for.
+        request_seconds, byte_seconds: the cost of a request and of a byte.
+        latency: the least time of any set of reads.
+        norm: p in the formula above.
+        depth: the number of requests in flight that it describes.
         error: root mean square of (predicted / measured - 1) over what it was fitted to.
-        source: where the numbers come from, for the report.
+        source: the origin of the numbers, for the report.
     """
 
     request_seconds: float
@@ -117,7 +116,7 @@ def fit(
             of_byte = rest_M.sum() / max((rest_M**2).sum(), np.finfo(float).tiny)
             of_request = (first_M * (1 - of_byte * second_M)).sum() / (first_M**2).sum()
             request, byte = (max(power, 0.0) ** (1 / norm) for power in (of_request, of_byte))
-        # A drive too noisy to separate them still has a time for its shortest and its longest reads.
+        # If the drive is too noisy to separate both costs, each is at least a hundredth of the least time.
         request, byte = max(request, 0.01 * each_M.min()), max(byte, 0.01 * (each_M / size_M).min())
         error = np.sqrt(np.mean((_norm(request, size_M * byte, norm) / each_M - 1) ** 2))
         candidates.append(
@@ -139,10 +138,10 @@ class DriveProfile:
     """A probe of a drive.
 
     Attributes:
-        device: what was probed, see `device_of`.
+        device: the probed drive, see `device_of`.
         date: when, ISO 8601.
-        direct: whether reads went past the page cache.
-        measurements: what was timed, at several sizes and depths.
+        direct: whether reads bypassed the page cache.
+        measurements: timed reads of several sizes and depths.
         version: of this format.
     """
 
@@ -150,11 +149,11 @@ class DriveProfile:
     date: str
     direct: bool
     measurements: list[Measurement] = field(default_factory=list)
-    version: int = VERSION
+    version: int = PROFILE_VERSION
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise ValueError(f"version {self.version!r} is not {VERSION}")
+        if self.version != PROFILE_VERSION:
+            raise ValueError(f"version {self.version!r} is not {PROFILE_VERSION}")
         if not self.depths:
             raise ValueError("it holds no depth at which reads of two sizes were timed")
 
@@ -164,10 +163,10 @@ class DriveProfile:
         sizes: dict[int, set[int]] = {}
         for m in self.measurements:
             sizes.setdefault(m.depth, set()).add(m.size)
-        return sorted(depth for depth, found in sizes.items() if len(found) > 1)
+        return sorted(depth for depth, timed in sizes.items() if len(timed) > 1)
 
     def at(self, depth: int) -> DriveModel:
-        """The model for so many requests in flight, from the closest depth that was probed."""
+        """The model for `depth` requests in flight, fitted to the closest depth that was probed."""
         nearest = min(self.depths, key=lambda probed: abs(math.log(probed / depth)))
         least = min(self.measurements, key=lambda m: (m.depth, m.size))
         chosen = [m for m in self.measurements if m.depth == nearest]
@@ -175,11 +174,11 @@ class DriveProfile:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote; ValueError where it is anything else."""
+        """Read a profile that `save` wrote; ValueError if the file holds anything else."""
         try:
-            found = json.loads(path.read_text("utf-8"))
-            found["measurements"] = [Measurement(**one) for one in found["measurements"]]
-            return cls(**found)
+            stored = json.loads(path.read_text("utf-8"))
+            stored["measurements"] = [Measurement(**one) for one in stored["measurements"]]
+            return cls(**stored)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a probe of a drive ({error})") from None
 
@@ -193,18 +192,18 @@ class DriveProfile:
 
 
 def device_of(path: Path) -> str:
-    """A name for the drive under a path: its device number, and what the kernel calls it."""
+    """A name for the drive under a path: the kernel's name and its device number."""
     number = os.stat(path).st_dev
     numbers = f"{os.major(number)}:{os.minor(number)}"
     try:
         name = Path(f"/sys/dev/block/{numbers}").resolve(strict=True).name
     except OSError:  # not a block device: a network or memory file system, or an overlay
-        mount = next(place for place in (path, *path.resolve().parents) if os.path.ismount(place))
+        mount = next(parent for parent in (path, *path.resolve().parents) if os.path.ismount(parent))
         name = str(mount).strip("/").replace("/", "-") or "root"
     return f"{name} {numbers}"
 
 
 def profile_path(device: str) -> Path:
-    """Where a device's probe is kept."""
+    """The file that a device's probe is saved in."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "ripple_loader" / "drives" / f"{device.replace(' ', '-').replace(':', '-')}.json"

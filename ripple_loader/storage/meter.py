@@ -15,14 +15,14 @@ from ripple_loader.storage.drive import (
 
 
 class Meter:
-    """A drive's model corrected by what its reads really take: factors on requests and on bytes, and a delay.
+    """Corrects a drive's model by the times of its reads: factors on requests and on bytes, and a delay.
 
-    Each set of reads moves the factors towards what explains its time, in proportion to how much each cost
-    had to do with it (normalized least mean squares). So reads bound by bytes correct the cost of bytes,
-    after which gaps are cut where the drive is saturated, and reads bound by requests that of requests, after
-    which gaps grow. The factor of a cost that hardly shows in the reads follows the other slowly, as a slow
-    drive is slow at both, so that what was given up for its cost is tried again. The delay is what reads take
-    more, few or many, where the processor is busy; it decides nothing.
+    Each set of reads moves the factors towards values that explain its time, each in proportion to its part
+    in the cost (normalized least mean squares). Reads bound by bytes thus correct the cost of bytes; if it
+    rises, fewer gaps are read. Reads bound by requests correct the cost of requests; if it rises, more gaps
+    are read. A cost that hardly shows in the reads follows the other slowly, because a slow drive is slow at
+    both, and so that a way of reading that became too dear is tried again. The delay is a time that every set
+    of reads takes in addition while the processor is busy; no decision depends on it.
 
     Args:
         model: the probed or assumed costs.
@@ -31,7 +31,7 @@ class Meter:
     STEP, FOLLOW = 0.2, 0.001
     TRIAL_EVERY, TRIAL_FACTOR = 16, 8.0
     BOUNDS = (0.05, 1000.0)
-    DELAY, MOST_DELAYS = 1e-4, 10  # seconds that a delay is of the order of, and how many of these it may be
+    DELAY, MOST_DELAYS = 1e-4, 10  # seconds; the delay is at most 10 times this unit
 
     def __init__(self, model: DriveModel) -> None:
         self.probed = self.model = model
@@ -41,13 +41,13 @@ class Meter:
 
     @property
     def factors(self) -> tuple[float, float]:
-        """What the probed costs of a request and of a byte are multiplied with."""
+        """The present cost of a request and of a byte, relative to the probed ones."""
         return float(self._factors[0]), float(self._factors[1])
 
     def next_model(self) -> DriveModel:
-        """What to plan the next reads with; every 16th time requests seem dearer, or by turns cheaper.
+        """The model to plan the next reads with; every 16th has dearer requests, or in turn cheaper ones.
 
-        Reads that are all alike cannot tell the two costs apart; these trials are of another kind.
+        Reads that are all alike cannot separate the two costs; these trials bring reads of another kind.
         """
         self._planned += 1
         turn, trial = divmod(self._planned, self.TRIAL_EVERY)
@@ -64,9 +64,11 @@ class Meter:
             parts = self._factors * costs
             busy = float(_norm(parts[0], parts[1], probed.norm))
             predicted = max(busy, probed.latency) + self._delay
-            error = np.clip(seconds - predicted, -predicted, predicted)  # a hiccup is not a new drive
+            error = np.clip(
+                seconds - predicted, -predicted, predicted
+            )  # limits the weight of a single outlier
             if busy < probed.latency and error < probed.latency:
-                # So few reads say nothing about throughput, but for a drive that became slow.
+                # Reads within the latency say nothing about throughput, unless they take much longer.
                 self._delay_by(self.STEP * error)
                 return
             if math.isinf(probed.norm):

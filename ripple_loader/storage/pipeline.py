@@ -14,9 +14,7 @@ from ripple_loader.storage.reader import (
 
 
 class Ticket:
-    """Plans that a `Pipeline` runs together: those not started yet, and those in flight or read, with
-    buffers.
-    """
+    """Plans that a `Pipeline` runs together: waiting, or started and with a buffer."""
 
     def __init__(self, plans: Iterable[ReadPlan]) -> None:
         self.waiting = deque(plans)
@@ -53,7 +51,7 @@ class Pipeline:
                 ticket.started.append((plan, buffer, self._reader.submit(plan, buffer)))
 
     def take(self, ticket: Ticket) -> Iterator[tuple[ReadPlan, AlignedBuffer]]:
-        """Each plan of a ticket with the buffer it was read into, which holds until the next step."""
+        """Each plan of a ticket with the buffer it was read into, which is valid until the next step."""
         while ticket.started:
             plan, buffer, reads = ticket.started[0]
             for read in reads:
@@ -69,9 +67,7 @@ class Pipeline:
         ticket.waiting.clear()
 
     def drop(self, *tickets: Ticket) -> None:
-        """Forget what is left of some tickets; waits for their reads in flight, so that no buffer is written
-        to.
-        """
+        """Forget the unused plans of some tickets, after waiting for their reads in flight."""
         for ticket in tickets:
             ticket.waiting.clear()
         for ticket in tickets:

@@ -40,16 +40,16 @@ class _Bench:
 
     Args:
         reader: of the file.
-        buffer: what is read into, again and again.
+        buffer: memory that all reads go to.
     """
 
     def __init__(self, reader: Reader, buffer: AlignedBuffer) -> None:
         self._reader, self._buffer, self._depth = reader, buffer, reader.depth
-        self._buffer.bytes.zero_()  # its pages are there before anything is timed
+        self._buffer.bytes.zero_()  # so that its pages exist before anything is timed
         self._random = np.random.default_rng(0)
 
     def reads(self, size: int, requests: int) -> float:
-        """Seconds of so many reads."""
+        """Seconds that `requests` reads of `size` bytes take."""
         blocks = self._reader.path.stat().st_size // size
         offsets = self._random.integers(0, blocks, requests) * size
         lengths = np.full(requests, size)
@@ -61,7 +61,7 @@ class _Bench:
         return time.perf_counter() - start
 
     def measure(self, size: int, seconds: float) -> Measurement:
-        """The best of some rounds that take about so many seconds together."""
+        """The fastest of some rounds that take about `seconds` together."""
         first = self.reads(size, 2 * self._depth) / (2 * self._depth)
         requests = int(np.clip(seconds / _ROUNDS / first, 2 * self._depth, 4096))
         best = min(self.reads(size, requests) for _ in range(_ROUNDS))
@@ -70,7 +70,7 @@ class _Bench:
 
 @contextmanager
 def _probed_file(path: Path) -> Iterator[Path]:
-    """A file to read: the one given, a large one of the directory, or one that is written for it."""
+    """A file to read: the given one, a large one of the directory, or a temporary one."""
     if path.is_file() and path.stat().st_size >= SMALLEST_FILE:
         yield path
         return
@@ -97,29 +97,29 @@ def probe(path: str | Path, *, seconds: float = 3.0) -> DriveProfile:
     """Measure a drive.
 
     Args:
-        path: a file or directory on it; a directory without a file of 64 MiB gets one of 256 MiB for a while.
+        path: a file or directory on it; a directory without a file of 64 MiB gets a temporary one of 256 MiB.
         seconds: about how long the reads take.
 
     Raises:
         ValueError: `seconds` is not positive.
-        FileNotFoundError: there is no such path.
+        FileNotFoundError: the path does not exist.
         OSError: the drive has no room for the file, or cannot be read.
     """
     if not 0 < seconds < 3600:
         raise ValueError(f"`seconds` must be positive and at most an hour, got {seconds!r}.")
     with _probed_file(Path(path)) as file:
         share = seconds / (len(SIZES) * len(DEPTHS))
-        found, direct, buffer = [], True, AlignedBuffer(_BUFFER)
+        measurements, direct, buffer = [], True, AlignedBuffer(_BUFFER)
         for depth in DEPTHS:
             reader = Reader(file, depth, RippleReport(directory="", layers=1, neurons=1, budget=0))
             direct, bench = reader.direct, _Bench(reader, buffer)
-            found += [bench.measure(size, share) for size in SIZES]
+            measurements += [bench.measure(size, share) for size in SIZES]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return DriveProfile(device=device_of(file), date=now, direct=direct, measurements=found)
+        return DriveProfile(device=device_of(file), date=now, direct=direct, measurements=measurements)
 
 
 def describe(profile: DriveProfile) -> None:
-    """Print what was measured beside what the fitted models make of it."""
+    """Print the measurements beside the predictions of the fitted models."""
     from rich.console import Console
     from rich.table import Table
 
@@ -150,7 +150,7 @@ def describe(profile: DriveProfile) -> None:
 
 
 def known_drive(reader: Reader) -> DriveModel:
-    """The model of the drive that a sidecar lies on: as probed, else a common drive's, which reads correct.
+    """The model of a sidecar's drive: as probed, else a common drive's, which its reads correct.
 
     Args:
         reader: of the sidecar; a probe that cannot be read is noted in its report.

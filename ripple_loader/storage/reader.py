@@ -25,18 +25,17 @@ from ripple_loader.storage.meter import Meter
 Array = npt.NDArray[Any]
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 LONGEST_READ = 256 << 10  # longer ranges are read in pieces, at once
-_PLANS_AT_ONCE = 2  # the last reads of one plan leave the drive idle; those of the next fill it
-_MOST_THREADS = 16  # without asynchronous reads: more of them spend their time on each other
+_PLANS_AT_ONCE = 2  # the next plan's reads keep the drive busy during the last ones of a plan
+_MOST_THREADS = 16  # without asynchronous reads; more threads mostly contend with each other
 
 
 class _Busy:
     """How long the drive takes for plans whose reads overlap, counted together.
 
-    A plan has no time of its own while another's reads are in flight: they share the drive, and the last to
-    end would seem to have taken none.
+    While the reads of two plans are in flight they share the drive, so that no plan has a time of its own.
     """
 
-    ENOUGH = 2  # times as many as are in flight, which at the end are about as far as others at the start
+    ENOUGH = 2  # wait for twice the plans in flight, so that partial work at both ends cancels out
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -50,7 +49,7 @@ class _Busy:
             self._running += 1
 
     def end(self, requests: int, size: int) -> tuple[int, int, float] | None:
-        """They are done; returns requests, bytes and seconds of all since the last time it did, or None."""
+        """A plan's reads are done; returns requests, bytes and seconds of all plans once there are enough."""
         with self._lock:
             self._running -= 1
             self._ended += 1
@@ -59,17 +58,17 @@ class _Busy:
             if self._ended < self.ENOUGH * self._running:
                 return None
             now = time.perf_counter()
-            found = self._requests, self._size, now - self._since
+            total = self._requests, self._size, now - self._since
             self._since, self._ended, self._requests, self._size = now, 0, 0, 0
-            return found
+            return total
 
 
 class _Parts:
-    """Counts the parts of one plan's reads, which several threads do; of `requests`, `size` bytes in all."""
+    """Counts the parts of one plan's reads, `requests` of `size` bytes in all, over several threads."""
 
     def __init__(self, parts: int, requests: int, size: int) -> None:
         self.requests, self.size = requests, size
-        self._lock, self._waiting, self._left = Lock(), parts, parts
+        self._lock, self._waiting, self._unfinished = Lock(), parts, parts
 
     def first(self) -> bool:
         """Whether the part that starts is the first to do so."""
@@ -80,29 +79,29 @@ class _Parts:
     def last(self) -> bool:
         """Whether the part that ends is the last to do so."""
         with self._lock:
-            self._left -= 1
-            return not self._left
+            self._unfinished -= 1
+            return not self._unfinished
 
 
 class Reader:
     """Reads byte ranges of one file with several requests in flight.
 
-    Where the file system refuses O_DIRECT, or the kernel asynchronous reads, it warns once, notes it in the
-    report and goes on through the page cache or with a thread for each request. The file and the threads are
+    If the file system refuses O_DIRECT, or the kernel asynchronous reads, it warns once, notes it in the
+    report, and reads through the page cache or with a thread for each request. The file and the threads are
     released with the object.
 
     Args:
         path: the file.
         depth: requests in flight.
         report: counts requests and bytes.
-        engine: what does the reads, see `RippleConfig.io_engine`.
+        engine: how reads are submitted, see `RippleConfig.io_engine`.
 
     Attributes:
-        block: what offsets, lengths and buffer addresses have to be multiples of: 512 where the drive takes
-            it, else 4096.
-        direct: whether reads go past the page cache.
+        block: offsets, lengths and buffer addresses must be multiples of it: 512 if the drive takes that,
+            else 4096.
+        direct: whether reads bypass the page cache.
         engine: "aio" or "threads".
-        meter: told how long reads take, if it is set.
+        meter: observes how long reads take, if it is set.
     """
 
     def __init__(self, path: Path, depth: int, report: RippleReport, engine: IOEngine = "auto") -> None:
@@ -125,7 +124,7 @@ class Reader:
         self._finalizer = weakref.finalize(self, _release, self._pool, self._queues, self._descriptor)
 
     def restart(self) -> None:
-        """Wait for all reads that were submitted, even by a call that was interrupted, and start anew."""
+        """Wait for all submitted reads, even those of an interrupted call, and start new threads."""
         self._finalizer.detach()
         self._pool.shutdown()
         self._start_threads()
@@ -134,7 +133,7 @@ class Reader:
         self.report.fall_back(f"{self.path} {what}", stacklevel=3)
 
     def _open_queues(self, engine: IOEngine) -> deque[AsyncReads]:
-        """The kernel's queues for asynchronous reads; none where threads do them."""
+        """The kernel's queues for asynchronous reads; an empty list if threads read."""
         queues: deque[AsyncReads] = deque()
         if engine == "threads" or not self.direct:
             return queues
@@ -169,22 +168,21 @@ class Reader:
         try:
             self._read_pieces(offsets, lengths, targets, buffer)
         finally:
-            found = self._busy.end(parts.requests, parts.size) if parts.last() else None
-        if found and self.meter is not None:
-            self.meter.observe(*found)
+            total = self._busy.end(parts.requests, parts.size) if parts.last() else None
+        if total and self.meter is not None:
+            self.meter.observe(*total)
 
     def _read_pieces(self, offsets: Array, lengths: Array, targets: Array, buffer: AlignedBuffer) -> None:
-        left = np.arange(len(offsets))
+        unread = np.arange(len(offsets))
         if self.engine == "aio":
             queue = self._queues.popleft()
             try:
                 results = queue.read(offsets, lengths, buffer.bytes.data_ptr() + targets)
             finally:
                 self._queues.append(queue)
-            left = np.flatnonzero(
-                results != lengths
-            )  # short or failed: read again, for the drive's own error
-        for piece in left.tolist():
+            # Read short or failed pieces again, to get the drive's own error.
+            unread = np.flatnonzero(results != lengths)
+        for piece in unread.tolist():
             self._read_piece(int(offsets[piece]), int(lengths[piece]), int(targets[piece]), buffer)
 
     def _read_piece(self, offset: int, length: int, target: int, buffer: AlignedBuffer) -> None:
@@ -210,7 +208,7 @@ class Reader:
 
 
 def _open_direct(path: Path) -> tuple[int, int, str | None]:
-    """A descriptor, the block that reads have to keep to, and why it is not O_DIRECT where it is not."""
+    """A descriptor, the block size of its reads, and the reason if it is not O_DIRECT."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except AttributeError:
@@ -232,7 +230,7 @@ def _open_direct(path: Path) -> tuple[int, int, str | None]:
 
 
 def _release(pool: ThreadPoolExecutor, queues: deque[AsyncReads], descriptor: int) -> None:
-    pool.shutdown(wait=False)  # this may run in one of its threads; a read in progress would hold the Reader
+    pool.shutdown(wait=False)  # this may run in one of its own threads
     for queue in queues:
         queue.close()
     os.close(descriptor)

@@ -1,1 +1,1 @@
-"""Replays of a trace that read and compute nothing: what other drives, caches and orders would take."""
+"""Replays of a trace, without reading or computing, to price other drives, caches and orders."""

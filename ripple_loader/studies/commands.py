@@ -1,4 +1,4 @@
-"""The commands `ripple simulate` and `ripple report`: studies of a trace that touch no weights."""
+"""The commands `ripple simulate` and `ripple report`: studies of a trace that read no weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import typer
 from ripple_loader.registry import BUNDLES
 
 Model = Annotated[str, typer.Argument(help="The model's directory, as it was traced.")]
-TraceOption = Annotated[str, typer.Option("--trace", help="What `ripple trace` made of it.")]
-Devices = Annotated[str | None, typer.Option(help="YAML file of devices instead of those that come along.")]
+TraceOption = Annotated[str, typer.Option("--trace", help="Directory that `ripple trace` wrote for it.")]
+Devices = Annotated[str | None, typer.Option(help="YAML file of devices instead of the package's.")]
 Cache = Annotated[float, typer.Option(help="Memory for neurons, as a share of all of them.")]
 Replayed = Annotated[int, typer.Option(help="Tokens at the end of the trace to replay.")]
 Bundles = Annotated[str, typer.Option(help=f"Stored as one of: {BUNDLES.names()}.")]
@@ -35,11 +35,11 @@ def _workload(model: str, trace: str, bundles: str, tokens: int) -> Any:
 def _devices(path: str | None, names: list[str] | None) -> list[Any]:
     from ripple_loader.storage.devices import load_devices
 
-    found = load_devices(path)
+    known = load_devices(path)
     for name in names or ():
-        if name not in found:
-            raise ValueError(f"`device` must be one of {', '.join(found)}, got {name!r}.")
-    return [found[name] for name in names or found]
+        if name not in known:
+            raise ValueError(f"`device` must be one of {', '.join(known)}, got {name!r}.")
+    return [known[name] for name in names or known]
 
 
 def _check_share(cache: float) -> None:
@@ -50,38 +50,32 @@ def _check_share(cache: float) -> None:
 def simulate(
     model: Model,
     trace: TraceOption,
-    device: Annotated[list[str] | None, typer.Option(help="Of which device; all without it.")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="Name of a device; without it all of them.")
+    ] = None,
     devices: Devices = None,
     cache: Cache = 0.1,
     tokens: Replayed = 512,
     bundles: Bundles = "same",
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
 ) -> None:
-    """What reading a model's neurons would take on other drives, by strategy, replaying a trace."""
+    """Replay a trace to price the reads of a model's neurons on other drives, by strategy."""
     from rich.console import Console
     from rich.table import Table
 
-    from ripple_loader.studies.simulation import CONTENDERS, place_all, replay, summarise
+    from ripple_loader.studies.simulation import place_contenders, replay_contenders, summarise
 
     _check_share(cache)
     chosen = _devices(devices, device)
     workload = _workload(model, trace, bundles, tokens)
-    placed = {p: place_all(workload, p) for p in {s.placement for s in CONTENDERS.values()}}
+    placed = place_contenders(workload)
     results: dict[str, Any] = {"cache": cache, "tokens": tokens, "bundle_bytes": workload.bundle_bytes}
     results["devices"] = {one.name: asdict(one) for one in chosen}
     results["strategies"] = {one.name: {} for one in chosen}
     for one in chosen:
         rows = results["strategies"][one.name]
-        for name, contender in CONTENDERS.items():
-            found = replay(
-                workload,
-                contender,
-                placed[contender.placement],
-                one.model,
-                cache_bytes=int(cache * workload.weight_bytes),
-                block=one.block,
-            )
-            rows[name] = summarise(found, tokens, one.model)
+        for name, replayed in replay_contenders(workload, placed, one, cache_share=cache).items():
+            rows[name] = summarise(replayed, tokens, one.model)
         table = Table(title=f"{one.name}: {one.description}", caption=one.source)
         table.add_column("")
         for column in ("times Ripple's", *rows["Ripple"]):
@@ -105,7 +99,7 @@ def report(
     bundles: Bundles = "same",
     layer: Annotated[int, typer.Option(help="The MLP that the heat maps show.")] = 0,
 ) -> None:
-    """Draw a trace, the order made of it, and what caches and drives make of both, as one HTML page."""
+    """Draw a trace, its order, and the reads that caches and drives give, as one HTML page."""
     from ripple_loader.files import whole_file
     from ripple_loader.storage.drive import DriveProfile, device_of, profile_path
     from ripple_loader.studies.html_report import check_requirements, make_report

@@ -28,8 +28,9 @@ from ripple_loader.studies.simulation import (
     RIPPLE,
     Replay,
     Workload,
-    place_all,
+    place_contenders,
     replay,
+    replay_contenders,
     summarise,
 )
 
@@ -41,7 +42,7 @@ _KIB = 2**10
 
 
 def check_requirements() -> None:
-    """ValueError where the libraries that draw the page are missing."""
+    """ValueError if the libraries that draw the page are missing."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -64,7 +65,7 @@ def make_report(
     """The page, as HTML.
 
     Args:
-        title: what was traced.
+        title: name of the traced model.
         workload: its activity.
         device: the drive that reads are collapsed and priced for.
         cache_share: memory for neurons, as a share of all of them.
@@ -79,19 +80,9 @@ def make_report(
 
     if not 0 <= layer < len(workload.replayed):
         raise ValueError(f"`layer` must be from 0 to {len(workload.replayed) - 1}, got {layer}.")
-    placements = {contender.placement for contender in CONTENDERS.values()}
-    placed = {placement: place_all(workload, placement) for placement in sorted(placements)}
-    replays, rows = {}, {}
-    for name, contender in CONTENDERS.items():
-        found = replay(
-            workload,
-            contender,
-            placed[contender.placement],
-            device.model,
-            cache_bytes=int(cache_share * workload.weight_bytes),
-            block=device.block,
-        )
-        replays[name], rows[name] = found, summarise(found, workload.tokens, device.model)
+    placed = place_contenders(workload)
+    replays = replay_contenders(workload, placed, device, cache_share=cache_share)
+    rows = {name: summarise(one, workload.tokens, device.model) for name, one in replays.items()}
     plots = [
         ("Co-activation before and after", _draw(_heat_maps, workload, placed["linked"][layer], layer)),
         ("Length of reads", _draw(_read_lengths, replays)),
@@ -115,10 +106,10 @@ def make_report(
 
 
 def coactivation_map(sets: BitSets, order: Array, cells: int = CELLS) -> Array:
-    """How often neurons are active together, in squares of neighbours: float64, shape (C, C).
+    """How often neurons are active together, averaged over squares of neighbours: float64, shape (C, C).
 
-    Each cell is the mean count of its pairs relative to what independent neurons of these frequencies would
-    have, so that 1 means no correlation; cells without activity are 0.
+    Each cell is the mean count of its pairs relative to that of independent neurons with these frequencies,
+    so that 1 means no correlation; cells without activity are 0.
 
     Args:
         sets: active sets.
@@ -167,13 +158,13 @@ def _heat_maps(figure: Any, workload: Workload, placed: Placed, layer: int) -> N
 
 def _read_lengths(figure: Any, replays: dict[str, Replay]) -> None:
     (axes,) = _axes(figure, 1)
-    shown = {name: found for name, found in replays.items() if not CONTENDERS[name].dense}
-    longest = max((float(found.lengths.max(initial=4096)) for found in shown.values()), default=4096.0)
+    shown = {name: replayed for name, replayed in replays.items() if not CONTENDERS[name].dense}
+    longest = max((float(replayed.lengths.max(initial=4096)) for replayed in shown.values()), default=4096.0)
     bins = np.geomspace(512, 2 * longest, 28) / _KIB
-    for colour, (name, found) in zip(_COLOURS, shown.items(), strict=False):
-        weights = np.full(len(found.lengths), 1 / max(1, len(found.token)))
+    for colour, (name, replayed) in zip(_COLOURS, shown.items(), strict=False):
+        weights = np.full(len(replayed.lengths), 1 / max(1, len(replayed.token)))
         axes.hist(
-            found.lengths / _KIB, bins, weights=weights, histtype="step", color=colour, label=name, lw=1.5
+            replayed.lengths / _KIB, bins, weights=weights, histtype="step", color=colour, label=name, lw=1.5
         )
     axes.set_xscale("log", base=2)
     axes.set(xlabel="KiB a read", ylabel="reads a token and layer")
@@ -181,10 +172,12 @@ def _read_lengths(figure: Any, replays: dict[str, Replay]) -> None:
 
 
 def _reads_and_bytes(figure: Any, replays: dict[str, Replay]) -> None:
-    steps = {name: max(1, len(found.token)) for name, found in replays.items()}
+    steps = {name: max(1, len(replayed.token)) for name, replayed in replays.items()}
     shown = {
-        "reads": {name: len(found.lengths) / steps[name] for name, found in replays.items()},
-        "KiB": {name: float(found.lengths.sum()) / steps[name] / _KIB for name, found in replays.items()},
+        "reads": {name: len(replayed.lengths) / steps[name] for name, replayed in replays.items()},
+        "KiB": {
+            name: float(replayed.lengths.sum()) / steps[name] / _KIB for name, replayed in replays.items()
+        },
     }
     for axes, (what, values) in zip(_axes(figure, 2), shown.items(), strict=True):
         names = list(values)[::-1]
@@ -198,7 +191,7 @@ def _cache_curve(figure: Any, workload: Workload, placed: list[Placed], device: 
     hits_axes, time_axes = _axes(figure, 2)
     for colour, policy in zip(itertools.cycle(_COLOURS), CACHE_POLICIES, strict=False):
         contender = replace(RIPPLE, cache_policy=policy)
-        found = [
+        replayed = [
             replay(
                 workload,
                 contender,
@@ -210,8 +203,8 @@ def _cache_curve(figure: Any, workload: Workload, placed: list[Placed], device: 
             for share in CACHE_SHARES
         ]
         percent = [100 * share for share in CACHE_SHARES]
-        hits = [100 * one.hits / max(1, one.active) for one in found]
-        time = [summarise(one, workload.tokens, device.model)["ms_per_token"] for one in found]
+        hits = [100 * one.hits / max(1, one.active) for one in replayed]
+        time = [summarise(one, workload.tokens, device.model)["ms_per_token"] for one in replayed]
         hits_axes.plot(percent, hits, "o-", color=colour, label=policy)
         time_axes.plot(percent, time, "o-", color=colour, label=policy)
     hits_axes.set(xlabel="cache, % of the MLPs", ylabel="hits, % of the active neurons", ylim=(0, None))

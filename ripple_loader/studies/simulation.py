@@ -1,4 +1,4 @@
-"""Trace-driven replay: the reads that a contender issues for a real activation trace, and what a drive takes.
+"""Trace-driven replay: the reads that a contender issues for a real trace, and their time on a drive.
 
 Each token reaches each MLP once: a step. Its active neurons are looked up in that MLP's cache, the missing
 ones are read, and some of them are admitted. Nothing is computed, and reads do not overlap with anything: the
@@ -24,6 +24,7 @@ from ripple_loader.offline.placement import Placed, place
 from ripple_loader.offline.trace import Trace
 from ripple_loader.online.cache import make_cache
 from ripple_loader.storage.collapse import Collapse, cheapest, fixed_gap, plan_reads
+from ripple_loader.storage.devices import Device
 from ripple_loader.storage.drive import DriveModel
 
 Array = npt.NDArray[Any]
@@ -56,7 +57,7 @@ CONTENDERS: dict[str, Contender] = {
     "frequency, collapse": replace(RIPPLE, placement="frequency"),
     "Ripple": RIPPLE,
 }
-"""What `ripple simulate` compares. "LLM in a Flash" (arXiv 2312.11514): bundles in the model's order, LRU."""
+"""The contenders of `ripple simulate`. "LLM in a Flash" (arXiv 2312.11514): bundles in model order, LRU."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def workload_of(trace: Trace, bundle_bytes: int, tokens: int) -> Workload:
     traced = trace.description["tokens"]
     if not 0 < tokens < traced:
         raise ValueError(
-            f"`tokens` must be positive and leave some of the trace's {traced} tokens to find an order "
+            f"`tokens` must be positive and leave some of the trace's {traced} tokens to make an order "
             f"from, got {tokens}."
         )
     sets = [trace.sets(layer) for layer in range(trace.description["mlps"])]
@@ -129,7 +130,7 @@ class Replay:
     evictions: int
 
     def seconds(self, model: DriveModel) -> Array:
-        """What a drive takes for each step, shape (S,); nothing where nothing is read."""
+        """The time of each step on a drive, shape (S,); 0 for steps without reads."""
         requests = np.bincount(self.step, minlength=len(self.token))
         size = np.bincount(self.step, self.lengths, len(self.token))
         return np.where(requests > 0, model.seconds(requests, size), 0.0)
@@ -160,7 +161,7 @@ def replay(
         placed: the orders, of the contender's placement.
         model: of the drive that reads are collapsed for.
         cache_bytes: memory for neurons, over all layers.
-        block: what offsets and lengths of reads have to be multiples of.
+        block: offsets and lengths of reads are multiples of it.
     """
     slots, layers = cache_bytes // workload.bundle_bytes, len(workload.replayed)
     if contender.shares:
@@ -186,6 +187,37 @@ def replay(
         hits=sum(part.hits for part in parts),
         evictions=sum(part.evictions for part in parts),
     )
+
+
+def replay_contenders(
+    workload: Workload, placed: dict[str, list[Placed]], device: Device, *, cache_share: float
+) -> dict[str, Replay]:
+    """The reads of all `CONTENDERS` on a device.
+
+    Args:
+        workload: the activity.
+        placed: from `place_contenders`.
+        device: the drive.
+        cache_share: memory for neurons, as a share of all of them.
+    """
+    size = int(cache_share * workload.weight_bytes)
+    return {
+        name: replay(
+            workload,
+            contender,
+            placed[contender.placement],
+            device.model,
+            cache_bytes=size,
+            block=device.block,
+        )
+        for name, contender in CONTENDERS.items()
+    }
+
+
+def place_contenders(workload: Workload) -> dict[str, list[Placed]]:
+    """The orders of all `CONTENDERS`, by placement."""
+    placements = sorted({contender.placement for contender in CONTENDERS.values()})
+    return {placement: place_all(workload, placement) for placement in placements}
 
 
 def _dense_layer(workload: Workload, layer: int, base: int, resident: int, block: int) -> Replay:

@@ -118,7 +118,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(saved, reordered, text, tmp_p
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("load: {kep: 0.5}")
     assert "did you mean keep" in bad("generate", reordered("llama"), "hello", "--config", recipe)
-    assert "no such file" in bad("generate", reordered("llama"), "hello", "--config", tmp_path / "no.yaml")
+    assert "No such file" in bad("generate", reordered("llama"), "hello", "--config", tmp_path / "no.yaml")
     text.write_text('{"txt": 1}\n')
     assert "line 1" in bad("reorder", model, "--calibration", text, "--out", out)
     assert not out.exists()

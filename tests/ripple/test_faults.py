@@ -198,15 +198,15 @@ def test_a_drive_that_becomes_ten_times_slower_changes_no_result(keep, reordered
         return lambda *arguments: time.sleep(seconds) or real(*arguments)
 
     monkeypatch.setattr(os, "preadv", after(2e-4))
-    expected, usual = generated(), max(engine.drive_factors)
+    expected, usual = generated(), max(engine._meter.factors)
     monkeypatch.setattr(os, "preadv", after(1e-2))  # where others are at work, 2e-4 takes longer
     assert torch.equal(generated(), expected)
-    slow = max(engine.drive_factors)
+    slow = max(engine._meter.factors)
     assert slow > 2 * usual
     monkeypatch.setattr(os, "preadv", real)
     for _ in range(3):
         assert torch.equal(generated(), expected)
-    assert max(engine.drive_factors) < slow
+    assert max(engine._meter.factors) < slow
 
 
 INTERRUPTED = """

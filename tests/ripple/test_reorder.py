@@ -157,7 +157,7 @@ def test_missing_model_directory(tmp_path):
 def test_unsupported_architecture(tmp_path):
     config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2, vocab_size=50)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"looked for the model type 'bloom' and knows .*llama"):
+    with pytest.raises(ValueError, match=r"a model of type 'bloom' keeps .*llama"):
         run(tmp_path / "model", tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""What all cache policies share: the table from neurons to slots, pinned neurons, and admission.
+"""The base of all cache policies: the table from neurons to slots, pinned neurons, and admission.
 
 Every operation is a few numpy calls on arrays over the layer's neurons, never a loop over neurons. Each layer
 has its own cache: a pass visits the layers in turn, which a shared LRU would turn into a scan.
@@ -28,17 +28,17 @@ class Admission:
 
 
 class NeuronCache(ABC):
-    """Maps one MLP's neurons to slots. A policy says in `victims` which make room for others.
+    """Maps one MLP's neurons to slots. A policy chooses in `victims` which neurons make room for others.
 
     Args:
         neurons: N.
         capacity: slots, at most N.
-        pinned: the first places, at most `capacity`, hold the slots of the same number for good.
+        pinned: this many first places, at most `capacity`, permanently hold the slots of the same number.
 
     Attributes:
         slot: of each neuron, -1 where it is not cached, int32, shape (N,).
-        stamp: when each was last used or admitted, int64, shape (N,).
-        now: how often neurons were offered.
+        stamp: the time at which each was last used or admitted, int64, shape (N,).
+        now: the time: the number of calls of `offer`.
         free: slots without a neuron, int32.
         evictions: neurons that made room.
         index_bytes: of all arrays of a cache, by neuron, cached or not; the DRAM budget counts them.
@@ -105,7 +105,7 @@ class NeuronCache(ABC):
 
     @abstractmethod
     def victims(self, count: int) -> Places:
-        """`count` of the `evictable` neurons, which make room."""
+        """Choose `count` of the `evictable` neurons to make room."""
 
 
 def make_cache(policy: str, neurons: int, capacity: int, pinned: int = 0) -> NeuronCache:

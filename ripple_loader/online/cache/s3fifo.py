@@ -13,8 +13,8 @@ from ripple_loader.storage.collapse import Places
 class S3FifoCache(NeuronCache):
     """S3-FIFO (Yang et al., SOSP 2023).
 
-    New neurons enter a small queue, a tenth of the slots; those used again move to the main queue, the others
-    leave and are remembered for a while, so that they enter the main queue when they come back.
+    New neurons enter a small queue, a tenth of the slots. Neurons that are used again there move to the main
+    queue; the others leave, and enter the main queue directly if they come back soon.
     """
 
     SMALL_SHARE = 0.1
@@ -55,7 +55,7 @@ class S3FifoCache(NeuronCache):
         return np.concatenate([leaving, self._from_main(count - len(leaving))])
 
     def _from_main(self, count: int) -> Places:
-        """What leaves the main queue, which turns until `count` came up unused; a turn takes one use."""
+        """`count` neurons of the main queue, which turns until as many came up unused; a turn takes a use."""
         main = np.flatnonzero(self._queue == self._MAIN)
         rank = (self._uses[main].astype(np.int64) << 48) + self.stamp[main]
         leaving = main[np.argpartition(rank, count - 1)[:count]]
