@@ -47,7 +47,7 @@ def explain(
     json: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML page.")] = None,
 ) -> None:
-    """Compile a model and say what was derived, chosen and rejected, operator by operator."""
+    """Compile a model and report each operator: its derivations, the choice, the rejected candidates."""
     import torch
 
     from ollie_compile.commands import models

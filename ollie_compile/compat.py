@@ -74,8 +74,8 @@ def __getattr__(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         shown = where if name in _MODULES else f"{where}.{name}"
         raise ImportError(
-            f"ollie_compile needs `{shown}` of torch, for {purpose}; torch {torch.__version__} has none. "
-            f"Install a torch that has it: it was last seen in {SEEN_IN}."
+            f"ollie_compile needs `{shown}` of torch, for {purpose}; torch {torch.__version__} does not "
+            f"have it. Install a torch that has it: it was last seen in {SEEN_IN}."
         ) from error
     return found
 
@@ -84,7 +84,7 @@ def require() -> None:
     """Look up all of `PRIVATE`.
 
     Raises:
-        ImportError: torch has none of a name.
+        ImportError: torch has lost a name.
     """
     for name in PRIVATE:
         __getattr__(name)
@@ -168,7 +168,7 @@ def guards_of(value: Tensor) -> list[str]:
 
 
 def hint(value: Any) -> Any:
-    """The value of a symbolic size at the compilation; a size that depends on data has none and stays."""
+    """The value of a symbolic size at the compilation; a size that depends on data has no hint, and stays."""
     known = isinstance(value, torch.SymInt) and value.node.hint is not None
     return int(value.node.hint) if known else value
 
@@ -180,7 +180,7 @@ def expression_of(size: Any) -> Any:
 
 
 def is_view(target: Any) -> bool:
-    """Whether an operator of torch only gives another view of its input; False for what is no operator."""
+    """Whether an operator of torch only gives another view of its input; False for other functions."""
     return bool(getattr(target, "is_view", False))
 
 

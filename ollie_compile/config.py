@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Self, get_origin
 
-# What Inductor takes at least for a graph and for each of its operators where no cache answers, on one core.
-START_S, OPERATOR_S = 1.0, 0.02
-LONG_S = 60.0
+# Seconds that Inductor takes at least for a graph and for each of its operators, on one core without caches.
+GRAPH_S, GRAPH_OPERATOR_S = 1.0, 0.02
+AUTOTUNE_S = 60.0  # the budget of the modes of max-autotune
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class OllieConfig:
         max_depth: explorative derivation steps; repairs of guided derivations do not count, and n products
             that are derived together may take n times as many.
         budget_s: seconds that one compiled graph may take beyond Inductor's own: of search, measurement, and
-            of compiling what is derived; 0 derives nothing. None is as long as Inductor takes for the graph,
+            of compiling derived programs; 0 derives nothing. None is as long as Inductor takes for the graph,
             and a minute in the modes of max-autotune.
         workers: processes that derive the candidates of one operator side by side; they pay where a search
             takes seconds, and more than 1 needs a system that forks processes.
@@ -81,20 +81,20 @@ class OllieConfig:
                 raise ValueError(f"`{name}` must be {must}, got {value!r}.")
 
     def for_mode(self, mode: str | None) -> Self:
-        """Itself with the budget of a mode of torch.compile, where none is given and the mode has one."""
+        """Itself with the budget of a mode of torch.compile, unless a budget is given."""
         if self.budget_s is not None or mode is None or not mode.startswith("max-autotune"):
             return self
-        return dataclasses.replace(self, budget_s=LONG_S)
+        return dataclasses.replace(self, budget_s=AUTOTUNE_S)
 
     def budgeted(self, operators: int, inductor_s: float = 0.0) -> Self:
         """Itself with a budget of seconds, for a graph of so many operators.
 
         Args:
-            inductor_s: what Inductor took for it, perhaps from its caches.
+            inductor_s: seconds that Inductor took for the graph, perhaps from its caches.
         """
         if self.budget_s is not None:
             return self
-        return dataclasses.replace(self, budget_s=max(inductor_s, START_S + OPERATOR_S * operators))
+        return dataclasses.replace(self, budget_s=max(inductor_s, GRAPH_S + GRAPH_OPERATOR_S * operators))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:

@@ -1,4 +1,4 @@
-"""Compile a model with the backend and say what was decided, operator by operator."""
+"""`explain`: compile a model with the backend and report the decision for each operator."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def load(model: str, input_shape: str | None, seed: int = 0) -> tuple[nn.Module,
 
     Args:
         model: a recipe (.yaml), FILE.py:FUNCTION or MODULE:FUNCTION, or a Hugging Face folder or hub id.
-        input_shape: like 1x3x224x224; None takes the recipe's, or what the model's config says.
+        input_shape: like 1x3x224x224; None takes the recipe's, or the one of the model's config.
 
     Raises:
         ValueError: there is no such model, or it does not run on inputs of this shape.
@@ -69,7 +69,8 @@ def _pretrained(model: str, input_shape: str | None) -> tuple[Any, Tensor]:
         net = AutoModel.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The model {model!r} is none: give a recipe (.yaml), FILE.py:FUNCTION, MODULE:FUNCTION, or a "
+            f"{model!r} is not a recipe, a function, or a Hugging Face model: give a recipe (.yaml), "
+            f"FILE.py:FUNCTION, MODULE:FUNCTION, or a "
             f"Hugging Face folder or hub id ({str(error).partition(chr(10))[0]})."
         ) from error
     name = net.main_input_name

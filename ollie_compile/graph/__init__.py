@@ -1,5 +1,5 @@
-"""What happens to a graph of torch.compile: parameters are held, operators found, planned and replaced.
+"""The way of a graph of torch.compile: its parameters are held, its operators found, planned and replaced.
 
-The passes run inside Inductor; the gate times whole graphs around it. Which program replaces an operator is
-decided in `plan`; this folder knows where operators stand and how a program takes their place.
+The passes run inside Inductor; the gate times whole graphs around it. `plan` decides which
+program replaces an operator; this folder finds operators and puts programs into the graph.
 """

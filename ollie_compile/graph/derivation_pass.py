@@ -189,7 +189,7 @@ def _guards(graph: fx.Graph) -> list[str]:
 
 
 def _fixed(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Parameters and buffers, and what is computed from them alone."""
+    """Parameters, buffers, and the nodes that are computed from these alone."""
     placeholders = graph.find_nodes(op="placeholder")
     fixed = {placeholders[place] for place in compat.static_inputs() if place < len(placeholders)}
     fixed.update(graph.find_nodes(op="get_attr"))

@@ -1,7 +1,8 @@
 """The precision rule: products of half precision computed in float32, for CPUs without units for them.
 
-It changes what is rounded and when: inputs are taken as they are, sums and products round as in float32, and
-each result once. So it is asked for (`half_in_float32`), not searched, and reported apart.
+Results differ from those in half precision: inputs are read as they are, sums and products round as in
+float32, and each result is rounded once. So it is an option (`half_in_float32`), never a candidate, and the
+report counts it.
 """
 
 from __future__ import annotations

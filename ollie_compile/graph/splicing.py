@@ -1,4 +1,4 @@
-"""Putting a program's aten calls into a graph in the place of the operators that it computes."""
+"""Splicing: a program's aten calls replace the operators of a graph that it computes."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def splice(
     inputs: Sequence[fx.Node],
     program: Program,
 ) -> Sequence[fx.Node] | None:
-    """Put the aten calls of `program` in the place of the nodes that give an operator's results.
+    """Replace the nodes that give an operator's results by the aten calls of `program`.
 
     Returns:
-        what now gives them; None, with the graph as it was, where the program does not give the same tensors.
+        the nodes that give the results now; None leaves the graph unchanged, because the program could not be
+        traced or gives other shapes, strides or dtypes.
     """
     finished = operator.emit(program) if isinstance(operator, Dynamic) else operator.finished(program)
     convolution = isinstance(operator.base if isinstance(operator, Dynamic) else operator, Convolution)
@@ -73,22 +74,33 @@ def splice(
             for node, result in zip(nodes, traced.graph.output_node().args[0], strict=True):
                 _check_same(node.meta["val"], result.meta["val"])
         except Exception:  # a fault here must not take the user's model with it
-            logger.warning("ollie: %s: left as it is, its program is none", operator, exc_info=True)
+            logger.warning(
+                "ollie: %s: kept the original: the derived program could not be traced into the graph",
+                operator,
+                exc_info=True,
+            )
             while first.prev is not before:
                 graph.erase_node(first.prev)
             return None
         places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
         made = graph.graph_copy(traced.graph, places)
-    # Recomputation tags, source lines and module names hold for all that stands in the node's place.
-    inherited = {key: value for key, value in first.meta.items() if key not in _OWN_META}
-    new = before.next
-    while new is not first:
-        new.meta = {**new.meta, **inherited}
-        new = new.next
+    _inherit(first, before)
     for node, result in zip(nodes, made, strict=True):
         node.replace_all_uses_with(result, propagate_meta=False)
         _erase(node)
     return made
+
+
+def _inherit(node: fx.Node, before: fx.Node) -> None:
+    """Give the meta of a node to those that replace it, between `before` and it.
+
+    Recomputation tags, source lines and module names hold for all of them.
+    """
+    inherited = {key: value for key, value in node.meta.items() if key not in _OWN_META}
+    new = before.next
+    while new is not node:
+        new.meta = {**new.meta, **inherited}
+        new = new.next
 
 
 def _check_same(wanted: Tensor, got: Tensor) -> None:
@@ -114,8 +126,8 @@ def _erase(node: fx.Node) -> None:
 def _scale_by_numbers(graph: fx.Graph) -> None:
     """Multiply by numbers rather than by tensors that are filled with them.
 
-    Freezing evaluates what depends on constants alone, but nothing that is filled: a scale beside weights
-    would keep them from being transformed ahead.
+    Freezing computes ahead whatever depends on constants alone, but a filled tensor is no constant to it: a
+    scale would keep the weights beside it from being transformed ahead.
     """
     filled: dict[fx.Node, Any] = {}
     for node in list(graph.nodes):
@@ -124,27 +136,36 @@ def _scale_by_numbers(graph: fx.Graph) -> None:
         elif compat.is_view(node.target) and node.args[0] in filled:
             filled[node] = filled[node.args[0]]
         elif node.target is aten.mul.Tensor:
-            scales = [source for source in node.args if source in filled]
-            others = [source for source in node.args if source not in filled]
-            if len(scales) != 1 or len(others) != 1 or not isinstance(others[0], fx.Node):
-                continue
-            value, (made,) = node.meta["val"], others
-            scaled = made.meta["val"]
-            if scaled.dtype != value.dtype or scaled.numel() != value.numel():
-                continue  # only dimensions of size 1 differ then
-            steps: list[tuple[Any, Any]] = [(aten.mul.Tensor, filled[scales[0]])]
-            if value.shape != scaled.shape:
-                steps.append((aten.expand.default, list(value.shape)))
-            with graph.inserting_before(node):
-                for target, by in steps:
-                    given = target(made.meta["val"], by)
-                    made = graph.call_function(target, (made, by))
-                    made.meta = {**node.meta, "val": given}
-            node.replace_all_uses_with(made, propagate_meta=False)
-            graph.erase_node(node)
+            _scale(graph, node, filled)
     for node in reversed(filled):
         if not node.users:
             graph.erase_node(node)
+
+
+def _scale(graph: fx.Graph, product: fx.Node, filled: dict[fx.Node, Any]) -> None:
+    """Multiply by a number, if one factor of a product is a filled tensor.
+
+    Args:
+        filled: filled tensors with their numbers.
+    """
+    scales = [source for source in product.args if source in filled]
+    others = [source for source in product.args if source not in filled]
+    if len(scales) != 1 or len(others) != 1 or not isinstance(others[0], fx.Node):
+        return
+    value, (scaled,) = product.meta["val"], others
+    before = scaled.meta["val"]
+    if before.dtype != value.dtype or before.numel() != value.numel():
+        return  # of equal size they differ at most in dimensions of size 1
+    steps: list[tuple[Any, Any]] = [(aten.mul.Tensor, filled[scales[0]])]
+    if value.shape != before.shape:
+        steps.append((aten.expand.default, list(value.shape)))
+    with graph.inserting_before(product):
+        for target, by in steps:
+            result = target(scaled.meta["val"], by)
+            scaled = graph.call_function(target, (scaled, by))
+            scaled.meta = {**product.meta, "val": result}
+    product.replace_all_uses_with(scaled, propagate_meta=False)
+    graph.erase_node(product)
 
 
 def _constants(

@@ -61,7 +61,7 @@ def unsupported(node: fx.Node, tensors: Sequence[fx.Node] = ()) -> str | None:
     """Why the tensors of a node have no expression: dynamic or empty shapes, a dtype or several.
 
     Args:
-        tensors: the nodes that it reads; none is all its operands.
+        tensors: the nodes that it reads; by default all its operands.
     """
     values = [operand.meta.get("val") for operand in (node, *(tensors or operands(node)))]
     for value in values:
@@ -97,7 +97,7 @@ def contractions(terms: Sequence[Tensor]) -> list[Scope]:
 
 
 def _declared(declaration: Declaration, *operands: Terms) -> Terms:
-    """What a user's operator computes from its operands."""
+    """The expression of a user's operator over its operands."""
     tensors = dict(zip(declaration.names, map(_whole, operands), strict=True))
     shapes = {name: Input(name, shape_of(tensor)) for name, tensor in tensors.items()}
     return (with_inputs(declaration.assignment.scope(shapes), tensors),)
@@ -273,7 +273,7 @@ def _reshaped(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _below(read: Read, ranges: Ranges) -> Read:
-    """What a read of rearranged tensors reads, as long as it stays inside their boxes."""
+    """The read below rearranged tensors, as long as it stays inside their boxes."""
     while isinstance(read.tensor, Scope) and read.tensor.is_view:
         view = read.tensor
         bounds = [index.bounds(ranges) for index in read.index]

@@ -1,4 +1,4 @@
-"""Operators of users: what is known of each, by the torch operator that it is."""
+"""Operators that users have declared, by the torch operator of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Declaration:
     """A user's operator.
 
     Args:
-        notation: what it computes, as the user wrote it.
+        notation: its index notation, as the user wrote it.
         assignment: the notation parsed.
         names: the notation's tensors in the order of the operator's parameters.
         code: of the function, which tells two of one name apart.
@@ -30,5 +30,5 @@ DECLARED: dict[Any, Declaration] = {}
 
 
 def declarations() -> list[tuple[str, str, bytes]]:
-    """For each operator its name, notation and code, in a fixed order: what a compiled graph depends on."""
+    """Name, notation and code of each operator, in a fixed order: compiled graphs depend on them."""
     return sorted((str(target), one.notation, one.code) for target, one in DECLARED.items())

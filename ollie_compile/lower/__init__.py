@@ -1,4 +1,4 @@
-"""From expressions to programs of torch: which ways there are to write one, and the calls of each way.
+"""Lowering: expressions as programs of torch, in the different layouts and with the different kernels.
 
-A program calls a library, a kernel of `kernels`, or plain aten for whatever `targets` does not match.
+Each scope of a program is computed by a target of `targets`: a library, a kernel, or plain aten.
 """

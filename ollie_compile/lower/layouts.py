@@ -12,7 +12,7 @@ from ollie_compile.lower.lowering import Program
 from ollie_compile.targets import ATEN, KERNELS, computing
 from ollie_compile.targets.convolutions import match_convolution
 from ollie_compile.targets.matmul import is_batched, match_matmul
-from ollie_compile.targets.target import AnyKernel, Layout
+from ollie_compile.targets.target import AnyKernel, ProductLayout
 
 
 def is_lowerable(scope: Scope) -> bool:
@@ -31,7 +31,7 @@ def _sole(scope: Scope, kernels: Sequence[AnyKernel]) -> list[AnyKernel]:
 
 
 def programs(scope: Scope, device: torch.device, *, portable: bool = False) -> list[Program]:
-    """The different ways to write a lowerable expression on a device; none if it needs kernels of another.
+    """The different ways to write a lowerable expression on a device; empty if that needs other kernels.
 
     Args:
         portable: whether to use torch's own operators alone.
@@ -41,7 +41,7 @@ def programs(scope: Scope, device: torch.device, *, portable: bool = False) -> l
     preferred = [kernel for kernel in kernels if kernel.preferred and _matches(kernel, scopes)]
     needed = [kernel for inner in scopes if not _is_plain(inner) for kernel in _sole(inner, kernels)]
     family = next((kernel.family for kernel in (*preferred, *needed)), ATEN)
-    layouts: Sequence[Layout] = [
+    layouts: Sequence[ProductLayout] = [
         layout
         for layout in _layouts(scopes)
         if all(computing(inner, layout, family) is not None for inner in scopes)
@@ -52,9 +52,9 @@ def programs(scope: Scope, device: torch.device, *, portable: bool = False) -> l
     return [Program(scope, layout, family) for layout in layouts]
 
 
-def _layouts(scopes: Sequence[Scope]) -> list[Layout]:
+def _layouts(scopes: Sequence[Scope]) -> list[ProductLayout]:
     """The layouts that write some of the scopes differently."""
-    layouts: list[Layout] = ["rows"]
+    layouts: list[ProductLayout] = ["rows"]
     if any(match_matmul(scope) is not None for scope in scopes):
         layouts.append("columns")
     if any(map(is_batched, scopes)):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ollie_compile.expr import Read, Scope
 from ollie_compile.targets import ATEN, computing
-from ollie_compile.targets.target import AnyKernel, AnyTarget, Kernel, Layout, extents
+from ollie_compile.targets.target import AnyKernel, AnyTarget, Kernel, ProductLayout, extents
 from ollie_compile.targets.views import Window
 
 
-class Step(NamedTuple):
+class Computed(NamedTuple):
     """A scope of a program with the target that computes it."""
 
     scope: Scope
@@ -33,32 +33,32 @@ class Program:
     """
 
     scope: Scope
-    layout: Layout
+    layout: ProductLayout
     kernels: str = ATEN
 
     @functools.cached_property
-    def steps(self) -> tuple[Step, ...]:
+    def computed(self) -> tuple[Computed, ...]:
         """The scopes that are computed, each once, the last first: a target may compute several at once.
 
         Raises:
             ValueError: no target computes a scope.
         """
-        steps: dict[Scope, Step] = {}
+        found: dict[Scope, Computed] = {}
         queue = [self.scope]
         while queue:
             scope = queue.pop()
-            if scope not in steps:
-                step = steps[scope] = Step(scope, *_computing(self, scope))
-                queue += step.target.reads(step.match, scope)
-        return tuple(steps.values())
+            if scope not in found:
+                one = found[scope] = Computed(scope, *_computing(self, scope))
+                queue += one.target.reads(one.match, scope)
+        return tuple(found.values())
 
     @functools.cached_property
     def used(self) -> dict[AnyKernel, list[Any]]:
         """The kernels that compute some scope, with their matches."""
         used: dict[AnyKernel, list[Any]] = {}
-        for step in self.steps:
-            if isinstance(step.target, Kernel):
-                used.setdefault(step.target, []).append(step.match)
+        for one in self.computed:
+            if isinstance(one.target, Kernel):
+                used.setdefault(one.target, []).append(one.match)
         return used
 
     @functools.cached_property
@@ -98,7 +98,7 @@ class _Lowering:
         self.values: dict[Scope, Tensor] = {}
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ProductLayout:
         return self.program.layout
 
     def scope(self, scope: Scope) -> Tensor:

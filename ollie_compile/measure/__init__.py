@@ -1,1 +1,1 @@
-"""Time: calls of programs as they will run, timed; bounds of what was not timed; what earlier timings say."""
+"""Times: programs called as they will run and timed, bounds for the others, and timings of earlier runs."""

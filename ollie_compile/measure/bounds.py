@@ -63,7 +63,7 @@ def bound_seconds(
             speed are enough then.
     """
     rate = products_per_second(dtype, device, profile)
-    costs = [step.target.cost(step.match, step.scope, program.layout) for step in program.steps]
+    costs = [one.target.cost(one.match, one.scope, program.layout) for one in program.computed]
     elements = sum(cost.elements for cost in costs)
     total = elements * dtype.itemsize / bytes_per_second(dtype, device, profile)
     total += sum(cost.multiplications for cost in costs) / rate

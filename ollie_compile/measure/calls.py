@@ -103,7 +103,7 @@ def _is_view(node: fx.Node) -> bool:
 def _fold(
     graph: fx.GraphModule, values: list[Tensor], constant: Collection[int]
 ) -> tuple[fx.GraphModule, list[Tensor], list[Tensor]]:
-    """Compute what depends on the inputs at `constant` alone; the results become the first inputs.
+    """Compute all nodes that depend on the inputs at `constant` alone; the results become the first inputs.
 
     Returns:
         the graph, those results, and the other inputs.

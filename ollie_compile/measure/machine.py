@@ -36,7 +36,7 @@ class Machine:
     def bound_seconds(
         self, program: Program, dtype: torch.dtype, device: torch.device, *, limit: float = math.inf
     ) -> float:
-        """As `bounds.bound_seconds`, by what is known of this machine."""
+        """As `bounds.bound_seconds`, with the timings of this machine."""
         return bounds.bound_seconds(program, dtype, device, self.profile, limit=limit)
 
     def called(

@@ -15,10 +15,10 @@ aten = torch.ops.aten
 
 
 def pack(graph: fx.Graph, values: list[Tensor], constant: int) -> list[Tensor]:
-    """Let convolutions of images and volumes read packed weights, where oneDNN has them.
+    """Let convolutions of images and volumes read weights that oneDNN has packed.
 
     Args:
-        graph: changed in place; the meta of its nodes holds what they give.
+        graph: changed in place; the meta of its nodes holds their values.
         values: its inputs, the first `constant` of which are the same in every call.
 
     Returns:

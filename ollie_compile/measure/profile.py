@@ -17,7 +17,7 @@ class Profile:
         self.changed: set[tuple[torch.device, int]] = set()
 
     def seconds(self, device: torch.device, what: str, measure: Callable[[], float]) -> float:
-        """What `measure` gave for `what`, now or earlier."""
+        """The result of `measure` for the call `what`, now or earlier."""
         place = (device, torch.get_num_threads())
         if place not in self.known:
             kept = store.read(self._name(device)) or {}
@@ -29,7 +29,7 @@ class Profile:
         return values[what]
 
     def save(self) -> None:
-        """Add what is new to what other processes have kept."""
+        """Add new timings to those that other processes have kept."""
         for place in self.changed:
             if place[1] == torch.get_num_threads():
                 name = self._name(place[0])

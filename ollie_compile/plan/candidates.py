@@ -15,7 +15,7 @@ OUT_OF_TIME = "no time left in the budget"
 
 @dataclass(slots=True, eq=False)
 class Candidate:
-    """A program with what is known about it.
+    """A program for an operator, with its predicted and measured times.
 
     Attributes:
         bound_s: seconds that one call takes at least, by the cost model.

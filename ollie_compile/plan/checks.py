@@ -31,7 +31,7 @@ HALF_SLACK = 2.0  # times the rounding of the original that a candidate may have
 
 
 def exact_results(operator: Operator) -> tuple[Tensor, ...]:
-    """What torch computes in float64 from the operator's example inputs."""
+    """The results of torch's own operators in float64, for the operator's example inputs."""
     return _all(operator.reference(*_in_float64(operator)))
 
 
@@ -73,10 +73,10 @@ def rounding_error(
 
 
 def reproducer(operator: Operator, program: Program) -> str:
-    """Python source that checks a program of an operator again and prints what is wrong with it.
+    """Python source that checks a program of an operator again and prints the differences.
 
-    The operators of a subprogram stand in it as a comment: its derivation is checked, and its program is
-    where a right derivation leaves the fault.
+    Of a subprogram only the derivation is checked, and its operators are a comment: if the derivation is
+    right, the fault is in the lowered program.
     """
     expression, derived = operator.expression(), program.scope
     tensors = [f"    {t.name!r}: {t!r}," for t in {**expression.inputs(), **derived.inputs()}.values()]

@@ -40,7 +40,7 @@ def decide(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) ->
 
 
 def _measure(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) -> None:
-    """Compile what may beat what is known, then measure it, the best calls and the original in turn.
+    """Compile the candidates that may be fastest; measure them, the best calls and the original in turn.
 
     A candidate that could not be compiled at all its occurrences before the deadline is left out.
     """

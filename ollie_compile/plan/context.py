@@ -1,4 +1,4 @@
-"""What one process knows of planning: handed on from the backend to whatever plans or measures."""
+"""The state of planning in one process, handed on from the backend to all that plans or measures."""
 
 from __future__ import annotations
 

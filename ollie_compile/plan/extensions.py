@@ -1,4 +1,4 @@
-"""What users have added: decisions that depend on it hold for this process only."""
+"""The rules and kernels of users: decisions that depend on them hold for this process only."""
 
 from __future__ import annotations
 

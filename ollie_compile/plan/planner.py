@@ -1,8 +1,8 @@
 """Plans for the operators of a graph, within a budget.
 
-The operators are timed first. Each is then prepared with a share of the time by what it takes at all its
-occurrences: searched, bounded, and its most promising candidates timed as they are called. The rest of the
-time goes first to the operators that can gain most.
+The operators are timed first. Each is then prepared with a share of the time in proportion to
+its own time at all its occurrences: searched, bounded, and its most promising candidates called and timed.
+The rest of the time goes first to the operators that can gain most.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Planner:
         choice.decide(plan, self.config, self.machine, checks)
 
     def keep(self, plan: Plan) -> None:
-        """Keep a plan for this process and, where that is possible, for later ones."""
+        """Keep a plan for this process, and on disk for later ones."""
         self.context.plans[self._key(plan.operator)] = plan
         saved.save(plan, self.config)
 
@@ -120,7 +120,7 @@ class Planner:
     ) -> None:
         """Take a step of every plan, the heaviest first, each with a share of the time by its weight.
 
-        A plan gets at least `LEAST_S`: a short time serves a few operators rather than none.
+        A plan gets at least `LEAST_S`: a short budget serves a few operators instead of none.
         """
         plans = sorted((one for one in results.values() if isinstance(one, Plan)), key=weight, reverse=True)
         weights = [weight(plan) for plan in plans]

@@ -25,7 +25,7 @@ from ollie_compile.rules import EXPLORATIVE, RELATING
 from ollie_compile.search.expansion import Step
 from ollie_compile.search.hybrid import Derivation, SearchStats
 from ollie_compile.search.proof import check_derivation
-from ollie_compile.targets import Layout, families
+from ollie_compile.targets import ProductLayout, families
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def plan_of(content: Mapping[str, Any], operator: Operator) -> Plan:
     scope, steps = _expressions(content)
     if scope.shape != operator.expression().shape:
         raise ValueError(f"its winner has the shape {scope.shape}, not {operator.expression().shape}")
-    if winner["layout"] not in get_args(Layout) or winner["kernels"] not in families():
+    if winner["layout"] not in get_args(ProductLayout) or winner["kernels"] not in families():
         raise ValueError(f"its winner is written as {winner['layout']!r}, {winner['kernels']!r}")
     rules = [tuple(map(str, names)) for names, _ in winner["steps"]]
     derivation = Derivation(scope, tuple(map(Step, rules, steps)), int(winner["depth"]))

@@ -1,4 +1,4 @@
-"""What is planned: operators and subprograms found in a graph, each with its expression and torch's result.
+"""The problems that are planned: operators and subprograms of a graph, with expression and reference.
 
 Shapes may be symbolic: then a problem is derived at a few sizes and emitted for all.
 """

@@ -281,35 +281,42 @@ def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Operator, sub
     """As `subprograms.find`, with dynamic shapes too."""
     if not any(is_dynamic(node.meta.get("val")) for node in graph.nodes):
         return list(subprograms.find(graph, fixed))
-    copy = fx.Graph(graph.owning_module)
-    copies: dict[fx.Node, fx.Node] = {}
     with FakeTensorMode():
-        views: dict[Any, fx.Node] = {}
-        for node in graph.nodes:
-            made_copy = _copied(copy.node_copy(node, copies.__getitem__), node, copies)
-            if node.target in _VIEWS:  # equal ones once: products that read them read one tensor
-                first = views.setdefault((node.target, repr(made_copy.args)), made_copy)
-                if first is not made_copy:
-                    copy.erase_node(made_copy)
-                made_copy = first
-            copies[node] = made_copy
+        copy, copies = _static_copy(graph)
         found = subprograms.find(copy, frozenset(copies[node] for node in fixed))
-    back: dict[fx.Node, fx.Node] = {}
+    originals: dict[fx.Node, fx.Node] = {}
     for node, copied in copies.items():
-        back.setdefault(copied, node)
-    made: list[tuple[Operator, subprograms.Site]] = []
-    for operator, place in found:
-        nodes, roots, inputs = (
-            tuple(map(back.__getitem__, of)) for of in (place.nodes, place.roots, place.inputs)
-        )
+        originals.setdefault(copied, node)
+    operators_found: list[tuple[Operator, subprograms.Site]] = []
+    for operator, site in found:
+        parts = (site.nodes, site.roots, site.inputs)
+        nodes, roots, inputs = (tuple(map(originals.__getitem__, part)) for part in parts)
         original = subprograms.Site(nodes, roots, inputs)
         if not any(is_dynamic(node.meta.get("val")) for node in (*nodes, *inputs)):
-            made.append((operator, original))
+            operators_found.append((operator, original))
         elif all(node.target in _WITHOUT_SIZES for node in nodes):
             wrapped = _wrapped(operator, inputs)
             if not isinstance(wrapped, str):
-                made.append((wrapped, original))
-    return made
+                operators_found.append((wrapped, original))
+    return operators_found
+
+
+def _static_copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A graph at the sizes of the compilation, and the copy of each node.
+
+    Equal views have one copy, so that products which read them read one tensor.
+    """
+    copy = fx.Graph(graph.owning_module)
+    copies: dict[fx.Node, fx.Node] = {}
+    views: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        copied = _copied(copy.node_copy(node, copies.__getitem__), node, copies)
+        copies[node] = copied
+        if node.target in _VIEWS:
+            copies[node] = views.setdefault((node.target, repr(copied.args)), copied)
+            if copies[node] is not copied:
+                copy.erase_node(copied)
+    return copy, copies
 
 
 def _copied(copy: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node] | None = None) -> fx.Node:

@@ -30,9 +30,9 @@ class Gradient:
 
     Args:
         forward: the convolution.
-        of: what it is the gradient of.
+        of: the input of the convolution that this is the gradient of.
         gradient: layout of the gradient of the convolution's result.
-        result: layout of what it gives.
+        result: layout of the gradient itself.
     """
 
     forward: Convolution
@@ -90,7 +90,7 @@ class Gradient:
         return lift.transposed_convolution(*shapes, output_padding=rest, groups=forward.groups, **sizes)
 
     def reference(self, *inputs: Tensor) -> Tensor:
-        """What torch computes."""
+        """The gradient by torch's own operator."""
         forward, (first, second) = self.forward, inputs
         if self.of == "input":
             gradient, weight = first, second
@@ -177,7 +177,7 @@ def _gradient(node: fx.Node, result: fx.Node, of_input: bool) -> tuple[tuple[fx.
 
 
 def release(graph: fx.Graph) -> None:
-    """Let every `convolution_backward` compute no more than what is still used of it."""
+    """Let every `convolution_backward` compute only the gradients that are still used."""
     for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
         used = {user.args[1] for user in node.users}
         asked = node.args[-1]

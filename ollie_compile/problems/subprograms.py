@@ -44,7 +44,7 @@ _SIDES = {aten.mm.default: -1, aten.addmm.default: -1, aten.convolution.default:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where an operator or a subprogram stands in a graph.
+    """The nodes of an operator or a subprogram in a graph.
 
     Args:
         nodes: its nodes in the graph's order.
@@ -261,7 +261,7 @@ def resized(operator: Subprogram, layouts: Sequence[Layout]) -> Subprogram:
     """A subprogram with inputs of other sizes, none of which is an argument of its operators.
 
     Raises:
-        ValueError: it is another subprogram at these sizes, or none.
+        ValueError: at these sizes the operators are not lifted together.
     """
     graph, roots, fixed = _with_shapes(operator, layouts)
     nodes = {node for node in graph.nodes if node.op == "call_function"}
@@ -331,7 +331,7 @@ def _together(values: Sequence[Terms], side: int) -> Scope:
 
 
 def gather(graph: fx.Graph, site: Site) -> bool:
-    """Move what the roots read ahead of the first of them; False where that needs one of them."""
+    """Move all nodes that the roots read ahead of the first root; False if these nodes need a root."""
     late = _late(graph, site)
     if late:
         first = next(node for node in graph.nodes if node in site.roots)
@@ -341,7 +341,7 @@ def gather(graph: fx.Graph, site: Site) -> bool:
 
 
 def _late(graph: fx.Graph, site: Site) -> list[fx.Node] | None:
-    """What the roots read and what that needs, after the first of them in a graph; None if one of them is."""
+    """The nodes after the first root that the roots depend on; None if a root is among them."""
     order = {node: at for at, node in enumerate(graph.nodes)}
     first = min(site.roots, key=order.__getitem__)
     late: set[fx.Node] = set()

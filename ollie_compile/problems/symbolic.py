@@ -23,7 +23,7 @@ class Size:
     """A symbolic size: the multiples of `step` in [low, high].
 
     Raises:
-        ValueError: fewer than three such sizes, which is what a fit and its check need.
+        ValueError: fewer than three such sizes, which a fit and its check need.
     """
 
     low: int
@@ -157,7 +157,7 @@ Found = dict[tuple[str, int], tuple[list[int], dict[str, Constant], tuple[str, .
 
 
 def _by_skeleton(expression: Scope, *, max_depth: int, budget_s: float) -> Found:
-    """What a search finds, by its skeleton and how many of the same skeleton came before."""
+    """The derivations of a search, by skeleton and by how many of the same skeleton came before."""
     found: Found = {}
     seen: dict[str, int] = {}
     for derivation in search(expression, max_depth=max_depth, budget_s=budget_s).derivations:

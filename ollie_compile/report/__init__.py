@@ -1,1 +1,1 @@
-"""What was decided for each operator and why, as text, JSON and one HTML page."""
+"""The report: the decision for each operator and its reason, as text, JSON and one HTML page."""

@@ -19,7 +19,7 @@ class State:
 
     Args:
         rule: what led to it; empty for the operator itself.
-        programs: what was made of it: layout, time and verdict.
+        programs: layout, time and verdict of each program of the expression.
     """
 
     rule: str
@@ -85,7 +85,7 @@ def _program(candidate: Candidate, chosen: bool) -> dict[str, str]:
 
 
 def _place(state: State, depth: int, top: int) -> int:
-    """Give a state and what follows from it their places; returns where the next may begin."""
+    """Set the positions of a state and of those derived from it; returns where the next may begin."""
     bottom = top
     state.x = depth * (WIDTH + GAP_X)
     for after in state.after.values():

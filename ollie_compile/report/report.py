@@ -1,4 +1,4 @@
-"""What the backend did with each operator, as text and as JSON."""
+"""The decisions of the backend, operator by operator, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Report:
         plans: (names of the nodes, their common plan) of the operators that were lifted.
         untouched: (node name, reason) of convolutions, subprograms and users' operators that were not.
         others: how often each other operator occurs; they are Inductor's.
-        notes: what was done otherwise than asked, and why.
+        notes: each deviation from the options, with its reason.
         guards: the sizes for which a graph with dynamic shapes holds; others make a graph of their own.
         kept: how many replacements were taken back, for a whole graph was faster without them.
     """

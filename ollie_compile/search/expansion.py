@@ -1,4 +1,4 @@
-"""What follows from one state of the search, derived in this process or in several side by side."""
+"""The successors of a state of the search, derived in this process or in several side by side."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def explored(scope: Scope) -> Iterator[Step]:
 
 
 def _is_open(scope: Scope) -> bool:
-    """Whether exploration may change a scope: views are settled, and so is what an operator computes."""
+    """Whether exploration may change a scope: views and operators' scopes are settled."""
     return not (scope.is_view or is_transform(scope) or match_matmul(scope) is not None)
 
 
 def completed(repair: Repair, scope: Scope) -> Iterator[Step]:
     """Guided derivation: one repair after the other until every contraction is an operator's.
 
-    It also ends with a repair that simplifies back to what it repaired.
+    It also ends if a repair simplifies back to an earlier expression.
     """
     met: set[str] = set()
     while canonical(scope) not in met:
@@ -117,12 +117,12 @@ def products(scope: Scope) -> int:
 
 @once
 def work(scope: Scope) -> tuple[int, int]:
-    """What ranks states: their products, then the elements that computing them makes."""
+    """The rank of a state: its products, then the elements of all tensors that it computes."""
     return products(scope), sum(math.prod(inner.shape) for inner in scope.scopes())
 
 
 FACTS: tuple[Callable[[Scope], Any], ...] = (canonical, is_candidate, products, work)
-"""What the search asks about every state; other processes find it out ahead."""
+"""The functions that the search asks about every state; other processes compute them ahead."""
 
 
 @contextlib.contextmanager

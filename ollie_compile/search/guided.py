@@ -16,7 +16,7 @@ from ollie_compile.rules.summation import split_summation
 from ollie_compile.rules.windows import dilation_splitting, stride_splitting
 from ollie_compile.targets.convolutions import match_convolution
 
-MAX_GROWTH = 1.5  # products that guided substitution may add; above, rearranging the tensor is better
+MAX_ADDED = 1.5  # times the products, up to which a substitution is better than rearranging the tensor
 
 
 @once
@@ -63,7 +63,7 @@ def _pays(scope: Scope, derived: Scope, *, terms: bool = False) -> bool:
     contractions = [inner for inner in derived.scopes() if inner.is_contraction]
     products = sum(_products(inner) for inner in contractions)
     left = sum(measure(inner) for inner in contractions)
-    return products <= MAX_GROWTH * _products(scope) and left < measure(scope)
+    return products <= MAX_ADDED * _products(scope) and left < measure(scope)
 
 
 def _terms(scope: Scope) -> int:

@@ -27,7 +27,7 @@ from ollie_compile.search.expansion import (
 )
 
 BEAM = 64
-MAX_GROWTH = 4  # times the products of the original; more than this is never won back by faster operators
+MAX_PRODUCTS = 4  # times those of the original; faster operators never win back more
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Derivation:
 
 @dataclass(slots=True)
 class SearchStats:
-    """What a search did.
+    """The counts and the time of a search.
 
     Attributes:
         states: expressions visited, no two with one fingerprint.
@@ -79,7 +79,7 @@ class _Search:
         self.expand, self.fingerprints = expand, fingerprints
         self.seen: set[str] = set()
         self.completed: set[tuple[Expansion, str]] = set()
-        self.most_products = MAX_GROWTH * max(1, products(expression))
+        self.most_products = MAX_PRODUCTS * max(1, products(expression))
         self.result = SearchResult()
 
     @property
@@ -112,7 +112,7 @@ class _Search:
         for (repair, state), steps in zip(tasks, expanded, strict=True):
             met = self.completed if self.fingerprints else set()
             left = iter(steps)
-            # From a state that was completed before, only what was met would follow.
+            # From a state that was completed before, only known states would follow.
             while (key := (repair, canonical(state.scope))) not in met and (step := next(left, None)):
                 met.add(key)
                 state = state.then(step, depth=state.depth)
@@ -144,11 +144,11 @@ def search(
 
     Args:
         max_depth: explorative steps from the start (repairs of guided derivations do not count).
-        budget_s: seconds after which exploration stops; what was found until then is returned and
+        budget_s: seconds after which exploration stops; the derivations found until then are returned, and
             `stats.complete` is False.
         beam: how many states of one depth are explored further, those with the least work first.
         guided: repair mismatches at every state; False leaves everything to exploration.
-        fingerprints: never explore two equal states; False is there to see what they save.
+        fingerprints: never explore two equal states; False is for measuring what they save.
         workers: processes that derive side by side; they pay in searches of seconds. Within the budget
             the result is the same for any number of them.
 

@@ -1,7 +1,7 @@
-"""Targets: what a scope may be computed by (OLLIE, section 4.3).
+"""Targets: the ways to compute a scope (OLLIE, section 4.3).
 
-A target is a library's operator, plain aten, or a kernel of this package. Each module holds one, with what it
-matches, how it is called and what it costs. `register` adds a kernel of the user's own.
+A target is a library's operator, plain aten, or a kernel of this package. Each module holds one: its
+match, its call and its cost. `register` adds a kernel of the user's own.
 """
 
 from typing import Any
@@ -13,10 +13,20 @@ from ollie_compile.targets.convolutions import Convolutions
 from ollie_compile.targets.eoperators import EOperators
 from ollie_compile.targets.matmul import Products
 from ollie_compile.targets.selective_add import CppAdditions, FoldAdditions, TritonAdditions
-from ollie_compile.targets.target import ATEN, AnyKernel, AnyTarget, Cost, Kernel, Layout, Lowering
+from ollie_compile.targets.target import ATEN, AnyKernel, AnyTarget, Cost, Kernel, Lowering, ProductLayout
 from ollie_compile.targets.transforms import CppMatrices, SlicedMatrices
 
-__all__ = ["ATEN", "KERNELS", "Cost", "Kernel", "Layout", "Lowering", "computing", "families", "register"]
+__all__ = [
+    "ATEN",
+    "KERNELS",
+    "Cost",
+    "Kernel",
+    "Lowering",
+    "ProductLayout",
+    "computing",
+    "families",
+    "register",
+]
 
 LIBRARIES: tuple[AnyTarget, ...] = (Products(), Convolutions())
 PLAIN: tuple[AnyTarget, ...] = (SlicedMatrices(), EOperators())
@@ -57,7 +67,7 @@ def families() -> list[str]:
     return list(dict.fromkeys([ATEN, *(kernel.family for kernel in KERNELS)]))
 
 
-def computing(scope: Scope, layout: Layout, family: str) -> tuple[AnyTarget, Any] | None:
+def computing(scope: Scope, layout: ProductLayout, family: str) -> tuple[AnyTarget, Any] | None:
     """The target that computes a scope in a program, with its match; None if no target does.
 
     Args:

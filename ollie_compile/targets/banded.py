@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ollie_compile.expr import Read, Scope
 from ollie_compile.kernels import library
-from ollie_compile.targets.target import Kernel, Layout, Lowering, extents
+from ollie_compile.targets.target import Kernel, Lowering, ProductLayout, extents
 from ollie_compile.targets.views import whole_iterators
 
 
@@ -81,7 +81,7 @@ class TritonBands(Kernel[Banded]):
 
     family, title, devices, sole = "triton", "bands in Triton", ("cuda",), True
 
-    def match(self, scope: Scope, layout: Layout) -> Banded | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> Banded | None:
         return match_banded(scope)
 
     def call(self, match: Banded, scope: Scope, lowering: Lowering) -> Tensor:

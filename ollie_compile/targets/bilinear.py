@@ -13,7 +13,7 @@ from torch import Tensor
 from ollie_compile.expr import Affine, Constant, Ranges, Read, Scope, once
 from ollie_compile.kernels import cpp_bilinear, library
 from ollie_compile.targets.matmul import match_matmul
-from ollie_compile.targets.target import Cost, Kernel, Layout, Lowering, multiplications
+from ollie_compile.targets.target import Cost, Kernel, Lowering, ProductLayout, multiplications
 from ollie_compile.targets.transforms import Transform, contiguous, match_transform, start, strides
 
 
@@ -61,7 +61,7 @@ def match_bilinear(scope: Scope) -> Bilinear | None:
     apart = tuple(name for name in match.batch if name not in products)
     rows_of_result = {one.row for one in result.matrices}
     if {loop.name for loop in result.loops} - rows_of_result - inner.keys():
-        return None  # what is not read would be written once
+        return None  # a loop that the product lacks would be written once only
     if any(part.start or part.rest not in rows_of_result for part in result.joined):
         return None
     for place, (rows, columns) in enumerate(((match.rows, match.columns), (match.columns, match.rows))):
@@ -109,9 +109,9 @@ def _identity(read: Read, ranges: Ranges) -> dict[str, str] | None:
 
 
 def windows(call: Bilinear) -> list[int | None]:
-    """For each matrix of the data the dimension of what it reads whose outside the kernel takes as 0.
+    """For each matrix of the data the dimension of its tensor outside of which the kernel reads 0.
 
-    None where something else moves along that dimension too: what lies around has to be there then.
+    None if another iterator moves along that dimension too: then zeros around the tensor must be there.
     """
     known = {name for _, name in call.tiles}
     columns = [one.column for one in call.data.matrices]
@@ -127,10 +127,10 @@ def windows(call: Bilinear) -> list[int | None]:
 def arguments(
     call: Bilinear, index: tuple[Affine, ...], box: tuple[tuple[int, int], ...], stride: tuple[int, ...]
 ) -> dict[str, Any]:
-    """What `kernels.bilinear` is called with beside its tensors.
+    """The arguments of `library.bilinear` other than its tensors.
 
     Args:
-        index, box, stride: of what the data's matrices read, as it lies in memory.
+        index, box, stride: of the tensor that the data's matrices read, as it lies in memory.
     """
     lows = {name: low for name, (low, _) in call.data.ranges.items()}
     loops = {loop.name: loop.extent for loop in call.result.loops}
@@ -194,7 +194,7 @@ class CppBilinearForms(Kernel[Bilinear]):
     family, title, devices = "cpp", "bilinear forms in C++", ("cpu",)
     preferred = standalone = True
 
-    def match(self, scope: Scope, layout: Layout) -> Bilinear | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> Bilinear | None:
         return match_bilinear(scope)
 
     def call(self, match: Bilinear, scope: Scope, lowering: Lowering) -> Tensor:
@@ -206,7 +206,7 @@ class CppBilinearForms(Kernel[Bilinear]):
             value, cpp_bilinear.packed(weight), **arguments(match, index, box, value.stride())
         )
 
-    def cost(self, match: Bilinear, scope: Scope, layout: Layout) -> Cost:
+    def cost(self, match: Bilinear, scope: Scope, layout: ProductLayout) -> Cost:
         tensors = (scope, match.data.read.tensor, match.weight.tensor)
         elements = sum(math.prod(high - low for low, high in tensor.box) for tensor in tensors)
         return Cost(multiplications(match.product), elements)
@@ -215,7 +215,7 @@ class CppBilinearForms(Kernel[Bilinear]):
         tensors = (match.data.read.tensor, match.weight.tensor)
         return [tensor for tensor in tensors if isinstance(tensor, Scope)]
 
-    def layouts(self, offered: Sequence[Layout], scope: Scope) -> Sequence[Layout]:
+    def layouts(self, offered: Sequence[ProductLayout], scope: Scope) -> Sequence[ProductLayout]:
         """One: the products go through no library."""
         return offered[:1]
 

@@ -1,4 +1,4 @@
-"""Convolutions as a target of matching: which scopes are one, and how it is called."""
+"""Convolutions as a target: the library's, of one to three dimensions, with stride, dilation and groups."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ollie_compile.expr import Affine, Ranges, Read, Scope
 from ollie_compile.targets.target import (
     CONVOLVED,
     Cost,
-    Layout,
     Lowering,
+    ProductLayout,
     Target,
     Timed,
     extents,
@@ -105,7 +105,7 @@ def _match(scope: Scope, data: int) -> ConvolutionMatch | None:
     if set(names) | by_weight != set(traversal) | summation or not summation <= set(names) & by_weight:
         return None
     channels = tuple(name for _, name in plain if name in summation)
-    # What is traversed after the channels is a spatial dimension too, as in a 1 x 7 convolution.
+    # An iterator that is traversed after the channels is spatial too, as in a 1 x 7 convolution.
     last = max((place for place, name in plain if name in by_weight), default=-1)
     for place, name in plain:
         if name not in by_weight and place > last and len(spatial) < MAX_SPATIAL:
@@ -195,9 +195,9 @@ class ConvolutionCall:
         if any(pad != (0, 0) for pad in self.pads):
             x = functional.pad(x, [side for pad in reversed(self.pads) for side in pad])
         weight = weight.flip(self.flipped) if self.flipped else weight
-        none = [0] * len(self.stride)
+        no_output_padding = [0] * len(self.stride)
         return torch.ops.aten.convolution.default(
-            x, weight, None, self.stride, self.padding, self.dilation, False, none, self.groups
+            x, weight, None, self.stride, self.padding, self.dilation, False, no_output_padding, self.groups
         )
 
 
@@ -220,7 +220,7 @@ def _extent(ranges: Ranges, name: str | None) -> int:
 class Convolutions(Target[ConvolutionMatch]):
     """The library's convolutions, on contiguous or channels-last data."""
 
-    def match(self, scope: Scope, layout: Layout) -> ConvolutionMatch | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> ConvolutionMatch | None:
         return match_convolution(scope) if layout in CONVOLVED else None
 
     def call(self, match: ConvolutionMatch, scope: Scope, lowering: Lowering) -> Tensor:
@@ -239,7 +239,7 @@ class Convolutions(Target[ConvolutionMatch]):
         value = call(x, weight).reshape(extents(scope, order))
         return value.permute([order.index(loop.name) for loop in scope.traversal])
 
-    def cost(self, match: ConvolutionMatch, scope: Scope, layout: Layout) -> Cost:
+    def cost(self, match: ConvolutionMatch, scope: Scope, layout: ProductLayout) -> Cost:
         call = ConvolutionCall.of(scope, match)
 
         def calls(dtype: torch.dtype, device: torch.device) -> Sequence[Callable[[], object]]:
@@ -251,7 +251,7 @@ class Convolutions(Target[ConvolutionMatch]):
         return Cost(multiplications(scope), timed=Timed(f"{call} {layout == 'channels last'}", calls))
 
 
-def laid_out(layout: Layout, *tensors: Tensor) -> list[Tensor]:
+def laid_out(layout: ProductLayout, *tensors: Tensor) -> list[Tensor]:
     """Data and weights of images and volumes in the memory format of a layout."""
     if layout != "channels last" or tensors[0].dim() == 3:
         return list(tensors)

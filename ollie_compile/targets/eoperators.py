@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ollie_compile.expr import ELEMENTWISE, Scope
-from ollie_compile.targets.target import Cost, Layout, Lowering, Target
+from ollie_compile.targets.target import Cost, Lowering, ProductLayout, Target
 from ollie_compile.targets.views import is_view
 
 MAX_TAPS = 128  # summed terms of one eOperator; more would make kernels that take minutes to compile
@@ -22,7 +22,7 @@ MAX_TAPS = 128  # summed terms of one eOperator; more would make kernels that ta
 class EOperators(Target[int]):
     """Sums of at most `MAX_TAPS` terms that read tensors as views."""
 
-    def match(self, scope: Scope, layout: Layout) -> int | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> int | None:
         """The number of taps."""
         taps = math.prod(loop.extent for loop in scope.summation)
         return taps if taps <= MAX_TAPS and all(map(is_view, scope.factors)) else None
@@ -37,7 +37,7 @@ class EOperators(Target[int]):
         assert total is not None, "a summation has at least one tap"
         return total.expand(scope.shape)
 
-    def cost(self, match: int, scope: Scope, layout: Layout) -> Cost:
+    def cost(self, match: int, scope: Scope, layout: ProductLayout) -> Cost:
         """A view costs nothing."""
         return Cost() if scope.is_view else super().cost(match, scope, layout)
 

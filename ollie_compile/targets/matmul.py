@@ -18,8 +18,8 @@ from ollie_compile.kernels import library
 from ollie_compile.targets.target import (
     CONVOLVED,
     Cost,
-    Layout,
     Lowering,
+    ProductLayout,
     Target,
     Timed,
     extents,
@@ -120,7 +120,7 @@ class Product:
 class Products(Target[Product]):
     """The libraries' matrix products, batched or not."""
 
-    def match(self, scope: Scope, layout: Layout) -> Product | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> Product | None:
         match = match_matmul(scope)
         if match is None:
             return None
@@ -143,7 +143,7 @@ class Products(Target[Product]):
         order = (*apart, *rows, *columns)
         return value.view(extents(scope, order)).permute([order.index(loop.name) for loop in scope.traversal])
 
-    def cost(self, match: Product, scope: Scope, layout: Layout) -> Cost:
+    def cost(self, match: Product, scope: Scope, layout: ProductLayout) -> Cost:
         return Cost(multiplications(scope), timed=timed_product(*match.shape(scope), shared=match.shared))
 
 

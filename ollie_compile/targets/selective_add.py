@@ -15,7 +15,7 @@ from torch import Tensor
 from ollie_compile.expr import Affine, Loop, Quotient, Read, Remainder, Scope
 from ollie_compile.kernels import library
 from ollie_compile.targets.matmul import is_batched
-from ollie_compile.targets.target import Cost, Kernel, Layout, Lowering, extents
+from ollie_compile.targets.target import Cost, Kernel, Lowering, ProductLayout, extents
 from ollie_compile.targets.views import whole_iterators
 
 MAX_OVERLAPS = 2  # spatial dimensions of the kernels, and of torch's fold
@@ -162,7 +162,7 @@ class Addition(Kernel[SelectiveAdd]):
             planes: with dimensions that `lead` has the sizes of, then the taps, then the positions.
         """
 
-    def match(self, scope: Scope, layout: Layout) -> SelectiveAdd | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> SelectiveAdd | None:
         return match_selective_add(scope)
 
     def call(self, match: SelectiveAdd, scope: Scope, lowering: Lowering) -> Tensor:
@@ -178,7 +178,7 @@ class Addition(Kernel[SelectiveAdd]):
         dims = [found.index(loop.name) for loop in scope.traversal if loop.name in found]
         return total.reshape(extents(scope, found)).permute(dims).reshape(scope.shape)
 
-    def cost(self, match: SelectiveAdd, scope: Scope, layout: Layout) -> Cost:
+    def cost(self, match: SelectiveAdd, scope: Scope, layout: ProductLayout) -> Cost:
         taps = math.prod(
             -(-(high - low) // overlap.stride)
             for overlap in match.overlaps
@@ -195,7 +195,7 @@ class FoldAdditions(Addition):
 
     family, title = "fold", "additions by fold"
 
-    def match(self, scope: Scope, layout: Layout) -> SelectiveAdd | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> SelectiveAdd | None:
         match = match_selective_add(scope)
         return match if match is not None and match.folds else None
 
@@ -232,7 +232,7 @@ class CppAdditions(_OwnAddition):
 
     family, title, devices = "cpp", "additions in C++", ("cpu",)
 
-    def layouts(self, offered: Sequence[Layout], scope: Scope) -> Sequence[Layout]:
+    def layouts(self, offered: Sequence[ProductLayout], scope: Scope) -> Sequence[ProductLayout]:
         """Those in which positions lie side by side."""
         layouts = [_ALONG_POSITIONS.get(layout, layout) for layout in offered]
         if layouts == ["columns"] and any(map(is_batched, scope.scopes())):
@@ -243,7 +243,7 @@ class CppAdditions(_OwnAddition):
         return frozenset(["selective additions"])
 
 
-_ALONG_POSITIONS: dict[Layout, Layout] = {"rows": "columns", "channels last": "convolution"}
+_ALONG_POSITIONS: dict[ProductLayout, ProductLayout] = {"rows": "columns", "channels last": "convolution"}
 
 
 def _steps(match: SelectiveAdd) -> tuple[list[int], list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""What a target knows: which scopes it computes, how it is called, what it costs, how it is written down."""
+"""The protocol of targets: their match, their call, their cost, and their name in plans and reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ollie_compile.expr import Read, Scope
 from ollie_compile.targets.views import Window
 
-Layout = Literal["rows", "columns", "batched", "convolution", "channels last"]
+ProductLayout = Literal["rows", "columns", "batched", "convolution", "channels last"]
 """How contractions are written: products as rows A @ B; as columns B^T @ A^T; batched like columns, with one
 product for each value of the first row iterator, which keeps the images of a batch apart. The last two call
 the library's convolution wherever it matches, on contiguous or channels-last data, and write products as
@@ -27,10 +27,10 @@ Match = TypeVar("Match")
 
 
 class Lowering(Protocol):
-    """What a call may ask of the program that is being lowered."""
+    """The values that a target's call may ask of the program that is being lowered."""
 
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> ProductLayout: ...
 
     def value(self, read: Read) -> Tensor:
         """The tensor that is read, on its whole box."""
@@ -44,10 +44,10 @@ class Lowering(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Library calls of which the fastest tells what a scope costs.
+    """Library calls; the time of the fastest is the cost of a scope.
 
     Args:
-        name: what they compute, which is the same for equal calls.
+        name: the same for equal calls.
         calls: makes them for a dtype and a device.
     """
 
@@ -57,12 +57,12 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What computing one scope costs, without the scopes that it reads (OLLIE, section 5.3).
+    """The cost of computing one scope, without the scopes that it reads (OLLIE, section 5.3).
 
     Args:
-        multiplications: those that the device does at its best speed, where nothing is timed.
+        multiplications: done at the device's best speed, unless library calls are timed.
         elements: those that are loaded and stored.
-        timed: library calls to be timed in the place of `multiplications`.
+        timed: library calls to be timed instead.
     """
 
     multiplications: int = 0
@@ -74,14 +74,14 @@ class Target(ABC, Generic[Match]):
     """A way to compute a scope: a library's operator, plain aten, or a kernel of this package."""
 
     @abstractmethod
-    def match(self, scope: Scope, layout: Layout) -> Match | None:
-        """What `call` needs to know to compute a scope in a layout; None if the target cannot."""
+    def match(self, scope: Scope, layout: ProductLayout) -> Match | None:
+        """The description of a scope that `call` needs; None if the target cannot compute it so."""
 
     @abstractmethod
     def call(self, match: Match, scope: Scope, lowering: Lowering) -> Tensor:
         """The value on the scope's box, dimensions in the order of its traversal."""
 
-    def cost(self, match: Match, scope: Scope, layout: Layout) -> Cost:
+    def cost(self, match: Match, scope: Scope, layout: ProductLayout) -> Cost:
         """By default each summed term is loaded once, and each value stored once."""
         size, taps = math.prod(scope.shape), math.prod(loop.extent for loop in scope.summation)
         return Cost(elements=size * (taps * len(scope.factors) + 1))
@@ -115,7 +115,7 @@ class Kernel(Target[Match]):
     def runs_on(self, device: torch.device) -> bool:
         return not self.devices or device.type in self.devices
 
-    def layouts(self, offered: Sequence[Layout], scope: Scope) -> Sequence[Layout]:
+    def layouts(self, offered: Sequence[ProductLayout], scope: Scope) -> Sequence[ProductLayout]:
         """The layouts that a program with this kernel is worth trying in.
 
         Args:
@@ -125,7 +125,7 @@ class Kernel(Target[Match]):
         return offered
 
     def native(self, match: Match) -> frozenset[str]:
-        """Names of the native code that is built before the first call; empty if none is."""
+        """Names of the native code that is built before the first call; empty without native code."""
         return frozenset()
 
 

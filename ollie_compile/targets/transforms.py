@@ -1,4 +1,4 @@
-"""Constant matrices as a target of matching: applied to one tensor along a summed iterator.
+"""Constant matrices as a target: applied to one tensor along a summed iterator.
 
 One kernel applies a matrix, or two nested ones at once. Without that kernel a matrix is a weighted sum of
 slices: a slice for each column is multiplied by that column. This does more products than writing out every
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ollie_compile.expr import Affine, Constant, Loop, Quotient, Ranges, Read, Remainder, Scope
 from ollie_compile.kernels import library
-from ollie_compile.targets.target import Cost, Kernel, Layout, Lowering, Target
+from ollie_compile.targets.target import Cost, Kernel, Lowering, ProductLayout, Target
 from ollie_compile.targets.views import Box, Window, is_view, padded
 
 MAX_COLUMNS = 16  # slices that are written out
@@ -54,7 +54,7 @@ def matrix(scope: Scope) -> Constant:
 
 
 def column(scope: Scope) -> Affine:
-    """Where the matrix is read along its columns."""
+    """The index at which the matrix is read along its columns."""
     return _parts(scope)[0].index[1]
 
 
@@ -203,7 +203,7 @@ def _nested(outer: Transform, inside: Scope, inner: Transform) -> Transform | No
 
 
 def _zero_beyond(loop: Loop, read: Read) -> bool:
-    """Whether what is read is 0 wherever the loop leaves its range."""
+    """Whether a read gives 0 wherever the loop leaves its range."""
     places = [place for place, at in enumerate(read.index) if loop.name in at.iterators()]
     if len(places) != 1 or read.index[places[0]].terms != Affine.of(loop.name).terms:
         return False
@@ -232,7 +232,7 @@ def start(
     box: tuple[tuple[int, int], ...],
     lows: Mapping[str, int],
 ) -> int:
-    """Where in memory the first value that is read lies."""
+    """The position in memory of the first value that is read."""
     total = 0
     for at, step, (low, _) in zip(index, stride, box, strict=True):
         first = at.const + sum(at.coefficient(name) * lows[name] for name in at.iterators())
@@ -270,7 +270,7 @@ class CppMatrices(Kernel[Transform]):
     family, title, devices = "cpp", "matrices in C++", ("cpu",)
     preferred = standalone = True
 
-    def match(self, scope: Scope, layout: Layout) -> Transform | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> Transform | None:
         return match_transform(scope)
 
     def call(self, match: Transform, scope: Scope, lowering: Lowering) -> Tensor:
@@ -292,7 +292,7 @@ class CppMatrices(Kernel[Transform]):
             names[at : at + 2] = [part.name]
         return result
 
-    def cost(self, match: Transform, scope: Scope, layout: Layout) -> Cost:
+    def cost(self, match: Transform, scope: Scope, layout: ProductLayout) -> Cost:
         return _cost(scope)
 
     def native(self, match: Transform) -> frozenset[str]:
@@ -302,7 +302,7 @@ class CppMatrices(Kernel[Transform]):
 class SlicedMatrices(Target[Read]):
     """Plain aten: a slice for each column of the matrix, weighted and added up."""
 
-    def match(self, scope: Scope, layout: Layout) -> Read | None:
+    def match(self, scope: Scope, layout: ProductLayout) -> Read | None:
         return data(scope) if is_transform(scope) and is_view(data(scope)) else None
 
     def call(self, match: Read, scope: Scope, lowering: Lowering) -> Tensor:
@@ -335,5 +335,5 @@ class SlicedMatrices(Target[Read]):
         index, box = [read.index[at] for at in order], tuple(read.tensor.box[at] for at in order)
         return Window.of(index, box, value, scope.ranges)
 
-    def cost(self, match: Read, scope: Scope, layout: Layout) -> Cost:
+    def cost(self, match: Read, scope: Scope, layout: ProductLayout) -> Cost:
         return _cost(scope)

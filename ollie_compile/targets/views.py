@@ -116,7 +116,7 @@ def _take(value: Tensor, axis: int, index: Affine, low: int, ranges: Ranges) -> 
     names = []
     for name, step in sorted(((str(a), c) for a, c in index.terms), key=lambda term: -abs(term[1])):
         start, stop = ranges[name]
-        span -= abs(step) * (stop - 1 - start)  # what the iterators after this one cover
+        span -= abs(step) * (stop - 1 - start)  # covered by the iterators after this one
         if span == 1:
             value = value[(slice(None),) * axis + (slice(None, None, abs(step)),)]
         else:

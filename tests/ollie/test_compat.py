@@ -19,7 +19,7 @@ def test_torch_has_the_name(name):
 def test_a_name_that_torch_lost_is_named_with_its_purpose(monkeypatch):
     monkeypatch.setitem(compat.PRIVATE, "Lost", ("torch._guards", "a test"))
     with pytest.raises(
-        ImportError, match=r"needs `torch._guards.Lost` of torch, for a test; torch .* has none"
+        ImportError, match=r"needs `torch._guards.Lost` of torch, for a test; torch .* does not have it"
     ):
         compat.require()
     monkeypatch.setitem(compat.PRIVATE, "Lost", ("torch._lost", "a test"))
