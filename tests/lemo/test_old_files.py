@@ -1,7 +1,7 @@
 """Files that LeMo wrote while its modules lay flat, before they moved into folders.
 
-`written_before_the_move/` holds a pickled `LemoConfig`, a `lemo_config.json`, predictors of `tiny_model()` and
-the saved state of an unfinished `train_predictors`.
+`written_before_the_move/` holds a pickled `LemoConfig`, a `lemo_config.json`, predictors of `tiny_model()`
+and the saved state of an unfinished `train_predictors`.
 """
 
 from __future__ import annotations
