@@ -45,7 +45,8 @@ def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
-def _check_share(value: float, name: str, *, zero: bool = False) -> None:
+def check_share(value: float, name: str, *, zero: bool = False) -> None:
+    """Raise a ValueError unless `value` is a number from 0, or above it without `zero`, to 1."""
     if not isinstance(value, int | float) or not 0 <= value <= 1 or not (value or zero):
         least = "at least" if zero else "above"
         raise ValueError(f"`{name}` must be {least} 0 and at most 1, got {value!r}.")
@@ -57,7 +58,7 @@ def _check_count(value: int, name: str) -> None:
 
 
 def check_keys(given: Iterable[str], valid: Iterable[str], what: str) -> None:
-    """Raise a ValueError that names the first unknown key and the valid keys closest to it."""
+    """Raise a ValueError that names the first unknown key and the most similar valid ones."""
     valid = sorted(valid)
     for key in given:
         if key not in valid:
@@ -131,9 +132,9 @@ class ReorderConfig:
         PLACEMENTS.check(self.placement)
         ACTIVE_RULES.check(self.active)
         BUNDLES.check(self.bundles)
-        _check_share(self.active_share, "active_share")
-        _check_share(self.hot_share, "hot_share", zero=True)
-        _check_share(self.predictor, "predictor", zero=True)
+        check_share(self.active_share, "active_share")
+        check_share(self.hot_share, "hot_share", zero=True)
+        check_share(self.predictor, "predictor", zero=True)
         for name in ("tokens", "sequence_length", "partners", "workers"):
             _check_count(getattr(self, name), name)
 
@@ -205,7 +206,7 @@ class RippleConfig(QuantizationConfigMixin):
         parse_size(self.buffer, "buffer")
         if self.merge_gap not in (0, "auto"):
             parse_size(self.merge_gap, "merge_gap")
-        _check_share(self.keep, "keep")
+        check_share(self.keep, "keep")
         if self.recall != 1 and not (
             isinstance(self.recall, float) and RECALLS[0] <= self.recall <= RECALLS[1]
         ):
@@ -214,7 +215,7 @@ class RippleConfig(QuantizationConfigMixin):
             )
         if self.recall < 1 and self.keep < 1:
             raise ValueError("`recall` and `keep` must not both be below 1: each of them leaves neurons out.")
-        _check_share(self.adjacency, "adjacency", zero=True)
+        check_share(self.adjacency, "adjacency", zero=True)
         _check_count(self.queue_depth, "queue_depth")
         _check_choice(self.strategy, "strategy", get_args(StrategyName))
         _check_choice(self.io_engine, "io_engine", get_args(IOEngine))

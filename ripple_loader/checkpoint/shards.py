@@ -19,7 +19,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _INDEX = "model.safetensors.index.json"
 _COPY_CHUNK = 16 << 20
-_SAMPLE = 4096
+_SAMPLED_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -136,5 +136,5 @@ def fingerprint(paths: list[Path]) -> str:
         digest.update(f"{name} {spot.dtype} {spot.shape} ".encode())
         with spot.path.open("rb") as file:
             file.seek(spot.start)
-            digest.update(file.read(min(_SAMPLE, spot.stop - spot.start)))
+            digest.update(file.read(min(_SAMPLED_BYTES, spot.stop - spot.start)))
     return digest.hexdigest()

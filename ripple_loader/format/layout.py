@@ -120,7 +120,7 @@ class SidecarHeader:
         }
         return {kind: size for kind, size in sizes.items() if size}
 
-    def layout(self) -> Layout:
+    def layout(self) -> SidecarLayout:
         """The offsets of all sections."""
         entries: dict[str, Any] = {"__metadata__": {"ripple": json.dumps(asdict(self))}}
         starts, end = {}, 0
@@ -136,11 +136,11 @@ class SidecarHeader:
         text = text.ljust(align(len(text) + 8) - 8)
         container = struct.pack("<Q", len(text)) + text
         offsets = {name: len(container) + start for name, start in starts.items()}
-        return Layout(container, offsets, len(container) + end, checksums)
+        return SidecarLayout(container, offsets, len(container) + end, checksums)
 
 
 @dataclass(frozen=True)
-class Layout:
+class SidecarLayout:
     """Offsets in a sidecar file.
 
     Attributes:

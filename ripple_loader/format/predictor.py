@@ -23,7 +23,7 @@ from torch import Tensor
 from ripple_loader.config import RECALLS
 from ripple_loader.format.sketch import IntegerInputs, sketch_rows
 
-_HELD_OUT_EVERY = 4  # sampled tokens; deviations are measured on every fourth
+_CALIBRATED_EVERY = 4  # sampled tokens; every fourth is held out from the fit, to calibrate on
 _MOST_TOKENS, _FEWEST_HELD_OUT = 4096, 32  # to fit to, and to calibrate on
 _RANK_MULTIPLE = 8  # for the processor
 _LEAST_DEVIATION = 1e-6  # of the largest pre-activation: the error of floating point
@@ -68,7 +68,7 @@ class Predictor:
         """
         x_MH = x_MH[x_MH.isfinite().all(1)]
         x_MH = x_MH[:: -(-len(x_MH) // _MOST_TOKENS)] if len(x_MH) else x_MH
-        held_out = torch.arange(len(x_MH), device="cpu") % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        held_out = torch.arange(len(x_MH), device="cpu") % _CALIBRATED_EVERY == _CALIBRATED_EVERY - 1
         basis_KH = torch.zeros(rank, x_MH.shape[1], device="cpu")
         singular = torch.linalg.svd(x_MH[~held_out], full_matrices=False).Vh[:rank]
         basis_KH[: len(singular)] = singular

@@ -5,6 +5,8 @@ Dimension key: T tokens, N neurons.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ripple_loader.registry import ACTIVE_RULES
 
-_COUNTED_AT_ONCE = 1024  # tokens
+_TOKENS_AT_ONCE = 1024
 
 BitSets = npt.NDArray[np.uint8]
 """Active sets of one MLP: shape (tokens, ceil(N / 8)), as `numpy.packbits` packs them."""
@@ -61,9 +63,16 @@ def unpack(sets: BitSets, neurons: int) -> npt.NDArray[np.uint8]:
     return np.unpackbits(sets, axis=1, count=neurons)
 
 
+def unpack_in_parts(sets: BitSets, neurons: int) -> Iterator[tuple[slice, npt.NDArray[np.uint8]]]:
+    """Like `unpack`, for 1,024 tokens at a time: which they are, and their zeros and ones."""
+    for start in range(0, len(sets), _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        yield part, unpack(sets[part], neurons)
+
+
 def count_uses(sets: BitSets, neurons: int) -> npt.NDArray[np.int64]:
     """The number of tokens that each neuron is active for, shape (N,)."""
     counts = np.zeros(neurons, np.int64)
-    for start in range(0, len(sets), _COUNTED_AT_ONCE):
-        counts += unpack(sets[start : start + _COUNTED_AT_ONCE], neurons).sum(0, dtype=np.int64)
+    for _, active_TN in unpack_in_parts(sets, neurons):
+        counts += active_TN.sum(0, dtype=np.int64)
     return counts

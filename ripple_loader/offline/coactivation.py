@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ripple_loader.offline.active_sets import BitSets, unpack
+from ripple_loader.offline.active_sets import BitSets, unpack, unpack_in_parts
 
-_TOKENS_AT_ONCE = 1024
 _NEURONS_AT_ONCE = 1024
 _PAIRS_AT_ONCE = 8192
 _PRODUCTS = 1 << 36
@@ -39,9 +38,9 @@ class Activity:
     def __init__(self, sets: BitSets, neurons: int) -> None:
         self.sets, self.neurons, self.tokens = sets, neurons, len(sets)
         words = np.zeros((neurons, -(-len(sets) // 64) * 8), np.uint8)
-        for start in range(0, len(sets), _TOKENS_AT_ONCE):
-            packed = np.packbits(unpack(sets[start : start + _TOKENS_AT_ONCE], neurons), axis=0)
-            words[:, start // 8 : start // 8 + len(packed)] = packed.T
+        for part, active_TN in unpack_in_parts(sets, neurons):
+            packed = np.packbits(active_TN, axis=0)
+            words[:, part.start // 8 : part.start // 8 + len(packed)] = packed.T
         self._words: npt.NDArray[np.uint64] = words.view(np.uint64)
         self.counts: Indices = np.bitwise_count(self._words).sum(1, dtype=np.int64)
 

@@ -1,6 +1,6 @@
 """Orders for all MLPs of a model, and their expected reads.
 
-An eighth of the traced tokens is held back from the orders, to count their reads on.
+An eighth of the traced tokens is held out from the orders, to count their reads on.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from ripple_loader.config import ReorderConfig
 from ripple_loader.files import Workspace, whole_file
 from ripple_loader.format.predictor import rank_of
 from ripple_loader.format.profile import cache_shares, grouped_uses
-from ripple_loader.offline.active_sets import BitSets, count_uses, unpack
+from ripple_loader.offline.active_sets import BitSets, count_uses, unpack_in_parts
 from ripple_loader.offline.coactivation import Indices
 from ripple_loader.offline.placement import Order, Placed, place
 from ripple_loader.offline.trace import Trace
 
-_HELD_BACK = 8  # every eighth token
+_COUNTED_EVERY = 8  # tokens; every eighth is held out from the orders, to count their reads on
 _PLACING = ("placement", "partners", "two_opt", "hot_share", "seed")
-_TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def expected_reads(sets: BitSets, order: Order, in_memory: npt.NDArray[np.bool_]
         in_memory: neurons that need no reads, in the model's own order, bool of shape (N,).
     """
     total = 0
-    for start in range(0, len(sets), _TOKENS_AT_ONCE):
-        active_TN = unpack(sets[start : start + _TOKENS_AT_ONCE], len(order))
+    for _, active_TN in unpack_in_parts(sets, len(order)):
         if in_memory is not None:
             active_TN[:, in_memory] = 0
         starts: Any = np.diff(active_TN[:, order].astype(np.int8), axis=1, prepend=np.int8(0)) == 1
@@ -95,7 +93,7 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
     def shaping(layer: int) -> Any:
         """The tokens that determine an MLP's order; its reads are counted on the others."""
         sets = trace.sets(layer)
-        return sets[np.arange(len(sets)) % _HELD_BACK != _HELD_BACK - 1]
+        return sets[np.arange(len(sets)) % _COUNTED_EVERY != _COUNTED_EVERY - 1]
 
     counts = [count_uses(shaping(layer), source.neurons) for layer in range(source.layers)]
     hot = hot_neurons(counts, config.hot_share)
@@ -140,7 +138,7 @@ def predictor_rank(source: SourceModel, config: ReorderConfig) -> int:
 
 def _cost(sets: Any, placed: Placed) -> dict[str, Any]:
     """Figures of one MLP's order, with the reads of all but hot neurons; the profile holds their means."""
-    order, held_back = placed.order, sets[_HELD_BACK - 1 :: _HELD_BACK]
+    order, held_out = placed.order, sets[_COUNTED_EVERY - 1 :: _COUNTED_EVERY]
     hot = np.zeros(len(order), bool)
     hot[order[: placed.hot]] = True
     counts = count_uses(sets, len(order))
@@ -149,6 +147,6 @@ def _cost(sets: Any, placed: Placed) -> dict[str, Any]:
         "uses": grouped_uses(counts),
         "activity": float(counts.sum()) / max(1, len(sets) * len(order)),
         "hot": float(hot.mean()),
-        "reads_identity": expected_reads(held_back, np.arange(len(order)), hot),
-        "reads": expected_reads(held_back, order, hot),
+        "reads_identity": expected_reads(held_out, np.arange(len(order)), hot),
+        "reads": expected_reads(held_out, order, hot),
     }

@@ -11,8 +11,8 @@ import numpy as np
 
 from ripple_loader.offline.coactivation import Activity, CoActivation, Indices
 
-_ROUNDS = 20
-_ENOUGH = 1e-3  # stop after a round that gains less than this share of the sum
+_MOST_ROUNDS = 20
+_LEAST_GAIN = 1e-3  # stop after a round that gains less than this share of the sum
 
 
 def two_opt(order: Indices, activity: Activity, graph: CoActivation) -> Indices:
@@ -31,9 +31,9 @@ def two_opt(order: Indices, activity: Activity, graph: CoActivation) -> Indices:
     position[order] = np.arange(len(order))
     known = (position[graph.first] >= 0) & (position[graph.second] >= 0)
     first, second, count = graph.first[known], graph.second[known], graph.count[known]
-    for _ in range(_ROUNDS):
+    for _ in range(_MOST_ROUNDS):
         joined = activity.together(order[:-1], order[1:])
-        if _round(order, position, activity, joined, first, second, count) <= _ENOUGH * joined.sum():
+        if _round(order, position, activity, joined, first, second, count) <= _LEAST_GAIN * joined.sum():
             break
     return order
 

@@ -31,8 +31,8 @@ SIZES = (4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10)
 DEPTHS = (1, 4, 16, 32, 64)
 SMALLEST_FILE = 64 << 20
 _WRITTEN = 256 << 20
-_BUFFER = 8 << 20
-_ROUNDS = 3
+_BUFFER_BYTES = 8 << 20
+_TIMED_ROUNDS = 3
 
 
 class _Bench:
@@ -63,8 +63,8 @@ class _Bench:
     def measure(self, size: int, seconds: float) -> Measurement:
         """The fastest of some rounds that take about `seconds` together."""
         first = self.reads(size, 2 * self._depth) / (2 * self._depth)
-        requests = int(np.clip(seconds / _ROUNDS / first, 2 * self._depth, 4096))
-        best = min(self.reads(size, requests) for _ in range(_ROUNDS))
+        requests = int(np.clip(seconds / _TIMED_ROUNDS / first, 2 * self._depth, 4096))
+        best = min(self.reads(size, requests) for _ in range(_TIMED_ROUNDS))
         return Measurement(size=size, depth=self._depth, requests=requests, seconds=best)
 
 
@@ -109,7 +109,7 @@ def probe(path: str | Path, *, seconds: float = 3.0) -> DriveProfile:
         raise ValueError(f"`seconds` must be positive and at most an hour, got {seconds!r}.")
     with _probed_file(Path(path)) as file:
         share = seconds / (len(SIZES) * len(DEPTHS))
-        measurements, direct, buffer = [], True, AlignedBuffer(_BUFFER)
+        measurements, direct, buffer = [], True, AlignedBuffer(_BUFFER_BYTES)
         for depth in DEPTHS:
             reader = Reader(file, depth, RippleReport(directory="", layers=1, neurons=1, budget=0))
             direct, bench = reader.direct, _Bench(reader, buffer)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ripple_loader.config import check_share
 from ripple_loader.registry import BUNDLES
 
 Model = Annotated[str, typer.Argument(help="The model's directory, as it was traced.")]
@@ -42,11 +43,6 @@ def _devices(path: str | None, names: list[str] | None) -> list[Any]:
     return [known[name] for name in names or known]
 
 
-def _check_share(cache: float) -> None:
-    if not 0 <= cache <= 1:
-        raise ValueError(f"`cache` must be a share from 0 to 1, got {cache}.")
-
-
 def simulate(
     model: Model,
     trace: TraceOption,
@@ -65,7 +61,7 @@ def simulate(
 
     from ripple_loader.studies.simulation import place_contenders, replay_contenders, summarise
 
-    _check_share(cache)
+    check_share(cache, "cache", zero=True)
     chosen = _devices(devices, device)
     workload = _workload(model, trace, bundles, tokens)
     placed = place_contenders(workload)
@@ -105,7 +101,7 @@ def report(
     from ripple_loader.studies.html_report import check_requirements, make_report
 
     check_requirements()
-    _check_share(cache)
+    check_share(cache, "cache", zero=True)
     (chosen,) = _devices(devices, [device])
     probed = profile_path(device_of(Path(trace)))
     page = make_report(

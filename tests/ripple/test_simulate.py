@@ -208,7 +208,7 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
     [
         ("simulate", ["--device", "floppy"], "`device` must be one of"),
         ("simulate", ["--tokens", "100000"], "`tokens` must be positive and leave some"),
-        ("simulate", ["--cache", "7"], "`cache` must be a share"),
+        ("simulate", ["--cache", "7"], "`cache` must be at least 0 and at most 1, got 7"),
         ("simulate", ["--bundles", "int3"], "`bundles` must be one of"),
         ("simulate", ["--devices", "nowhere.yaml"], "No such file: nowhere.yaml"),
         ("report", ["--layer", "9"], "`layer` must be from 0 to 1"),
