@@ -22,8 +22,8 @@ LAYERS = {
         "layers",
         "head informativeness",
         "model",
-        "config kernels",
-        "compat files measure texts",
+        "config kernels measure",
+        "compat files registry texts",
     ),
     "ollie_compile": (
         "__init__ cli",
@@ -36,9 +36,9 @@ LAYERS = {
         "search",
         "measure",
         "lower",
-        "custom",
-        "lift rules targets",
-        "config expr kernels store",
+        "custom targets",
+        "config kernels lift rules",
+        "compat expr store",
     ),
     "ripple_loader": (
         "__init__ cli",
@@ -46,8 +46,9 @@ LAYERS = {
         "offline online",
         "format",
         "storage",
-        "checkpoint config",
-        "files model registry report",
+        "checkpoint",
+        "config model",
+        "compat files registry report",
     ),
 }
 
