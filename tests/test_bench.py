@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "bench"))
 import common
@@ -130,6 +131,19 @@ def test_results_are_compared_with_the_one_wanted_unless_a_contender_is_not_exac
     race = Race(calls, equal=close(rtol=0.1, atol=0), want=2.1)
     race.run(1)
     assert race.errors == {"a": None}
+
+
+def test_same_knows_values_and_tensors():
+    for got, want in ((1, 1), ((1, "a"), (1, "a")), (torch.arange(3), torch.arange(3))):
+        same(got, want)
+    for got, want in (
+        (1, 2),
+        ([1], [1, 2]),
+        (torch.arange(3), torch.arange(4)),
+        (torch.ones(2), torch.ones(1)),
+    ):
+        with pytest.raises(AssertionError, match="want"):
+            same(got, want)
 
 
 def test_what_equality_returns_is_kept():

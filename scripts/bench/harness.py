@@ -37,7 +37,8 @@ def close(*, rtol: float, atol: float) -> Equal:
 
 
 def same(got: Any, want: Any) -> None:
-    assert got == want, f"got {got}, want {want}"
+    """Equal values, of tensors every element."""
+    assert got.equal(want) if hasattr(got, "equal") else got == want, f"got {got}, want {want}"
 
 
 def require_equal(results: Iterable[tuple[str, Any]], equal: Equal, want: Any = None) -> dict[str, Any]:

@@ -54,9 +54,8 @@ def main() -> None:
                 for name in NAMES
             }
             cold = {name: call() for name, call in calls.items()}
-            race = Race(
-                calls, equal=None, keep=True
-            )  # a new process is as untouched as an untimed call leaves it
+            # A new process is as untouched by the contender before as an untimed call leaves it.
+            race = Race(calls, equal=None, keep=True)
             race.run(options.rounds, untimed=0)
         warm = {name: statistics.median(times.results) for name, times in race.times.items()}
         for name in NAMES:
