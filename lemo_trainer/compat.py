@@ -34,7 +34,7 @@ try:
     from transformers.cache_utils import Cache, DynamicLayer
 except ImportError as error:
     raise ImportError(
-        f"lemo_trainer needs caches of transformers made of layers ({error}); install a transformers that "
+        f"lemo_trainer needs the layered caches of transformers ({error}); install a transformers that "
         "pyproject.toml allows."
     ) from error
 
@@ -119,8 +119,8 @@ def unwrap(model: nn.Module) -> Any:
 def base_parameter_name(name: str) -> str | None:
     """The name that a parameter has without PEFT; None for one that PEFT added (an adapter, a trained copy).
 
-    PEFT says where it put what by parts of names only. Were they to change, predictors would be refused as
-    those of another base model.
+    PEFT marks its parameters by parts of their names only. If these change, predictors are refused because
+    they seem to belong to another base model.
     """
     if "lora_" in name or ".modules_to_save." in name:
         return None
@@ -180,7 +180,7 @@ def loss_function(model: Any, function: Callable[..., Tensor]) -> Iterator[None]
 
 
 def checkpointing_function(layer: Any) -> Callable[..., Any]:
-    """What a decoder layer checkpoints with, as the user chose it (reentrant or not)."""
+    """The function with which a decoder layer checkpoints, reentrant or not as the user chose."""
     function: Any = layer._gradient_checkpointing_func
     return function
 
@@ -208,9 +208,8 @@ def loss_is_made_by_trl(arguments: dict[str, Any]) -> bool:
 def calling_handler(callback: Any) -> CallbackHandler | None:
     """The Trainer's handler that calls an event of `callback` just now.
 
-    A callback gets no reference to its handler or its Trainer, so the handler is looked up in the frames that
-    led here. None where transformers calls its callbacks in another way; the order of the callbacks then
-    stays as it is, which a warning says.
+    A callback gets no reference to its handler or its Trainer, so this looks for the handler in the frames of
+    the call. If there is none, it warns and returns None, and the order of the callbacks cannot be changed.
     """
     from transformers.trainer_callback import CallbackHandler
 

@@ -261,12 +261,12 @@ class LemoConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
+def check_keys(values: Mapping[str, Any], known: list[str], owner: str) -> None:
     """Raise ValueError for the first key of `values` that is not in `known`."""
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.4) or sorted(known)
-            raise ValueError(f"{where} has no option {key!r}; the closest are {', '.join(close)}.")
+            raise ValueError(f"{owner} has no option {key!r}; the closest are {', '.join(close)}.")
 
 
 def _is_number(value: object) -> bool:

@@ -44,7 +44,7 @@ class ActivationBytes(TorchDispatchMode):
         self.phase = ""
         self.peaks: Counter[str] = Counter()
         self._backward = False
-        self._made: dict[StorageWeakRef, int] = {}
+        self._allocated: dict[StorageWeakRef, int] = {}
         self._upper_bound = 0  # of the bytes alive: the last count plus all allocated since
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,10 +53,10 @@ class ActivationBytes(TorchDispatchMode):
             self.saved_bytes = max(self.saved_bytes, self.bytes)
         self._backward = backward
         out = func(*args, **(kwargs or {}))
-        made = _storages(out)
-        for reference in made.keys() - _storages((args, kwargs)).keys() - self._made.keys():
-            self._made[reference] = made[reference]
-            self._upper_bound += made[reference]
+        outputs = _storages(out)
+        for storage in outputs.keys() - _storages((args, kwargs)).keys() - self._allocated.keys():
+            self._allocated[storage] = outputs[storage]
+            self._upper_bound += outputs[storage]
         if self._upper_bound > self.peaks[self.phase]:
             self.peaks[self.phase] = max(self.peaks[self.phase], self.bytes)
         return out
@@ -68,8 +68,8 @@ class ActivationBytes(TorchDispatchMode):
     @property
     def bytes(self) -> int:
         """Bytes of the distinct storages alive, without those from before the block (parameters)."""
-        self._made = {made: size for made, size in self._made.items() if not made.expired()}
-        self._upper_bound = sum(self._made.values())
+        self._allocated = {ref: size for ref, size in self._allocated.items() if not ref.expired()}
+        self._upper_bound = sum(self._allocated.values())
         return self._upper_bound
 
 

@@ -136,7 +136,7 @@ def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int,
 
 
 def _patch_layers(parts: CausalLM, layer_forward: LayerForward | None, session: LemoSession) -> None:
-    """Patch the layers that leave tokens out, and where recomputation saves bytes the others too."""
+    """Patch the layers that leave tokens out, and all others if recomputation in them saves bytes."""
     config, wiring = session.config, session.wiring
     recomputes = config.selective_checkpointing or config.save_attention or config.mode == "segments"
     for index, layer in enumerate(parts.layers):

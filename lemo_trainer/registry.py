@@ -1,7 +1,7 @@
-"""The selectors that `LemoConfig(selector=...)` can name, and what a configuration must know of each.
+"""The table of the selectors that `LemoConfig(selector=...)` can name, with the traits that it checks.
 
-The classes register themselves (`lemo_trainer.informativeness.selectors`). Checks of a configuration, command
-line and help texts read this table, so that none of them lists selectors of its own.
+The classes register themselves (`lemo_trainer.informativeness.selectors`). The checks of a configuration, the
+command line and the help texts all read this table.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ AUTO = "auto"
 
 
 class SelectorTraits:
-    """What is known of a selector before there is a model.
+    """The properties of a selector that do not depend on a model.
 
     Attributes:
         summary: how it ranks blocks, for help texts and docs.
         modes: the modes of `LemoConfig` in which it can be used.
-        options: fields of `LemoConfig` that only this selector reads; with another one they must keep their
-            defaults.
-        searchable: its scores are a property of the text, so that thresholds can be searched for them.
-        stand_in: the selector whose step `lemo plan` predicts, where this one needs a trained model; None
-            predicts its own.
+        options: fields of `LemoConfig` that only this selector reads; with another selector they must keep
+            their defaults.
+        searchable: whether thresholds can be searched for its scores, which must then depend on the text
+        only. stand_in: name of the selector that `lemo plan` predicts instead, for one that needs a trained
+        model.
     """
 
     summary: ClassVar[str]

@@ -1,4 +1,4 @@
-"""What LeMo did to a model, and what it kept of the last training batch."""
+"""The view of a session that users get: the patched layers, and the share of the tokens that they kept."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lemo_trainer.session import LemoSession
 
 
 class LemoReport:
-    """A view of what was patched, and of what the last training batch kept. `str(report)` is one sentence.
+    """The patched parts of a model, and the tokens that its last training batch kept.
 
-    It changes as training goes on, and outlives `remove_lemo`.
+    It follows the training and stays readable after `remove_lemo`. `str(report)` is one sentence.
     """
 
     def __init__(self, session: LemoSession) -> None:
@@ -64,9 +64,9 @@ class LemoReport:
 
     @property
     def logits_made(self) -> bool:
-        """Whether a training batch without `labels` made all its logits, in spite of `loss_segment`.
+        """Whether a training batch had no `labels` and so computed all logits, in spite of `loss_segment`.
 
-        Its loss is then computed outside the model (label smoothing, `compute_loss_func`).
+        Its loss is computed outside the model (label smoothing, `compute_loss_func`).
         """
         return self._session.logits_made
 
@@ -108,7 +108,7 @@ class LemoReport:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about the patched layers and about those that cannot leave tokens out."""
+        """Notes on the patched layers, and on the layers that cannot leave tokens out."""
         return [] if self.wiring is None else self.wiring.notes(self.patched_layers)
 
     def __str__(self) -> str:

@@ -1,7 +1,8 @@
-"""One application of LeMo to a model: its schedule, what each training batch keeps, and how it is undone.
+"""One application of LeMo to a model: its schedule, the tokens that each training batch keeps, its undo.
 
-`apply_lemo` makes a session and hangs it on the model; `LemoReport` shows it. The patched layers and the
-patched causal LM ask the session what to do with a batch and tell it what they kept.
+`apply_lemo` creates a session and attaches it to the model; `LemoReport` shows it. For each batch, the
+patched layers and the patched causal LM ask the session how much to keep, and report to it the tokens that
+they kept.
 
 Shapes: B batch, S tokens, K kept tokens of a sample.
 """
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class LemoSession:
-    """What `apply_lemo` set up for one model, and the state of its training.
+    """The state of one patched model and its training.
 
     Args:
         selector: ranks the blocks; its `config` is the configuration in force.
@@ -49,7 +50,7 @@ class LemoSession:
         layer_kept: tokens that each patched layer kept of the last training batch, choice by choice.
         fused_norms: how many norms of each class LeMo's kernel computes.
         kernel_backend: what LeMo's kernels are written in on the model's device, "torch" or "triton".
-        logits_made: whether a training batch came without `labels` and made all its logits.
+        logits_made: whether a training batch came without `labels` and computed all its logits.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class LemoSession:
             self.logits_made = True
             logger.warning(
                 "A training batch came without `labels` (label smoothing, a loss function of your own?): all "
-                "its logits are made, so that `loss_segment` saves nothing, and in one segment."
+                "its logits are computed at once, so that `loss_segment` saves nothing."
             )
 
     def _note(self, layer: int, index_BK: Tensor) -> None:

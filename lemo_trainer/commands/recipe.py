@@ -76,7 +76,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Mean loss of the training steps, and the dense held-out losses where the recipe has an `eval_file`."""
+    """Mean loss of the training steps, and the dense held-out losses if the recipe has an `eval_file`."""
 
     train_loss: float
     report: LemoReport | None

@@ -111,7 +111,7 @@ def mlp_scores(intermediate_BPI: Tensor, valid_BP: Tensor | None, blocks: int) -
 
     Args:
         intermediate_BPI: intermediate activations of the sampled tokens, block after block.
-        valid_BP: False at padding; None when there is none.
+        valid_BP: False at padding; None without padding.
     """
     token_BP = intermediate_BPI.abs().mean(-1, dtype=torch.float32)
     if valid_BP is None:

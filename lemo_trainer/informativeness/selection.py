@@ -29,7 +29,7 @@ class BlockPlan:
         block_size: tokens of a whole block.
         threshold: keep the blocks whose score is this many times the sample's mean, or more; None keeps
             `kept_blocks`. A batch keeps as many as its sample with the most.
-        labelled: bool [B, S], True where a token has a label, for `protect_labels`.
+        labelled: bool [B, S], True for tokens with a label, for `protect_labels`.
         layer: number of the decoder layer that it is for.
         on_chosen: called with the chosen positions [B, K].
         on_scored: called under a `threshold` with the relative scores that are compared with it, one number
@@ -73,7 +73,7 @@ def select_tokens(scores_BN: Tensor, valid_BS: Tensor | None, plan: BlockPlan, c
 
     Args:
         scores_BN: informativeness of the whole blocks.
-        valid_BS: False at padding; None when there is none.
+        valid_BS: False at padding; None without padding.
 
     Raises:
         ValueError: a score is NaN or infinite.

@@ -1,4 +1,4 @@
-"""What runs in a training step in place of a decoder layer's own forward, mode by mode.
+"""The training forwards that replace a decoder layer's own, mode by mode.
 
 `elimination` and `detachment` choose blocks in each layer; `segments` cuts whole samples. `stream` hands the
 residual stream from one patched layer to the next, `checkpointing` decides what is saved for the backward

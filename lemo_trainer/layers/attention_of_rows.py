@@ -82,8 +82,9 @@ class AttentionOfRows:
     ) -> Tensor:
         """The model's attention function for queries at ascending positions `index_BT`: heads [B, T, H, d].
 
-        LeMo's kernel takes over where the function is SDPA under a plain causal mask and Triton runs. Else
-        the queries go in pieces, each with the keys up to its last position: a causal mask hides the others.
+        If the function is SDPA under a plain causal mask and Triton runs, LeMo's kernel computes it.
+        Otherwise the queries go in pieces, each with the keys up to its last position, since a causal mask
+        hides the others.
         """
         if self.fused and self.mask is None and fits(query_BHTd, value_BGSd, options):
             return attend(query_BHTd, key_BGSd, value_BGSd, index_BT, scaling=options["scaling"])
@@ -97,7 +98,7 @@ class AttentionOfRows:
         return torch.cat(heads, 1)
 
     def update(self, x_BTD: Tensor, index_BT: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """What the attention adds to rows `x_BTD` at positions `index_BT`, [B, T, D].
+        """The attention's update of rows `x_BTD` at positions `index_BT`, [B, T, D].
 
         Args:
             attend: gets the rows' queries, keys and values and the attention's options; returns the heads.
@@ -113,7 +114,7 @@ class AttentionOfRows:
             )
 
     def update_from_heads(self, x_BTD: Tensor, index_BT: Tensor, heads_BTHd: Tensor) -> Tensor:
-        """The same where the heads are known already."""
+        """The same update from heads that are known already."""
         if self.architecture.output is None:
             return self.update(x_BTD, index_BT, lambda *qkv, **options: heads_BTHd)
         return self.architecture.finish_attention(self.layer, x_BTD, heads_BTHd)

@@ -123,7 +123,7 @@ class DetachingLayer:
     def _select(
         self, layer: Any, x_BSD: Tensor, attention: AttentionOfRows, plan: BlockPlan
     ) -> tuple[Tensor, AttentionInputs | None]:
-        """The chosen positions [B, K], and the projections of all rows where the choice needed them."""
+        """The chosen positions [B, K], and the projections of all rows if the choice needed them."""
         if self.config.resolved_shared_blocks and layer is not self.first:
             assert self.shared_index_BK is not None
             plan.on_chosen(self.shared_index_BK)
@@ -166,7 +166,7 @@ class _ChosenRows:
         return update if self.finish is None else self.finish(x_BKD, update)
 
     def take_keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all rows; afterwards nothing is noted any more, so that none is kept alive."""
+        """Keys and values of all rows, which this object then drops; later runs note nothing."""
         noted, self._keys_and_values, self._first_run = self._keys_and_values, None, False
         assert noted is not None
         return noted

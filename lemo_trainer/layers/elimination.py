@@ -1,9 +1,9 @@
 """Token elimination (`mode="eliminate"`): a layer computes the chosen blocks, the others pass it by.
 
 The chosen rows are read from the residual stream, go through norm, attention or MLP as a shorter sequence
-with their own positions, and the result is added in place at the same rows (LeMo's permutation-free form):
-neither a full-length norm nor a zero-padded output nor a second stream is made, and the backward pass needs
-the row numbers only.
+with their own positions, and the result is added in place at the same rows (LeMo's permutation-free form): no
+full-length norm, no zero-padded output and no second stream is allocated, and the backward pass needs only
+the row numbers.
 
 Shapes: B batch, S tokens, K kept tokens of a sample, D hidden width, N whole blocks.
 """

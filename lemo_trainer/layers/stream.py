@@ -75,7 +75,7 @@ class Streams:
         self._released: tuple[weakref.ref[Tensor], _Seam] | None = None
 
     def enter(self, layer: nn.Module, x_BSD: Tensor) -> Stream:
-        """The stream in front of `layer`: `x_BSD` itself where it may be overwritten, else a copy."""
+        """The stream in front of `layer`: `x_BSD` itself if it may be overwritten, else a copy."""
         released, self._released = self._released, None
         if released is not None and released[0]() is x_BSD and not has_forward_pre_hooks(layer):
             released[1].adopted = True

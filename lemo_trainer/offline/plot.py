@@ -9,7 +9,7 @@ from lemo_trainer.offline.thresholds import ThresholdSearch
 
 
 def check_plot() -> None:
-    """Raise ValueError where matplotlib is missing."""
+    """Raise ValueError if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("A plot needs matplotlib; install it with `pip install lemo-ripple-ollie[bench]`.")
 

@@ -91,7 +91,7 @@ class Setup:
 def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repeats: int = 2) -> StepCost:
     """The cost of a step with or without gradient checkpointing.
 
-    Under `mode="segments"` the last segments are taken to carry gradient, since they cost most. A selector
+    Under `mode="segments"` it assumes that the last segments carry gradient, since they cost most. A selector
     that needs a trained model is replaced by its stand-in: exact scores, which cost more than predicted ones.
 
     Args:

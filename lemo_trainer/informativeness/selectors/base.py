@@ -1,4 +1,4 @@
-"""What a selector is, what it may look at, and how it is registered.
+"""The interface of selectors, the view of a layer that they get, and their registration.
 
 Shapes: B batch, S tokens, N whole blocks, P sampled tokens, I intermediate width, D hidden width.
 """
@@ -20,7 +20,7 @@ from lemo_trainer.registry import AUTO, SELECTORS, SelectorTraits
 
 
 class LayerView:
-    """What a selector may look at: one decoder layer, and a batch in front of its attention or its MLP.
+    """A decoder layer and a batch in front of its attention or its MLP, as a selector sees them.
 
     Args:
         x_BSD: the residual stream.
@@ -50,23 +50,22 @@ class LayerView:
 
     def attention_inputs(self) -> AttentionInputs:
         """Queries, keys and values of all tokens; a layer that needs them too does not compute them again."""
-        assert self._project is not None, "queries and keys are to be had in front of the attention only"
+        assert self._project is not None, "queries and keys exist only in front of the attention"
         if self.projected is None:
             self.projected = self._project()
         return self.projected
 
     def mlp_intermediate(self, positions_P: Tensor) -> Tensor:
         """Intermediate activations [B, P, I] of the tokens at these positions."""
-        assert self._intermediate is not None, "intermediates are to be had in front of the MLP only"
+        assert self._intermediate is not None, "intermediates exist only in front of the MLP"
         return self._intermediate(positions_P)
 
 
 class Selector(SelectorTraits):
     """Ranks blocks for one model: of the blocks of a sample, those with the highest scores are kept.
 
-    A subclass says what it is in the attributes of `SelectorTraits` and overrides `attention_scores`; for
-    `mode="segments"` it overrides `segment_order`. Scores are made without gradient. The same input must give
-    the same scores twice, unless they are drawn anew on purpose.
+    A subclass sets the attributes of `SelectorTraits` and overrides `attention_scores`, or `segment_order` if
+    `modes` has "segments". Scores are computed without gradient, once for each choice.
 
     Attributes:
         config: the configuration in force.
@@ -109,7 +108,7 @@ class Selector(SelectorTraits):
 
     @classmethod
     def resume(cls, config: LemoConfig, checkpoint: Path) -> LemoConfig:
-        """`config` for a run that goes on from `checkpoint`, into which `save` has written."""
+        """`config` for a run that resumes from `checkpoint`, into which `save` has written."""
         return config
 
 
@@ -120,7 +119,7 @@ def register(name: str) -> Callable[[AnySelector], AnySelector]:
     """Class decorator: let `LemoConfig(selector=name)` mean this subclass of `Selector`.
 
     Raises:
-        ValueError: the name is taken by another class, or is "auto".
+        ValueError: another class has this name, or it is "auto".
     """
 
     def decorate(selector: AnySelector) -> AnySelector:
