@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollie_compile.kernels.cpp_transform import VECTORS, Numbers, int64s
+from ollie_compile.kernels.arguments import Numbers
+from ollie_compile.kernels.cpp_transform import VECTORS, int64s
 
 _ADDITION = """
 #include <cstring>
