@@ -24,7 +24,7 @@ from ollie_compile.plan.placing import (
     left_open,
     memory_layouts,
 )
-from ollie_compile.problems.operators import Subprogram
+from ollie_compile.problems.operators import Subprogram, largest_allowed
 from ollie_compile.search.expansion import work
 from ollie_compile.search.hybrid import search
 
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL_S, TIMED = 0.02, 0.2  # seconds in which an original is timed, and of the time for preparing at most
 SEARCHED, BOUNDED = 0.5, 0.8  # shares of the time for preparing after which no search, no bound begins
-MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
 MAX_BOUNDED = 48  # candidates of one operator whose cost is bounded, those with the least work first
 KERNELS_S = 1.0  # what it takes to build C++ kernels that this process has not built yet
 CALLED = 2  # times the programs to be compiled are timed as they are called
@@ -88,10 +87,8 @@ def prepare(made: Plan, config: OllieConfig, stop: float) -> None:
 def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
     """Bound every candidate's time, reject what cannot win, and sort by the bound."""
     operator = made.operator
-    layouts = (*operator.inputs.values(), *operator.outputs)
-    largest_allowed = MAX_GROWTH * sum(math.prod(layout.shape) for layout in layouts)
     assert made.original_s is not None
-    limit = made.original_s * (1 - config.margin)
+    limit, most = made.original_s * (1 - config.margin), largest_allowed(operator)
     made.candidates.sort(key=lambda candidate: work(candidate.program.scope))
     for place, candidate in enumerate(made.candidates):
         program = candidate.program
@@ -99,7 +96,7 @@ def _bound(made: Plan, config: OllieConfig, stop: float) -> None:
             candidate.rejected = "others need fewer products"
         elif time.perf_counter() > stop:
             candidate.rejected = OUT_OF_TIME
-        elif (largest := bounds.largest_elements(program.scope)) > largest_allowed:
+        elif (largest := bounds.largest_elements(program.scope)) > most:
             candidate.rejected = f"needs {largest * operator.dtype.itemsize / 2**30:.2g} GiB in one tensor"
         else:
             ahead = _ahead(program.scope, operator.parameters) if config.freeze else program.scope
