@@ -28,6 +28,7 @@ EMITTED = {
         aten.clone.default,
         aten.constant_pad_nd.default,
         aten.convolution.default,
+        aten.detach.default,
         aten.diagonal.default,
         aten.expand.default,
         aten.flip.default,
