@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
-from lemo_trainer.compat import unwrap
+from lemo_trainer.compat import calling_handler, unwrap
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness.predictor_files import base_fingerprint, has_predictors, save_predictors
+from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.layers.segments import FLOAT16
 from lemo_trainer.measure import StepMeter
 from lemo_trainer.patch import apply_lemo, remove_lemo
 from lemo_trainer.report import LemoReport
+from lemo_trainer.session import LemoSession, session_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +44,7 @@ class LemoCallback(TrainerCallback):
         self.config = config
         self.measure = measure
         self.report: LemoReport | None = None
+        self._session: LemoSession | None = None
         self._meter: StepMeter | None = None
 
     def on_init_end(
@@ -62,6 +61,7 @@ class LemoCallback(TrainerCallback):
         if args.fp16 and self.config.mode == "segments":
             raise ValueError(FLOAT16)
         self.report = apply_lemo(kwargs["model"], self._config_at(Path(args.output_dir), state))
+        self._session = session_of(kwargs["model"])
         if args.torch_compile:
             logger.warning("`torch_compile` compiles evaluation only: LeMo's training steps run eagerly.")
         self._meter = StepMeter() if self.measure else None
@@ -69,9 +69,9 @@ class LemoCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.report is not None
-        self.report.at_step(state.global_step)
-        if self._meter is not None and self.report.active:
+        assert self._session is not None
+        self._session.at_step(state.global_step)
+        if self._meter is not None and self._session.active:
             self._meter.start(unwrap(kwargs["model"]))
 
     def on_pre_optimizer_step(
@@ -88,7 +88,7 @@ class LemoCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.report is None or logs is None or "loss" not in logs:
+        if self.report is None or self._session is None or logs is None or "loss" not in logs:
             return
         metrics: dict[str, float] = {
             "lemo_kept_share": round(self.report.kept_share, 4),
@@ -97,10 +97,7 @@ class LemoCallback(TrainerCallback):
         shares = self.report.layer_shares
         if len(set(shares.values())) > 1:
             metrics |= {f"lemo_kept_share/layer_{i}": round(share, 4) for i, share in shares.items()}
-        if self.report.predictors is not None and self.config.predictor_refresh:
-            metrics |= {
-                f"lemo_recall/layer_{i}": round(r, 4) for i, r in self.report.predictors.recall.items()
-            }
+        metrics |= self._session.selector.metrics()
         if self._meter is not None and self._meter.done:
             metrics |= {"lemo_saved_bytes": self._meter.saved_bytes, "lemo_step_flops": self._meter.flops}
             self._meter = None
@@ -122,22 +119,20 @@ class LemoCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.stop()
         remove_lemo(model)
-        self.report = None
+        self.report = self._session = None
 
     def _config_at(self, output_dir: Path, state: TrainerState) -> LemoConfig:
-        """The configuration; a resumed run goes on with the predictors of its checkpoint."""
-        checkpoint = _checkpoint(output_dir, state)
-        if self.config.selector != "predictor" or not has_predictors(checkpoint):
-            return self.config
-        return dataclasses.replace(self.config, predictors=str(checkpoint))
+        """The configuration; in a resumed run, with what its selector saved in the checkpoint."""
+        selector = type(selector_for(self.config))
+        return selector.resume(self.config, _checkpoint(output_dir, state))
 
     def _save(self, folder: Path, state: TrainerState, model: nn.Module) -> None:
         if not state.is_world_process_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).write_text(self.config.to_json(), "utf-8")
-        if self.report is not None and self.report.predictors is not None:
-            save_predictors(self.report.predictors, folder, base_fingerprint(model))
+        if self._session is not None:
+            self._session.selector.save(folder, model)
 
 
 def _checkpoint(output_dir: Path, state: TrainerState) -> Path:
@@ -145,11 +140,8 @@ def _checkpoint(output_dir: Path, state: TrainerState) -> Path:
 
 
 def _come_first(callback: TrainerCallback) -> None:
-    """Move `callback` to the front of its handler's list: reporting callbacks stand before a user's one.
-
-    The handler gives its callbacks no reference to itself or the Trainer; it is who calls the event.
-    """
-    handler = sys._getframe(2).f_locals.get("self")
-    if isinstance(handler, CallbackHandler):
+    """Move `callback` in front of the reporting callbacks, which would else see no metrics of it."""
+    handler = calling_handler(callback)
+    if handler is not None:
         handler.remove_callback(callback)
         handler.callbacks.insert(0, callback)

@@ -7,16 +7,17 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from lemo_trainer.arguments import documented_fields, flag_type
+from lemo_trainer.arguments import config_help, flag_type
 from lemo_trainer.commands.inspect import show_model
 from lemo_trainer.commands.plan import predict_step
 from lemo_trainer.commands.predictors import make_predictors, parse_ranks
-from lemo_trainer.commands.search import find_thresholds
+from lemo_trainer.commands.search import SearchOptions, find_thresholds
 from lemo_trainer.config import LemoConfig
+from lemo_trainer.registry import selector_names
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +41,8 @@ def _user_errors() -> Iterator[None]:
 
 def _with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each field of `LemoConfig`; it gets those that were set as `lemo`."""
-    documentation, hints = documented_fields(LemoConfig), get_type_hints(LemoConfig)
+    documentation, hints = config_help(), get_type_hints(LemoConfig)
+    hints["selector"] = Literal[tuple(selector_names())]
     options = {
         field.name: inspect.Parameter(
             field.name,
@@ -197,15 +199,14 @@ def search_thresholds(
         lemo search-thresholds MODEL --data held_out.jsonl --fit-flops 0.8 --plot kept.png
     """
     with _user_errors():
-        find_thresholds(
-            model,
-            data,
-            output,
-            max_increase,
-            seq_len,
-            samples,
-            rounds,
-            LemoConfig.from_dict({"mode": "eliminate", **lemo}),
+        options = SearchOptions(
+            model=model,
+            data=data,
+            output=output,
+            max_increase=max_increase,
+            seq_len=seq_len,
+            samples=samples,
+            rounds=rounds,
             kept_shares=kept_shares,
             fit_share=fit_share,
             fit_flops=fit_flops,
@@ -215,6 +216,7 @@ def search_thresholds(
             dtype=dtype,
             plot=plot,
         )
+        find_thresholds(options, LemoConfig.from_dict({"mode": "eliminate", **lemo}))
 
 
 @app.command()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lemo_trainer.files import read_yaml
+from lemo_trainer.registry import AUTO, SELECTORS, selector_names
 
 Mode = Literal["segments", "detach", "eliminate"]
-Selector = Literal["auto", "informativeness", "predictor", "norm", "random", "recency"]
 LabelWeights = Literal["all", "kept", "share"]
 
 
@@ -30,10 +30,8 @@ class LemoConfig:
             checkpointing, and small models do not stand it. "segments": a sample goes forward and backward
             one segment of `segment_tokens` after the other, each meeting the keys and values of those before
             it as constants; `keep_ratio` is the share of the segments that carry gradient.
-        selector: how blocks are ranked. "auto": "random" for segments, else "informativeness", the paper's
-            scores. "predictor": nets that foretell them, trained for this model by `lemo predict-train`; no
-            queries and keys are made for the scores. "norm": length of the hidden states. "random": a fresh
-            draw. "recency": later first.
+        selector: how blocks are ranked: a registered selector (`lemo_trainer.informativeness.selectors`), or
+            "auto", which is "random" for segments and else "informativeness".
         shared_blocks: the first patched layer chooses for all of them (`mode="detach"` only), which keeps
             more quality than a choice by layer and costs less. None does so where it can: under detach,
             without `thresholds` and layerdrop.
@@ -86,7 +84,7 @@ class LemoConfig:
     """
 
     mode: Mode = "detach"
-    selector: Selector = "auto"
+    selector: str = AUTO
     shared_blocks: bool | None = None
     keep_ratio: float | None = None
     block_size: int = 64
@@ -112,11 +110,14 @@ class LemoConfig:
     fused_kernels: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", Mode), ("selector", Selector), ("label_weights", LabelWeights)):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}."
-                )
+        choices = {
+            "mode": get_args(Mode),
+            "selector": selector_names(),
+            "label_weights": get_args(LabelWeights),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         switches = ("protect_labels", "causal_scores", "save_attention", "selective_checkpointing")
         for name in (*switches, "fused_kernels"):
             if not isinstance(getattr(self, name), bool):
@@ -147,12 +148,7 @@ class LemoConfig:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
         if not _is_number(self.predictor_recall) or not 0 <= self.predictor_recall <= 1:
             raise ValueError(f"`predictor_recall` must be from 0 to 1, got {self.predictor_recall!r}.")
-        for name in ("predictors", "predictor_refresh", "predictor_recall"):
-            if getattr(self, name) and self.selector != "predictor":
-                raise ValueError(
-                    f'`{name}` must be left out unless `selector` is "predictor", got '
-                    f"{getattr(self, name)!r} with {self.selector!r}."
-                )
+        self._check_selector()
         if self.label_weights != "all" and not self.loss_segment:
             raise ValueError(
                 f"`label_weights` must be 'all' with loss_segment=0, got {self.label_weights!r}: the weights "
@@ -181,10 +177,21 @@ class LemoConfig:
                     f'`{name}` must be {value!r} with mode="segments", which has no choice by layer, '
                     f"got {getattr(self, name)!r}."
                 )
-        if self.resolved_selector not in ("random", "recency"):
+
+    def _check_selector(self) -> None:
+        if self.mode not in SELECTORS[self.resolved_selector].modes:
             raise ValueError(
-                f'`selector` must be auto, random or recency with mode="segments", got {self.selector!r}.'
+                f'`selector` must be one of {", ".join(selector_names(self.mode))} with mode="{self.mode}", '
+                f"got {self.selector!r}."
             )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for owner, traits in SELECTORS.items():
+            for name in traits.options if owner != self.selector else ():
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f'`{name}` must be left out unless `selector` is "{owner}", got '
+                        f"{getattr(self, name)!r} with {self.selector!r}."
+                    )
 
     @property
     def resolved_keep_ratio(self) -> float:
@@ -201,16 +208,11 @@ class LemoConfig:
         return self.mode == "detach" and not self.thresholds
 
     @property
-    def resolved_selector(self) -> Selector:
+    def resolved_selector(self) -> str:
         """The selector that "auto" stands for."""
-        if self.selector != "auto":
+        if self.selector != AUTO:
             return self.selector
         return "random" if self.mode == "segments" else "informativeness"
-
-    @property
-    def scores_text(self) -> bool:
-        """Whether blocks are ranked by the model's own informativeness, exact or foretold."""
-        return self.resolved_selector in ("informativeness", "predictor")
 
     @property
     def layer_thresholds(self) -> dict[int, float]:

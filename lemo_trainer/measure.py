@@ -10,12 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lemo_trainer.compat import (
+    SDPA_ON_CPU,
+    SDPA_ON_CPU_BACKWARD,
+    StorageWeakRef,
+    TorchDispatchMode,
+    flop_registry,
+    in_backward,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    tree_leaves,
+)
 
 
 class ActivationBytes(TorchDispatchMode):
@@ -40,7 +47,7 @@ class ActivationBytes(TorchDispatchMode):
         self._upper_bound = 0  # of the bytes alive: those of the last count and those made since
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        backward = torch._C._current_graph_task_id() != -1
+        backward = in_backward()
         if backward and not self._backward:
             self.saved_bytes = max(self.saved_bytes, self.bytes)
         self._backward = backward
@@ -100,8 +107,8 @@ def _cpu_flash_backward(
 # torch counts the CUDA kernels of scaled_dot_product_attention only.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward,
+    SDPA_ON_CPU: _cpu_flash,
+    SDPA_ON_CPU_BACKWARD: _cpu_flash_backward,
 }
 
 

@@ -18,10 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_trainer.compat import (
+    CHECKPOINTING,
+    attention_implementation,
+    checkpointing_function,
+    loss_is_made_by_trl,
+)
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.head.forward import check_head, forward_with_segmented_loss
-from lemo_trainer.informativeness.predictor_files import predictors_of
-from lemo_trainer.informativeness.selectors import BlockScorer
+from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.kernels.dispatch import backend
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.layers.detachment import DetachingLayer
@@ -59,7 +64,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     parts = find_causal_lm(model)
     if session_of(parts.model) is not None:
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
-    implementation = parts.model.config._attn_implementation
+    implementation = attention_implementation(parts.model.config)
     if config.save_attention and implementation != "sdpa":
         raise ValueError(
             f"`save_attention` saves the outputs of SDPA's kernels and needs attn_implementation='sdpa', got "
@@ -93,7 +98,7 @@ def remove_lemo(model: nn.Module) -> None:
 def _session_of_segments(parts: CausalLM, config: LemoConfig) -> LemoSession:
     check_segments(parts)
     total = len(parts.layers)
-    return LemoSession(config, parts.model.config.model_type, total, tuple(range(total)))
+    return LemoSession(selector_for(config), parts.model.config.model_type, total, tuple(range(total)))
 
 
 def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession, LayerForward]:
@@ -109,15 +114,15 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
     wiring = find_wiring(parts)
     chosen = _chosen_layers(wiring, config, total)
     choosing = chosen[:1] if config.resolved_shared_blocks else chosen
-    predictors = predictors_of(config, parts.model, choosing)
-    session = LemoSession(config, model_type, total, chosen, wiring, predictors)
-    scorer = BlockScorer(config, predictors)
+    selector = selector_for(config)
+    selector.prepare(parts.model, choosing)
+    session = LemoSession(selector, model_type, total, chosen, wiring)
     # A table of known models has those only that hand a stream from layer to layer and keep none for later.
     streams = Streams(in_place=not wiring.probed)
     if config.mode == "detach":
         first = parts.layers[chosen[0]]
-        return session, DetachingLayer(wiring.architecture, config, scorer, first, streams)
-    return session, EliminatingLayer(wiring.architecture, config, scorer, streams)
+        return session, DetachingLayer(wiring.architecture, selector, first, streams)
+    return session, EliminatingLayer(wiring.architecture, selector, streams)
 
 
 def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int, ...]:
@@ -157,11 +162,11 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         run: Callable[..., Any] = operator.call
         session: LemoSession = self._lemo_session
         config = session.config
-        if self.training and vars(self).get("gradient_checkpointing"):
+        if self.training and vars(self).get(CHECKPOINTING):
             if config.save_attention:
                 run = saving_attention
             else:
-                run = saving_inputs if config.mode == "segments" else self._gradient_checkpointing_func
+                run = saving_inputs if config.mode == "segments" else checkpointing_function(self)
         elif self.training and config.selective_checkpointing:
             run = saving_matmuls
         if run is not operator.call:  # a recomputation would fill a cache again
@@ -183,11 +188,11 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         return run(functools.partial(layer_class.forward, self, **arguments), hidden_states)
 
     def remember(self: nn.Module, value: bool) -> None:
-        vars(self)["gradient_checkpointing"] = value
+        vars(self)[CHECKPOINTING] = value
 
     namespace = {
         "forward": forward,
-        "gradient_checkpointing": property(lambda self: False, remember),
+        CHECKPOINTING: property(lambda self: False, remember),
         "__module__": layer_class.__module__,
         "__qualname__": layer_class.__qualname__,
     }
@@ -222,7 +227,7 @@ def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
             session.warn_of_logits()
             return forward(*args, **kwargs)
         makes_loss = session.config.mode == "segments" or session.config.label_weights != "all"
-        if makes_loss and arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
+        if makes_loss and loss_is_made_by_trl(arguments.arguments):
             raise ValueError(
                 'mode="segments" and `label_weights` make the loss, and TRL makes its own from the '
                 'log-probabilities of all tokens; use mode="detach" and label_weights="all", or '
@@ -237,7 +242,7 @@ def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
         return with_loss(arguments)
 
     def with_loss(arguments: inspect.BoundArguments) -> Any:
-        if not session.config.loss_segment or arguments.arguments.get("kwargs", {}).get("fused_lm_head"):
+        if not session.config.loss_segment or loss_is_made_by_trl(arguments.arguments):
             # TRL's fused head makes its loss in pieces by itself
             return forward(*arguments.args, **arguments.kwargs)
         return forward_with_segmented_loss(

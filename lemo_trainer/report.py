@@ -55,7 +55,7 @@ class LemoReport:
     @property
     def predictors(self) -> PatternPredictors | None:
         """The nets of `selector="predictor"`, with the recall of each layer; None for other selectors."""
-        return self._session.predictors
+        return self._session.selector.predictors
 
     @property
     def active(self) -> bool:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lemo_trainer.compat import unwrap
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.head.loss import IGNORE_INDEX
-from lemo_trainer.informativeness.predictors import PatternPredictors
 from lemo_trainer.informativeness.selection import BlockPlan
+from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.segments import choose_segments
 from lemo_trainer.layers.wiring import Wiring
 
@@ -32,12 +32,11 @@ class LemoSession:
     """What `apply_lemo` set up for one model, and the state of its training.
 
     Args:
-        config: the configuration in force.
+        selector: ranks the blocks; its `config` is the configuration in force.
         model_type: transformers' name of the architecture.
         total_layers: decoder layers of the model.
         patched_layers: indices of those that leave tokens out.
         wiring: how the layers are wired; None under `mode="segments"`, which does not need to know.
-        predictors: the nets of `selector="predictor"`, else None.
 
     Attributes:
         active: False runs dense although patched (warm-up).
@@ -55,22 +54,21 @@ class LemoSession:
 
     def __init__(
         self,
-        config: LemoConfig,
+        selector: Selector,
         model_type: str,
         total_layers: int,
         patched_layers: tuple[int, ...],
         wiring: Wiring | None = None,
-        predictors: PatternPredictors | None = None,
     ) -> None:
-        self.config = config
+        self.selector = selector
+        self.config: LemoConfig = selector.config
         self.model_type = model_type
         self.total_layers = total_layers
         self.patched_layers = patched_layers
         self.wiring = wiring
-        self.predictors = predictors
         self.active = True
-        self.keep_ratio = config.resolved_keep_ratio
-        self.thresholds = config.layer_thresholds
+        self.keep_ratio = self.config.resolved_keep_ratio
+        self.thresholds = self.config.layer_thresholds
         self.relative_scores: dict[int, list[Tensor]] | None = None
         self.seq_len = 0
         self.layer_kept: dict[int, list[int]] = {}
@@ -95,8 +93,7 @@ class LemoSession:
         self.active = after >= 0
         ramp = min(1.0, (after + 1) / (self.config.ramp_steps + 1))
         self.keep_ratio = 1 - (1 - self.config.resolved_keep_ratio) * ramp
-        if self.predictors is not None:
-            self.predictors.at_step(step)
+        self.selector.at_step(step)
 
     def start_batch(self, labels_BS: Tensor | None) -> None:
         """Forget the last training batch; `labels_BS` are those of the new one."""
@@ -108,7 +105,7 @@ class LemoSession:
 
     def choose_segments(self, seq_len: int) -> list[bool]:
         """Which segments of a training batch carry gradient (`mode="segments"`)."""
-        size, chosen = self.config.segment_tokens, choose_segments(seq_len, self.config, self.keep_ratio)
+        size, chosen = self.config.segment_tokens, choose_segments(seq_len, self.selector, self.keep_ratio)
         self.seq_len = seq_len
         kept = sum(
             min(size, seq_len - i * size) for i, carries_gradient in enumerate(chosen) if carries_gradient
@@ -125,6 +122,7 @@ class LemoSession:
             plan,
             threshold=threshold,
             labelled=self._labelled_BS,
+            layer=layer,
             on_chosen=functools.partial(self._note, layer),
         )
         if self.relative_scores is not None:

@@ -136,7 +136,7 @@ def inductor_options(options: Mapping[str, Any], others: Collection[str] = ()) -
     Raises:
         ValueError: a name that Inductor does not know, or a value of another type.
     """
-    from torch._inductor import config
+    from ollie_compile.compat import inductor_config as config
 
     known = config.get_config_copy()
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
@@ -157,7 +157,7 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     Raises:
         ValueError: a mode that torch.compile does not know.
     """
-    from torch._inductor import list_mode_options
+    from ollie_compile.compat import list_mode_options
 
     modes = list_mode_options()
     if mode is not None and mode not in modes:

@@ -36,10 +36,8 @@ def explain(
         a report; print it, or take `to_json()` or `to_html()`.
     """
     # These bring Dynamo and Inductor, which take a second to import.
-    from torch._dynamo import config as dynamo_config
-    from torch._functorch import config as functorch_config
-
     from ollie_compile.backend import compile_with
+    from ollie_compile.compat import dynamo_config, functorch_config
 
     mode_options(mode)
     OllieConfig.with_inductor(options)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ripple_loader import studies
+from ripple_loader.registry import ACTIVE_RULES, BUNDLES, CACHE_POLICIES, PLACEMENTS
+from ripple_loader.studies import commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +51,7 @@ def _calibration(path: str) -> Iterable[Any]:
         return _dataset(path)
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"`calibration` should be a .jsonl or text file, a saved dataset or hub:NAME, but {path} does "
+            f"`calibration` must be a .jsonl or text file, a saved dataset or hub:NAME, but {path} does "
             "not exist."
         )
     return _jsonl(path) if path.endswith(".jsonl") else _text(path)
@@ -68,11 +69,11 @@ def _dataset(path: str) -> Any:
         found = datasets.load_from_disk(path)
     except FileNotFoundError:
         raise ValueError(
-            f"`calibration` should be a file or a folder of `Dataset.save_to_disk`, but {path} is neither."
+            f"`calibration` must be a file or a folder of `Dataset.save_to_disk`, but {path} is neither."
         ) from None
     if isinstance(found, datasets.DatasetDict):
         raise ValueError(
-            f"`calibration` should be one split, but {path} holds {', '.join(found)}: give the folder of one."
+            f"`calibration` must be one split, but {path} holds {', '.join(found)}: give the folder of one."
         )
     return found
 
@@ -84,7 +85,7 @@ def _jsonl(path: str) -> Iterator[str]:
                 yield json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f'{path} should have {{"text": ...}} on each line, not so line {number}.'
+                    f'{path} must have {{"text": ...}} on each line, not so line {number}.'
                 ) from None
 
 
@@ -107,7 +108,8 @@ Out = Annotated[str | None, typer.Option(help="Directory to make.")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
 Active = Annotated[
-    str | None, typer.Option(help="Which neurons are active, where none is zero: top_k, threshold or energy.")
+    str | None,
+    typer.Option(help=f"Which neurons are active, if none is exactly zero: {ACTIVE_RULES.names()}."),
 ]
 ActiveShare = Annotated[float | None, typer.Option(help="The share that `active` refers to.")]
 
@@ -122,7 +124,7 @@ def _settings(
     paths = {name: options.pop(name, None) for name in ("model", "calibration", "trace", "out")}
     for name in needed:
         if paths[name] is None:
-            raise ValueError(f"`{name}` should be given, on the command line or in the recipe.")
+            raise ValueError(f"`{name}` must be given, on the command line or in the recipe.")
     return ReorderConfig.from_options(options), paths
 
 
@@ -145,8 +147,9 @@ def trace(
     """Record which neurons are active on a text; run again after an interruption to go on."""
     given = locals()
     with _user_errors():
-        from ripple_loader.reorder import open_reorderable
-        from ripple_loader.trace import cut_sequences, trace_source
+        from ripple_loader.offline.calibration import cut_sequences
+        from ripple_loader.offline.reordering import open_reorderable
+        from ripple_loader.offline.trace import trace_source
 
         settings, paths = _settings(given.pop("config"), given, ("model", "calibration", "out"))
         source = open_reorderable(Path(paths["model"]))
@@ -169,9 +172,7 @@ def reorder(
     trace: Annotated[
         str | None, typer.Option(help="What `ripple trace` made, instead of a calibration text.")
     ] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="linked, spectral, frequency, identity or random.")
-    ] = None,
+    placement: Annotated[str | None, typer.Option(help=f"{PLACEMENTS.names()}.")] = None,
     tokens: Tokens = None,
     sequence_length: SequenceLength = None,
     active: Active = None,
@@ -184,16 +185,14 @@ def reorder(
     predictor: Annotated[
         float | None, typer.Option(help="Rank of a ReLU model's predictors, of the hidden size; 0 for none.")
     ] = None,
-    bundles: Annotated[
-        str | None, typer.Option(help="Stored as: same, float32, float16, bfloat16, int8 or int4.")
-    ] = None,
+    bundles: Annotated[str | None, typer.Option(help=f"Stored as one of: {BUNDLES.names()}.")] = None,
     workers: Annotated[int | None, typer.Option(help="Layers placed at once.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random placement.")] = None,
 ) -> None:
     """Write a streaming copy of a model: neurons that are active together lie together."""
     given = locals()
     with _user_errors():
-        from ripple_loader.reorder import reorder as run
+        from ripple_loader.offline.reordering import reorder as run
 
         settings, paths = _settings(given.pop("config"), given, ("model", "out"))
         found = None if paths["calibration"] is None else _calibration(paths["calibration"])
@@ -234,7 +233,7 @@ def generate(
     prefetch: Annotated[
         bool | None, typer.Option(help="Read ahead what the next layer will probably select.")
     ] = None,
-    cache_policy: Annotated[str | None, typer.Option(help="linked, s3fifo or lru.")] = None,
+    cache_policy: Annotated[str | None, typer.Option(help=f"{CACHE_POLICIES.names()}.")] = None,
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
 ) -> None:
     """Generate text, greedily, with the MLPs streamed from disk; a line of numbers goes to stderr."""
@@ -267,7 +266,7 @@ def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> 
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ripple_loader.bundles import Sidecar
+    from ripple_loader.format.sidecar import Sidecar
 
     Sidecar(directory)  # its errors before transformers' own
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -288,7 +287,7 @@ def inspect(
 ) -> None:
     """Print what a sidecar says about itself, as JSON."""
     with _user_errors():
-        from ripple_loader.bundles import Sidecar
+        from ripple_loader.format.sidecar import Sidecar
 
         sidecar = Sidecar(directory)
         if verify:
@@ -307,7 +306,7 @@ def verify(
 ) -> None:
     """Prove that a reordered directory is whole and, given the original, that nothing was lost."""
     with _user_errors():
-        from ripple_loader.verify import verify as run
+        from ripple_loader.offline.verification import verify as run
 
         for check, result in run(directory, original):
             typer.echo(f"{check}: {result}")
@@ -316,10 +315,10 @@ def verify(
 app.command(
     epilog="Examples:\n\nripple simulate opt-350m --trace out/trace\n\n"
     "ripple simulate opt-350m --trace out/trace --device ufs-4.0 --cache 0.25 --json out/ufs.json"
-)(_user_errors()(studies.simulate))
+)(_user_errors()(commands.simulate))
 app.command(
     epilog="Example:\n\nripple report opt-350m --trace out/trace --device ufs-4.0 --out out/ripple.html"
-)(_user_errors()(studies.report))
+)(_user_errors()(commands.report))
 
 
 @app.command(epilog="Examples:\n\nripple probe out/smollm2\n\nripple probe out --seconds 10")
@@ -329,8 +328,8 @@ def probe(
 ) -> None:
     """Measure a drive and keep what its reads cost for all models that are streamed from it."""
     with _user_errors():
-        from ripple_loader.probe import describe
-        from ripple_loader.probe import probe as run
+        from ripple_loader.storage.probing import describe
+        from ripple_loader.storage.probing import probe as run
 
         found = run(path, seconds=seconds)
         saved = found.save()

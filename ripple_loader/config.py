@@ -9,14 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from ripple_loader.compat import QuantizationConfigMixin
+from ripple_loader.registry import ACTIVE_RULES, BUNDLES, CACHE_POLICIES, PLACEMENTS
 
-Placement = Literal["identity", "random", "frequency", "linked", "spectral"]
-ActiveRule = Literal["top_k", "threshold", "energy"]
-BundleDtype = Literal["same", "float32", "float16", "bfloat16", "int8", "int4"]
-CachePolicy = Literal["linked", "s3fifo", "lru"]
 IOEngine = Literal["auto", "aio", "threads"]
-Strategy = Literal["auto", "dense", "sparse"]
+StrategyName = Literal["auto", "dense", "sparse"]
 
 RECALLS = (0.8, 0.999)  # for which predictors know how sure to be
 
@@ -39,23 +36,23 @@ def parse_size(size: int | str, name: str, *, total: int | None = None) -> int:
             return int(number * _UNITS[unit])
     ways = 'a positive number of bytes or a size such as "512MiB"'
     ways += ' or a share such as "25%" (at most 100%)' if total is not None else ""
-    raise ValueError(f"`{name}` should be {ways}, got {size!r}.")
+    raise ValueError(f"`{name}` must be {ways}, got {size!r}.")
 
 
 def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"`{name}` should be one of {', '.join(choices)}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _check_share(value: float, name: str, *, zero: bool = False) -> None:
     if not isinstance(value, int | float) or not 0 <= value <= 1 or not (value or zero):
         least = "at least" if zero else "above"
-        raise ValueError(f"`{name}` should be {least} 0 and at most 1, got {value!r}.")
+        raise ValueError(f"`{name}` must be {least} 0 and at most 1, got {value!r}.")
 
 
 def _check_count(value: int, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` should be a positive whole number, got {value!r}.")
+        raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
 
 
 def check_keys(given: Iterable[str], valid: Iterable[str], what: str) -> None:
@@ -79,11 +76,11 @@ def read_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
     try:
         recipe = yaml.safe_load(Path(path).read_text("utf-8")) or {}
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} should be a YAML recipe, but there is no such file.") from None
+        raise FileNotFoundError(f"{path} must be a YAML recipe, but there is no such file.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} should be YAML: {' '.join(str(error).split())}.") from None
+        raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(recipe, dict) or not all(isinstance(part, dict) for part in recipe.values()):
-        raise ValueError(f"{path} should map the sections `reorder` and `load` to their options.")
+        raise ValueError(f"{path} must map the sections `reorder` and `load` to their options.")
     check_keys(recipe, ("load", "reorder"), str(path))
     return recipe
 
@@ -116,23 +113,23 @@ class ReorderConfig:
         seed: seed of the random placement.
     """
 
-    placement: Placement = "linked"
+    placement: str = "linked"
     tokens: int = 8192
     sequence_length: int = 512
-    active: ActiveRule = "top_k"
+    active: str = "top_k"
     active_share: float = 0.5
     partners: int = 32
     two_opt: bool = True
     hot_share: float = 0.1
     predictor: float = 0.125
-    bundles: BundleDtype = "same"
+    bundles: str = "same"
     workers: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice(self.placement, "placement", get_args(Placement))
-        _check_choice(self.active, "active", get_args(ActiveRule))
-        _check_choice(self.bundles, "bundles", get_args(BundleDtype))
+        PLACEMENTS.check(self.placement)
+        ACTIVE_RULES.check(self.active)
+        BUNDLES.check(self.bundles)
         _check_share(self.active_share, "active_share")
         _check_share(self.hot_share, "hot_share", zero=True)
         _check_share(self.predictor, "predictor", zero=True)
@@ -191,18 +188,18 @@ class RippleConfig(QuantizationConfigMixin):
     keep: float = 1.0
     recall: float = 1.0
     adjacency: float = 0.0
-    strategy: Strategy = "auto"
+    strategy: StrategyName = "auto"
     merge_gap: int | str = "auto"
     prefetch: bool = True
     buffer: int | str = "2MiB"
     queue_depth: int = 32
     io_engine: IOEngine = "auto"
-    cache_policy: CachePolicy = "linked"
+    cache_policy: str = "linked"
     verify: bool = False
 
     def __post_init__(self) -> None:
         if self.quant_method != "ripple":
-            raise ValueError(f'`quant_method` should be "ripple", got {self.quant_method!r}.')
+            raise ValueError(f'`quant_method` must be "ripple", got {self.quant_method!r}.')
         parse_size(self.dram_budget, "dram_budget", total=1)
         parse_size(self.buffer, "buffer")
         if self.merge_gap not in (0, "auto"):
@@ -212,15 +209,15 @@ class RippleConfig(QuantizationConfigMixin):
             isinstance(self.recall, float) and RECALLS[0] <= self.recall <= RECALLS[1]
         ):
             raise ValueError(
-                f"`recall` should be 1 or between {RECALLS[0]} and {RECALLS[1]}, got {self.recall!r}."
+                f"`recall` must be 1 or between {RECALLS[0]} and {RECALLS[1]}, got {self.recall!r}."
             )
         if self.recall < 1 and self.keep < 1:
-            raise ValueError("`recall` and `keep` should not both be below 1: each says what to leave out.")
+            raise ValueError("`recall` and `keep` must not both be below 1: each says what to leave out.")
         _check_share(self.adjacency, "adjacency", zero=True)
         _check_count(self.queue_depth, "queue_depth")
-        _check_choice(self.strategy, "strategy", get_args(Strategy))
+        _check_choice(self.strategy, "strategy", get_args(StrategyName))
         _check_choice(self.io_engine, "io_engine", get_args(IOEngine))
-        _check_choice(self.cache_policy, "cache_policy", get_args(CachePolicy))
+        CACHE_POLICIES.check(self.cache_policy)
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Self:

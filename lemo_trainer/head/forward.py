@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.compat import is_whole
+from lemo_trainer.compat import is_whole, loss_function, uses_causal_lm_loss
 from lemo_trainer.head.loss import IGNORE_INDEX, segmented_cross_entropy, shift
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import dry_options, idle_layers
@@ -35,7 +35,7 @@ def _segmented_loss(
         seen.append(args[0])
         return (args[0][:, :0], *args[1:])
 
-    def loss_function(
+    def segmented_loss(
         logits: Tensor,
         labels: Tensor,
         vocab_size: int,
@@ -68,16 +68,12 @@ def _segmented_loss(
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
-    own = vars(model).get("_loss_function")
     hook = head.register_forward_pre_hook(keep_hidden_state)
-    model.loss_function = loss_function
     try:
-        yield seen
+        with loss_function(model, segmented_loss):
+            yield seen
     finally:
         hook.remove()
-        del model._loss_function
-        if own is not None:
-            model.loss_function = own
 
 
 def forward_with_segmented_loss(
@@ -116,15 +112,13 @@ def check_head(parts: CausalLM) -> None:
     A few tokens go past the idle layers through head and loss, once each way; where the weights are not whole
     (on the meta device, sharded by FSDP2 or ZeRO-3) only the types are looked at.
     """
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     model, head = parts.model, parts.head
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise ValueError(
             f"The segment-wise loss needs a plain nn.Linear as output head, got {type(head).__name__} "
             "(LoRA or modules_to_save on lm_head?); leave the head out or set loss_segment=0."
         )
-    if model.loss_function is not ForCausalLMLoss:
+    if not uses_causal_lm_loss(model):
         raise ValueError(
             f"The segment-wise loss stands in for transformers' ForCausalLMLoss, which "
             f"{type(model).__name__} does not use; set loss_segment=0."

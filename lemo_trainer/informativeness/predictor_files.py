@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from lemo_trainer.compat import is_whole, unwrap
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.compat import base_parameter_name, is_whole, unwrap
 from lemo_trainer.files import write_whole
 from lemo_trainer.informativeness.predictors import PatternPredictors
 
@@ -32,10 +31,9 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     quantization leaves alone. Parameters that are not whole in this process are left out.
     """
     hashes = {}
-    for name, parameter in unwrap(model).named_parameters():
-        name = name.replace(".base_layer", "").replace(".original_module", "")
-        adapter = "lora_" in name or ".modules_to_save." in name
-        if adapter or not parameter.is_floating_point() or not is_whole(parameter):
+    for full_name, parameter in unwrap(model).named_parameters():
+        name = base_parameter_name(full_name)
+        if name is None or not parameter.is_floating_point() or not is_whole(parameter):
             continue
         flat = parameter.detach().flatten()
         places = torch.arange(_SAMPLES, device=flat.device) * len(flat) // _SAMPLES
@@ -133,35 +131,3 @@ def _check_base(base: dict[str, str], model: nn.Module, folder: Path) -> None:
             "in this process.",
             folder,
         )
-
-
-def predictors_of(config: LemoConfig, model: nn.Module, layers: tuple[int, ...]) -> PatternPredictors | None:
-    """The predictors that `config` asks for, on the model's device; None where it asks for none.
-
-    Args:
-        layers: the decoder layers that will ask for scores.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_predictors`; or they are for other blocks or layers.
-    """
-    if config.resolved_selector != "predictor":
-        return None
-    folder = config.predictors or getattr(unwrap(model).config, "_name_or_path", "")
-    predictors = load_predictors(folder, model)
-    missing = [layer for layer in layers if layer not in predictors.layers]
-    if missing or predictors.block_size != config.block_size:
-        raise ValueError(
-            f"The predictors in {folder} must be for blocks of {config.block_size} tokens and layers "
-            f"{list(layers)}, got blocks of {predictors.block_size} and layers {list(predictors.layers)}."
-        )
-    predictors.refresh_steps = config.predictor_refresh
-    predictors.least_recall = config.predictor_recall
-    weak = [i for i in layers if predictors.recall.get(i, 1.0) < config.predictor_recall]
-    if weak:
-        predictors.distrusted.update(weak)
-        logger.warning(
-            "Layers %s use exact scores: the recall of their predictors is below `predictor_recall` %.0f%%.",
-            weak,
-            100 * config.predictor_recall,
-        )
-    return predictors.to(next(unwrap(model).parameters()).device)

@@ -30,6 +30,7 @@ class BlockPlan:
         threshold: keep the blocks whose score is this many times the sample's mean, or more; None keeps
             `kept_blocks`. A batch keeps as many as its sample with the most.
         labelled: bool [B, S], True where a token has a label, for `protect_labels`.
+        layer: number of the decoder layer that it is for.
         on_chosen: called with the positions [B, K] that were chosen.
         on_scored: called, where there is a `threshold`, with the scores that are compared with it, one number
             for each block with tokens of a sample.
@@ -41,6 +42,7 @@ class BlockPlan:
     block_size: int
     threshold: float | None = None
     labelled: Tensor | None = None
+    layer: int = 0
     on_chosen: Callable[[Tensor], None] = _ignore
     on_scored: Callable[[Tensor], None] = _ignore
 
@@ -84,12 +86,12 @@ def select_tokens(scores_BN: Tensor, valid_BS: Tensor | None, plan: BlockPlan, c
     whole = plan.blocks * plan.block_size
     filled_BN = torch.ones_like(scores_BN, dtype=torch.bool)
     if valid_BS is not None:
-        filled_BN = _any_token(valid_BS, plan).expand_as(scores_BN)
+        filled_BN = whole_blocks(valid_BS, plan).any(-1).expand_as(scores_BN)
     rank_BN = filled_BN.cumsum(1)
     protected_BN = (rank_BN <= config.sink_blocks) | (rank_BN > rank_BN[:, -1:] - config.recent_blocks)
     tier_BN = filled_BN.int() + (filled_BN & protected_BN) * 2
     if plan.labelled is not None:
-        tier_BN += filled_BN & _any_token(plan.labelled, plan)
+        tier_BN += filled_BN & whole_blocks(plan.labelled, plan).any(-1)
     kept_blocks = plan.kept_blocks
     if plan.threshold is not None:
         mean_B1 = (scores_BN * filled_BN).sum(1, keepdim=True) / filled_BN.sum(1, keepdim=True).clamp(min=1)
@@ -107,26 +109,6 @@ def select_tokens(scores_BN: Tensor, valid_BS: Tensor | None, plan: BlockPlan, c
     return index_BK
 
 
-def _any_token(tokens_BS: Tensor, plan: BlockPlan) -> Tensor:
-    """Bool [B, N]: whether any token of the whole block is True."""
-    return tokens_BS[:, : plan.blocks * plan.block_size].unflatten(1, (plan.blocks, -1)).any(-1)
-
-
-def cheap_scores(selector: str, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:
-    """Scores [B, N] of the selectors that look at the residual stream at most.
-
-    Args:
-        selector: "norm" is the mean length of the block's hidden states, "random" a fresh uniform draw,
-            "recency" the block's place in the sequence.
-        x_BSD: the residual stream in front of the attention or the MLP.
-    """
-    batch, device = len(x_BSD), x_BSD.device
-    if selector == "random":
-        return torch.rand(batch, plan.blocks, device=device)
-    if selector == "recency":
-        return torch.arange(plan.blocks, dtype=torch.float32, device=device).expand(batch, -1)
-    assert selector == "norm"
-    norm_BS = x_BSD[:, : plan.blocks * plan.block_size].norm(dim=-1, dtype=torch.float32)
-    if valid_BS is not None:
-        norm_BS = norm_BS * valid_BS[:, : norm_BS.shape[1]]
-    return norm_BS.unflatten(1, (plan.blocks, -1)).mean(-1)
+def whole_blocks(values_BS: Tensor, plan: BlockPlan) -> Tensor:
+    """Values of tokens [B, S, ...] as [B, N, block size, ...], without the partial block at the end."""
+    return values_BS[:, : plan.blocks * plan.block_size].unflatten(1, (plan.blocks, -1))

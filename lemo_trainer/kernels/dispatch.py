@@ -6,10 +6,8 @@ Under `TRITON_INTERPRET=1` Triton's run on the CPU too, which is how they are te
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +29,6 @@ def has_triton() -> bool:
 def runs_triton(x: Tensor) -> bool:
     """Whether kernels on `x` are Triton's; float64, and a machine without Triton, take the reference."""
     return (x.is_cuda or interpreted()) and x.dtype in DTYPES and has_triton()
-
-
-def implementation(idea: str, x: Tensor) -> Any:
-    """The module of `lemo_trainer.kernels` with the functions of an idea ("norm", "rows", ...) for `x`."""
-    return importlib.import_module(f"lemo_trainer.kernels.{backend(x)}_{idea}")
 
 
 def backend(x: Tensor) -> str:

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lemo_trainer.kernels.dispatch import implementation
+from lemo_trainer.kernels import torch_rows
+from lemo_trainer.kernels.dispatch import runs_triton
+
+
+def _implementation(x: Tensor) -> Any:
+    """The module whose functions compute on `x`."""
+    if not runs_triton(x):
+        return torch_rows
+    from lemo_trainer.kernels import triton_rows
+
+    return triton_rows
 
 
 def gather(x_BSD: Tensor, rows: Tensor) -> Tensor:
@@ -28,7 +38,7 @@ def gather(x_BSD: Tensor, rows: Tensor) -> Tensor:
 
 def scatter_add_(x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> None:
     """Add `update_BKD` to the contiguous `x_BSD` at distinct flat row numbers `rows` [B * K], in place."""
-    implementation("rows", x_BSD).scatter_add_(x_BSD.flatten(0, 1), update_BKD.flatten(0, 1), rows)
+    _implementation(x_BSD).scatter_add_(x_BSD.flatten(0, 1), update_BKD.flatten(0, 1), rows)
 
 
 class _Take(torch.autograd.Function):

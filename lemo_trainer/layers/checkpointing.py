@@ -1,10 +1,10 @@
-"""What is saved for the backward pass, and what is computed again in it.
+"""Ways to run a function that differ in what they save for the backward pass and what they recompute in it.
 
 Between two matrix products a decoder layer is elementwise: norms, rotary embedding, activation function,
-masks, copies of shared heads, scaling and sums of LoRA. Autograd saves most of these results; recomputing
-them in the backward pass costs little and halves what a layer of a LoRA fine-tuning keeps. Gradient
-checkpointing saves a layer's input only; the attention's output beside it costs as much again, and spares the
-one part of the layer whose recomputation grows with the square of the sample.
+masks, copies of shared heads, scaling and sums of LoRA. Autograd saves most of these results. Recomputing
+them in the backward pass costs little and halves the bytes that a layer keeps in a LoRA fine-tuning. Gradient
+checkpointing saves a layer's input only. The attention's output beside it takes as many bytes again, and
+saves the recomputation of the one part of a layer that grows with the square of the sample.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lemo_trainer.compat import SDPA_KERNELS
 from lemo_trainer.kernels import attention
 
-_aten = torch.ops.aten
-_LINEAR = {_aten.mm.default: 0, _aten.addmm.default: 1}  # operator: place of its left factor
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    attention.OPERATOR,
-}
-NARROW = 64  # a product over at most so many columns (LoRA's second factor) is cheaper than its output
+_LINEAR = {
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+}  # operator: index of its left factor
+_ATTENTION = SDPA_KERNELS | {attention.OPERATOR}
+NARROW = 64  # inner width up to which recomputing a product (LoRA's second factor) beats saving it
 
 
 def _saving_matmuls(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -40,12 +37,12 @@ def _saving_matmuls(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
 
 
 def saving_matmuls(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """`function(*args)`, of which only the arguments, linear projections and attention outputs are saved."""
+    """`function(*args)`; saves only the arguments, linear projections and attention outputs."""
     return _checkpoint_selectively(_saving_matmuls, function, *args)
 
 
 def saving_attention(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """`function(*args)`, of which only the arguments and the outputs of SDPA's kernels are saved."""
+    """`function(*args)`; saves only the arguments and the outputs of SDPA's kernels."""
     return _checkpoint_selectively(list(_ATTENTION), function, *args)
 
 
@@ -56,7 +53,7 @@ def _checkpoint_selectively(saved: Any, function: Callable[..., Tensor], *args: 
 
 
 def saving_inputs(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """`function(*args)`, of which only the arguments are saved.
+    """`function(*args)`; saves only the arguments.
 
     Unlike reentrant checkpointing it works under `torch.autograd.grad`.
     """
@@ -64,12 +61,24 @@ def saving_inputs(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     return output
 
 
+def in_segments(function: Callable[[Tensor], Tensor], x_BKD: Tensor, segment: int) -> Tensor:
+    """`function(x_BKD)`, with the intermediate results of one segment at a time, forward and backward.
+
+    Args:
+        function: acts on each row independently, through any modules, plain or with adapters. The backward
+            pass recomputes it, one segment after the other.
+        segment: rows of a sample that are computed together.
+    """
+    parts = [saving_inputs(function, part) for part in x_BKD.split(segment, 1)]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
 @contextlib.contextmanager
 def without_graph() -> Iterator[None]:
-    """No gradient inside; usable as a decorator.
+    """No gradient inside, and no casts that autocast caches; usable as a decorator.
 
-    Nor does autocast cache its casts of trained weights there: they would have no graph either, and the rows
-    that carry gradient would find them in the cache.
+    A cast of a trained weight that autocast cached here would have no graph, and the rows that carry gradient
+    would then use it as a constant.
     """
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

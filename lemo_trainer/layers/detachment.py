@@ -18,67 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness.scores import QUERY_ROWS
 from lemo_trainer.informativeness.selection import BlockPlan, select_tokens
-from lemo_trainer.informativeness.selectors import BlockScorer
-from lemo_trainer.kernels.attention import attend, fits
-from lemo_trainer.kernels.mlp import in_segments
+from lemo_trainer.informativeness.selectors import LayerView, Selector
 from lemo_trainer.kernels.rows import gather
-from lemo_trainer.layers.checkpointing import without_graph
-from lemo_trainer.layers.stream import Streams
+from lemo_trainer.layers.attention_of_rows import AttentionOfRows
+from lemo_trainer.layers.checkpointing import in_segments, without_graph
+from lemo_trainer.layers.stream import Stream, Streams
 from lemo_trainer.model.architectures import Architecture
-from lemo_trainer.model.capture import AttentionInputs, attention_function, attention_inputs, without_dropout
-from lemo_trainer.model.masks import attention_interface, masked_attention, valid_tokens
-from lemo_trainer.model.rows import flat_rows, merge_heads, other_positions, take_arguments, take_queries
-
-_KEPT = "lemo_kept"
-
-
-def _attend_kept(
-    module: nn.Module,
-    query_BHKd: Tensor,
-    key_BGKd: Tensor,
-    value_BGKd: Tensor,
-    attention_mask: None,
-    *,
-    lemo_attend: Callable[..., Tensor],
-    **options: Any,
-) -> tuple[Tensor, None]:
-    return lemo_attend(query_BHKd, key_BGKd, value_BGKd, **options), None
-
-
-AttentionInterface.register(_KEPT, _attend_kept)
-
-
-def _attend(
-    attention: nn.Module,
-    function: Callable[..., tuple[Tensor, Any]],
-    fused: bool,
-    mask_B1SS: Tensor | None,
-    query_BHKd: Tensor,
-    key_BGSd: Tensor,
-    value_BGSd: Tensor,
-    index_BK: Tensor,
-    **options: Any,
-) -> Tensor:
-    """The attention function of the model for queries at positions `index_BK`: heads [B, K, H, d].
-
-    Where it is SDPA under a plain causal mask, and Triton runs, LeMo's kernel takes its place. Else the
-    ascending queries go in pieces, each with the keys up to its last position: under a causal mask the others
-    would be computed in vain.
-    """
-    if fused and mask_B1SS is None and fits(query_BHKd, value_BGSd, options):
-        return attend(query_BHKd, key_BGSd, value_BGSd, index_BK, scaling=options["scaling"])
-    heads = []
-    for query, index in zip(query_BHKd.split(QUERY_ROWS, 2), index_BK.split(QUERY_ROWS, 1), strict=True):
-        keys = int(index[:, -1].max()) + 1
-        mask = take_queries(mask_B1SS, index, keys)
-        key, value = key_BGSd[:, :, :keys], value_BGSd[:, :, :keys]
-        heads.append(function(attention, query, key, value, mask, **options)[0])
-    return torch.cat(heads, 1)
+from lemo_trainer.model.capture import AttentionInputs, without_dropout
+from lemo_trainer.model.masks import valid_tokens
+from lemo_trainer.model.rows import flat_rows, merge_heads, other_positions
 
 
 class DetachingLayer:
@@ -86,8 +36,7 @@ class DetachingLayer:
 
     Args:
         architecture: how the layer is wired.
-        config: which tokens are chosen.
-        scorer: makes the scores of the choice.
+        selector: ranks the blocks; its configuration says how many are chosen.
         first: the layer that chooses for all when blocks are shared.
         streams: what hands the residual stream from layer to layer.
     """
@@ -95,14 +44,12 @@ class DetachingLayer:
     def __init__(
         self,
         architecture: Architecture,
-        config: LemoConfig,
-        scorer: BlockScorer,
+        selector: Selector,
         first: nn.Module,
         streams: Streams | None = None,
     ) -> None:
         self.architecture = architecture
-        self.config = config
-        self.scorer = scorer
+        self.selector, self.config = selector, selector.config
         self.first = first
         self.streams = streams or Streams()
         self.shared_index_BK: Tensor | None = None
@@ -118,91 +65,42 @@ class DetachingLayer:
         **kwargs: Any,
     ) -> Tensor:
         """The layer's output [B, S, D]; the arguments are those of `EliminatingLayer`."""
-        seq_len = x_BSD.shape[1]
-        architecture = self.architecture
-        attention = architecture.attention_of(layer)
-        implementation, mask = masked_attention(attention, attention_mask)
-        fused = self.config.fused_kernels and attention.config._attn_implementation == "sdpa"
-        function = attention_interface(attention, implementation)
-        attend_rows = functools.partial(_attend, attention, function, fused, mask)
-
-        def project(x_BTD: Tensor, positions: dict[str, Any]) -> AttentionInputs:
-            return attention_inputs(
-                attention,
-                architecture.attention_input(layer, x_BTD),
-                attention_mask=mask,
-                **positions,
-                **kwargs,
-            )
-
+        architecture, seq_len = self.architecture, x_BSD.shape[1]
+        attention = AttentionOfRows(
+            architecture, layer, attention_mask, positions, kwargs, fused=self.config.fused_kernels
+        )
         with without_graph():
-            project_all = functools.partial(project, x_BSD, positions)
-            index_BK, everything = self._select(layer, x_BSD, mask, plan, project_all)
+            index_BK, everything = self._select(layer, x_BSD, attention, plan)
             rest_BR = other_positions(index_BK, seq_len)
             rest_rows = flat_rows(rest_BR, seq_len)
             x_BRD = gather(x_BSD, rest_rows)
-            if everything is None:
-                rest = project(x_BRD, take_arguments(positions, rest_BR))
-            else:
-                rest = everything.take(rest_BR)
+            rest = attention.project(x_BRD, rest_BR) if everything is None else everything.take(rest_BR)
             del everything
-
-        def attention_update(x_BTD: Tensor, index_BT: Tensor, lemo_attend: Callable[..., Tensor]) -> Tensor:
-            with attention_function(attention, _KEPT):
-                return architecture.attention_branch(
-                    layer,
-                    x_BTD,
-                    attention_mask=None,
-                    lemo_attend=lemo_attend,
-                    **take_arguments(positions, index_BT),
-                    **kwargs,
-                )
-
-        first_run, complete = True, None  # and the keys and values of all rows, which it makes
-
-        def kept(x_BKD: Tensor, rest_key_BGRd: Tensor, rest_value_BGRd: Tensor) -> Tensor:
-            def lemo_attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-                nonlocal complete
-                keys = merge_heads(key, index_BK, rest_key_BGRd, rest_BR)
-                values = merge_heads(value, index_BK, rest_value_BGRd, rest_BR)
-                if first_run:
-                    complete = keys.detach(), values.detach()
-                return attend_rows(query, keys, values, index_BK, **options)
-
-            update = attention_update(x_BKD, index_BK, lemo_attend)
-            return update if self.config.mlp_segment else self._with_mlp(layer, x_BKD, update)
 
         stream = self.streams.enter(layer, x_BSD)
         rows = flat_rows(index_BK, seq_len)
         x_BKD = stream.take(rows)
-        update = run(kept, x_BKD, rest.key, rest.value)
-        if self.config.mlp_segment:  # it recomputes by itself
-            update = self._with_mlp(layer, x_BKD, update)
-        first_run = False
-        assert complete is not None
+        finish = functools.partial(self._with_mlp, layer)
+        chosen = _ChosenRows(attention, index_BK, rest_BR, None if self.config.mlp_segment else finish)
+        update = run(chosen, x_BKD, rest.key, rest.value)
+        if self.config.mlp_segment:  # its recomputation is its own
+            update = finish(x_BKD, update)
+        keys_and_values = chosen.take_keys_and_values()
         with without_graph(), without_dropout(layer):
-            heads = attend_rows(rest.query, *complete, rest_BR, scaling=rest.scaling, **rest.options)
-            complete = None
-            if architecture.output is None:
-                constant = attention_update(x_BRD, rest_BR, lambda *args, **options: heads)
-            else:
-                constant = architecture.finish_attention(layer, x_BRD, heads)
-            constant = self._with_mlp(layer, x_BRD, constant)
+            heads = attention.attend(
+                rest.query, *keys_and_values, rest_BR, scaling=rest.scaling, **rest.options
+            )
+            del keys_and_values
+            constant = finish(x_BRD, attention.update_from_heads(x_BRD, rest_BR, heads))
 
-        def mlp_of_all() -> tuple[Tensor, Tensor]:
-            """The output of an MLP that works on all rows, from the stream as it is now, and the rows."""
-            everything = torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device)
-            mlp = functools.partial(architecture.mlp_branch, layer)
-            return run(mlp, stream.take(everything)), everything
-
-        dense, parallel = architecture.has_dense_mlp(layer), architecture.is_parallel(layer)
         updates = [(constant, rest_rows), (update, rows)]
+        dense, parallel = architecture.has_dense_mlp(layer), architecture.is_parallel(layer)
         if dense and parallel:
-            updates.append(mlp_of_all())
+            updates.append(self._dense_mlp_update(layer, stream, run))
         for each in updates:
             stream.add(*each)
         if dense and not parallel:
-            stream.add(*mlp_of_all())
+            stream.add(*self._dense_mlp_update(layer, stream, run))
         return self.streams.leave(layer, stream)
 
     def _with_mlp(self, layer: nn.Module, x: Tensor, update: Tensor) -> Tensor:
@@ -214,20 +112,61 @@ class DetachingLayer:
         segment = self.config.mlp_segment
         return update + (in_segments(mlp, source, segment) if segment else mlp(source))
 
+    def _dense_mlp_update(
+        self, layer: nn.Module, stream: Stream, run: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The output of an MLP that works on all rows, from the stream as it is now, and the rows."""
+        every_row = torch.arange(stream.x_BSD[..., 0].numel(), device=stream.x_BSD.device)
+        mlp = functools.partial(self.architecture.mlp_branch, layer)
+        return run(mlp, stream.take(every_row)), every_row
+
     def _select(
-        self,
-        layer: Any,
-        x_BSD: Tensor,
-        mask: Tensor | None,
-        plan: BlockPlan,
-        project: Callable[[], AttentionInputs],
+        self, layer: Any, x_BSD: Tensor, attention: AttentionOfRows, plan: BlockPlan
     ) -> tuple[Tensor, AttentionInputs | None]:
-        """The chosen positions [B, K], and what `project` made where the choice needed it."""
-        inputs = None
-        if layer is self.first or not self.config.resolved_shared_blocks:
-            scores_BN, inputs = self.scorer(layer, x_BSD, mask, plan, project)
-            self.shared_index_BK = select_tokens(scores_BN, valid_tokens(mask), plan, self.config)
-        else:
+        """The chosen positions [B, K], and the projections of all rows where the choice needed them."""
+        if self.config.resolved_shared_blocks and layer is not self.first:
             assert self.shared_index_BK is not None
             plan.on_chosen(self.shared_index_BK)
-        return self.shared_index_BK, inputs
+            return self.shared_index_BK, None
+        view = LayerView(x_BSD, attention.mask, plan, project=functools.partial(attention.project, x_BSD))
+        scores_BN = self.selector.attention_scores(view)
+        self.shared_index_BK = select_tokens(scores_BN, valid_tokens(attention.mask), plan, self.config)
+        return self.shared_index_BK, view.projected
+
+
+class _ChosenRows:
+    """The chosen rows' way through a layer, which a checkpoint may repeat in the backward pass.
+
+    The first run notes the keys and values of all rows, which the other rows need next.
+
+    Args:
+        finish: gets the rows and the attention's update, and returns the layer's; None returns the former.
+    """
+
+    def __init__(
+        self,
+        attention: AttentionOfRows,
+        index_BK: Tensor,
+        rest_BR: Tensor,
+        finish: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        self.attention, self.index_BK, self.rest_BR, self.finish = attention, index_BK, rest_BR, finish
+        self._first_run = True
+        self._keys_and_values: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x_BKD: Tensor, rest_key_BGRd: Tensor, rest_value_BGRd: Tensor) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            keys = merge_heads(key, self.index_BK, rest_key_BGRd, self.rest_BR)
+            values = merge_heads(value, self.index_BK, rest_value_BGRd, self.rest_BR)
+            if self._first_run:
+                self._keys_and_values = keys.detach(), values.detach()
+            return self.attention.attend(query, keys, values, self.index_BK, **options)
+
+        update = self.attention.update(x_BKD, self.index_BK, attend)
+        return update if self.finish is None else self.finish(x_BKD, update)
+
+    def take_keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all rows; afterwards nothing is noted any more, so that none is kept alive."""
+        noted, self._keys_and_values, self._first_run = self._keys_and_values, None, False
+        assert noted is not None
+        return noted

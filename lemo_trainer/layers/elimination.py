@@ -10,21 +10,19 @@ Shapes: B batch, S tokens, K kept tokens of a sample, D hidden width, N whole bl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lemo_trainer.config import LemoConfig
-from lemo_trainer.informativeness.scores import mlp_scores, score_positions
-from lemo_trainer.informativeness.selection import BlockPlan, cheap_scores, select_tokens
-from lemo_trainer.informativeness.selectors import BlockScorer
-from lemo_trainer.kernels.mlp import in_segments
-from lemo_trainer.layers.checkpointing import without_graph
-from lemo_trainer.layers.stream import Streams
+from lemo_trainer.informativeness.selection import BlockPlan, select_tokens
+from lemo_trainer.informativeness.selectors import LayerView, Selector
+from lemo_trainer.layers.checkpointing import in_segments, without_graph
+from lemo_trainer.layers.stream import Stream, Streams
 from lemo_trainer.model.architectures import Architecture
-from lemo_trainer.model.capture import AttentionInputs, attention_function, attention_inputs, mlp_intermediate
+from lemo_trainer.model.capture import AttentionInputs, attention_inputs, dispatching_to, mlp_intermediate
 from lemo_trainer.model.masks import masked_attention, valid_tokens
 from lemo_trainer.model.rows import flat_rows, take_arguments, take_mask
 
@@ -34,21 +32,15 @@ class EliminatingLayer:
 
     Args:
         architecture: how the layer is wired.
-        config: which tokens are kept.
-        scorer: makes the attention's scores.
+        selector: ranks the blocks; its configuration says how many are kept.
         streams: what hands the residual stream from layer to layer.
     """
 
     def __init__(
-        self,
-        architecture: Architecture,
-        config: LemoConfig,
-        scorer: BlockScorer,
-        streams: Streams | None = None,
+        self, architecture: Architecture, selector: Selector, streams: Streams | None = None
     ) -> None:
         self.architecture = architecture
-        self.config = config
-        self.scorer = scorer
+        self.selector, self.config = selector, selector.config
         self.streams = streams or Streams()
 
     def __call__(
@@ -70,65 +62,59 @@ class EliminatingLayer:
                 checkpointing, or nothing but a call.
         """
         architecture = self.architecture
-        seq_len = x_BSD.shape[1]
-        implementation, mask = masked_attention(architecture.attention_of(layer), attention_mask)
-        valid_BS = valid_tokens(mask)
+        attention = architecture.attention_of(layer)
+        implementation, mask = masked_attention(attention, attention_mask)
 
         def project() -> AttentionInputs:
-            return attention_inputs(
-                architecture.attention_of(layer),
-                architecture.attention_input(layer, x_BSD),
-                attention_mask=mask,
-                **positions,
-                **kwargs,
-            )
+            source = architecture.attention_input(layer, x_BSD)
+            return attention_inputs(attention, source, attention_mask=mask, **positions, **kwargs)
 
         with without_graph():
-            scores_BN, _ = self.scorer(layer, x_BSD, mask, plan, project)
-        index_BK = select_tokens(scores_BN, valid_BS, plan, self.config)
+            view = LayerView(x_BSD, mask, plan, project=project)
+            scores_BN = self.selector.attention_scores(view)
+        index_BK = select_tokens(scores_BN, valid_tokens(mask), plan, self.config)
         kept = {"attention_mask": take_mask(mask, index_BK), **take_arguments(positions, index_BK)}
 
-        def attention(x: Tensor, rows: Tensor | None = None) -> Tensor:
-            with attention_function(architecture.attention_of(layer), implementation):
+        def attention_branch(x: Tensor, rows: Tensor | None = None) -> Tensor:
+            with dispatching_to(attention, implementation):
                 return architecture.attention_branch(layer, x, rows, **kept, **kwargs)
 
-        def mlp(x: Tensor, rows: Tensor | None = None) -> Tensor:
-            return architecture.mlp_branch(layer, x, rows)
-
-        def on_rows(branch: Callable[..., Tensor], rows: Tensor) -> Tensor:
-            """The branch's output. Without gradients its norm reads the rows from the stream, not a copy."""
-            return run(branch, stream.take(rows)) if torch.is_grad_enabled() else branch(stream.x_BSD, rows)
-
-        segment = self.config.mlp_segment
-
-        def mlp_update() -> tuple[Tensor, Tensor]:
-            """The MLP's output and its rows, which it chooses from the stream as it is now."""
-            if architecture.has_dense_mlp(layer):
-                rows = torch.arange(x_BSD[..., 0].numel(), device=x_BSD.device)
-            else:
-                scores_BN = self._mlp_scores(layer, stream.x_BSD, valid_BS, plan)
-                rows = flat_rows(select_tokens(scores_BN, valid_BS, plan, self.config), seq_len)
-            if segment and not architecture.has_dense_mlp(layer):
-                return in_segments(mlp, stream.take(rows), segment), rows
-            return on_rows(mlp, rows), rows
-
         stream = self.streams.enter(layer, x_BSD)
-        rows = flat_rows(index_BK, seq_len)
-        updates = [(on_rows(attention, rows), rows)]
+        rows = flat_rows(index_BK, x_BSD.shape[1])
+        updates = [(_on_rows(attention_branch, stream, rows, run), rows)]
         if architecture.is_parallel(layer):
-            updates.append(mlp_update())
+            updates.append(self._mlp_update(layer, stream, mask, plan, run))
         for update in updates:
             stream.add(*update)
         if not architecture.is_parallel(layer):
-            stream.add(*mlp_update())
+            stream.add(*self._mlp_update(layer, stream, mask, plan, run))
         return self.streams.leave(layer, stream)
 
-    @without_graph()
-    def _mlp_scores(self, layer: Any, x_BSD: Tensor, valid_BS: Tensor | None, plan: BlockPlan) -> Tensor:
-        if not self.config.scores_text:
-            return cheap_scores(self.config.resolved_selector, x_BSD, valid_BS, plan)
-        sampled = score_positions(
-            plan.blocks, plan.block_size, self.config.mlp_score_tokens, device=x_BSD.device
-        )
-        intermediate = mlp_intermediate(self.architecture, layer, x_BSD[:, sampled])
-        return mlp_scores(intermediate, None if valid_BS is None else valid_BS[:, sampled], plan.blocks)
+    def _mlp_update(
+        self, layer: Any, stream: Stream, mask: Tensor | None, plan: BlockPlan, run: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The MLP's output and its rows, which it chooses from the stream as it is now."""
+        mlp = functools.partial(self.architecture.mlp_branch, layer)
+        if self.architecture.has_dense_mlp(layer):
+            every_row = torch.arange(stream.x_BSD[..., 0].numel(), device=stream.x_BSD.device)
+            return _on_rows(mlp, stream, every_row, run), every_row
+        with without_graph():
+            intermediate = functools.partial(self._intermediate, layer, stream.x_BSD)
+            scores_BN = self.selector.mlp_scores(
+                LayerView(stream.x_BSD, mask, plan, intermediate=intermediate)
+            )
+        index_BK = select_tokens(scores_BN, valid_tokens(mask), plan, self.config)
+        rows = flat_rows(index_BK, stream.x_BSD.shape[1])
+        if self.config.mlp_segment:
+            return in_segments(mlp, stream.take(rows), self.config.mlp_segment), rows
+        return _on_rows(mlp, stream, rows, run), rows
+
+    def _intermediate(self, layer: Any, x_BSD: Tensor, positions_P: Tensor) -> Tensor:
+        return mlp_intermediate(self.architecture, layer, x_BSD[:, positions_P])
+
+
+def _on_rows(
+    branch: Callable[..., Tensor], stream: Stream, rows: Tensor, run: Callable[..., Tensor]
+) -> Tensor:
+    """The branch's output. Without gradients its norm reads the rows from the stream, not a copy."""
+    return run(branch, stream.take(rows)) if torch.is_grad_enabled() else branch(stream.x_BSD, rows)

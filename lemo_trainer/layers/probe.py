@@ -1,10 +1,10 @@
 """Find out how an unknown decoder layer is wired: watch it compute a few tokens, then prove the description.
 
-The layer's own forward runs on random hidden states while hooks note which part reads what another wrote.
-That gives the names of an `Architecture`; factors and dropouts that the layer applies by itself are tried.
-The description holds when it repeats the layer's output in training mode, dropout included, and LeMo's
-detached layer, whose forward pass is exact, repeats it too. Nothing of it stays: gradients, hooks, modes and
-the state of the random generator are left as they were, and only one layer of each kind is run.
+The layer's own forward runs on random hidden states while hooks note which part reads the output of which
+other part. That gives the names of an `Architecture`; factors and dropouts that the layer applies without a
+module are found by trying. The description is accepted when it repeats the layer's output in training mode,
+dropout included, and LeMo's detached layer, whose forward pass is exact, repeats it too. Only one layer of
+each kind is run. Afterwards gradients, hooks, modes and the state of the random generator are as before.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.compat import is_whole
+from lemo_trainer.compat import CHECKPOINTING, is_whole
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness.selection import BlockPlan
-from lemo_trainer.informativeness.selectors import BlockScorer
+from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.layers.detachment import DetachingLayer
 from lemo_trainer.model.architectures import ARCHITECTURES, Architecture, CausalLM
 from lemo_trainer.model.calls import CACHES, dry_options, idle_layers, split_arguments
@@ -31,16 +31,49 @@ from lemo_trainer.model.capture import dispatches, mlp_intermediate, without_dro
 TOKENS = 8
 
 
-class _Unfit(Exception):  # noqa: N818 - a finding
+class _Unfit(Exception):  # noqa: N818 - a result of the probe, not an error
     """Why a layer cannot leave tokens out."""
 
 
 def probe_layers(parts: CausalLM) -> tuple[Architecture, dict[int, str]]:
+    """The wiring of the layers that can leave tokens out, and for each other layer the reason why not.
+
+    Raises:
+        ValueError: weights are not whole, or no layer fits.
+    """
     name = f"{type(parts.model).__name__} (config.model_type {parts.model.config.model_type!r})"
+    calls = _layer_calls(parts, name)
+    wirings: dict[str, Architecture | str] = {}  # by the printed structure of a layer
+    for layer, (stream_BSD, arguments) in zip(parts.layers, calls, strict=True):
+        if repr(layer) not in wirings:
+            wirings[repr(layer)] = _architecture_or_reason(layer, stream_BSD, arguments)
+    fitting = [each for each in wirings.values() if isinstance(each, Architecture)]
+    if not fitting:
+        raise ValueError(
+            f"LeMo looked in {name} for decoder layers that add an attention, called through transformers' "
+            "AttentionInterface, and an MLP to the residual stream, and found "
+            f"{'; '.join(map(str, wirings.values()))}."
+        )
+    architecture = next((each for each in fitting if each.down_proj), fitting[0])
+    dense_layers = {}
+    for index, layer in enumerate(parts.layers):
+        wiring = wirings[repr(layer)]
+        if isinstance(wiring, str):
+            dense_layers[index] = wiring
+        elif architecture.missing_from(layer) or architecture != replace(
+            wiring, down_proj=wiring.down_proj or architecture.down_proj
+        ):
+            dense_layers[index] = f"{type(layer).__name__}, wired unlike the first ones"
+    return architecture, dense_layers
+
+
+def _layer_calls(parts: CausalLM, name: str) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The hidden states and arguments with which the model calls each of its layers on a few tokens."""
     if not all(map(is_whole, parts.layers.parameters())):
         raise ValueError(
-            f"LeMo knows the wiring of {', '.join(sorted(ARCHITECTURES))}; that of {name} must be seen at "
-            "work, which needs whole weights: a device other than meta, and a model that is not sharded yet."
+            f"LeMo knows the wiring of {', '.join(sorted(ARCHITECTURES))}; to find that of {name} it must "
+            "watch a layer, which needs whole weights: a device other than meta, and a model that is not "
+            "sharded yet."
         )
     device = parts.model.get_input_embeddings().weight.device
     tokens = torch.arange(1, TOKENS + 1, device=device).expand(2, -1)
@@ -53,45 +86,27 @@ def probe_layers(parts: CausalLM) -> tuple[Architecture, dict[int, str]]:
             f"LeMo needs layers that turn hidden states into hidden states; {name} fails when they hand "
             f"their input on unchanged: {error}"
         ) from error
+    return calls
 
-    found: dict[str, Architecture | str] = {}  # by what a layer is made of
-    for layer, (stream_BSD, arguments) in zip(parts.layers, calls, strict=True):
-        if repr(layer) not in found:
-            try:
-                with torch.no_grad():
-                    found[repr(layer)] = _find_architecture(layer, stream_BSD, arguments)
-            except _Unfit as unfit:
-                found[repr(layer)] = str(unfit)
-    fitting = [each for each in found.values() if isinstance(each, Architecture)]
-    if not fitting:
-        raise ValueError(
-            f"LeMo looked in {name} for decoder layers that add an attention, called through transformers' "
-            "AttentionInterface, and an MLP to the residual stream, and found "
-            f"{'; '.join(map(str, found.values()))}."
-        )
-    architecture = next((each for each in fitting if each.down_proj), fitting[0])
-    dense_layers = {}
-    for index, layer in enumerate(parts.layers):
-        finding = found[repr(layer)]
-        if isinstance(finding, str):
-            dense_layers[index] = finding
-        elif architecture.missing_from(layer) or architecture != replace(
-            finding, down_proj=finding.down_proj or architecture.down_proj
-        ):
-            dense_layers[index] = f"{type(layer).__name__}, wired unlike the first ones"
-    return architecture, dense_layers
+
+@torch.no_grad()
+def _architecture_or_reason(layer: Any, stream_BSD: Tensor, arguments: dict[str, Any]) -> Architecture | str:
+    try:
+        return _find_architecture(layer, stream_BSD, arguments)
+    except _Unfit as unfit:
+        return str(unfit)
 
 
 def _find_architecture(layer: Any, stream_BSD: Tensor, arguments: dict[str, Any]) -> Architecture:
-    """The wiring of `layer`, whose own forward gets `stream_BSD` and `arguments`."""
+    """The wiring of `layer`, whose own forward is called with `stream_BSD` and `arguments`."""
     arguments = {name: value for name, value in arguments.items() if name not in CACHES}
     generator = torch.Generator().manual_seed(0)
-    # Small: norms bring it to the size they like, and the branches are not lost beside it.
+    # Small numbers: norms rescale them, and the residual does not drown the branches.
     x_BSD = (0.01 * torch.randn(stream_BSD.shape, generator=generator)).to(stream_BSD)
     attention = next(
         (
             name
-            for name, part in layer.namedchildren()
+            for name, part in layer.named_children()
             if hasattr(part, "config") and dispatches(part, layer, x_BSD, **arguments)
         ),
         None,
@@ -100,35 +115,39 @@ def _find_architecture(layer: Any, stream_BSD: Tensor, arguments: dict[str, Any]
         raise _Unfit(
             f"{type(layer).__name__}, none of whose parts {children(layer)} calls AttentionInterface"
         )
-    drawn = _draw(layer, attention, x_BSD, arguments)
+    observed = _architecture_from_calls(layer, attention, x_BSD, arguments)
     numbers = [None, *(name for name, value in vars(layer).items() if isinstance(value, float))]
-    for scale, dropout, output in itertools.product(numbers, numbers, (drawn.output, None)):
+    for scale, dropout, output in itertools.product(numbers, numbers, (observed.output, None)):
         candidate = replace(
-            drawn,
+            observed,
             output=output,
             residual_scale=scale,
-            after_attention=drawn.after_attention or dropout,
-            after_mlp=drawn.after_mlp or dropout,
+            after_attention=observed.after_attention or dropout,
+            after_mlp=observed.after_mlp or dropout,
         )
-        with contextlib.suppress(Exception):  # one that does not even run is no description
+        with contextlib.suppress(Exception):  # a candidate that cannot run is wrong
             if is_wiring_of(candidate, layer, x_BSD, arguments):
                 return candidate
     raise _Unfit(
         f"{type(layer).__name__}, whose output is not the sum of its input, {attention} and "
-        f"{' + '.join(drawn.mlp)} (its parts are {children(layer)})"
+        f"{' + '.join(observed.mlp)} (its parts are {children(layer)})"
     )
 
 
 @dataclass
 class _Call:
+    """A call of one of the layer's parts, with the addresses of the tensors that it reads and returns."""
+
     name: str
-    source: int  # addresses of the data
+    source: int
     result: int
 
 
-def _draw(layer: nn.Module, attention: str, x_BSD: Tensor, arguments: dict[str, Any]) -> Architecture:
-    """Names read off the calls: who reads the result of whom."""
-    inner: list[str] = []  # the parts that hold matrices, in the order of their calls
+def _architecture_from_calls(
+    layer: nn.Module, attention: str, x_BSD: Tensor, arguments: dict[str, Any]
+) -> Architecture:
+    """An `Architecture` from the calls of the layer's parts: each reads the output of another."""
+    inner: list[str] = []  # parts with matrices, in the order of their calls
     calls: list[_Call] = []
 
     def note(name: str, direct: bool) -> Any:
@@ -137,7 +156,7 @@ def _draw(layer: nn.Module, attention: str, x_BSD: Tensor, arguments: dict[str, 
             result = output[0] if isinstance(output, tuple) else output
             if direct and isinstance(source, Tensor) and isinstance(result, Tensor):
                 calls.append(_Call(name, source.data_ptr(), result.data_ptr()))
-                alive.extend((source, result))  # an address stays the name of its tensor
+                alive.extend((source, result))  # so that no address is used twice
             if _has_matrices(module):
                 inner.append(name)
 
@@ -152,7 +171,7 @@ def _draw(layer: nn.Module, attention: str, x_BSD: Tensor, arguments: dict[str, 
         layer(x_BSD, **arguments)
 
     projections = [name for name in inner if name.startswith(f"{attention}.")]
-    matrices = [place for place, call in enumerate(calls) if call.name in inner and call.name != attention]
+    matrices = [i for i, call in enumerate(calls) if call.name in inner and call.name != attention]
     if not projections or not matrices:
         raise _Unfit(f"{type(layer).__name__} with {children(layer)}, but no MLP beside {attention}")
     mlp = calls[matrices[0] : matrices[-1] + 1]
@@ -194,7 +213,7 @@ def is_wiring_of(architecture: Architecture, layer: Any, x_BSD: Tensor, argument
     def detached() -> Tensor:
         config = LemoConfig(selector="recency", keep_ratio=0.5, block_size=1)
         plan = BlockPlan.of(TOKENS, config)
-        return DetachingLayer(architecture, config, BlockScorer(config), layer)(
+        return DetachingLayer(architecture, selector_for(config), layer)(
             layer, x_BSD, mask, positions, plan, operator.call, **options
         )
 
@@ -211,9 +230,9 @@ def is_wiring_of(architecture: Architecture, layer: Any, x_BSD: Tensor, argument
 
 @contextlib.contextmanager
 def _in_training(layer: nn.Module) -> Iterator[None]:
-    """Every part of `layer` in training mode, without gradient checkpointing; the own modes come back."""
+    """Every part of `layer` in training mode, without gradient checkpointing; restores both afterwards."""
     idle = [part for part in layer.modules() if not part.training]
-    checkpointing = vars(layer).pop("gradient_checkpointing", None)
+    checkpointing = vars(layer).pop(CHECKPOINTING, None)
     layer.train()
     try:
         yield
@@ -221,11 +240,11 @@ def _in_training(layer: nn.Module) -> Iterator[None]:
         for part in idle:
             part.training = False
         if checkpointing is not None:
-            vars(layer)["gradient_checkpointing"] = checkpointing
+            vars(layer)[CHECKPOINTING] = checkpointing
 
 
 def _from_present_seed(function: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """The result, with the random generators as they were before."""
+    """The result of `function`, after which the random generators are in the same state as before."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         return function()
 
@@ -241,4 +260,4 @@ def _has_matrices(module: nn.Module) -> bool:
 
 
 def children(layer: nn.Module) -> str:
-    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.namedchildren())
+    return ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.named_children())

@@ -1,9 +1,9 @@
 """Gradient segments (`mode="segments"`): a sample goes forward and backward one segment after the other.
 
-A segment's queries meet the keys and values of all segments before it, which enter as constants. So the
-forward pass is exact, every token's loss reaches every layer at its own position and through the keys and
-values of its own segment, and what is cut is the gradient through the keys and values of earlier segments.
-Activations of one segment exist at a time; of the others, keys and values do.
+A segment's queries attend to the keys and values of all segments before it, which enter as constants. The
+forward pass is therefore exact, and every token's loss reaches every layer at its own position and through
+the keys and values of its own segment. The gradient through the keys and values of earlier segments is cut.
+The activations of only one segment exist at a time; of earlier segments, only keys and values do.
 
 With `keep_ratio` below 1, some segments run without graph: their labels count in the loss, not in the
 gradient.
@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers.cache_utils import Cache, DynamicLayer
 
-from lemo_trainer.compat import is_whole
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.compat import Cache, DynamicLayer, is_whole, uses_causal_lm_loss
 from lemo_trainer.head.loss import IGNORE_INDEX, shift
+from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.checkpointing import without_graph
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.capture import without_dropout
@@ -37,10 +36,10 @@ Forward = Callable[[inspect.BoundArguments], Any]
 
 
 class _SegmentLayer(DynamicLayer):
-    """Keys and values [B, G, S, d] of one layer: constants of earlier segments, those of this one with graph.
+    """Keys and values [B, G, S, d] of one layer: those of earlier segments are constants.
 
-    A segment's own are added to the constants when it is `finished`; until then, recomputation in the
-    backward pass may bring them again.
+    `finish` adds the current segment's to the constants. Until then a recomputation in the backward pass may
+    pass them to `update` again, which changes nothing.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +69,7 @@ class SegmentCache(Cache):
 
 
 class _InSegments(torch.autograd.Function):
-    """The loss of `run`, whose gradients `run` has made already; the backward pass hands them on."""
+    """The loss of `run`, which computes the gradients too; the backward pass only hands them on."""
 
     @staticmethod
     def forward(
@@ -86,13 +85,12 @@ class _InSegments(torch.autograd.Function):
         return None, *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
 
 
-def choose_segments(seq_len: int, config: LemoConfig, keep_ratio: float) -> list[bool]:
-    """Which segments carry gradient: `keep_ratio` of them, at least one, drawn anew or the last ones."""
-    count = -(-seq_len // config.segment_tokens)
+def choose_segments(seq_len: int, selector: Selector, keep_ratio: float) -> list[bool]:
+    """Which segments carry gradient: `keep_ratio` of them, at least one, the last in the selector's order."""
+    count = -(-seq_len // selector.config.segment_tokens)
     kept = max(1, int(keep_ratio * count + 0.5))
-    order = range(count) if config.resolved_selector == "recency" else torch.randperm(count).tolist()
-    chosen = set(order[count - kept :])
-    return [place in chosen for place in range(count)]
+    chosen = set(selector.segment_order(count)[count - kept :])
+    return [segment in chosen for segment in range(count)]
 
 
 def forward_in_segments(
@@ -102,12 +100,13 @@ def forward_in_segments(
     segment_tokens: int,
     choose: Callable[[int], list[bool]],
 ) -> Any:
-    """The causal LM's output with its loss, whose gradients exist when this returns.
+    """The causal LM's output with its loss, whose gradients are computed before this returns.
 
     Args:
         forward: the training forward of the causal LM on bound arguments.
         arguments: those of the whole sample.
-        choose: which segments of so many tokens carry gradient.
+        segment_tokens: tokens of a segment.
+        choose: maps the tokens of a sample to a list that says of each segment whether it carries gradient.
     """
     given = arguments.arguments
     extra = given.setdefault("kwargs", {})
@@ -125,12 +124,12 @@ def forward_in_segments(
     def run(parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         total = torch.zeros((), device=labels.device)
         gradients: list[Tensor | None] = [None] * len(parameters)
-        for place, start in enumerate(range(0, labels.shape[1], segment_tokens)):
+        for number, start in enumerate(range(0, labels.shape[1], segment_tokens)):
             stop = min(start + segment_tokens, labels.shape[1])
             segment = _segment(arguments, start, stop)
             segment.arguments["kwargs"]["shift_labels"] = shift_labels[:, start:stop].contiguous()
             segment.arguments |= {"past_key_values": cache, "use_cache": False}
-            if kept[place] and parameters:
+            if kept[number] and parameters:
                 with torch.enable_grad():
                     output = forward(segment)
                 new = torch.autograd.grad(output.loss, parameters, allow_unused=True)
@@ -154,7 +153,7 @@ def _sum(old: Tensor | None, more: Tensor | None) -> Tensor | None:
 
 
 def _segment(arguments: inspect.BoundArguments, start: int, stop: int) -> inspect.BoundArguments:
-    """The arguments of tokens `start` to `stop`, with all that the attention mask says until then."""
+    """The arguments cut to tokens `start` to `stop`; the attention mask is cut to 0 to `stop`."""
     given = dict(arguments.arguments)
     given["kwargs"] = dict(given["kwargs"])
     for name in ("input_ids", "inputs_embeds", "position_ids", "labels"):
@@ -204,11 +203,9 @@ def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
 
 
 def check_segments(parts: CausalLM) -> None:
-    """Raise ValueError unless two segments give the hidden states and the loss of one, from whole weights."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
+    """Raise ValueError unless the model computes the same in two segments as in one, and its loss adds up."""
     model = parts.model
-    if model.loss_function is not ForCausalLMLoss:
+    if not uses_causal_lm_loss(model):
         raise ValueError(
             f'mode="segments" needs transformers\' ForCausalLMLoss, whose parts add up, and '
             f'{type(model).__name__} has a loss of its own; use mode="detach".'

@@ -1,12 +1,12 @@
 """The residual stream as a patched layer holds it: its own memory, overwritten in place.
 
-A layer may overwrite a stream that it made, or that the patched layer before it made and handed on. Any
-other is copied once on entering: the embeddings' output, a dense layer's, and one that a hook may have kept.
-What other code saved of a stream for a gradient of its own, autograd checks: if it was overwritten since,
-that is an error, never a wrong gradient.
+A layer may overwrite a stream that it copied itself, or that the patched layer before it handed on. Every
+other stream is copied once on entering: the output of the embeddings or of a dense layer, and one that a hook
+may have kept. If other code saved a stream for a gradient of its own and LeMo then overwrote it, autograd
+raises an error; it never computes a wrong gradient.
 
-The same holds on the way back. The gradient of what a layer returns is copied once, unless it comes from a
-patched layer, which owned it already.
+The backward pass does the same: the gradient of a layer's output is copied once, unless it comes from a
+patched layer, which owns it already.
 
 Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
 """
@@ -19,20 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as nn_module
 
+from lemo_trainer.compat import has_forward_hooks, has_forward_pre_hooks
 from lemo_trainer.kernels.rows import add_rows, take_rows
 
 
 class _Seam:
-    """Where a stream left a layer, and whether the next one went on with it in place."""
+    """The boundary between two layers: `adopted` once the next one overwrites the stream in place."""
 
     def __init__(self) -> None:
         self.adopted = False
 
 
 class _Release(torch.autograd.Function):
-    """The stream as it is; its gradient is made the stream's own."""
+    """The identity; its backward copies the gradient unless the stream already owns it."""
 
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, seam: _Seam) -> Tensor:
@@ -48,7 +48,7 @@ class _Release(torch.autograd.Function):
 
 
 class Stream:
-    """A residual stream in one layer. `x_BSD` is its present state, for reading without gradient."""
+    """A residual stream in one layer. `x_BSD` is its current state, to be read without gradient."""
 
     def __init__(self, x_BSD: Tensor) -> None:
         self.x_BSD = x_BSD
@@ -67,7 +67,7 @@ class Streams:
     """Hands streams from one patched layer to the next.
 
     Args:
-        in_place: False copies in every layer: for models that may keep a layer's input for later.
+        in_place: False copies the stream in every layer, for models that may keep a layer's input for later.
     """
 
     def __init__(self, *, in_place: bool = True) -> None:
@@ -75,21 +75,17 @@ class Streams:
         self._released: tuple[weakref.ref[Tensor], _Seam] | None = None
 
     def enter(self, layer: nn.Module, x_BSD: Tensor) -> Stream:
-        """The stream that `layer` got as `x_BSD`: itself where it may be overwritten, else a copy."""
+        """The stream in front of `layer`: `x_BSD` itself where it may be overwritten, else a copy."""
         released, self._released = self._released, None
-        if released is not None and released[0]() is x_BSD and not _hooked(layer, "_forward_pre_hooks"):
+        if released is not None and released[0]() is x_BSD and not has_forward_pre_hooks(layer):
             released[1].adopted = True
             return Stream(x_BSD)
         return Stream(x_BSD.clone(memory_format=torch.contiguous_format))
 
     def leave(self, layer: nn.Module, stream: Stream) -> Tensor:
-        """What `layer` returns."""
+        """The output of `layer`, of which the next patched layer may adopt the memory."""
         seam = _Seam()
         output: Tensor = _Release.apply(stream.x_BSD, seam)
-        if self.in_place and not _hooked(layer, "_forward_hooks"):
+        if self.in_place and not has_forward_hooks(layer):
             self._released = weakref.ref(output), seam
         return output
-
-
-def _hooked(layer: nn.Module, kind: str) -> bool:
-    return bool(getattr(layer, kind) or getattr(nn_module, f"_global{kind}"))

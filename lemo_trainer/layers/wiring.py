@@ -13,10 +13,10 @@ class Wiring:
     """How a model's layers are wired.
 
     Args:
-        architecture: that of all layers which can leave tokens out.
-        probed: it was found by watching a layer, not in `ARCHITECTURES`.
-        dense_layers: index of each layer that cannot, and why.
-        dense_mlps: indices of the layers whose MLP works on all tokens, for it is a mixture of experts.
+        architecture: the wiring of all layers that can leave tokens out.
+        probed: whether a probe watched a layer to find it, because `ARCHITECTURES` does not list the model.
+        dense_layers: for each layer that cannot leave tokens out, its index and the reason.
+        dense_mlps: indices of the layers whose MLP works on all tokens because it is a mixture of experts.
     """
 
     architecture: Architecture
@@ -25,7 +25,7 @@ class Wiring:
     dense_mlps: tuple[int, ...]
 
     def notes(self, patched_layers: tuple[int, ...]) -> list[str]:
-        """What the probe found and which parts stay dense, given the patched layers."""
+        """Sentences about a probe and about the parts that stay dense, given the patched layers."""
         notes = ["their wiring was found by a probe"] if self.probed else []
         for reason in dict.fromkeys(self.dense_layers.values()):
             indices = ", ".join(str(index) for index, why in self.dense_layers.items() if why == reason)
@@ -36,10 +36,10 @@ class Wiring:
 
 
 def find_wiring(parts: CausalLM) -> Wiring:
-    """How the layers of `parts` are wired, by the table of known architectures or by a probe.
+    """The wiring of the layers of `parts`, from the table of known architectures or from a probe.
 
     Raises:
-        ValueError: a known architecture lacks a part, or a probe found no layer that fits.
+        ValueError: a layer of a known architecture lacks a part, or no layer passed the probe.
     """
     model_type = parts.model.config.model_type
     if model_type in REFUSED:

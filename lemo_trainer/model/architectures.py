@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lemo_trainer.compat import unwrap
+from lemo_trainer.compat import attention_implementation, unwrap
 from lemo_trainer.kernels.rows import gather
 
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -253,7 +253,7 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
             f"LeMo looked in {name} for a list of {config.num_hidden_layers} decoder layers and found lists "
             f"of these lengths: {lengths}."
         )
-    implementation = config._attn_implementation
+    implementation = attention_implementation(config)
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         raise ValueError(
             f"LeMo works with attn_implementation {', '.join(ATTENTION_IMPLEMENTATIONS)}, got "

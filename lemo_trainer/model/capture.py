@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lemo_trainer.compat import set_attention_implementation
 from lemo_trainer.model.architectures import Architecture
 from lemo_trainer.model.rows import take_heads
 
@@ -59,11 +60,11 @@ AttentionInterface.register(_CAPTURE, _capture_attention)
 
 
 @contextlib.contextmanager
-def attention_function(attention: Any, name: str) -> Iterator[None]:
+def dispatching_to(attention: Any, name: str) -> Iterator[None]:
     """Let an attention module dispatch to the registered attention function `name`."""
     config = attention.config
     attention.config = copy.copy(config)
-    attention.config._attn_implementation = name
+    set_attention_implementation(attention.config, name)
     try:
         yield
     finally:
@@ -97,7 +98,7 @@ def attention_inputs(attention: Any, x_BSD: Tensor, **kwargs: Any) -> AttentionI
         kwargs: its other arguments (position embeddings, mask).
     """
     try:
-        with attention_function(attention, _CAPTURE), without_dropout(attention):
+        with dispatching_to(attention, _CAPTURE), without_dropout(attention):
             attention(x_BSD, **kwargs)
     except _Captured as captured:
         inputs: AttentionInputs = captured.args[0]
@@ -109,7 +110,7 @@ def attention_inputs(attention: Any, x_BSD: Tensor, **kwargs: Any) -> AttentionI
 def dispatches(attention: Any, layer: nn.Module, x_BSD: Tensor, **kwargs: Any) -> bool:
     """Whether `attention`, a part of `layer`, calls transformers' `AttentionInterface`."""
     try:
-        with attention_function(attention, _CAPTURE), without_dropout(layer):
+        with dispatching_to(attention, _CAPTURE), without_dropout(layer):
             layer(x_BSD, **kwargs)
     except _Captured:
         return True

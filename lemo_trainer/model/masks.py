@@ -6,8 +6,6 @@ A mask is None (plain causal) or [B, 1, S, S], bool (True where a query may look
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-AttentionFunction = Callable[..., tuple[Tensor, Any]]
+from lemo_trainer.compat import NOT_IN_SDPA, attention_function, attention_implementation
 
 _GROUPED = "lemo_grouped_sdpa"
 _WRITTEN_OUT = "lemo_written_out"
@@ -27,22 +24,13 @@ _written_out: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
 def masked_attention(attention: Any, mask: Any) -> tuple[str, Tensor | None]:
     """The attention implementation for chosen tokens, by its registered name, and the mask as it takes it."""
     if not isinstance(mask, BlockMask):
-        own: str = attention.config._attn_implementation
+        own = attention_implementation(attention.config)
         return _GROUPED if own == "sdpa" else own, mask
     if mask not in _written_out:
         batch, heads, queries, keys = mask.shape
         device = mask.kv_num_blocks.device
         _written_out[mask] = create_mask(mask.mask_mod, batch, heads, queries, keys, device=device)
     return _WRITTEN_OUT, _written_out[mask]
-
-
-def attention_interface(attention: nn.Module, implementation: str) -> AttentionFunction:
-    """The function that `attention` calls for an implementation."""
-    modeling: Any = sys.modules[type(attention).__module__]
-    function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(
-        implementation, modeling.eager_attention_forward
-    )
-    return function
 
 
 def _grouped_attention(
@@ -57,9 +45,9 @@ def _grouped_attention(
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """SDPA on shared key heads as they are; under a mask transformers copies them, which the CPU need not."""
-    unusual = any(options.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    unusual = any(options.get(name) is not None for name in NOT_IN_SDPA)
     if attention_mask is None or query.device.type != "cpu" or unusual:
-        sdpa = attention_interface(module, "sdpa")
+        sdpa = attention_function(module, "sdpa")
         return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     heads = nn.functional.scaled_dot_product_attention(
         query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
@@ -72,10 +60,10 @@ def _written_out_attention(
 ) -> tuple[Tensor, Any]:
     """What flex attention computes, for a bool mask: SDPA knows neither soft caps nor sinks, eager both."""
     if options.get("softcap") is None and options.get("s_aux") is None:
-        return attention_interface(module, "sdpa")(module, query, key, value, attention_mask, **options)
+        return attention_function(module, "sdpa")(module, query, key, value, attention_mask, **options)
     additive = torch.zeros_like(attention_mask, dtype=query.dtype)
     additive.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
-    return attention_interface(module, "eager")(module, query, key, value, additive, **options)
+    return attention_function(module, "eager")(module, query, key, value, additive, **options)
 
 
 AttentionInterface.register(_GROUPED, _grouped_attention)

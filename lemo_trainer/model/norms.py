@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.compat import is_whole
+from lemo_trainer.compat import has_forward_hooks, has_forward_pre_hooks, is_whole
 from lemo_trainer.kernels import torch_norm
 from lemo_trainer.kernels.norm import norm_rows
 from lemo_trainer.model.architectures import Architecture
@@ -26,7 +26,8 @@ class RecognisedNorm:
     def fits(self, x: Tensor) -> bool:
         """Whether the module still is what it was, for `x`: no hooks, no other forward, no other dtype."""
         module = self.module
-        touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        hooked = has_forward_hooks(module) or has_forward_pre_hooks(module)
+        touched = hooked or "forward" in vars(module)
         weight: Any = module.weight
         plain = is_whole(weight) and weight.shape == x.shape[-1:] and weight.dtype == x.dtype
         return plain and not touched and not torch.is_autocast_enabled(x.device.type)

@@ -1,8 +1,8 @@
-"""Which layers leave out how much, so that a step meets a budget at the least loss.
+"""The choice of how much each layer leaves out, so that a step meets a budget at the least loss.
 
-Each layer stays dense or takes one point of its curve: a threshold, the share of the tokens that it keeps
-with it, and by how much the held-out loss rises when this layer alone does so. Losses are taken to add up,
-and so are costs. To choose one point a layer at the least loss within a limit on the cost is the
+Each layer stays dense or takes one point of its curve. A point is a threshold, the share of the tokens that
+the layer keeps with it, and the rise of the held-out loss when this layer alone uses it. Losses are assumed
+to add up, and so are costs. Choosing one point a layer at the least loss within a limit on the cost is the
 multiple-choice knapsack problem, solved here by dynamic programming over the cost.
 """
 
@@ -29,7 +29,7 @@ class LayerThreshold:
     Args:
         threshold: blocks with at least this score, in means of the sample, are kept.
         kept_share: share of the tokens that the layer keeps with it.
-        loss_increase: by how much the held-out loss rises when this layer alone leaves tokens out.
+        loss_increase: rise of the held-out loss when this layer alone leaves tokens out, in nats a token.
         used: whether the search chose it.
     """
 
@@ -45,10 +45,10 @@ class Budget:
     """A limit on what a training step costs.
 
     Args:
-        limit: most that a step may cost.
-        dense: what it costs when every layer that is searched keeps all tokens.
-        saving: what one layer spares that keeps a share of its tokens.
-        written: a cost as the user reads it.
+        limit: the largest cost that a step may have.
+        dense: cost of a step in which every searched layer keeps all tokens.
+        saving: maps the share of the tokens that a layer keeps to the cost that it saves.
+        written: maps a cost to the text that a user reads.
     """
 
     limit: float
@@ -58,7 +58,7 @@ class Budget:
 
     @classmethod
     def of_shares(cls, limit: float, total_layers: int) -> Budget:
-        """Of the mean share of the tokens that the model's layers keep, dense ones included."""
+        """A limit on the mean share of tokens that the model's layers keep, dense layers included."""
         _check_share("fit_share", limit)
         return cls(limit, 1.0, lambda share: (1 - share) / total_layers, "a mean kept share of {:.1%}".format)
 
@@ -72,16 +72,16 @@ class Budget:
         memory: float | None = None,
         flops_share: float | None = None,
     ) -> Budget:
-        """Of the predicted bytes or operations of a training step; see `lemo_trainer.offline.step_cost`.
+        """A limit on the predicted bytes or operations of a step (`lemo_trainer.offline.step_cost`).
 
-        Operations of a layer grow with the square of its kept share and its bytes on a line, so that three
-        predictions say all. Where the peak of memory is not in the layers for every share, the prediction for
+        A layer's operations are quadratic in its kept share and its bytes linear, so that three predictions
+        determine the curve. Where the peak of memory is not in the layers for every share, the prediction for
         several shares together is too high, never too low.
 
         Args:
-            config: layers and mode; its thresholds and `keep_ratio` play no part.
-            memory: bytes that `StepCost.peak_bytes` must stay within; give this or `flops_share`.
-            flops_share: share of the operations of the dense step with the same checkpointing.
+            config: layers and mode; its thresholds and `keep_ratio` are not used.
+            memory: limit on `StepCost.peak_bytes`; give this or `flops_share`.
+            flops_share: limit on the operations, as a share of the dense step with the same checkpointing.
         """
         if (memory is None) == (flops_share is None):
             raise ValueError(f"Give one of `memory` and `flops_share`, got {memory} and {flops_share}.")
@@ -121,20 +121,20 @@ class Budget:
         )
 
     def cost(self, points: Sequence[LayerThreshold]) -> float:
-        """What a step costs with these points, every other layer being dense."""
+        """The cost of a step with these points while every other layer is dense."""
         return self.dense - sum(self.saving(point.kept_share) for point in points)
 
 
 def choose(curves: Mapping[int, Sequence[LayerThreshold]], budget: Budget) -> list[LayerThreshold]:
-    """The points of the least total loss whose cost is within the budget; a layer without one stays dense.
+    """The points of least total loss whose cost is within the budget; a layer without a point stays dense.
 
-    Exact up to a `GRID`-th of the way from the cheapest choice to the limit, for each layer.
+    Costs are rounded up to a grid of `GRID` steps between the cheapest choice and the limit.
 
     Args:
         curves: the points of each layer.
 
     Raises:
-        ValueError: no choice meets the budget; the message has the nearest.
+        ValueError: no choice meets the budget; the message names the cheapest.
     """
     options: list[list[LayerThreshold | None]] = [[None, *points] for points in curves.values()]
     saved = [np.array([0.0 if p is None else budget.saving(p.kept_share) for p in each]) for each in options]
@@ -143,10 +143,10 @@ def choose(curves: Mapping[int, Sequence[LayerThreshold]], budget: Budget) -> li
     room = budget.limit - cheapest
     if room < -1e-9 * cheapest:
         raise ValueError(
-            f"No choice of thresholds meets a budget of {budget.written(budget.limit)}; the nearest takes "
+            f"No choice of thresholds meets a budget of {budget.written(budget.limit)}; the cheapest takes "
             f"{budget.written(cheapest)}. Search more `layers`, or keep smaller shares."
         )
-    # What each option costs above its layer's cheapest, in steps of the grid, rounded up.
+    # The cost of each option above the cheapest of its layer, in steps of the grid, rounded up.
     unit = max(room, 1e-12 * cheapest) / GRID
     extra = [np.ceil((each.max() - each) / unit - 1e-9).clip(max=GRID + 1).astype(int) for each in saved]
     least = np.zeros(GRID + 1)  # total loss of the layers so far within so many steps

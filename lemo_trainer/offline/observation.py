@@ -1,4 +1,4 @@
-"""What a frozen model's layers get, and their exact block maps, for the training of predictors."""
+"""Inputs of a frozen model's layers and their exact block maps, to train predictors on."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lemo_trainer.model.capture import attention_inputs
 from lemo_trainer.model.masks import masked_attention
 
 
-class _Enough(Exception):  # noqa: N818 - leaves the forward pass
-    pass
+class _Enough(Exception):  # noqa: N818 - carries no error
+    """Leaves the forward pass after the last observed layer."""
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a decoder layer gets, and what its attention makes of it.
+    """The input of a decoder layer, and the exact block map of its attention.
 
     Args:
         index: number of the layer.
-        hidden: the residual stream in front of it, [B, S, D].
-        mask: its attention mask, [B, 1, S, S] or None.
+        hidden: the residual stream in front of the layer, [B, S, D].
+        mask: the layer's attention mask, [B, 1, S, S] or None.
         exact_map: I(m, n) from all queries, [B, M, N].
     """
 
@@ -41,7 +41,7 @@ class LayerInput:
 
 
 class Observer:
-    """Runs a frozen model and hands out what its layers get.
+    """Runs a frozen model and returns the inputs of its layers.
 
     Args:
         model: a causal LM, plain or wrapped.
@@ -61,7 +61,7 @@ class Observer:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> list[LayerInput]:
-        """The inputs and exact maps of the observed layers for one batch of the model's arguments."""
+        """The observed layers' inputs and exact maps for one batch, a mapping of the model's arguments."""
         seen: list[LayerInput] = []
         with contextlib.ExitStack() as hooks:
             for index in self.layers:

@@ -1,4 +1,4 @@
-"""A picture of what a search of thresholds found. Needs matplotlib, of the `bench` extra."""
+"""A picture of the result of a search of thresholds. Needs matplotlib, of the `bench` extra."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_plot() -> None:
 
 
 def plot_kept_shares(found: ThresholdSearch, path: str | Path) -> None:
-    """Write the kept share by layer, and the other points that were tried, as a picture."""
+    """Draw the kept share by layer, and the points that were tried and not chosen, into a file."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 

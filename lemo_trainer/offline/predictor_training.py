@@ -1,8 +1,8 @@
 """Training of the pattern predictors: the base model runs dense and frozen, each layer's nets learn its map.
 
-A step is one forward pass over a batch up to the last layer that has a predictor. Each layer's exact map
-(LeMo, section 3; from all queries) is made from what its attention gets, and its nets take one step of AdamW
-towards it. Hidden units that stay zero are left out on the way (the paper's elastic size).
+A step is one forward pass over a batch up to the last layer with a predictor. Each layer's exact map (LeMo,
+section 3; from all queries) is computed from its attention's input, and its nets take one step of AdamW
+towards it. Hidden units that stay zero are pruned on the way (the paper's elastic size).
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ class PredictorTraining:
         steps: optimizer steps.
         batch_size: samples of a step, in each process.
         lr: largest learning rate; it rises over a tenth of the steps and falls to zero along a cosine.
-        prune_steps: every so many steps, hidden units that stayed zero since the last time are left out; 0
-            never.
-        save_steps: every so many steps, what a killed run needs to go on is written.
-        seed: of the nets and of the order of the samples.
+        prune_steps: steps between two prunings of the hidden units that stayed zero; 0 never prunes.
+        save_steps: steps between two states from which an interrupted run resumes.
+        seed: seed of the nets and of the order of the samples.
     """
 
     design: Design = "max"
@@ -95,12 +94,13 @@ def train_predictors(
 ) -> PatternPredictors:
     """Train a predictor for each layer that `config` patches, measure its recall and save all in `folder`.
 
-    Runs in as many processes as accelerate started, each on samples of its own. A run that was killed goes on
-    where it last saved, if it is started again with the same arguments.
+    Runs in as many processes as accelerate started, each on samples of its own. An interrupted run resumes
+    from its last saved state when it is started again with the same arguments.
 
     Args:
-        model: the base model; it stays as it is.
-        samples: of one length, each a mapping of the model's arguments without a batch dimension (tensors).
+        model: the base model; it is not changed.
+        samples: samples of one length, each a mapping of the model's arguments to tensors without a batch
+            dimension.
         held_out: batches of the model's arguments, for the recall.
 
     Raises:
@@ -130,8 +130,8 @@ def train_predictors(
     with bar:
         while run.step < training.steps:
             first = run.step * accelerator.num_processes + accelerator.process_index
-            places = order[(first * training.batch_size + torch.arange(training.batch_size)) % len(order)]
-            recall = run.take_step(_stack([samples[i] for i in places.tolist()], accelerator.device))
+            batch = order[(first * training.batch_size + torch.arange(training.batch_size)) % len(order)]
+            recall = run.take_step(_stack([samples[i] for i in batch.tolist()], accelerator.device))
             bar.update()
             bar.set_postfix(recall=f"{recall:.3f}")
     run.predictors.recall = measure_recall(
@@ -154,7 +154,7 @@ def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 class _Run:
-    """The state of a training run, and its steps."""
+    """A training run: its state, which is saved and restored, and its steps."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class _Run:
                 net.seen = seen
 
     def take_step(self, batch: dict[str, Tensor]) -> float:
-        """One step of every layer's predictor; the mean recall of the batch."""
+        """Take one step of every layer's predictor; returns the mean recall of the batch."""
         training = self.training
         warm = max(training.steps // 10, 1)
         turn = (self.step - warm) / max(training.steps - warm, 1) * math.pi
@@ -219,7 +219,7 @@ class _Run:
         return [net for i in self.predictors.layers for net in self.predictors.of(i).children()]
 
     def _prune(self) -> None:
-        """Leave out the hidden units that were zero in every process."""
+        """Prune the hidden units that were zero in every process."""
         for net in self._nets():
             largest = (self.accelerator.gather(unit[None]).amax(0) for unit in net.seen)
             net.prune(tuple(largest))
@@ -249,10 +249,10 @@ class _Run:
             state: dict[str, Any] = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             same = state["signature"] == self.signature
         except Exception as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it to begin anew.") from error
+            raise ValueError(f"{path} is damaged ({error}); remove it to start again.") from error
         if not same:
             raise ValueError(
                 f"{self.folder} holds an unfinished run with other arguments; finish it with those, or "
-                f"remove {path.name} to begin anew."
+                f"remove {path.name} to start again."
             )
         return state

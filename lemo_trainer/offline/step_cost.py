@@ -1,11 +1,12 @@
-"""What a training step will cost, before the model is loaded: `lemo plan`.
+"""Prediction of the cost of a training step without loading the model (`lemo plan`).
 
-The step itself runs, forward, backward and optimizer, on models of the same shapes with one to five layers
-and random weights. Bytes, operations and seconds of the whole model follow from those on a line,
+Real steps, forward, backward and optimizer, run on models of the same shapes with one to five layers and
+random weights. Bytes, operations and seconds of the whole model are extrapolated from them, linearly in the
+layers:
 
     cost = fixed + dense layers * cost of a dense layer + patched layers * cost of a patched layer
 
-so that whatever the installed torch, the attention kernel, LoRA and LeMo really do is in the prediction.
+The prediction therefore contains all that the installed torch, the attention kernel, LoRA and LeMo really do.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_trainer.compat import enable_checkpointing
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.model.architectures import find_causal_lm
 from lemo_trainer.patch import apply_lemo
+from lemo_trainer.registry import SELECTORS
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class StepCost:
     """One training step.
 
     Args:
-        saved_bytes: most bytes of activations that wait for a backward pass.
-        peak_bytes: most bytes of tensors at one time: weights, gradients, optimizer states and activations.
-            The process itself and its libraries come on top.
+        saved_bytes: the most bytes of activations that wait for a backward pass at one time.
+        peak_bytes: the most bytes of tensors at one time: weights, gradients, optimizer states and
+            activations. The process itself and its libraries come on top.
         flops: floating-point operations of the matrix products.
-        seconds: of forward, backward and optimizer.
+        seconds: duration of forward, backward and optimizer.
     """
 
     saved_bytes: float
@@ -47,7 +50,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One step, every field of which grows on a line with the layers; the peaks are without weights."""
+    """A measured step. Every field is linear in the number of layers; the peaks do not count weights."""
 
     saved_bytes: float
     layers_peak: float
@@ -66,7 +69,7 @@ class Setup:
         batch_size: samples of a step.
         lora: fields of `peft.LoraConfig`; None trains all weights.
         dtype: of the weights.
-        device: where the short models run.
+        device: the device on which the short models run.
 
     Raises:
         ValueError: `seq_len` below 2 or `batch_size` below 1.
@@ -86,12 +89,13 @@ class Setup:
 
 
 def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repeats: int = 2) -> StepCost:
-    """The cost of a step with LeMo (None: without), with or without gradient checkpointing.
+    """The cost of a step with or without gradient checkpointing.
 
-    Where segments are drawn at random, the last ones, which cost most, stand for them, and exact scores for
-    predicted ones, which cost less.
+    Under `mode="segments"` the last segments are taken to carry gradient, since they cost most. A selector
+    that needs a trained model is replaced by its stand-in: exact scores, which cost more than predicted ones.
 
     Args:
+        lemo: the configuration of LeMo; None predicts the plain model.
         repeats: timed steps of each short model, of which the fastest counts; 0 gives 0 seconds.
 
     Raises:
@@ -99,12 +103,7 @@ def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repea
     """
     if lemo is not None:
         check_predictable(lemo)
-        if lemo.mode == "segments":
-            lemo = dataclasses.replace(lemo, selector="recency")
-        elif lemo.selector == "predictor":
-            lemo = dataclasses.replace(
-                lemo, selector="informativeness", predictors="", predictor_refresh=0, predictor_recall=0.0
-            )
+        lemo = _predictable(lemo)
     kinds = _layer_kinds(setup.model_config)
     weighted = []
     for kind, count in Counter(kinds).items():
@@ -126,13 +125,26 @@ def check_predictable(lemo: LemoConfig) -> None:
     """Raise ValueError for thresholds."""
     if lemo.thresholds:
         raise ValueError(
-            "What `thresholds` keep depends on weights and text, which a prediction has not; give `layers` "
-            f"and `keep_ratio` instead, got thresholds {lemo.thresholds!r}."
+            "`thresholds` must be left out of a prediction, which has no weights and text to compare them "
+            "with; give `layers` and `keep_ratio` instead, got thresholds "
+            f"{lemo.thresholds!r}."
         )
 
 
+def _predictable(lemo: LemoConfig) -> LemoConfig:
+    """`lemo` with a selector that runs on short models with random weights."""
+    if lemo.mode == "segments":
+        return dataclasses.replace(lemo, selector="recency")
+    traits = SELECTORS[lemo.resolved_selector]
+    if traits.stand_in is None:
+        return lemo
+    changes: dict[str, Any] = {"selector": traits.stand_in}
+    changes |= {each.name: each.default for each in dataclasses.fields(lemo) if each.name in traits.options}
+    return dataclasses.replace(lemo, **changes)
+
+
 def _predict_alike(setup: Setup, lemo: LemoConfig | None, checkpointing: bool, repeats: int) -> _Measured:
-    """A step of a model whose layers are all alike."""
+    """A step of a model in which all layers are of one kind."""
     total = setup.model_config.num_hidden_layers
     chosen = lemo.resolve_layers(total) if lemo is not None and lemo.mode != "segments" else ()
     patched = len(chosen)
@@ -140,17 +152,17 @@ def _predict_alike(setup: Setup, lemo: LemoConfig | None, checkpointing: bool, r
     def measure(layers: int, patched: tuple[int, ...]) -> _Measured:
         short = lemo
         if lemo is not None and chosen:
-            # A model without patched layers still has LeMo's loss and its selective checkpointing.
+            # Even without a patched layer the model has LeMo's loss and selective checkpointing.
             short = dataclasses.replace(lemo, layers=patched or (0,))
             short = short if patched else dataclasses.replace(short, keep_ratio=1.0)
         return _measure(setup, layers, short, checkpointing, repeats)
 
     if patched == total:
-        # From two layers on: the first alone may choose blocks, and its peak is then no other layer's.
+        # At least two layers: where only the first one chooses blocks, its peak is higher than the others'.
         two, five = measure(2, (0, 1)), measure(5, (0, 1, 2, 3, 4))
         weighted = [(two, 1 - (total - 2) / 3), (five, (total - 2) / 3)]
     else:
-        # The ends are as in the model: they decide what else is saved, and how high the peak rises above it.
+        # First and last layer are as in the model: the peak and the saved bytes depend on them.
         first = 0 if 0 in chosen else 1
         beside = max(1, first + (total - 1 not in chosen))  # dense layers of the mixed model
         dense = total - 1 - patched - (beside - 1) * patched / 3
@@ -171,17 +183,17 @@ def fit(
     memory: float | None = None,
     flops_share: float | None = None,
 ) -> LemoConfig:
-    """`lemo` with what makes a step fit, by prediction.
+    """`lemo` changed so that the predicted step stays within a limit.
 
-    To fit memory in `mode="segments"` that is `segment_tokens`, halved until it fits; else it is a
-    `keep_ratio` of at least 0.1.
+    A limit on memory under `mode="segments"` changes `segment_tokens`, which is halved until the step fits;
+    every other limit changes `keep_ratio`, which stays at least 0.1.
 
     Args:
-        memory: bytes that `peak_bytes` must stay within; give this or `flops_share`.
-        flops_share: share of the operations of the dense step with the same checkpointing.
+        memory: limit on `peak_bytes`; give this or `flops_share`.
+        flops_share: limit on the operations, as a share of the dense step with the same checkpointing.
 
     Raises:
-        ValueError: there is no such value, or not one limit is given.
+        ValueError: no value fits, or both limits or neither are given.
     """
     if (memory is None) == (flops_share is None):
         raise ValueError(f"Give one of `memory` and `flops_share`, got {memory} and {flops_share}.")
@@ -206,7 +218,7 @@ def fit(
 
     if cost(1.0) <= limit:
         return dataclasses.replace(lemo, keep_ratio=1.0)
-    low, high = 0.1, 0.9  # at 1 the model's own code runs, which may cost less
+    low, high = 0.1, 0.9  # not up to 1, where the model's own code runs and may cost less
     least, most = cost(low), cost(high)
     if least > limit:
         raise ValueError(
@@ -215,13 +227,13 @@ def fit(
         )
     share = high if most <= limit else low + (high - low) * (limit - least) / (most - least)
     share = int(share * 100) / 100
-    while share > low and cost(share) > limit:  # whole blocks make steps of the line
+    while share > low and cost(share) > limit:  # the cost rises in steps, by whole blocks
         share = max(low, round(share - 0.05, 2))
     return dataclasses.replace(lemo, keep_ratio=share)
 
 
 def _by_layer(config: Any) -> dict[str, list[Any]]:
-    """The fields of `config` that say something of each layer, such as `layer_types`."""
+    """The fields of `config` with one entry for each layer, such as `layer_types`."""
     return {
         name: list(value)
         for name, value in vars(config).items()
@@ -230,13 +242,13 @@ def _by_layer(config: Any) -> dict[str, list[Any]]:
 
 
 def _layer_kinds(config: Any) -> list[str]:
-    """What sort of layer each is; those of one sort cost the same."""
+    """The kind of each layer; layers of one kind cost the same."""
     fields = _by_layer(config).values()
     return [repr([values[layer] for values in fields]) for layer in range(config.num_hidden_layers)]
 
 
 def _alike(config: Any, layer: int) -> Any:
-    """`config` with all layers like this one."""
+    """`config` with every layer of the kind of layer number `layer`."""
     alike = copy.deepcopy(config)
     for name, values in _by_layer(config).items():
         setattr(alike, name, [values[layer]] * len(values))
@@ -244,7 +256,7 @@ def _alike(config: Any, layer: int) -> Any:
 
 
 def _short_config(config: Any, layers: int) -> Any:
-    """`config` with so many layers, those that are too many left out or the first ones again."""
+    """`config` with this many layers, cut off or repeated from the first one on."""
     short = copy.deepcopy(config)
     short.num_hidden_layers = layers
     for name, values in _by_layer(config).items():
@@ -268,7 +280,7 @@ def _build(setup: Setup, layers: int, device: str) -> nn.Module:
 
 
 def _state_bytes(setup: Setup, layers: int) -> int:
-    """Weights, and gradients and two states of AdamW for those that are trained."""
+    """Bytes of the weights, and of the gradients and two AdamW states of the trained ones."""
     parameters = list(_build(setup, layers, "meta").parameters())
     return sum(p.nbytes + 3 * p.nbytes * p.requires_grad for p in parameters)
 
@@ -278,9 +290,7 @@ def _measure(
 ) -> _Measured:
     model: Any = _build(setup, layers, setup.device)
     if checkpointing:
-        name = "activation_checkpointing_enable"
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
     if lemo is not None:
         apply_lemo(model, lemo)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -291,7 +301,9 @@ def _measure(
     def step() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
-    for parameter in optimizer.param_groups[0]["params"]:  # so that the step makes none of its own
+    for parameter in optimizer.param_groups[0][
+        "params"
+    ]:  # allocated before the step, as in all steps but the first
         parameter.grad = torch.zeros_like(parameter)
     activations = ActivationBytes()
     layers_of_model = find_causal_lm(model).layers

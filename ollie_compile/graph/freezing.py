@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
+
+from ollie_compile import compat
+from ollie_compile.compat import FakeTensor, pytree
+from ollie_compile.measure.isolation import outside_compilation
 
 LIMIT, HALF_LIMIT = 1e-3, 0.05  # of the largest value, above which a difference from eager is no rounding
 SHARE = 0.01  # of the values that may differ so: where one is rounded, compared or sorted, rounding decides
@@ -25,12 +27,7 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     Without that, Inductor takes no input for a parameter, and has another name for the graph in its cache.
     """
     made = copy.deepcopy(gm, {id(value): value for value in (*gm.parameters(), *gm.buffers())})
-    if hasattr(gm, "_param_name_to_source"):
-        made._param_name_to_source = dict(gm._param_name_to_source)
-    places = (graph.find_nodes(op="placeholder") for graph in (gm.graph, made.graph))
-    for node, new in zip(*places, strict=True):
-        if hasattr(node, "_dynamo_source"):
-            new._dynamo_source = node._dynamo_source
+    compat.copy_sources(gm, made)
     return made
 
 
@@ -47,7 +44,6 @@ def hold(
         from one of those.
     """
     gm = copied(gm)  # Dynamo reads from the graph that it gave what it has to pass
-    sources = getattr(gm, "_param_name_to_source", None)  # where Dynamo found the module's own tensors
     kept = []
     for place, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if not _is_held(node, value):
@@ -58,8 +54,7 @@ def hold(
             gm.register_parameter(name, value)
         else:
             gm.register_buffer(name, value)
-        if sources is not None:
-            sources[name] = getattr(node, "_dynamo_source", None)
+        compat.name_source(gm, name, node)
         with gm.graph.inserting_after(node):
             held = gm.graph.get_attr(name)
         held.meta = dict(node.meta)
@@ -81,8 +76,7 @@ def hold(
 def _is_held(node: fx.Node, value: Any) -> bool:
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
         return False
-    static = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-    return isinstance(value, nn.Parameter) or static
+    return isinstance(value, nn.Parameter) or compat.is_static_input(node)
 
 
 def check(graph: fx.GraphModule, compiled: Callable[..., Any], inputs: Sequence[Any]) -> None:
@@ -94,8 +88,6 @@ def check(graph: fx.GraphModule, compiled: Callable[..., Any], inputs: Sequence[
     Raises:
         RuntimeError: they differ by more than rounding in more than a few values.
     """
-    from ollie_compile.measure import isolation
-
     sizes = [size for value in inputs if isinstance(value, Tensor) for size in value.shape]
     if not all(isinstance(value, Tensor) for value in inputs) or not all(map(_known, sizes)):
         return
@@ -105,7 +97,7 @@ def check(graph: fx.GraphModule, compiled: Callable[..., Any], inputs: Sequence[
         copies = [value if isinstance(value, nn.Parameter) else real(value) for value in made]
         return [result for result in pytree.tree_leaves(call(*copies)) if isinstance(result, Tensor)]
 
-    with isolation.outside_compilation(), torch.random.fork_rng(devices):
+    with outside_compilation(), torch.random.fork_rng(devices):
         made = [value if isinstance(value, nn.Parameter) else real(value) for value in inputs]
         states = [_random_states(devices)]
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,9 +15,10 @@ from ollie_compile import store
 from ollie_compile.config import OllieConfig
 from ollie_compile.graph import freezing
 from ollie_compile.graph.derivation_pass import UnchangedError, operator_count
-from ollie_compile.measure import isolation, timing
+from ollie_compile.measure.isolation import outside_compilation
+from ollie_compile.measure.machine import Machine
+from ollie_compile.plan.extensions import user_extensions
 from ollie_compile.report.report import Report
-from ollie_compile.rules import of_users
 
 MEASURE_S = 5.0  # after which no more than the fewest rounds are timed
 REWRITTEN, INDUCTOR, EAGER = "rewritten", "Inductor", "eager"
@@ -43,6 +43,7 @@ def fastest(
     config: OllieConfig,
     inductor: dict[str, Any],
     report: Report,
+    machine: Machine,
     rewritten: Compiler,
     original: Compiler,
 ) -> Compiled:
@@ -79,9 +80,9 @@ def fastest(
         _say(report, known["chosen"], known["seconds"])
         return build(known["chosen"], gm, replace(config, budget_s=known.get("planning_s", config.budget_s)))
     spare = freezing.copied(gm)
-    start = time.perf_counter()
+    start = machine.now()
     first = build(INDUCTOR, freezing.copied(spare), config)
-    config, further = _for_planning(config, spare.graph, time.perf_counter() - start)
+    config, further = _for_planning(config, spare.graph, machine.now() - start)
     before = _counts(report)
     built: dict[str, Compiled] = {}
     with contextlib.suppress(UnchangedError):
@@ -94,13 +95,13 @@ def fastest(
         built[EAGER] = freezing.copied(spare)
         if replaced or REWRITTEN not in built or not seen:  # Inductor's cache may have answered
             built[INDUCTOR] = first
-        seconds = _measured(built, inputs)
+        seconds = _measured(built, inputs, machine)
         for end in further:
             best = min(seconds.keys() - {EAGER}, key=seconds.__getitem__)
             # What is merged may be tuned less well than what it was merged from.
             for which in [it for it in built if it in (best, INDUCTOR)] if end == TUNED else [best]:
                 built[which + end] = build(which + end, freezing.copied(spare), config)
-            seconds = _measured(built, inputs)
+            seconds = _measured(built, inputs, machine)
     except Exception as error:  # such as too little memory for all of them
         report.note(f"the whole graph was not compared: {str(error).partition(chr(10))[0]}")
         return last
@@ -161,8 +162,8 @@ def _say(report: Report, chosen: str, seconds: dict[str, float]) -> None:
 def _name(
     gm: fx.GraphModule, inputs: Sequence[Tensor], config: OllieConfig, inductor: dict[str, Any]
 ) -> str | None:
-    """The name of the decision's entry; None where users' rules have no identity."""
-    if of_users():
+    """The name of the decision's entry; None where users' rules or kernels have no identity."""
+    if user_extensions():
         return None
     held = [*gm.named_parameters(), *gm.named_buffers()]
     layouts = [
@@ -175,10 +176,10 @@ def _name(
     return store.key("graph", gm.code, layouts, options, repr(sorted(inductor.items(), key=str)), where)
 
 
-def _measured(built: dict[str, Compiled], inputs: Sequence[Tensor]) -> dict[str, float]:
+def _measured(built: dict[str, Compiled], inputs: Sequence[Tensor], machine: Machine) -> dict[str, float]:
     """Seconds of each call on copies of the inputs, which calls may change."""
-    with isolation.outside_compilation(), torch.random.fork_rng():
+    with outside_compilation(), torch.random.fork_rng():
         calls = [
             functools.partial(call, *[freezing.real(value) for value in inputs]) for call in built.values()
         ]
-        return dict(zip(built, timing.measure(calls, time.perf_counter() + MEASURE_S), strict=True))
+        return dict(zip(built, machine.measure(calls, machine.now() + MEASURE_S), strict=True))

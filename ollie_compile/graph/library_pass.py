@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from ollie_compile import store
-from ollie_compile.kernels import library
-from ollie_compile.measure import isolation, products
-from ollie_compile.measure.profile import profile
+from ollie_compile import compat, store
+from ollie_compile.compat import CustomGraphPass, get_hash_for_files
+from ollie_compile.measure import products
+from ollie_compile.measure.isolation import outside_compilation
+from ollie_compile.measure.machine import Machine
 from ollie_compile.report.report import Report
 
 logger = logging.getLogger(__name__)
@@ -26,13 +26,18 @@ class LibraryPass(CustomGraphPass):
 
     Args:
         margin: share by which another library must beat the one that Inductor calls.
+        machine: holds earlier timings.
         before: the user's own passes.
     """
 
     def __init__(
-        self, margin: float, report: Report, before: Sequence[Callable[[fx.Graph], None]] = ()
+        self,
+        margin: float,
+        report: Report,
+        machine: Machine,
+        before: Sequence[Callable[[fx.Graph], None]] = (),
     ) -> None:
-        self.margin, self.report, self.before = margin, report, before
+        self.margin, self.report, self.machine, self.before = margin, report, machine, before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LibraryPass:
         return self
@@ -44,21 +49,24 @@ class LibraryPass(CustomGraphPass):
         return None if None in theirs else get_hash_for_files(_SOURCES, repr(decisive))
 
     def __call__(self, graph: fx.Graph) -> None:
-        from torch._inductor.virtualized import V
-
         for custom in self.before:
             custom(graph)
-        if not library.has_onednn() or V.aot_compilation:  # what is exported runs without Python
+        if not compat.has_onednn() or compat.is_exporting():  # what is exported runs without Python
             return
         moved = set()
         for node in list(graph.nodes):
             try:
-                with isolation.outside_compilation():
-                    moved.add(
-                        products.move_packed(node, self.margin) or products.move_plain(node, self.margin)
-                    )
+                with outside_compilation():
+                    moved.add(self._move(node))
             except Exception:  # such as too little memory for what is measured
                 logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)
-        profile.save()
+        self.machine.profile.save()
         for which in sorted(moved - {""}):
             self.report.note(f"products are computed by {which} where it is faster than what Inductor calls")
+
+    def _move(self, node: fx.Node) -> str:
+        """The library that a product was moved to, or "" where it stays."""
+        profile = self.machine.profile
+        return products.move_packed(node, profile, self.margin) or products.move_plain(
+            node, profile, self.margin
+        )

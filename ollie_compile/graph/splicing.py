@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ollie_compile import compat
+from ollie_compile.compat import (
+    FakeTensorMode,
+    make_fx,
+    select_decomp_table,
+    statically_known_true,
+    unset_fake_temporarily,
+)
 from ollie_compile.lower.lowering import Program
 from ollie_compile.measure.isolation import without_autocast
 from ollie_compile.problems.dynamic import Dynamic, guard
@@ -36,9 +42,6 @@ def splice(
     Returns:
         what now gives them; None, with the graph as it was, where the program does not give the same tensors.
     """
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     finished = operator.emit(program) if isinstance(operator, Dynamic) else operator.finished(program)
     convolution = isinstance(operator.base if isinstance(operator, Dynamic) else operator, Convolution)
     bias = nodes[0].args[2] if convolution else None
@@ -118,7 +121,7 @@ def _scale_by_numbers(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.full.default and not node.args[0]:
             filled[node] = node.args[1]
-        elif getattr(node.target, "is_view", False) and node.args[0] in filled:
+        elif compat.is_view(node.target) and node.args[0] in filled:
             filled[node] = filled[node.args[0]]
         elif node.target is aten.mul.Tensor:
             scales = [source for source in node.args if source in filled]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollie_compile.compat import load_cpp
 from ollie_compile.kernels.arguments import Numbers
 from ollie_compile.kernels.cpp_transform import VECTORS, int64s
 
@@ -92,9 +93,7 @@ extern "C" void selective_add(const float* x, float* y, const int64_t* extent, c
 
 @functools.lru_cache(maxsize=1)
 def _library() -> Any:
-    from torch._inductor.codecache import CppCodeCache
-
-    return CppCodeCache.load(VECTORS + _ADDITION, needs_vec_isa=True)
+    return load_cpp(VECTORS + _ADDITION)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ollie_compile.compat import load_cpp
 from ollie_compile.kernels.arguments import Form, Matrices, Numbers, check_bilinear
 from ollie_compile.kernels.cpp_transform import VECTORS, int64s, tile_source
 
@@ -217,8 +218,6 @@ def packed(weight: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _library(data: Matrices, result: Matrices) -> Any:
-    from torch._inductor.codecache import CppCodeCache
-
     one = ((1.0,),)  # in the place of a second matrix
     (first, second), (row, other) = (*data, one)[:2], (*result, one)[:2]
     sizes = {
@@ -232,7 +231,7 @@ def _library(data: Matrices, result: Matrices) -> Any:
     }
     known = f"constexpr int64_t {', '.join(f'{name} = {size}' for name, size in sizes.items())};\n"
     tiles = tile_source("forward", data) + tile_source("backward", result)
-    return CppCodeCache.load(VECTORS + tiles + known + _BILINEAR, needs_vec_isa=True)
+    return load_cpp(VECTORS + tiles + known + _BILINEAR)
 
 
 def matrices(text: str) -> tuple[Matrices, Matrices]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollie_compile.compat import load_cpp
 from ollie_compile.kernels.arguments import Matrices, Numbers
 
 VECTORS = """
@@ -101,9 +102,7 @@ def int64s(given: Sequence[int]) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _library(matrices: Matrices) -> Any:
-    from torch._inductor.codecache import CppCodeCache
-
-    return CppCodeCache.load(VECTORS + tile_source("tile", matrices) + _TRANSFORM, needs_vec_isa=True)
+    return load_cpp(VECTORS + tile_source("tile", matrices) + _TRANSFORM)
 
 
 def matrices_of(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ollie_compile import compat
 from ollie_compile.kernels import arguments
 
 # Not a custom_op, whose calls take tens of microseconds.
@@ -291,7 +292,7 @@ def _(x: Tensor, weight: Tensor, size: list[int], *_others: object) -> Tensor:
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b + bias by oneDNN, in float32 on a CPU; any strides."""
     arguments.check_product(a, b, bias)
-    return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+    return compat.onednn_product(a, b, bias)
 
 
 _library.define("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
@@ -302,10 +303,6 @@ product = torch.ops.ollie.product.default
 @torch.library.register_fake("ollie::product", lib=_library)
 def _(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
-
-
-def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch._C._get_mkldnn_enabled())
 
 
 def has_libraries(value: Any) -> bool:

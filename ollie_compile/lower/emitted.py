@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ollie_compile.compat import statically_known_true
 from ollie_compile.kernels import library
 
 aten = torch.ops.aten

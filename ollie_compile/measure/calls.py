@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ollie_compile.kernels import library
+from ollie_compile import compat
 from ollie_compile.measure.packing import pack
 from ollie_compile.measure.products import move_plain
+from ollie_compile.measure.profile import Profile
 from ollie_compile.measure.timing import Call
 
 
@@ -29,29 +30,34 @@ class Called:
         return self.graph(*self.values)
 
 
-def compiled(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Call:
+def compiled(
+    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int], profile: Profile
+) -> Call:
     """A call of `function(*inputs)` through Inductor.
 
     Args:
         constant: position or positions of inputs whose transforms are done ahead of the call, and which
             convolutions read packed.
+        profile: earlier timings of products, which decide the library of each.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from ollie_compile.compat import compile_fx
 
-    graph, values = _traced(function, inputs, constant)
+    graph, values = _traced(function, inputs, constant, profile)
     call = compile_fx(graph, values, config_patches={"joint_custom_pre_pass": None})
     return lambda: call(*values)
 
 
-def called(function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]) -> Called:
+def called(
+    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int], profile: Profile
+) -> Called:
     """A call of `function(*inputs)` operator by operator, as `compiled` but without a compiler."""
-    return Called(*_traced(function, inputs, constant))
+    return Called(*_traced(function, inputs, constant, profile))
 
 
 def _traced(
-    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int]
+    function: Callable[..., Any], inputs: Sequence[Tensor], constant: int | Collection[int], profile: Profile
 ) -> tuple[fx.GraphModule, list[Tensor]]:
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from ollie_compile.compat import make_fx
 
     # A bound method is not traced; with fake values nothing is computed for the trace.
     graph = make_fx(lambda *values: function(*values), tracing_mode="fake")(*inputs)
@@ -60,9 +66,9 @@ def _traced(
     if places:
         graph, made, kept = _fold(graph, values, places)
         values = pack(graph.graph, made + kept, len(made))
-    if library.has_onednn():
+    if compat.has_onednn():
         for node in graph.graph.nodes:
-            move_plain(node)
+            move_plain(node, profile)
     _join_views(graph.graph)
     graph.recompile()
     return graph, values
@@ -88,7 +94,7 @@ def _join_views(graph: fx.Graph) -> None:
 
 
 def _is_view(node: fx.Node) -> bool:
-    view = node.op == "call_function" and getattr(node.target, "is_view", False)
+    view = node.op == "call_function" and compat.is_view(node.target)
     if not view or not isinstance(node.meta["val"], Tensor):  # such as the parts of a split
         return False
     return node.meta["val"].dtype == node.all_input_nodes[0].meta["val"].dtype

@@ -7,22 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
+from ollie_compile.compat import suspended_compilation
+
 
 @contextlib.contextmanager
 def outside_compilation() -> Iterator[None]:
-    """Leave the fake tensors, the tracing context and the modes of a compilation that is under way."""
-    from torch._dispatch.python import no_python_dispatcher
-    from torch._guards import tracing
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with (
-        unset_fake_temporarily(),
-        no_python_dispatcher(),
-        tracing(None),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        without_autocast(),
-    ):
+    """Compute real tensors, without gradients and casts, whatever compilation is under way."""
+    with suspended_compilation(), torch.inference_mode(False), torch.no_grad(), without_autocast():
         yield
 
 

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-# What Inductor takes for a candidate in a graph, alone, and for each operator, until some are compiled.
-PLACE_S, CANDIDATE_S, OPERATOR_S = 0.05, 0.5, 0.006
+# Seconds that Inductor takes for a candidate within a graph, for one alone, and for each operator: a guess
+# until the first candidates are compiled.
+IN_GRAPH_S, ALONE_S, OPERATOR_S = 0.05, 0.5, 0.006
 
 
 class Pace:
-    """How long Inductor takes for a candidate, by those that it has compiled."""
+    """The time that compilations take, relative to the first guess."""
 
     def __init__(self) -> None:
-        self.taken = self.expected = 0.0
+        self.taken_s = self.guessed_s = 0.0
 
     def seconds(self, operators: int) -> float:
-        """What a candidate of so many operators is expected to take."""
-        return self._paced(CANDIDATE_S + OPERATOR_S * operators)
+        """The time expected for a candidate of so many operators, compiled alone."""
+        return self._paced(ALONE_S + OPERATOR_S * operators)
 
-    def placed_seconds(self, operators: int) -> float:
-        """What they are expected to take more in a graph that is compiled anyway."""
-        return self._paced(PLACE_S + OPERATOR_S * operators)
+    def seconds_in_graph(self, operators: int) -> float:
+        """The time expected for so many more operators in a graph that is compiled anyway."""
+        return self._paced(IN_GRAPH_S + OPERATOR_S * operators)
 
-    def _paced(self, usual: float) -> float:
-        return usual * self.taken / self.expected if self.expected else usual
+    def _paced(self, guess_s: float) -> float:
+        return guess_s * self.taken_s / self.guessed_s if self.guessed_s else guess_s
 
     def took(self, seconds: float, operators: int) -> None:
-        self.taken += seconds
-        self.expected += CANDIDATE_S + OPERATOR_S * operators
-
-
-pace = Pace()
+        """Learn from a candidate that was compiled alone."""
+        self.taken_s += seconds
+        self.guessed_s += ALONE_S + OPERATOR_S * operators

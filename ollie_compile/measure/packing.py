@@ -7,6 +7,8 @@ import logging
 import torch
 from torch import Tensor, fx
 
+from ollie_compile import compat
+
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
@@ -29,7 +31,7 @@ def pack(graph: fx.Graph, values: list[Tensor], constant: int) -> list[Tensor]:
         if weight not in held or len(weight.users) > 1 or not _known(x):
             continue
         try:
-            packed = _packed(node, values[held[weight]], list(x.shape))
+            packed = compat.packed_convolution(node.args, values[held[weight]], list(x.shape))
         except RuntimeError as error:  # sizes that oneDNN has no kernel for
             logger.debug("ollie: %s is measured with plain weights: %s", node, error)
             continue
@@ -39,30 +41,13 @@ def pack(graph: fx.Graph, values: list[Tensor], constant: int) -> list[Tensor]:
 
 
 def _known(x: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dim() not in (4, 5) or not torch.backends.mkldnn.is_available():
-        return False
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.ops.mkldnn._is_mkldnn_fp16_supported
-    halves = dict(zip((torch.bfloat16, torch.float16), supported, strict=True))
-    return x.dtype == torch.float32 or (x.dtype in halves and halves[x.dtype]())
-
-
-def _packed(node: fx.Node, weight: Tensor, input_size: list[int]) -> Tensor:
-    _, _, _, stride, padding, dilation, transposed, output_padding, groups = node.args
-    if transposed:
-        reorder = torch.ops.mkldnn._reorder_convolution_transpose_weight
-        return reorder(weight, padding, output_padding, stride, dilation, groups, input_size)
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, input_size)
+    return x.device.type == "cpu" and x.dim() in (4, 5) and x.dtype in compat.onednn_dtypes()
 
 
 def _call(graph: fx.Graph, node: fx.Node) -> None:
-    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-    target = torch.ops.mkldnn._convolution_pointwise.default
-    sizes: tuple[object, ...] = (padding, stride, dilation, groups)
-    if transposed:
-        target = torch.ops.mkldnn._convolution_transpose_pointwise.default
-        sizes = (padding, output_padding, stride, dilation, groups)
+    target, arguments = compat.packed_convolution_call(node.args)
     with graph.inserting_before(node):
-        call = graph.call_function(target, (x, weight, bias, *sizes, "none", [], ""))  # nothing fused
+        call = graph.call_function(target, arguments)
     node.replace_all_uses_with(call)
     call.meta = dict(node.meta)
     graph.erase_node(node)

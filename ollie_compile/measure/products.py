@@ -13,16 +13,17 @@ from operator import attrgetter
 import torch
 from torch import fx
 
+from ollie_compile import compat
 from ollie_compile.kernels import library
 from ollie_compile.measure import timing
-from ollie_compile.measure.profile import profile
+from ollie_compile.measure.profile import Profile
 
 MEASURE_S = 0.1  # after which no more than the fewest rounds are timed
 PLAIN, PACKED, ONEDNN, ONEDNN_PACKED = "torch", "MKL, packed", "oneDNN", "oneDNN, packed"
 aten = torch.ops.aten
 
 
-def move_plain(node: fx.Node, margin: float = 0.0) -> str:
+def move_plain(node: fx.Node, profile: Profile, margin: float = 0.0) -> str:
     """The library that a product was moved to, which is "" where it stays."""
     if node.target is aten.mm.default:
         (a, b), bias = node.args, None
@@ -42,15 +43,16 @@ def move_plain(node: fx.Node, margin: float = 0.0) -> str:
     }
     if bias is not None and rest[0].shape != second.shape[1:]:
         return ""
-    if fastest(offered, PLAIN, margin, repr([(*v.shape, v.stride()) for v in values])) == PLAIN:
+    what = repr([(*v.shape, v.stride()) for v in values])
+    if fastest(offered, PLAIN, margin, what, profile) == PLAIN:
         return ""
     node.target, node.args = torch.ops.ollie.product.default, (a, b, bias)
     return ONEDNN
 
 
-def move_packed(node: fx.Node, margin: float) -> str:
+def move_packed(node: fx.Node, profile: Profile, margin: float) -> str:
     """The same for a product whose constant weights Inductor has packed for MKL."""
-    if not str(node.target).startswith("mkl._mkl_linear"):
+    if not compat.is_mkl_product(node.target):
         return ""
     x, packed, weight, bias, rows = node.args
     value, held = x.meta.get("val"), node.graph.owning_module
@@ -59,19 +61,18 @@ def move_packed(node: fx.Node, margin: float) -> str:
     first = torch.empty_strided(value.shape, value.stride()).fill_(1.0)
     for_mkl, second = (attrgetter(source.target)(held) for source in (packed, weight))
     added = None if bias is None else torch.ones(second.shape[0])
-    reordered = torch.ops.mkldnn._reorder_linear_weight(second, rows)
+    reordered = compat.onednn_packed(second, rows)
     transposed = second.t().contiguous()
+    call, arguments = compat.onednn_product_call(first, reordered, added)
     offered = {
-        PACKED: lambda: torch.ops.mkl._mkl_linear(first, for_mkl, second, added, rows),
-        ONEDNN_PACKED: lambda: torch.ops.mkldnn._linear_pointwise.default(
-            first, reordered, added, "none", [], ""
-        ),
+        PACKED: lambda: compat.mkl_product(first, for_mkl, second, added, rows),
+        ONEDNN_PACKED: lambda: call(*arguments),
         PLAIN: lambda: (
             torch.mm(first, transposed) if added is None else torch.addmm(added, first, transposed)
         ),
     }
     what = repr([*value.shape, value.stride(), *second.shape, bias is not None])
-    which = fastest(offered, PACKED, margin, what)
+    which = fastest(offered, PACKED, margin, what, profile)
     if which == PACKED:
         return ""
     name = f"packed_{node.name}"
@@ -79,8 +80,7 @@ def move_packed(node: fx.Node, margin: float) -> str:
     with node.graph.inserting_before(node):
         ours = node.graph.get_attr(name)
     if which == ONEDNN_PACKED:
-        node.target = torch.ops.mkldnn._linear_pointwise.default
-        node.args = (x, ours, bias, "none", [], "")
+        node.target, node.args = compat.onednn_product_call(x, ours, bias)
     else:
         ours.meta["val"] = value.new_empty(transposed.shape)
         node.target = aten.mm.default if bias is None else aten.addmm.default
@@ -91,7 +91,7 @@ def move_packed(node: fx.Node, margin: float) -> str:
     return which
 
 
-def fastest(offered: dict[str, timing.Call], kept: str, margin: float, what: str) -> str:
+def fastest(offered: dict[str, timing.Call], kept: str, margin: float, what: str, profile: Profile) -> str:
     """Which call is fastest by what is measured now or was before; one must beat `kept` by the margin."""
     measured: dict[str, float] = {}
 

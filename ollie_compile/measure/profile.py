@@ -39,6 +39,3 @@ class Profile:
     @staticmethod
     def _name(device: torch.device) -> str:
         return store.key("profile", store.conditions(device))
-
-
-profile = Profile()

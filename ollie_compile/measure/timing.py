@@ -11,46 +11,55 @@ import torch
 Call = Callable[[], object]
 ROUNDS, FEWEST_ROUNDS = 15, 3
 SAMPLE_S = 0.001  # one sample repeats a call for about this long
+BUDGET_S, LEAST_BUDGET_S = 0.02, 0.04  # for which one call is repeated, to find its median and its least time
 
 
-def measure(calls: Sequence[Call], stop: float = math.inf) -> list[float]:
+def measure(
+    calls: Sequence[Call],
+    deadline: float = math.inf,
+    *,
+    sample_s: float = SAMPLE_S,
+    now: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Median seconds of each call, all in turn in every round, so that drifts hit all alike.
 
     Args:
-        stop: `time.perf_counter()` after which no more than `FEWEST_ROUNDS` rounds are made.
+        deadline: the time of `now` after which no more than `FEWEST_ROUNDS` rounds are made.
+        sample_s: seconds for which one sample repeats a call.
+        now: the clock.
     """
     repeats = []
     for call in calls:
         call()
-        start = time.perf_counter()
+        start = now()
         call()
         synchronize()
-        repeats.append(max(1, min(100, round(SAMPLE_S / max(time.perf_counter() - start, 1e-7)))))
+        repeats.append(max(1, min(100, round(sample_s / max(now() - start, 1e-7)))))
     samples: list[list[float]] = [[] for _ in calls]
     for number in range(ROUNDS):
-        if number >= FEWEST_ROUNDS and time.perf_counter() > stop:
+        if number >= FEWEST_ROUNDS and now() > deadline:
             break
         for call, count, into in zip(calls, repeats, samples, strict=True):
-            start = time.perf_counter()
+            start = now()
             for _ in range(count):
                 call()
             synchronize()
-            into.append((time.perf_counter() - start) / count)
+            into.append((now() - start) / count)
     return [sorted(times)[len(times) // 2] for times in samples]
 
 
-def median_seconds(call: Callable[[], object], *, budget_s: float = 0.02) -> float:
+def median_seconds(call: Call, *, budget_s: float = BUDGET_S) -> float:
     """Median time of a call after one warm-up, repeated for about `budget_s`."""
     times = _times(call, budget_s)
     return times[len(times) // 2]
 
 
-def least_seconds(call: Callable[[], object]) -> float:
+def least_seconds(call: Call) -> float:
     """The least time of a call, which other programs on the machine disturb least: for bounds."""
-    return _times(call, 0.04)[0]
+    return _times(call, LEAST_BUDGET_S)[0]
 
 
-def _times(call: Callable[[], object], budget_s: float) -> list[float]:
+def _times(call: Call, budget_s: float) -> list[float]:
     call()
     times: list[float] = []
     stop = time.perf_counter() + budget_s

@@ -15,10 +15,16 @@ OUT_OF_TIME = "no time left in the budget"
 
 @dataclass(slots=True, eq=False)
 class Candidate:
-    """A program with what is known about it; times in seconds, `error` relative to the largest output.
+    """A program with what is known about it.
 
-    `operators` are those that it consists of, `compile_s` is what Inductor took for it, or may take.
-    `reproducer` is Python source that shows again what is wrong with it.
+    Attributes:
+        bound_s: seconds that one call takes at least, by the cost model.
+        measured_s: seconds of one call, as measured last.
+        operators: how many operators of torch the program calls, without views.
+        compile_s: seconds that Inductor took for it, or is expected to take.
+        error: largest rounding error, relative to the largest output.
+        rejected: why the candidate was dropped; None while it may still win, and for the winner.
+        reproducer: Python source that shows a wrong result again.
     """
 
     program: Program
@@ -34,20 +40,30 @@ class Candidate:
 
 @dataclass(slots=True)
 class Plan:
-    """What was found for one operator in `budget_s`; `winner` None keeps the original.
+    """The decision for one operator, made within `budget_s` seconds.
 
-    `places` is how often the operator occurs in the graph that it was made for.
+    Attributes:
+        occurrences: how often the graph that was planned for holds the operator.
+        winner: the candidate that replaces the operator; None keeps the original.
+        reason: why.
+        original_s: seconds of one call of the original.
+        seconds: time that planning took.
     """
 
     operator: Operator
     budget_s: float
-    places: int = 1
+    occurrences: int = 1
     winner: Candidate | None = None
     reason: str = ""
     original_s: float | None = None
     candidates: list[Candidate] = field(default_factory=list)
     stats: SearchStats = field(default_factory=SearchStats)
     seconds: float = 0.0
+
+    @property
+    def open(self) -> list[Candidate]:
+        """The candidates that are not rejected."""
+        return [candidate for candidate in self.candidates if candidate.rejected is None]
 
     @property
     def complete(self) -> bool:
@@ -61,12 +77,12 @@ class Plan:
 
     @property
     def gain_s(self) -> float:
-        """Seconds of one call that the candidates left could save at best."""
-        bounds = [candidate.bound_s for candidate in self.candidates if candidate.rejected is None]
-        return max(0.0, (self.original_s or 0.0) - min(bounds, default=math.inf))
+        """Seconds of one call that the open candidates could save at best."""
+        best_s = min((candidate.bound_s for candidate in self.open), default=math.inf)
+        return max(0.0, (self.original_s or 0.0) - best_s)
 
 
-def rewriting_s(made: Plan | Exception, places: int) -> float:
-    """What Inductor may take for the programs that a plan puts in so many places of a graph."""
-    winner = made.winner if isinstance(made, Plan) else None
-    return 0.0 if winner is None else places * winner.compile_s
+def compiling_s(result: Plan | Exception, occurrences: int) -> float:
+    """Seconds that Inductor is expected to take for a plan's winner at all its occurrences in a graph."""
+    winner = result.winner if isinstance(result, Plan) else None
+    return 0.0 if winner is None else occurrences * winner.compile_s

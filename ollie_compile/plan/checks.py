@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Scope, evaluate
 from ollie_compile.lower.lowering import Program
+from ollie_compile.measure.machine import Machine
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate
 from ollie_compile.problems.operators import Operator, Subprogram, Tensors
 from ollie_compile.search.hybrid import Derivation
@@ -128,7 +128,7 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def check_notation(operator: Operator, *, points: int = POINTS, seed: int = 0) -> str | None:
-    """Compare an operator's expression with what its only result is, in float64.
+    """Compare an operator's expression with its only result, in float64.
 
     Returns:
         None, or how they differ.
@@ -144,41 +144,46 @@ def check_notation(operator: Operator, *, points: int = POINTS, seed: int = 0) -
 
 
 class Checks:
-    """The checks of one operator's candidates; after `stop` none begins."""
+    """The checks of one operator's candidates; after `deadline` no check begins."""
 
-    def __init__(self, operator: Operator, config: OllieConfig, stop: float) -> None:
-        self.operator, self.config, self.stop = operator, config, stop
-        self.slowest = 0.0
+    def __init__(self, operator: Operator, config: OllieConfig, machine: Machine, deadline: float) -> None:
+        self.operator, self.config, self.machine, self.deadline = operator, config, machine, deadline
+        self.slowest_s = 0.0
 
     @functools.cached_property
     def exact(self) -> tuple[Tensor, ...]:
+        """The results in float64."""
         return exact_results(self.operator)
 
     @functools.cached_property
     def limit(self) -> float:
-        """How much a candidate may round."""
+        """The largest rounding error that a candidate may have."""
         if self.operator.dtype.itemsize >= 4:
             return self.config.tolerance
         return max(self.config.tolerance, HALF_SLACK * rounding_error(self.operator, None, self.exact))
 
     def passes(self, candidate: Candidate) -> bool:
         """Whether a candidate is right and rounds no more than it may; otherwise it is rejected."""
-        start = time.perf_counter()
-        late = start + self.slowest > self.stop
+        start = self.machine.now()
+        late = start + self.slowest_s > self.deadline
         candidate.rejected = OUT_OF_TIME if late else self._fault(candidate)
-        self.slowest = max(self.slowest, time.perf_counter() - start)
+        self.slowest_s = max(self.slowest_s, self.machine.now() - start)
         return candidate.rejected is None
 
+    def check_derivation(self, derived: Scope) -> str | None:
+        """None, or how an expression differs from the operator's."""
+        return check_derivation(self.operator.expression(), derived)
+
     def _fault(self, candidate: Candidate) -> str | None:
+        """None, or why a candidate is rejected."""
         operator, program = self.operator, candidate.program
         if self.config.verify:
-            expression = operator.expression()
-            wrong = check_derivation(expression, program.scope)
-            if wrong is None and time.perf_counter() > self.stop:
+            wrong = self.check_derivation(program.scope)
+            if wrong is None and self.machine.now() > self.deadline:
                 return OUT_OF_TIME
             wrong = wrong or check_program(operator, program, self.exact)
             if wrong is not None:
-                wrong += _first_wrong_step(expression, candidate.derivation)
+                wrong += self._first_wrong_step(candidate.derivation)
                 candidate.reproducer = reproducer(operator, program)
                 logger.error(
                     "ollie: %s: dropped, it %s; to see it again:\n%s", operator, wrong, candidate.reproducer
@@ -189,9 +194,8 @@ class Checks:
             return f"its rounding error {candidate.error:.1e} is above the tolerance {self.limit:.1e}"
         return operator.refused(program, self.config)
 
-
-def _first_wrong_step(expression: Scope, derivation: Derivation) -> str:
-    for step in derivation.steps:
-        if check_derivation(expression, step.scope) is not None:
-            return f", first after the rules {' + '.join(step.rules)}"
-    return ""
+    def _first_wrong_step(self, derivation: Derivation) -> str:
+        for step in derivation.steps:
+            if self.check_derivation(step.scope) is not None:
+                return f", first after the rules {' + '.join(step.rules)}"
+        return ""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 
 from ollie_compile.config import OllieConfig
-from ollie_compile.measure import calls, pace, timing
+from ollie_compile.measure.machine import Machine
+from ollie_compile.measure.timing import Call
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate, Plan
 from ollie_compile.plan.checks import Checks
 from ollie_compile.plan.placing import (
@@ -17,10 +17,8 @@ from ollie_compile.plan.placing import (
     constant_inputs,
     fits,
     is_library_call,
-    is_one_kernel,
-    left_open,
     memory_layouts,
-    placed_seconds,
+    seconds_in_graph,
 )
 
 logger = logging.getLogger(__name__)
@@ -29,117 +27,135 @@ COMPARED = 2  # programs as they are called that are timed once more, beside the
 NO_FASTER = "measured no faster than the original"
 
 
-def decide(made: Plan, config: OllieConfig, stop: float) -> None:
-    """Check, compile and measure what was prepared, and choose the winner."""
-    if made.reason:
+def decide(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) -> None:
+    """Check, compile and measure the prepared candidates until the deadline of `checks`, and choose."""
+    if plan.reason:
         return
-    checks = Checks(made.operator, config, stop)
     if config.tune == "measure":
-        _measure(made, config, checks, stop)
+        _measure(plan, config, machine, checks)
     else:
-        _take_cheapest(made, config, checks)
-    if not made.reason:
-        made.reason = OUT_OF_TIME if made.cut else "no candidate is left"
+        _take_cheapest(plan, config, machine, checks)
+    if not plan.reason:
+        plan.reason = OUT_OF_TIME if plan.cut else "no candidate is left"
 
 
-def _measure(made: Plan, config: OllieConfig, checks: Checks, stop: float) -> None:
-    """Compile what may beat what is known, then measure it, the best call and the original in turn.
+def _measure(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) -> None:
+    """Compile what may beat what is known, then measure it, the best calls and the original in turn.
 
-    What could not be compiled in all its places before `stop` is left out.
+    A candidate that could not be compiled at all its occurrences before the deadline is left out.
     """
-    operator = made.operator
-    assert made.original_s is not None
-    bar = made.original_s * (1 - config.margin)
-    built: list[timing.Call] = []
-    timed: list[Candidate] = []
-    if not is_library_call(operator):
-        stop -= pace.pace.seconds(0)  # the original is compiled too
-    for candidate in sorted(left_open(made), key=lambda candidate: candidate.measured_s or math.inf):
-        if (candidate.measured_s or math.inf) > bar or len(timed) == COMPARED:
-            break
-        candidate.compile_s = placed_seconds(candidate)
-        if fits(made, candidate, stop) and checks.passes(candidate):
-            built.append(calls.called(*as_function(operator, candidate, config)))
-            timed.append(candidate)
-    bar = min([bar, *(candidate.measured_s or math.inf for candidate in timed)])
-    hopeful = [c for c in left_open(made) if c.bound_s < bar and not is_one_kernel(c.program)]
+    assert plan.original_s is not None
+    deadline = checks.deadline
+    if not is_library_call(plan.operator):
+        deadline -= machine.pace.seconds(0)  # the original is compiled too
+    bar_s = plan.original_s * (1 - config.margin)
+    finalists = _best_calls(plan, config, machine, checks, bar_s, deadline)
+    bar_s = min([bar_s, *(candidate.measured_s or math.inf for candidate in finalists)])
+    hopeful = [one for one in plan.open if one.bound_s < bar_s and not one.program.standalone]
     hopeful.sort(key=lambda candidate: candidate.bound_s * (candidate.measured_s or math.inf))
     compiled = 0
     for candidate in hopeful:
         if compiled == config.candidates:
             break
-        alone_s = pace.pace.seconds(candidate.operators)
-        if candidate in timed:
-            if time.perf_counter() + alone_s + made.places * candidate.compile_s > stop:
-                continue
-        else:
-            candidate.compile_s = placed_seconds(candidate)
-            if not fits(made, candidate, stop - alone_s) or not checks.passes(candidate):
-                continue
-        start = time.perf_counter()
-        try:
-            call = calls.compiled(*as_function(operator, candidate, config))
-        except Exception as error:  # whatever a code generator raises: the original still stands
-            candidate.rejected = f"did not compile: {error}"
-            logger.warning("ollie: %s: %s did not compile: %s", operator, candidate.program, error)
+        if not _may_compile(plan, candidate, machine, checks, deadline, known=candidate in finalists):
             continue
-        compiled += 1
-        candidate.compile_s = time.perf_counter() - start
-        pace.pace.took(candidate.compile_s, candidate.operators)
-        if candidate in timed:
-            built[timed.index(candidate)] = call
-        else:
-            built.append(call)
-            timed.append(candidate)
-    fitting = [place for place, candidate in enumerate(timed) if fits(made, candidate, stop)]
-    if fitting:
-        _compare(made, config, [built[place] for place in fitting], [timed[place] for place in fitting], stop)
-    for candidate in left_open(made):
-        if candidate is not made.winner:
+        call = _compile(plan, candidate, config, machine)
+        if call is not None:
+            compiled += 1
+            finalists[candidate] = call
+    finalists = {one: call for one, call in finalists.items() if fits(plan, one, machine, deadline)}
+    if finalists:
+        _compare(plan, config, machine, finalists, deadline)
+    for candidate in plan.open:
+        if candidate is not plan.winner:
             candidate.rejected = NO_FASTER if candidate.measured_s else LATER
-    if not fitting and not made.cut:
-        made.reason = "the original measured fastest" if made.candidates else "no candidate is left"
+    if not finalists and not plan.cut:
+        plan.reason = "the original measured fastest" if plan.candidates else "no candidate is left"
+
+
+def _best_calls(
+    plan: Plan, config: OllieConfig, machine: Machine, checks: Checks, bar_s: float, deadline: float
+) -> dict[Candidate, Call]:
+    """The fastest programs as they are called, of those that beat `bar_s` and pass the checks."""
+    finalists: dict[Candidate, Call] = {}
+    for candidate in sorted(plan.open, key=lambda candidate: candidate.measured_s or math.inf):
+        if (candidate.measured_s or math.inf) > bar_s or len(finalists) == COMPARED:
+            break
+        candidate.compile_s = seconds_in_graph(candidate, machine)
+        if fits(plan, candidate, machine, deadline) and checks.passes(candidate):
+            finalists[candidate] = machine.called(*as_function(plan.operator, candidate, config))
+    return finalists
+
+
+def _may_compile(
+    plan: Plan, candidate: Candidate, machine: Machine, checks: Checks, deadline: float, *, known: bool
+) -> bool:
+    """Whether a candidate can be compiled alone and then at all its occurrences, and passes the checks.
+
+    Args:
+        known: whether it is timed as it is called and has passed the checks: then it stays, if not compiled.
+    """
+    alone_s = machine.pace.seconds(candidate.operators)
+    if known:
+        return machine.now() + alone_s + plan.occurrences * candidate.compile_s <= deadline
+    candidate.compile_s = seconds_in_graph(candidate, machine)
+    return fits(plan, candidate, machine, deadline - alone_s) and checks.passes(candidate)
+
+
+def _compile(plan: Plan, candidate: Candidate, config: OllieConfig, machine: Machine) -> Call | None:
+    """A candidate compiled by Inductor; None rejects it, for it does not compile."""
+    start = machine.now()
+    try:
+        call = machine.compiled(*as_function(plan.operator, candidate, config))
+    except Exception as error:  # a code generator may raise anything, and the original still stands
+        candidate.rejected = f"did not compile: {error}"
+        logger.warning("ollie: %s: %s did not compile: %s", plan.operator, candidate.program, error)
+        return None
+    candidate.compile_s = machine.now() - start
+    machine.pace.took(candidate.compile_s, candidate.operators)
+    return call
 
 
 def _compare(
-    made: Plan, config: OllieConfig, built: list[timing.Call], timed: list[Candidate], stop: float
+    plan: Plan, config: OllieConfig, machine: Machine, finalists: dict[Candidate, Call], deadline: float
 ) -> None:
-    operator = made.operator
-    build = calls.called if is_library_call(operator) else calls.compiled
+    """Measure the finalists and the original in turn; the fastest wins, if it beats the original enough."""
+    operator = plan.operator
+    build = machine.called if is_library_call(operator) else machine.compiled
     originals = [
-        build(same.reference, same.example_inputs(), constant=constant_inputs(same, config))
+        build(same.reference, same.example_inputs(), constant_inputs(same, config))
         for same in memory_layouts(operator)
     ]
-    times = timing.measure([*built, *originals], stop)
-    made.original_s = min(times[len(built) :])
-    for candidate, seconds in zip(timed, times[: len(built)], strict=True):
+    times = machine.measure([*finalists.values(), *originals], deadline)
+    plan.original_s = min(times[len(finalists) :])
+    for candidate, seconds in zip(finalists, times[: len(finalists)], strict=True):
         candidate.measured_s = seconds
-        if seconds > made.original_s * (1 - config.margin):
+        if seconds > plan.original_s * (1 - config.margin):
             candidate.rejected = NO_FASTER
-    good = [candidate for candidate in timed if candidate.rejected is None]
-    if not good:
-        made.reason = "the original measured fastest"
+    faster = [candidate for candidate in finalists if candidate.rejected is None]
+    if not faster:
+        plan.reason = "the original measured fastest"
         return
-    made.winner = min(good, key=lambda candidate: candidate.measured_s or 0.0)
-    made.reason = "measured fastest"
-    for candidate in good:
-        if candidate is not made.winner:
+    plan.winner = min(faster, key=lambda candidate: candidate.measured_s or 0.0)
+    plan.reason = "measured fastest"
+    for candidate in faster:
+        if candidate is not plan.winner:
             candidate.rejected = "another candidate measured faster"
 
 
-def _take_cheapest(made: Plan, config: OllieConfig, checks: Checks) -> None:
-    """The candidate with the lowest bound that passes the checks wins unmeasured."""
-    add_kernels(made, config)
+def _take_cheapest(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) -> None:
+    """Let the candidate with the lowest bound that passes the checks win, unmeasured."""
+    add_kernels(plan, config)
     passed = 0
-    for candidate in left_open(made):
+    for candidate in plan.open:
         if passed == config.candidates:
             candidate.rejected = LATER
         elif checks.passes(candidate):
             passed += 1
-            if made.winner is None:
-                candidate.operators = calls.called(*as_function(made.operator, candidate, config)).operators
-                candidate.compile_s = placed_seconds(candidate)
-                if fits(made, candidate, checks.stop):
-                    made.winner, made.reason = candidate, "lowest cost bound"
-            else:
+            if plan.winner is not None:
                 candidate.rejected = "another candidate has a lower bound"
+                continue
+            candidate.operators = machine.called(*as_function(plan.operator, candidate, config)).operators
+            candidate.compile_s = seconds_in_graph(candidate, machine)
+            if fits(plan, candidate, machine, checks.deadline):
+                plan.winner, plan.reason = candidate, "lowest cost bound"

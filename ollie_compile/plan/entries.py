@@ -19,7 +19,7 @@ import torch
 from ollie_compile import store
 from ollie_compile.expr import Constant, Input, Scope, parse
 from ollie_compile.lower.layouts import is_lowerable, programs, with_kernels
-from ollie_compile.lower.lowering import Kernels, Layout, Program
+from ollie_compile.lower.lowering import Program
 from ollie_compile.measure.bounds import largest_elements
 from ollie_compile.plan.candidates import Candidate, Plan
 from ollie_compile.problems.dynamic import Dynamic
@@ -29,6 +29,7 @@ from ollie_compile.search.expansion import Step, products
 from ollie_compile.search.hybrid import MAX_GROWTH as MAX_PRODUCTS
 from ollie_compile.search.hybrid import Derivation, SearchStats
 from ollie_compile.search.proof import values_needed
+from ollie_compile.targets import Layout, families
 
 MOST_TEXT = 1 << 16  # characters of one text
 MOST_STEPS, MOST_ENTRIES = 128, 4096  # of a derivation, and of a constant
@@ -63,7 +64,7 @@ def _plain_winner(made: Plan, winner: Candidate) -> dict[str, Any]:
         "expression": str(winner.program.scope),
         "layout": winner.program.layout,
         "kernels": winner.program.kernels,
-        "bound_s": winner.bound_s,
+        "bound_s": winner.bound_s if math.isfinite(winner.bound_s) else None,
         "measured_s": winner.measured_s,
         "compile_s": winner.compile_s,
         "error": winner.error,
@@ -121,8 +122,9 @@ def winner(content: Any, original: Scope, devices: tuple[torch.device, ...] = _D
     ways = f"{program.layout}, {program.kernels}"
     _check(written, "its winner must be a program that lowering writes for this device", ways)
     derivation = Derivation(scope, tuple(_steps(given["steps"], tensors)), given["depth"])
-    times = {name: given[name] for name in ("bound_s", "measured_s", "compile_s", "error")}
-    return Candidate(program, derivation, **times)
+    bound_s = math.inf if given["bound_s"] is None else given["bound_s"]
+    known = {name: given[name] for name in ("measured_s", "compile_s", "error")}
+    return Candidate(program, derivation, bound_s=bound_s, **known)
 
 
 def plan(content: Any, operator: Any) -> Plan:
@@ -279,8 +281,8 @@ _WINNER = {
     "constants": _MAPPING,
     "expression": _TEXT,
     "layout": (f"one of {', '.join(get_args(Layout))}", lambda value: value in get_args(Layout)),
-    "kernels": (f"one of {', '.join(get_args(Kernels))}", lambda value: value in get_args(Kernels)),
-    "bound_s": _NUMBER,
+    "kernels": ("a family of kernels", lambda value: value in families()),
+    "bound_s": _MAYBE,
     "measured_s": _MAYBE,
     "compile_s": _NUMBER,
     "error": _MAYBE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,8 +9,7 @@ from torch import Tensor
 
 from ollie_compile.config import OllieConfig
 from ollie_compile.lower.layouts import with_kernels
-from ollie_compile.lower.lowering import Program
-from ollie_compile.measure import pace
+from ollie_compile.measure.machine import Machine
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate, Plan
 from ollie_compile.problems.gradients import Gradient
 from ollie_compile.problems.operators import Convolution, Operator, Tensors
@@ -19,18 +17,14 @@ from ollie_compile.problems.operators import Convolution, Operator, Tensors
 LATER = "cheaper candidates came first"
 
 
-def left_open(made: Plan) -> list[Candidate]:
-    return [candidate for candidate in made.candidates if candidate.rejected is None]
-
-
-def add_kernels(made: Plan, config: OllieConfig) -> None:
-    """The best candidate with eOperators that have other kernels is taken with those as well."""
+def add_kernels(plan: Plan, config: OllieConfig) -> None:
+    """Try the best candidate that has eOperators with other kernels by these kernels too."""
     if config.portable:
         return
-    for place, candidate in enumerate(made.candidates):
-        written = with_kernels(candidate.program, made.operator.device) if candidate.rejected is None else []
+    for place, candidate in enumerate(plan.candidates):
+        written = with_kernels(candidate.program, plan.operator.device) if candidate.rejected is None else []
         if written:
-            made.candidates[place + 1 : place + 1] = [replace(candidate, program=one) for one in written]
+            plan.candidates[place + 1 : place + 1] = [replace(candidate, program=one) for one in written]
             return
 
 
@@ -46,9 +40,9 @@ def memory_layouts(operator: Operator) -> list[Operator]:
 def as_function(
     operator: Operator, candidate: Candidate, config: OllieConfig
 ) -> tuple[Callable[..., Tensors], tuple[Tensor, ...], list[int]]:
-    """A program as a function, its inputs, and those of them that are constant."""
+    """A candidate's program as a function, its inputs, and the positions of those that are constant."""
     program = candidate.program
-    if is_one_kernel(program):
+    if program.standalone:
         operator = memory_layouts(operator)[-1]
     values = (
         *operator.example_inputs(),
@@ -61,29 +55,25 @@ def as_function(
 
 
 def constant_inputs(operator: Operator, config: OllieConfig) -> list[int]:
-    """The places of an operator's inputs that are the same in every call."""
+    """The positions of an operator's inputs that are the same in every call."""
     names = list(operator.inputs)
     return [names.index(name) for name in operator.parameters if name in names] if config.freeze else []
 
 
-def placed_seconds(candidate: Candidate) -> float:
-    """What Inductor may take for a program in each of its places: a called kernel needs no code."""
-    called = is_one_kernel(candidate.program)
-    return pace.pace.placed_seconds(candidate.operators) if called else pace.pace.seconds(candidate.operators)
+def seconds_in_graph(candidate: Candidate, machine: Machine) -> float:
+    """Seconds that Inductor is expected to take for a candidate at each of its occurrences in a graph."""
+    if candidate.program.standalone:  # calls, for which no code is generated
+        return machine.pace.seconds_in_graph(candidate.operators)
+    return machine.pace.seconds(candidate.operators)
 
 
-def is_one_kernel(program: Program) -> bool:
-    """Whether C++ kernels for matrices compute it: nothing is compiled, and images lie channels last."""
-    return program.kernels == "cpp" and bool(program.scope.constants())
+def fits(plan: Plan, candidate: Candidate, machine: Machine, deadline: float) -> bool:
+    """Whether a candidate can be compiled at all its occurrences in time; otherwise it is rejected."""
+    if machine.now() + plan.occurrences * candidate.compile_s > deadline:
+        candidate.rejected = OUT_OF_TIME
+    return candidate.rejected is None
 
 
 def is_library_call(operator: Operator) -> bool:
     """Whether Inductor leaves an operator as it is: a call of the library."""
     return isinstance(operator, Convolution | Gradient)
-
-
-def fits(made: Plan, candidate: Candidate, stop: float) -> bool:
-    """Whether a candidate can be compiled in all places of its operator; otherwise it is rejected."""
-    if time.perf_counter() + made.places * candidate.compile_s > stop:
-        candidate.rejected = OUT_OF_TIME
-    return candidate.rejected is None

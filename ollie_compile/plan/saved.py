@@ -15,12 +15,14 @@ import torch
 
 from ollie_compile import store
 from ollie_compile.config import OllieConfig
+from ollie_compile.measure.machine import Machine
 from ollie_compile.plan import entries
 from ollie_compile.plan.candidates import SAME_BUDGET, Plan
 from ollie_compile.plan.checks import Checks
+from ollie_compile.plan.extensions import user_extensions
 from ollie_compile.problems.operators import Operator
 from ollie_compile.problems.polynomials import Calls
-from ollie_compile.rules import EXPLORATIVE, RELATING, of_users
+from ollie_compile.rules import EXPLORATIVE, RELATING
 from ollie_compile.search.proof import check_derivation
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,9 @@ _ENTRY = re.compile(r"plan-[0-9a-f]{64}")
 def entry_name(operator: Operator, config: OllieConfig) -> str | None:
     """The name of a plan's entry; None where it has no identity beyond this process.
 
-    Rules and operators of users are code, which may be another in the next process.
+    Rules, kernels and operators of users are code, which may be another in the next process.
     """
-    if operator.declared or of_users():
+    if operator.declared or user_extensions():
         return None
     options = asdict(replace(config, budget_s=0, workers=1))
     rules = (*EXPLORATIVE, *RELATING)
@@ -80,7 +82,7 @@ def _check_once(name: str, content: dict[str, Any], made: Plan, config: OllieCon
     mark = _checked_name(name, content)
     if made.winner is None or store.read(mark) is not None:
         return
-    checks = Checks(made.operator, replace(config, verify=True), math.inf)
+    checks = Checks(made.operator, replace(config, verify=True), Machine(), math.inf)
     if not checks.passes(made.winner):
         raise ValueError(f"{made.winner.rejected}")
     store.write(mark, {})

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ollie_compile import compat
+from ollie_compile.compat import FakeTensorMode, hint, statically_known_true
 from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Scope
 from ollie_compile.lower.lowering import Program
@@ -277,12 +277,6 @@ def is_dynamic(value: Any) -> bool:
     )
 
 
-def hint(value: Any) -> Any:
-    """The value of a symbolic size at the compilation; a size that depends on data has none and stays."""
-    known = isinstance(value, torch.SymInt) and value.node.hint is not None
-    return int(value.node.hint) if known else value
-
-
 def recognize(node: fx.Node) -> Operator | str:
     """As `operators.recognize`, with dynamic shapes too."""
     if not any(is_dynamic(operand.meta.get("val")) for operand in (node, *node.all_input_nodes)):
@@ -294,7 +288,7 @@ def recognize(node: fx.Node) -> Operator | str:
     return found if isinstance(found, str) else _wrapped(found, node.all_input_nodes[:2])
 
 
-def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Operator, subprograms.Place]]:
+def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Operator, subprograms.Site]]:
     """As `subprograms.find`, with dynamic shapes too."""
     if not any(is_dynamic(node.meta.get("val")) for node in graph.nodes):
         return list(subprograms.find(graph, fixed))
@@ -314,12 +308,12 @@ def find(graph: fx.Graph, fixed: frozenset[fx.Node]) -> list[tuple[Operator, sub
     back: dict[fx.Node, fx.Node] = {}
     for node, copied in copies.items():
         back.setdefault(copied, node)
-    made: list[tuple[Operator, subprograms.Place]] = []
+    made: list[tuple[Operator, subprograms.Site]] = []
     for operator, place in found:
         nodes, roots, inputs = (
             tuple(map(back.__getitem__, of)) for of in (place.nodes, place.roots, place.inputs)
         )
-        original = subprograms.Place(nodes, roots, inputs)
+        original = subprograms.Site(nodes, roots, inputs)
         if not any(is_dynamic(node.meta.get("val")) for node in (*nodes, *inputs)):
             made.append((operator, original))
         elif all(node.target in _WITHOUT_SIZES for node in nodes):
@@ -358,8 +352,8 @@ def _wrapped(
     for node in inputs:
         shape: list[int | None] = []
         for size in node.meta["val"].shape:
-            expression = None if isinstance(size, int) else size.node.expr
-            if expression is None or expression.is_number:  # a size that a guard has fixed
+            expression = compat.expression_of(size)
+            if expression is None:
                 shape.append(None)
                 continue
             if expression not in expressions:
@@ -382,12 +376,10 @@ def guard(operator: Dynamic, inputs: Sequence[Tensor]) -> None:
     Raises:
         ValueError: a condition that is not known where, as in an exported program, none can be added.
     """
-    from torch._inductor.virtualized import V
-
     for size, low in zip(sizes_of(operator, inputs), operator.lows, strict=True):
         if statically_known_true(size >= low):
             continue
-        if V.aot_compilation:
+        if compat.is_exporting():
             raise ValueError(f"it holds from size {low} on, which the exported program does not promise")
         if not bool(size >= low):  # puts the condition among the graph's guards
             raise ValueError(f"it holds from size {low} on, the size is {size}")

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ollie_compile.compat import FakeTensorMode, TorchDispatchMode, pytree
 from ollie_compile.lower.emitted import EMITTED, relaid
 
 

@@ -77,13 +77,11 @@ def _rank(candidate: Candidate) -> tuple[bool, float]:
 
 
 def _program(candidate: Candidate, chosen: bool) -> dict[str, str]:
-    program = candidate.program
-    written = program.layout if program.kernels == "aten" else f"{program.layout}, {program.kernels}"
     timed = candidate.measured_s
     time = f"{timed * 1e3:.3f} ms" if timed is not None else f"bound {candidate.bound_s * 1e3:.3f} ms"
     verdict = "chosen" if chosen else candidate.rejected or ""
     kind = "chosen" if chosen else "measured" if timed is not None else "rejected"
-    return {"written": written, "time": time, "verdict": verdict, "kind": kind}
+    return {"written": str(candidate.program), "time": time, "verdict": verdict, "kind": kind}
 
 
 def _place(state: State, depth: int, top: int) -> int:

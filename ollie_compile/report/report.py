@@ -121,7 +121,7 @@ def _plan_lines(plan: Plan) -> list[str]:
     )
     if plan.original_s is not None:
         lines.append(f"  original: {_ms(plan.original_s)}")
-    chosen = "original kept" if plan.winner is None else f"rewritten, products as {_written(plan.winner)}"
+    chosen = "original kept" if plan.winner is None else f"rewritten, products as {plan.winner.program}"
     lines.append(f"  {chosen}: {plan.reason}")
     if plan.winner is not None:
         lines += [f"    {line}" for step in plan.winner.derivation.steps for line in str(step).split("\n")]
@@ -144,16 +144,7 @@ def _candidate_line(candidate: Candidate) -> str:
     growth = amplification(candidate.program.scope)
     if candidate.error is not None and growth > 1:
         rounding = f", error {candidate.error:.1e} (terms up to {growth:.0f} times larger)"
-    return f"[{_written(candidate)}] {steps}: bound {_ms(candidate.bound_s)}{measured}{rounding}: {verdict}"
-
-
-def _written(candidate: Candidate) -> str:
-    program = candidate.program
-    if program.kernels == "aten":
-        return program.layout
-    if program.kernels != "cpp":
-        return f"{program.layout}, additions as {program.kernels}"
-    return f"{program.layout}, {'matrices' if program.scope.constants() else 'additions'} in C++"
+    return f"[{candidate.program}] {steps}: bound {_ms(candidate.bound_s)}{measured}{rounding}: {verdict}"
 
 
 def _plan_dict(plan: Plan) -> dict[str, Any]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from ollie_compile.expr import Affine, Constant, Ranges, Read, Scope, once
+from ollie_compile.kernels import cpp_bilinear, library
 from ollie_compile.targets.matmul import match_matmul
-from ollie_compile.targets.transforms import Transform, match_transform, start, strides
+from ollie_compile.targets.target import Cost, Kernel, Layout, Lowering, multiplications
+from ollie_compile.targets.transforms import Transform, contiguous, match_transform, start, strides
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,3 +186,41 @@ def arguments(
 def _rows(matrix: Constant) -> list[list[float]]:
     rows, columns = matrix.shape
     return [[float(matrix.at(row, column)) for column in range(columns)] for row in range(rows)]
+
+
+class CppBilinearForms(Kernel[Bilinear]):
+    """The C++ kernel for a whole bilinear form, which goes through it tile by tile."""
+
+    family, title, devices = "cpp", "bilinear forms in C++", ("cpu",)
+    preferred = standalone = True
+
+    def match(self, scope: Scope, layout: Layout) -> Bilinear | None:
+        return match_bilinear(scope)
+
+    def call(self, match: Bilinear, scope: Scope, lowering: Lowering) -> Tensor:
+        value, index, box = contiguous(match.data, lowering, windows(match))
+        contracted = tuple(name for name, _ in match.contracted)
+        groups = (match.apart, match.products, contracted, match.features)
+        weight = lowering.operand(match.weight, match.product, groups)
+        return library.bilinear(
+            value, cpp_bilinear.packed(weight), **arguments(match, index, box, value.stride())
+        )
+
+    def cost(self, match: Bilinear, scope: Scope, layout: Layout) -> Cost:
+        tensors = (scope, match.data.read.tensor, match.weight.tensor)
+        elements = sum(math.prod(high - low for low, high in tensor.box) for tensor in tensors)
+        return Cost(multiplications(match.product), elements)
+
+    def reads(self, match: Bilinear, scope: Scope) -> Iterable[Scope]:
+        tensors = (match.data.read.tensor, match.weight.tensor)
+        return [tensor for tensor in tensors if isinstance(tensor, Scope)]
+
+    def layouts(self, offered: Sequence[Layout], scope: Scope) -> Sequence[Layout]:
+        """One: the products go through no library."""
+        return offered[:1]
+
+    def native(self, match: Bilinear) -> frozenset[str]:
+        sides = (match.data, match.result)
+        return frozenset(
+            [" | ".join(" * ".join(one.constant.name for one in side.matrices) for side in sides)]
+        )

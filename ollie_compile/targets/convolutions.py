@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from ollie_compile.expr import Affine, Ranges, Read, Scope
+from ollie_compile.targets.target import (
+    CONVOLVED,
+    Cost,
+    Layout,
+    Lowering,
+    Target,
+    Timed,
+    extents,
+    multiplications,
+)
 from ollie_compile.targets.views import is_view
 
 MAX_SPATIAL = 3
@@ -205,3 +215,45 @@ def output_order(match: ConvolutionMatch) -> Sequence[str]:
 
 def _extent(ranges: Ranges, name: str | None) -> int:
     return 1 if name is None else ranges[name][1] - ranges[name][0]
+
+
+class Convolutions(Target[ConvolutionMatch]):
+    """The library's convolutions, on contiguous or channels-last data."""
+
+    def match(self, scope: Scope, layout: Layout) -> ConvolutionMatch | None:
+        return match_convolution(scope) if layout in CONVOLVED else None
+
+    def call(self, match: ConvolutionMatch, scope: Scope, lowering: Lowering) -> Tensor:
+        read, other = scope.factors[match.data], scope.factors[1 - match.data]
+        call = ConvolutionCall.of(scope, match)
+        x = lowering.value(read)
+        for place in set(range(x.dim())) - set(match.places):
+            first, stop = scope.ranges[read.index[place].iterator or ""]
+            x = x.narrow(place, first - read.tensor.box[place][0], stop - first)
+        x = x.permute(data_order(read, match)).reshape(call.unpadded_shape)
+        loops = {loop.name: loop for loop in scope.traversal + scope.summation}
+        names = (*match.groups, *match.outputs, *match.channels, *match.taps)
+        weight = lowering.window(other, scope).at({}, [loops[name] for name in names])
+        x, weight = laid_out(lowering.layout, x, weight.reshape(call.weight_shape))
+        order = output_order(match)
+        value = call(x, weight).reshape(extents(scope, order))
+        return value.permute([order.index(loop.name) for loop in scope.traversal])
+
+    def cost(self, match: ConvolutionMatch, scope: Scope, layout: Layout) -> Cost:
+        call = ConvolutionCall.of(scope, match)
+
+        def calls(dtype: torch.dtype, device: torch.device) -> Sequence[Callable[[], object]]:
+            x = torch.zeros(call.unpadded_shape, dtype=dtype, device=device)
+            weight = torch.zeros(call.weight_shape, dtype=dtype, device=device)
+            x, weight = laid_out(layout, x, weight)
+            return [lambda: call(x, weight)]
+
+        return Cost(multiplications(scope), timed=Timed(f"{call} {layout == 'channels last'}", calls))
+
+
+def laid_out(layout: Layout, *tensors: Tensor) -> list[Tensor]:
+    """Data and weights of images and volumes in the memory format of a layout."""
+    if layout != "channels last" or tensors[0].dim() == 3:
+        return list(tensors)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return [tensor.contiguous(memory_format=formats[tensor.dim()]) for tensor in tensors]

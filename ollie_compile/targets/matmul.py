@@ -5,9 +5,26 @@ Each iterator of a contraction has a role by the tensors it occurs in, its row o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from ollie_compile.compat import has_onednn
 from ollie_compile.expr import Read, Scope, once
+from ollie_compile.kernels import library
+from ollie_compile.targets.target import (
+    CONVOLVED,
+    Cost,
+    Layout,
+    Lowering,
+    Target,
+    Timed,
+    extents,
+    multiplications,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +85,83 @@ def _iterators(read: Read) -> list[str] | None:
     if None in names or len(set(names)) < len(names):
         return None
     return [name for name in names if name is not None]
+
+
+def is_batched(scope: Scope) -> bool:
+    """Whether it is a product that the layout "batched" writes differently from "columns"."""
+    match = match_matmul(scope)
+    low, high = scope.ranges[match.rows[0]] if match is not None and len(match.rows) > 1 else (0, 1)
+    return match is not None and not match.batch and high - low > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix product as it is called: [apart, left, contracted] @ [apart, contracted, right].
+
+    Args:
+        swapped: whether the second factor of the scope is on the left.
+        shared: whether the left operand is the same for every `apart`.
+    """
+
+    apart: tuple[str, ...]
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+    contracted: tuple[str, ...]
+    swapped: bool
+    shared: bool
+
+    def shape(self, scope: Scope) -> tuple[int, int, int, int]:
+        """Extents of (apart, left, contracted, right)."""
+        groups = (self.apart, self.left, self.contracted, self.right)
+        apart, left, contracted, right = (math.prod(extents(scope, group)) for group in groups)
+        return apart, left, contracted, right
+
+
+class Products(Target[Product]):
+    """The libraries' matrix products, batched or not."""
+
+    def match(self, scope: Scope, layout: Layout) -> Product | None:
+        match = match_matmul(scope)
+        if match is None:
+            return None
+        if layout in ("rows", *CONVOLVED):
+            return Product(match.batch, match.rows, match.columns, match.contracted, False, False)
+        if layout == "batched" and is_batched(scope):
+            return Product(match.rows[:1], match.columns, match.rows[1:], match.contracted, True, True)
+        return Product(match.batch, match.columns, match.rows, match.contracted, True, False)
+
+    def call(self, match: Product, scope: Scope, lowering: Lowering) -> Tensor:
+        left, right = reversed(scope.factors) if match.swapped else scope.factors
+        apart, rows, columns = match.apart, match.left, match.right
+        groups = (() if match.shared else apart, rows, match.contracted)
+        first = lowering.operand(left, scope, groups)
+        second = lowering.operand(right, scope, (apart, match.contracted, columns))
+        if apart:
+            value = torch.bmm(first.expand(len(second), -1, -1), second)
+        else:
+            value = torch.mm(first[0], second[0])
+        order = (*apart, *rows, *columns)
+        return value.view(extents(scope, order)).permute([order.index(loop.name) for loop in scope.traversal])
+
+    def cost(self, match: Product, scope: Scope, layout: Layout) -> Cost:
+        return Cost(multiplications(scope), timed=timed_product(*match.shape(scope), shared=match.shared))
+
+
+def timed_product(apart: int, left: int, contracted: int, right: int, *, shared: bool = False) -> Timed:
+    """The calls of a [apart, left, contracted] @ [apart, contracted, right] product, by each library.
+
+    Args:
+        shared: whether the left operand is the same for every `apart`.
+    """
+
+    def calls(dtype: torch.dtype, device: torch.device) -> Sequence[Callable[[], object]]:
+        first = torch.zeros(1 if shared else apart, left, contracted, dtype=dtype, device=device)
+        second = torch.zeros(apart, contracted, right, dtype=dtype, device=device)
+        if apart > 1:
+            return [lambda: torch.bmm(first.expand(apart, -1, -1), second)]
+        offered: list[Callable[[], object]] = [lambda: torch.mm(first[0], second[0])]
+        if has_onednn() and library.has_libraries(first):
+            offered.append(lambda: library.product(first[0], second[0]))
+        return offered
+
+    return Timed(f"product {apart}x{left}x{contracted}x{right}{' shared' if shared else ''}", calls)

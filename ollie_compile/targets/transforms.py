@@ -7,12 +7,16 @@ row without its zeros, but it stays one small kernel, which compiles quickly and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ollie_compile.expr import Affine, Constant, Loop, Quotient, Ranges, Read, Remainder, Scope
+from ollie_compile.kernels import library
+from ollie_compile.targets.target import Cost, Kernel, Layout, Lowering, Target
+from ollie_compile.targets.views import Box, Window, is_view, padded
 
 MAX_COLUMNS = 16  # slices that are written out
 
@@ -63,33 +67,6 @@ def row_loop(scope: Scope) -> Loop:
 def data(scope: Scope) -> Read:
     """The read that the matrix is applied to."""
     return _parts(scope)[1]
-
-
-def apply(scope: Scope, values: Tensor, at: Callable[[int, Sequence[Loop]], Tensor]) -> Tensor:
-    """The value of a transform.
-
-    Args:
-        values: those of the constant.
-        at: the data over the given loops with the summed iterator at a value.
-
-    Returns:
-        a tensor with a dimension for each traversal iterator.
-    """
-    read, _ = _parts(scope)
-    (summed,) = scope.summation
-    row = row_loop(scope)
-    place = scope.traversal.index(row)
-    loops = [loop for loop in scope.traversal if loop is not row]
-    column_shape = [row.extent, *[1] * (len(loops) - place)]
-    total: Tensor | None = None
-    for value in range(summed.low, summed.high):
-        ranges = {summed.name: (value, value + 1)}
-        at_value = read.index[1].substitute({summed.name: Affine.of(value)}, ranges).const
-        coefficients = values[row.low : row.high, at_value].reshape(column_shape)
-        term = at(value, loops).unsqueeze(place) * coefficients
-        total = term if total is None else total + term
-    assert total is not None, "a summation has at least one value"
-    return total.expand(scope.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,3 +238,102 @@ def start(
         first = at.const + sum(at.coefficient(name) * lows[name] for name in at.iterators())
         total += (first - low) * step
     return total
+
+
+def _cost(scope: Scope) -> Cost:
+    """Each value is loaded once for all rows of the matrix."""
+    size, taps = math.prod(scope.shape), math.prod(loop.extent for loop in scope.summation)
+    return Cost(elements=size + size // row_loop(scope).extent * taps)
+
+
+def contiguous(
+    call: Transform, lowering: Lowering, kept: Collection[int | None] = ()
+) -> tuple[Tensor, tuple[Affine, ...], Box]:
+    """The tensor that a transform reads, contiguous along its last loop, with its index and box.
+
+    It is padded to all that is read, but for the dimensions `kept`.
+    """
+    last, read = call.loops[-1].name, call.read
+    places = sorted(range(len(read.index)), key=lambda at: last in read.index[at].iterators())
+    index, box = tuple(read.index[at] for at in places), tuple(read.tensor.box[at] for at in places)
+    bounds = [
+        (low, high - 1) if place in kept else at.bounds(call.ranges)
+        for place, at, (low, high) in zip(places, index, box, strict=True)
+    ]
+    value, box = padded(lowering.value(read).permute(places), box, bounds)
+    return value.contiguous(), index, box
+
+
+class CppMatrices(Kernel[Transform]):
+    """The C++ kernel for one or two matrices, which keeps a tile of them in registers."""
+
+    family, title, devices = "cpp", "matrices in C++", ("cpu",)
+    preferred = standalone = True
+
+    def match(self, scope: Scope, layout: Layout) -> Transform | None:
+        return match_transform(scope)
+
+    def call(self, match: Transform, scope: Scope, lowering: Lowering) -> Tensor:
+        value, index, box = contiguous(match, lowering)
+        names = [loop.name for loop in match.loops]
+        result = library.transform(
+            value,
+            [loop.extent for loop in match.loops],
+            [strides(index, value.stride(), name) for name in names],
+            start(index, value.stride(), box, {name: low for name, (low, _) in match.ranges.items()}),
+            [names.index(one.row) for one in match.matrices],
+            [strides(index, value.stride(), one.column) for one in match.matrices],
+            [float(number) for one in match.matrices for number in one.constant.values],
+            [one.constant.shape[1] for one in match.matrices],
+        )
+        for part in match.joined:
+            at = names.index(part.whole)
+            result = result.flatten(at, at + 1).narrow(at, part.start, part.size)
+            names[at : at + 2] = [part.name]
+        return result
+
+    def cost(self, match: Transform, scope: Scope, layout: Layout) -> Cost:
+        return _cost(scope)
+
+    def native(self, match: Transform) -> frozenset[str]:
+        return frozenset([" * ".join(one.constant.name for one in match.matrices)])
+
+
+class SlicedMatrices(Target[Read]):
+    """Plain aten: a slice for each column of the matrix, weighted and added up."""
+
+    def match(self, scope: Scope, layout: Layout) -> Read | None:
+        return data(scope) if is_transform(scope) and is_view(data(scope)) else None
+
+    def call(self, match: Read, scope: Scope, lowering: Lowering) -> Tensor:
+        constant, _ = _parts(scope)
+        matrix_values = lowering.value(constant)
+        window = self._window(match, scope, lowering)
+        (summed,) = scope.summation
+        row = row_loop(scope)
+        place = scope.traversal.index(row)
+        loops = [loop for loop in scope.traversal if loop is not row]
+        coefficients_shape = [row.extent, *[1] * (len(loops) - place)]
+        total: Tensor | None = None
+        for value in range(summed.low, summed.high):
+            ranges = {summed.name: (value, value + 1)}
+            at = column(scope).substitute({summed.name: Affine.of(value)}, ranges).const
+            coefficients = matrix_values[row.low : row.high, at].reshape(coefficients_shape)
+            term = window.at({summed.name: value}, loops).unsqueeze(place) * coefficients
+            total = term if total is None else total + term
+        assert total is not None, "a summation has at least one value"
+        return total.expand(scope.shape)
+
+    def _window(self, read: Read, scope: Scope, lowering: Lowering) -> Window:
+        """The data in the order of the traversal, so that the additions run along contiguous values."""
+        rank = {loop.name: place for place, loop in enumerate(scope.traversal)}
+        order = sorted(
+            range(len(read.index)),
+            key=lambda at: max((rank.get(name, -1) for name in read.index[at].iterators()), default=-1),
+        )
+        value = lowering.value(read).permute(order).contiguous()
+        index, box = [read.index[at] for at in order], tuple(read.tensor.box[at] for at in order)
+        return Window.of(index, box, value, scope.ranges)
+
+    def cost(self, match: Read, scope: Scope, layout: Layout) -> Cost:
+        return _cost(scope)

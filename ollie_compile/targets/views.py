@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional
 
-from ollie_compile.expr import Affine, Loop, Quotient, Ranges, Read, Remainder
+from ollie_compile.expr import Affine, Loop, Quotient, Ranges, Read, Remainder, Scope
 
 Box = tuple[tuple[int, int], ...]
 
@@ -128,3 +128,16 @@ def _take(value: Tensor, axis: int, index: Affine, low: int, ranges: Ranges) -> 
         if span == 1 and len(names) < len(index.terms):
             value = value.unsqueeze(axis)
     return value, names
+
+
+def whole_iterators(scope: Scope, read: Read, places: Iterable[int]) -> list[str] | None:
+    """The iterators that dimensions are read at, or None where one is not read as a whole."""
+    names = []
+    for place in places:
+        name = read.index[place].iterator
+        if name is None or read.index[place] != Affine.of(name):
+            return None
+        if read.tensor.box[place] != scope.ranges[name]:
+            return None
+        names.append(name)
+    return names

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ollie_compile.plan import planner
+from ollie_compile import backend
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def fresh(tmp_path, monkeypatch):
     """No graph of an earlier run answers from Inductor's caches: the pass must run."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
-    planner.reset()
+    backend.CONTEXT.reset()
     yield
     torch.compiler.reset()
 

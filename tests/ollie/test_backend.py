@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import rules
+from ollie_compile import backend, rules
 from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Read
 from ollie_compile.plan import candidates, checks, planner
-from ollie_compile.targets.eoperators import match_selective_add
+from ollie_compile.targets.selective_add import match_selective_add
 from tests.ollie.strategies import operator
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120}
@@ -43,7 +43,7 @@ def test_found_by_name_and_equal_to_eager(always_rewrite):
         got = torch.compile(net, backend="ollie", options=QUICK)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
         assert got.stride() == net(x).stride()
-    assert any(made.winner is not None for made in planner._plans.values())
+    assert any(made.winner is not None for made in backend.CONTEXT.plans.values())
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -172,8 +172,8 @@ def test_a_fault_in_planning_leaves_the_model_working(monkeypatch):
 def test_a_plan_cut_by_its_budget_is_made_anew(always_rewrite):
     conv = operator(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
     config = OllieConfig(**QUICK)
-    assert planner.plan(conv, config, 0.0).reason == candidates.OUT_OF_TIME
-    assert planner.plan(conv, config, 20.0).winner is not None
+    assert planner.plan(conv, config, 0.0, backend.CONTEXT).reason == candidates.OUT_OF_TIME
+    assert planner.plan(conv, config, 20.0, backend.CONTEXT).winner is not None
 
 
 def test_freeze_with_gradients_is_refused_aloud(always_rewrite):
@@ -199,7 +199,7 @@ def test_half_precision_rounds_no_more_than_twice_the_original(always_rewrite, d
         got, want = torch.compile(net, backend="ollie", options=QUICK, dynamic=False)(x), net(x)
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
     assert got.dtype == dtype
-    (made,) = planner._plans.values()
+    (made,) = backend.CONTEXT.plans.values()
     limit = max(2e-5, 2 * checks.rounding_error(made.operator, None))
     rounded = [candidate for candidate in made.candidates if candidate.error is not None]
     assert rounded
@@ -221,7 +221,7 @@ def test_groups_and_dilation_equal_eager(always_rewrite, net, shape):
     x = torch.randn(shape)
     with torch.no_grad():
         got = torch.compile(net.eval(), backend="ollie", options=QUICK, dynamic=False)(x)
-        (made,) = planner._plans.values()
+        (made,) = backend.CONTEXT.plans.values()
         assert made.winner is not None
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
 
@@ -233,7 +233,7 @@ def test_additions_by_fold_are_candidates(monkeypatch):
     monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", bound)
     net, x = nn.ConvTranspose2d(16, 2, 4, stride=2, padding=1).eval(), torch.randn(1, 16, 5, 6)
     conv = operator(x, net.weight.detach(), stride=2, padding=1, transposed=True)
-    made = planner.plan(conv, OllieConfig(**QUICK, candidates=1), 100.0)
+    made = planner.plan(conv, OllieConfig(**QUICK, candidates=1), 100.0, backend.CONTEXT)
     fold = next(candidate for candidate in made.candidates if candidate.program.kernels == "fold")
     assert checks.check_program(conv, fold.program) is None
     assert checks.rounding_error(conv, fold.program) < 2e-5
@@ -241,7 +241,7 @@ def test_additions_by_fold_are_candidates(monkeypatch):
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options={**QUICK, "candidates": 1}, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
-    assert list(planner._plans.values()) == [made]
+    assert list(backend.CONTEXT.plans.values()) == [made]
 
 
 def test_training_of_several_products_is_left_and_right(always_rewrite):

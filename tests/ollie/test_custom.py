@@ -8,8 +8,8 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ollie_compile
+from ollie_compile import backend
 from ollie_compile.graph.derivation_pass import DerivationPass
-from ollie_compile.plan import planner
 from tests.ollie.test_subprograms import QUICK, derive, equal
 
 A, B = torch.randn(2, 4, 6), torch.randn(2, 6, 5)
@@ -59,7 +59,7 @@ def _cheap(tmp_path, monkeypatch):
         "ollie_compile.measure.bounds.bound_seconds",
         lambda program, *_, **__: 1e-12 * sum(1 for _ in program.scope.scopes()),
     )
-    monkeypatch.setattr("ollie_compile.plan.planner._plans", {})
+    monkeypatch.setattr(backend.CONTEXT, "plans", {})
 
 
 def test_eager_calls_run_the_function():
@@ -86,7 +86,7 @@ def test_torch_compile_finds_them():
     compiled = torch.compile(lambda a, b: product(a, b), backend="ollie", options=QUICK, dynamic=False)
     with torch.no_grad():
         torch.testing.assert_close(compiled(A, B), A @ B)
-    (made,) = planner._plans.values()
+    (made,) = backend.CONTEXT.plans.values()
     assert made.winner is not None
 
 
@@ -164,7 +164,7 @@ def test_gradients_are_the_users():
 def test_training_graphs_keep_them():
     traced = make_fx(lambda a, b, tangents: (product(a, b), tangents.exp()))(A, B, A)
     report = ollie_compile.Report()
-    DerivationPass(ollie_compile.OllieConfig(**QUICK), report, [])(traced.graph)
+    DerivationPass(ollie_compile.OllieConfig(**QUICK), report, backend.CONTEXT, [])(traced.graph)
     assert report.untouched == [("product", "gradients are computed")]
     assert report.others == {"aten.exp.default": 1}
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import ollie_compile
+from ollie_compile import backend
 from ollie_compile.backend import compile_with
-from ollie_compile.plan import planner, saved
+from ollie_compile.plan import saved
 from ollie_compile.problems import dynamic, polynomials
 from ollie_compile.report.report import Report
 from ollie_compile.targets.matmul import match_matmul
@@ -118,7 +119,7 @@ def test_later_compilations_search_no_more(net, shape, other, monkeypatch, tmp_p
             for search in ("plan.preparing.search", "problems.dynamic.derive"):
                 monkeypatch.setattr(f"ollie_compile.{search}", lambda *_, **__: pytest.fail("a search began"))
         if again == "in another process":
-            planner.reset()
+            backend.CONTEXT.reset()
             dynamic._families.cache_clear()
         run, report, _ = compiled(net)
         with torch.no_grad():

@@ -1,16 +1,17 @@
 """The choice between a rewritten graph, Inductor's and eager torch."""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import store
+from ollie_compile import backend, store
 from ollie_compile.graph import freezing, gate
-from ollie_compile.plan import candidates, planner
+from ollie_compile.measure.machine import Machine
+from ollie_compile.plan.candidates import Plan
+from ollie_compile.plan.planner import Planner
 
 OPTIONS = {"margin": 0.0, "candidates": 1, "budget_s": 1e6}
 pytestmark = pytest.mark.usefixtures("fresh", "uncompiled")
@@ -21,7 +22,7 @@ def seconds(monkeypatch):
     """What is measured: of whole graphs the given seconds, of operators that candidates win."""
     given = {}
 
-    def measured(built, inputs):
+    def measured(built, inputs, machine):
         assert all(torch.is_tensor(value) for value in inputs)
         for call in built.values():
             call(*map(freezing.real, inputs))
@@ -29,7 +30,7 @@ def seconds(monkeypatch):
 
     monkeypatch.setattr(gate, "_measured", measured)
     monkeypatch.setattr(
-        "ollie_compile.measure.timing.measure", lambda calls, stop: [*range(1, len(calls)), 100.0]
+        "ollie_compile.measure.timing.measure", lambda calls, *_: [*range(1, len(calls)), 100.0]
     )
     monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_, **__: 1e-12)
     return given
@@ -72,7 +73,7 @@ def test_the_fastest_graph_stays(seconds, times, chosen):
 
 def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
     monkeypatch.setenv(store.FOLDER, str(tmp_path / "plans"))
-    planner.reset()
+    backend.CONTEXT.reset()
     seconds |= {
         gate.REWRITTEN: 2.0,
         gate.INDUCTOR: 1.0,
@@ -82,14 +83,14 @@ def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
     net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
     ollie_compile.explain(net, x, **OPTIONS)
     seconds.clear()  # what is measured now fails
-    planner.reset()
+    backend.CONTEXT.reset()
     report = ollie_compile.explain(net, x, **OPTIONS)
     assert report.notes[-1].endswith("chosen: Inductor")
     assert not report.plans
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options=OPTIONS, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
-    planner.reset()
+    backend.CONTEXT.reset()
 
 
 def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeypatch):
@@ -115,13 +116,17 @@ def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeyp
 def test_the_default_budget_is_what_inductor_takes(monkeypatch):
     planned = []
     clock = iter([100.0, 108.0])
-    monkeypatch.setattr(gate, "time", SimpleNamespace(perf_counter=lambda: next(clock, 108.0)))
 
-    def make(operators, config, budget_s, stop):
-        planned.append(config)
-        return {operator: candidates.Plan(operator, budget_s) for operator in operators}
+    class Slow(Machine):
+        def now(self):
+            return next(clock, 108.0)
 
-    monkeypatch.setattr(planner, "_make", make)
+    def make(self, operators, deadline):
+        planned.append(self.config)
+        return {operator: Plan(operator, self.budget_s) for operator in operators}
+
+    monkeypatch.setattr(backend.CONTEXT, "machine", Slow())
+    monkeypatch.setattr(Planner, "make", make)
     ollie_compile.explain(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()).eval(), torch.randn(1, 2, 6, 6))
     assert [config.budget_s for config in planned] == [pytest.approx((1 - gate.AGAIN) * 8.0)]
 

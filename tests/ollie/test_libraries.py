@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile.measure import products, profile, timing
+from ollie_compile.measure import products, timing
+from ollie_compile.measure.profile import Profile
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -17,7 +18,7 @@ def prefer(monkeypatch):
     def choose(wanted):
         asked = []
 
-        def fastest(offered, kept, margin, what):
+        def fastest(offered, kept, margin, what, profile):
             for call in offered.values():
                 assert torch.is_tensor(call())
             asked.append(tuple(offered))
@@ -95,14 +96,13 @@ def test_other_shapes_and_dtypes_stay(prefer, x, dynamic):
 
 
 def test_a_library_must_win_by_the_margin_and_is_measured_once(monkeypatch):
-    monkeypatch.setattr(profile.profile, "known", {})
-    monkeypatch.setattr(profile.profile, "changed", set())
+    profile = Profile()
     times = iter([[1.0, 0.97], [1.0, 0.9]])
-    monkeypatch.setattr(timing, "measure", lambda calls, stop: next(times))
+    monkeypatch.setattr(timing, "measure", lambda calls, deadline: next(times))
     offered = {products.PLAIN: int, products.ONEDNN: int}
     for _ in range(2):
-        assert products.fastest(offered, products.PLAIN, 0.05, "near") == products.PLAIN
-        assert products.fastest(offered, products.PLAIN, 0.05, "far") == products.ONEDNN
+        assert products.fastest(offered, products.PLAIN, 0.05, "near", profile) == products.PLAIN
+        assert products.fastest(offered, products.PLAIN, 0.05, "far", profile) == products.ONEDNN
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(5)])

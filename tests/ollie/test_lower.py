@@ -9,7 +9,8 @@ from ollie_compile.lower.layouts import is_lowerable, programs, with_kernels
 from ollie_compile.lower.lowering import Program
 from ollie_compile.plan.checks import check_program, rounding_error
 from ollie_compile.search.hybrid import search
-from ollie_compile.targets.eoperators import match_banded, match_selective_add
+from ollie_compile.targets.banded import match_banded
+from ollie_compile.targets.selective_add import match_selective_add
 from tests.ollie.strategies import convolutions, operator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # naming a device needs none

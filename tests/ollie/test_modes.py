@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ollie_compile
+from ollie_compile import backend
 from ollie_compile.backend import compile_with
 from ollie_compile.config import OllieConfig
 from ollie_compile.plan import planner
@@ -129,9 +130,9 @@ def test_reset_forgets_plans(always_rewrite, uncompiled):
     net, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         torch.compile(net, backend="ollie", options=QUICK)(x)
-    assert planner._plans
+    assert backend.CONTEXT.plans
     torch._dynamo.reset()
-    assert not planner._plans
+    assert not backend.CONTEXT.plans
 
 
 def test_threads_compile_and_run_side_by_side(always_rewrite, uncompiled):
@@ -176,7 +177,7 @@ def test_portable_programs_are_of_torchs_own_operators(always_rewrite):
     assert configs["joint_custom_pre_pass"].config.portable
     conv = operator(torch.zeros(1, 8, 12, 12), torch.zeros(8, 8, 3, 3), padding=1)
     for portable in (True, False):
-        made = planner.plan(conv, OllieConfig(**QUICK, portable=portable), 10.0)
+        made = planner.plan(conv, OllieConfig(**QUICK, portable=portable), 10.0, backend.CONTEXT)
         assert ({candidate.program.kernels for candidate in made.candidates} == {"aten"}) == portable
 
 

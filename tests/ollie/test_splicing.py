@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ollie_compile import rules
+from ollie_compile import backend, rules
 from ollie_compile.config import OllieConfig
 from ollie_compile.graph.derivation_pass import DerivationPass
 from ollie_compile.graph.splicing import NOT_SPLICED
@@ -107,7 +107,7 @@ def test_heads_that_are_merged_are_no_windows():
 
 def test_rules_of_users_have_no_identity_for_caches(monkeypatch):
     monkeypatch.setattr(rules, "EXPLORATIVE", dict(rules.EXPLORATIVE))
-    derivation = DerivationPass(OllieConfig(), Report(), [])
+    derivation = DerivationPass(OllieConfig(), Report(), backend.CONTEXT, [])
     assert derivation.uuid() is not None
     rules.register("mine", lambda scope: iter(()))
     assert derivation.uuid() is None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import store
+from ollie_compile import backend, store
 from ollie_compile.cli import main
 from ollie_compile.config import OllieConfig
 from ollie_compile.plan import planner, saved
@@ -24,9 +24,9 @@ MODEL = OllieConfig(tune="model", margin=0.0)
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OLLIE_CACHE_DIR", str(tmp_path / "plans"))
-    planner.reset()
+    backend.CONTEXT.reset()
     yield tmp_path / "plans"
-    planner.reset()
+    backend.CONTEXT.reset()
 
 
 def conv(**options):
@@ -34,8 +34,8 @@ def conv(**options):
 
 
 def planned(budget_s=60.0):
-    planner.reset()
-    return planner.plan(conv(), MODEL, budget_s)
+    backend.CONTEXT.reset()
+    return planner.plan(conv(), MODEL, budget_s, backend.CONTEXT)
 
 
 @pytest.fixture
@@ -69,17 +69,17 @@ def test_a_kept_plan_is_the_plan(folder, low_bounds, no_search):
 def test_plans_of_gradients_are_kept(folder, low_bounds, no_search):
     forward = conv()
     wanted = Gradient(forward=forward, of="input", gradient=forward.output, result=forward.input)
-    made = planner.plan(wanted, MODEL, 60.0)
-    planner.reset()
+    made = planner.plan(wanted, MODEL, 60.0, backend.CONTEXT)
+    backend.CONTEXT.reset()
     no_search()
-    assert planner.plan(wanted, MODEL, 60.0).winner.program == made.winner.program
+    assert planner.plan(wanted, MODEL, 60.0, backend.CONTEXT).winner.program == made.winner.program
 
 
 def test_a_warm_start_neither_searches_nor_measures(folder, fresh, uncompiled, monkeypatch, no_search):
     net, x = nn.Conv2d(4, 2, 3, padding=1).eval(), torch.randn(1, 4, 6, 6)
     first = ollie_compile.explain(net, x, margin=0.0, candidates=1)
     no_search()
-    planner.reset()
+    backend.CONTEXT.reset()
     monkeypatch.setattr(
         "ollie_compile.measure.timing.measure", lambda *_: pytest.fail("something is measured")
     )
@@ -216,7 +216,9 @@ def test_plans_are_exported_and_imported(folder, low_bounds, no_search, capsys, 
     exported = json.loads(file.read_text())
     ((name, entry),) = exported["plans"].items()
     wrong = json.loads(json.dumps(entry))
-    wrong["winner"]["expression"] = entry["winner"]["expression"].replace("K[f, c, r1, r2]", "K[f, c, r2, r1]")
+    wrong["winner"]["expression"] = entry["winner"]["expression"].replace(
+        "K[f, c, r1, r2]", "K[f, c, r2, r1]"
+    )
     others = {f"plan-{'1' * 64}": wrong, f"plan-{'2' * 64}": {"winner": 3}, "../x": entry}
     exported["plans"] = {name: entry, **others}
     file.write_text(json.dumps(exported))

@@ -9,7 +9,7 @@ from torch import nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ollie_compile import OllieConfig, Report
+from ollie_compile import OllieConfig, Report, backend
 from ollie_compile.expr import Read
 from ollie_compile.graph.derivation_pass import DerivationPass
 
@@ -24,7 +24,7 @@ def _fewest_products(monkeypatch):
         return 1e-12 * sum(1 for scope in program.scope.scopes() if scope.is_contraction)
 
     monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", bound)
-    monkeypatch.setattr("ollie_compile.plan.planner._plans", {})
+    monkeypatch.setattr(backend.CONTEXT, "plans", {})
 
 
 def derive(module, *inputs, mode="fake", **options):
@@ -39,7 +39,7 @@ def derive(module, *inputs, mode="fake", **options):
     traced = make_fx(call, tracing_mode=mode, decomposition_table=select_decomp_table())(values, *inputs)
     traced.graph.eliminate_dead_code()  # as AOTAutograd does
     report = Report()
-    DerivationPass(OllieConfig(**QUICK | options), report, [])(traced.graph)
+    DerivationPass(OllieConfig(**QUICK | options), report, backend.CONTEXT, [])(traced.graph)
     traced.graph.lint()
     traced.recompile()
     return report, traced.graph, traced(values, *inputs), module(*inputs)
@@ -245,7 +245,7 @@ def test_quantized_tensors_stay():
     conv.meta["val"] = torch.randn(1, 3, 6, 6)
     graph.output(conv)
     report = Report()
-    DerivationPass(OllieConfig(**QUICK), report, [])(graph)
+    DerivationPass(OllieConfig(**QUICK), report, backend.CONTEXT, [])(graph)
     assert report.untouched == [("convolution_default", "dtypes torch.float32 and torch.qint8")]
 
 
@@ -309,7 +309,7 @@ def test_a_fault_in_finding_leaves_the_graph(monkeypatch):
 
 
 def test_a_wrong_candidate_comes_with_a_reproducer(monkeypatch, caplog, capsys):
-    from ollie_compile.plan import choice
+    from ollie_compile.plan import preparing
 
     def search(expression, **limits):
         found = plan_search(expression, **limits)
@@ -319,8 +319,8 @@ def test_a_wrong_candidate_comes_with_a_reproducer(monkeypatch, caplog, capsys):
         found.derivations = [replace(derivation, scope=moved)]
         return found
 
-    plan_search = choice.search
-    monkeypatch.setattr(choice, "search", search)
+    plan_search = preparing.search
+    monkeypatch.setattr(preparing, "search", search)
     with caplog.at_level(logging.ERROR):
         report, _, got, want = derive(Attention(), torch.randn(2, 3, 24))
     assert report.rewritten == 0

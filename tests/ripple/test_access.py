@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ripple_loader.access import cheapest, fixed_gap, plan_reads, waves
-from ripple_loader.drive import DriveModel
+from ripple_loader.storage.collapse import cheapest, fixed_gap, plan_reads, waves
+from ripple_loader.storage.drive import DriveModel
 
 PLACES = st.lists(st.integers(0, 300), min_size=1, max_size=80, unique=True).map(
     lambda places: np.array(sorted(places), np.int64)
