@@ -14,20 +14,21 @@ app = typer.Typer(no_args_is_help=True, help="The plans kept on disk: show, expo
 def show() -> None:
     """List the plans: operator, times, and whether they are for this device and version."""
     from ollie_compile import store
-    from ollie_compile.plan import saved
+    from ollie_compile.plan import entries, saved
 
     base = store.folder()
     if base is None:
         typer.echo(f"The cache is switched off: {store.FOLDER} is empty.")
         return
     count = 0
-    for _, entry in store.entries("plan"):
+    for name, entry in store.entries("plan"):
+        try:
+            line = entries.summary(entry)
+        except ValueError as error:
+            typer.echo(f"ignored {name[:16]}: {error}", err=True)
+            continue
         count += 1
-        winner = entry["winner"]
-        times = [f"{s * 1e3:.3f} ms" for s in (entry["original_s"], winner and winner["measured_s"]) if s]
-        chosen = "original kept" if winner is None else " > ".join(rules[0] for rules, _ in winner["steps"])
-        place = "" if saved.here(entry) else ", of another device or version"
-        typer.echo(f"{entry['operator']}: {' -> '.join(times)}: {chosen or 'as lifted'}{place}")
+        typer.echo(line + ("" if saved.here(entry) else ", of another device or version"))
     typer.echo(f"{count} plans in {base}")
 
 

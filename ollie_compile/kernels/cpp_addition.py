@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ollie_compile.compat import load_cpp
-from ollie_compile.kernels.cpp_transform import VECTORS, Numbers, int64s
+from ollie_compile.kernels.arguments import Numbers
+from ollie_compile.kernels.cpp_transform import VECTORS, int64s
 
 _ADDITION = """
 #include <cstring>

@@ -13,14 +13,15 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ollie_compile.compat import load_cpp
-from ollie_compile.kernels.cpp_transform import VECTORS, Numbers, int64s, tile_source
+from ollie_compile.kernels.arguments import Form, Matrices, Numbers, check_bilinear
+from ollie_compile.kernels.cpp_transform import VECTORS, int64s, tile_source
 
 PANEL = 16  # features that lie side by side in packed weights
 CACHED = 1 << 17  # elements of transformed data that a block of tiles keeps in a core's second cache
@@ -201,8 +202,6 @@ extern "C" void bilinear(const float* x, const float* u, float* y, int64_t dims,
 }
 """
 
-Matrices = tuple[tuple[tuple[float, ...], ...], ...]
-
 
 def packed(weight: Tensor) -> Tensor:
     """Weights in the order in which the kernel reads them.
@@ -236,11 +235,29 @@ def _library(data: Matrices, result: Matrices) -> Any:
 
 
 def matrices(text: str) -> tuple[Matrices, Matrices]:
-    """Those of the data and of the result, from JSON."""
-    data, result = (
-        tuple(tuple(tuple(map(float, row)) for row in matrix) for matrix in side) for side in json.loads(text)
-    )
+    """Those of the data and of the result, from JSON.
+
+    Raises:
+        ValueError: the text does not hold two lists of matrices.
+    """
+    try:
+        data, result = (
+            tuple(tuple(tuple(map(float, row)) for row in matrix) for matrix in side)
+            for side in json.loads(text)
+        )
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(
+            "torch.ops.ollie.bilinear: `matrices` must be those of the data and of the result as JSON, "
+            f"got {text[:40]!r}: write [[A, B], [C, D]]."
+        ) from None
     return data, result
+
+
+@functools.lru_cache(maxsize=4096)
+def check(form: Form, elements: int, weight: Numbers, size: Numbers) -> None:
+    """Whether the kernel reads and writes inside of its tensors only; as `arguments.check_bilinear`."""
+    data, result = matrices(form.text)
+    check_bilinear(form, data, result, elements, weight, size, PANEL)
 
 
 def _block(tiles: int, planes: int, contracted: int, features: int) -> int:
@@ -255,22 +272,6 @@ def _block(tiles: int, planes: int, contracted: int, features: int) -> int:
         return blocks * (planes * contracted * features + again)
 
     return min(range(ROWS, min(MOST, tiles + ROWS), ROWS), key=moved)
-
-
-class Form(NamedTuple):
-    """What `kernels.bilinear` takes beside its tensors and the result's size, `matrices` as `text`."""
-
-    apart: int
-    tiles: Numbers
-    stride: Numbers
-    out_stride: Numbers
-    offset: int
-    reads: Numbers
-    writes: Numbers
-    channels: Numbers
-    channel_stride: Numbers
-    features: int
-    text: str
 
 
 @functools.lru_cache(maxsize=4096)
@@ -301,10 +302,9 @@ def _prepared(form: Form, threads: int) -> Callable[[int, int, int], object]:
 
 
 def bilinear(x: Tensor, weight: Tensor, size: Sequence[int], form: Form) -> Tensor:
-    """`kernels.bilinear` for contiguous float32 tensors of a CPU."""
+    """`kernels.bilinear` for contiguous float32 tensors of a CPU and what `check` has let pass."""
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    assert form.channel_stride[-1] == 1
     out = x.new_empty(size)
     if out.numel():
         call = _prepared(form, torch.get_num_threads())

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ollie_compile.compat import load_cpp
-
-Numbers = tuple[int, ...]
+from ollie_compile.kernels.arguments import Matrices, Numbers
 
 VECTORS = """
 #include <cstdint>
@@ -101,9 +100,6 @@ def int64s(given: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(given))(*given)
 
 
-Matrices = tuple[tuple[tuple[float, ...], ...], ...]
-
-
 @functools.lru_cache(maxsize=64)
 def _library(matrices: Matrices) -> Any:
     return load_cpp(VECTORS + tile_source("tile", matrices) + _TRANSFORM)
@@ -158,9 +154,8 @@ def transform(
     values: Sequence[float],
     columns: Sequence[int],
 ) -> Tensor:
-    """`kernels.transform` for contiguous float32 tensors of a CPU, along whose last dimension it runs."""
+    """`kernels.transform` for contiguous float32 tensors of a CPU and what `check_transform` has let pass."""
     assert x.is_contiguous()
-    assert stride[-1] == 1
     out = x.new_empty(size)
     if out.numel():
         call = _prepared(

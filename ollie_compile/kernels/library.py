@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ollie_compile import compat
+from ollie_compile.kernels import arguments
 
 # Not a custom_op, whose calls take tens of microseconds.
 _library = torch.library.Library("ollie", "FRAGMENT")
@@ -35,6 +36,7 @@ def _selective_add(
     Returns:
         [batch, channels, *size] in the dtype of `x`.
     """
+    arguments.check_selective_add(x, size, stride, offset, step)
     if x.device.type == "cuda":
         from ollie_compile.kernels import triton_kernels
 
@@ -78,6 +80,7 @@ def banded_scores(a: Tensor, b: Tensor, places: int, dilation: int, offset: int)
     Returns:
         [batch, length, places] in their dtype.
     """
+    arguments.check_banded(a, b, dilation, features=True)
     wide = a.dtype if a.dtype == torch.float64 else torch.float32
     window = _window(b.to(wide), a.shape[1], places, dilation, offset)
     return torch.einsum("nmk,nmwk->nmw", a.to(wide), window).to(a.dtype)
@@ -93,6 +96,7 @@ def banded_values(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
     Returns:
         [batch, length, features] in their dtype.
     """
+    arguments.check_banded(a, b, dilation, features=False)
     wide = a.dtype if a.dtype == torch.float64 else torch.float32
     window = _window(b.to(wide), a.shape[1], a.shape[2], dilation, offset)
     return torch.einsum("nmw,nmwk->nmk", a.to(wide), window).to(a.dtype)
@@ -131,6 +135,7 @@ def _(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
 def _(a: Tensor, b: Tensor, places: int, dilation: int, offset: int) -> Tensor:
     from ollie_compile.kernels import triton_kernels
 
+    arguments.check_banded(a, b, dilation, features=True)
     return triton_kernels.banded_scores(a, b, places, dilation, offset)
 
 
@@ -138,6 +143,7 @@ def _(a: Tensor, b: Tensor, places: int, dilation: int, offset: int) -> Tensor:
 def _(a: Tensor, b: Tensor, dilation: int, offset: int) -> Tensor:
     from ollie_compile.kernels import triton_kernels
 
+    arguments.check_banded(a, b, dilation, features=False)
     return triton_kernels.banded_values(a, b, dilation, offset)
 
 
@@ -171,6 +177,8 @@ def _transform(
     from ollie_compile.kernels import cpp_transform
 
     x = x.contiguous()
+    layout, windows = (tuple(size), tuple(stride), offset), (tuple(places), tuple(steps))
+    arguments.check_transform(x.numel(), *layout, *windows, tuple(values), tuple(columns))
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return cpp_transform.transform(x, size, stride, offset, places, steps, values, columns)
     loops = [at for at in range(len(size)) if at not in places]
@@ -244,7 +252,7 @@ def _bilinear(
 
     x, weight = x.contiguous(), weight.contiguous()
     plain = x.device.type == "cpu" and x.dtype == torch.float32
-    form = cpp_bilinear.Form(
+    form = arguments.Form(
         apart,
         tuple(tiles),
         tuple(stride),
@@ -257,6 +265,12 @@ def _bilinear(
         features,
         matrices,
     )
+    if (weight.dtype, weight.device) != (x.dtype, x.device):
+        given = f"{weight.dtype} on {weight.device}"
+        raise ValueError(
+            f"torch.ops.ollie.bilinear: `weight` must be {x.dtype} on {x.device}, got {given}: move it there."
+        )
+    cpp_bilinear.check(form, x.numel(), tuple(weight.shape), tuple(size))
     call = cpp_bilinear.bilinear if plain else cpp_bilinear.reference
     return call(x, weight, size, form)
 
@@ -277,6 +291,7 @@ def _(x: Tensor, weight: Tensor, size: list[int], *_others: object) -> Tensor:
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b + bias by oneDNN, in float32 on a CPU; any strides."""
+    arguments.check_product(a, b, bias)
     return compat.onednn_product(a, b, bias)
 
 

@@ -17,7 +17,7 @@ from ollie_compile.measure.machine import Machine
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate, Plan
 from ollie_compile.plan.checks import check_notation
 from ollie_compile.plan.placing import LATER, add_kernels, as_function, constant_inputs, memory_layouts
-from ollie_compile.problems.operators import Subprogram
+from ollie_compile.problems.operators import Subprogram, largest_allowed
 from ollie_compile.search.expansion import work
 from ollie_compile.search.hybrid import search
 from ollie_compile.targets.target import CONVOLVED
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL_S, TIMED = 0.02, 0.2  # seconds in which an original is timed, and of the time for preparing at most
 SEARCHED, BOUNDED = 0.5, 0.8  # shares of the time for preparing after which no search, no bound begins
-MAX_MEMORY = 16  # largest intermediate tensor over the operator's own tensors, in elements
 MAX_BOUNDED = 48  # candidates of one operator whose cost is bounded, those with the least work first
 KERNELS_S = 1.0  # seconds that building C++ kernels takes which this process has not built yet
 CALLED = 2  # times the programs to be compiled are timed as they are called
@@ -82,10 +81,8 @@ def prepare(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) 
 def _bound(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) -> None:
     """Bound every candidate's time, reject what cannot win, and sort by the bound."""
     operator = plan.operator
-    layouts = (*operator.inputs.values(), *operator.outputs)
-    most_elements = MAX_MEMORY * sum(math.prod(layout.shape) for layout in layouts)
     assert plan.original_s is not None
-    limit_s = plan.original_s * (1 - config.margin)
+    limit_s, most_elements = plan.original_s * (1 - config.margin), largest_allowed(operator)
     plan.candidates.sort(key=lambda candidate: work(candidate.program.scope))
     for place, candidate in enumerate(plan.candidates):
         program = candidate.program

@@ -180,9 +180,20 @@ class Dynamic:
         """Let a program be what it was for all sizes in an earlier process.
 
         Raises:
-            ValueError: that is not what torch computes at the smallest sizes.
+            ValueError: the calls need more memory than planning allows, at the smallest sizes, above them or
+                at those of the compilation; or they do not give what torch computes.
         """
-        wrong = self._wrong(program, calls, self.lows)
+        above = tuple(low + degree + 1 for low, degree in zip(self.lows, self._degrees, strict=True))
+        for sizes in (self.lows, above, self.hints):
+            operator = self.at(sizes)
+            with FakeTensorMode():
+                values = calls.values(sizes, *_shadows(operator, program))
+            largest = max(value.numel() for value in values if isinstance(value, Tensor))
+            if largest > (most := operators.largest_allowed(operator)):
+                raise ValueError(
+                    f"its tensors must have {most} elements at most at sizes {sizes}, got {largest}"
+                )
+        wrong = self._wrong(program, calls, self.lows) or self._wrong(program, calls, above)
         if wrong is not None:
             raise ValueError(wrong)
         self.found[program] = calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
@@ -96,6 +97,15 @@ class Operator(Protocol):
 
     def refused(self, program: Program, config: OllieConfig) -> str | None:
         """Why a program that is right does not serve, or None."""
+
+
+MAX_GROWTH = 16  # of the largest intermediate over the operator's own tensors; more may not fit in memory
+
+
+def largest_allowed(operator: Operator) -> int:
+    """Elements that the largest tensor of a program of this operator may have."""
+    layouts = (*operator.inputs.values(), *operator.outputs)
+    return MAX_GROWTH * sum(math.prod(layout.shape) for layout in layouts)
 
 
 def examples(operator: Operator, dtype: torch.dtype | None) -> tuple[Tensor, ...]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ollie_compile.compat import FakeTensorMode, TorchDispatchMode, has_effects, pytree
+from ollie_compile.compat import FakeTensorMode, TorchDispatchMode, pytree
+from ollie_compile.lower.emitted import EMITTED, relaid
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +57,25 @@ class Calls:
 
     def __call__(self, sizes: Sequence[Any], *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run on tensors whose shapes have these sizes."""
+        values = self.values(sizes, *inputs)
+        return tuple(values[number] for number in self.results)
+
+    def values(self, sizes: Sequence[Any], *inputs: Tensor) -> list[Any]:
+        """The inputs, and what each call gives, when run on tensors whose shapes have these sizes."""
         values: list[Any] = list(inputs)
         for call in self.calls:
             leaves = [_filled(leaf, values, sizes) for leaf in call.leaves]
             arguments, named = pytree.tree_unflatten(leaves, call.structure)
-            values += pytree.tree_leaves(call.target(*arguments, **named))
-        return tuple(values[number] for number in self.results)
+            target = relaid if call.target is torch.ops.aten.as_strided.default else call.target
+            values += pytree.tree_leaves(target(*arguments, **named))
+        return values
 
     def plain(self) -> dict[str, Any]:
-        """The calls as plain data, which `of` reads."""
-        calls = [
-            [str(call.target), list(map(_plain, call.leaves)), pytree.treespec_dumps(call.structure)]
-            for call in self.calls
-        ]
+        """The calls as plain data, which `of` reads: for each the operator's name and its arguments."""
+        calls = []
+        for call in self.calls:
+            arguments, named = pytree.tree_unflatten(call.leaves, call.structure)
+            calls.append([str(call.target), _plain(arguments), _plain(named)])
         return {"inputs": self.inputs, "calls": calls, "results": list(self.results)}
 
     @classmethod
@@ -76,14 +83,17 @@ class Calls:
         """The calls that `plain` gave.
 
         Raises:
-            ValueError: what is called is no operator of torch without effects.
-            KeyError, TypeError, AttributeError: it is something else.
+            ValueError: the data is something else, or calls an operator that lowering does not emit.
         """
-        calls = [
-            Call(_target(name), tuple(map(_leaf_of, leaves)), pytree.treespec_loads(structure))
-            for name, leaves, structure in plain["calls"]
-        ]
-        return cls(int(plain["inputs"]), tuple(calls), tuple(plain["results"]))
+        calls, count = [], _count(plain["inputs"])
+        for name, arguments, named in plain["calls"]:
+            if not isinstance(name, str) or name not in EMITTED:
+                raise ValueError(f"its calls must be of operators that lowering emits, got {name!r:.40}")
+            if not isinstance(arguments, list) or not isinstance(named, dict):
+                raise ValueError(f"the arguments of {name} must be a list and a mapping")
+            leaves, structure = pytree.tree_flatten((tuple(map(_of, arguments)), _named(named)))
+            calls.append(Call(EMITTED[name], tuple(leaves), structure))
+        return cls(count, tuple(calls), tuple(map(_count, plain["results"])))
 
     @property
     def numbers(self) -> list[int]:
@@ -100,37 +110,80 @@ class Calls:
         return self.inputs, calls, self.results
 
 
-def _plain(leaf: Any) -> Any:
-    """A leaf as JSON has it, and what JSON has not as an object of its own."""
-    if isinstance(leaf, Value):
-        return {"value": leaf.number}
-    if isinstance(leaf, Polynomial):
-        return {"terms": leaf.terms}
-    if isinstance(leaf, torch.device):
-        return {"device": str(leaf)}
-    if isinstance(leaf, (torch.dtype, torch.memory_format, torch.layout)):
-        return {"torch": str(leaf).removeprefix("torch.")}
-    return leaf
+def _plain(argument: Any) -> Any:
+    """An argument as JSON has it, and what JSON has not as a mapping of its kind to its value."""
+    if isinstance(argument, (list, tuple)):
+        return list(map(_plain, argument))
+    if isinstance(argument, dict):
+        return {name: _plain(value) for name, value in argument.items()}
+    if isinstance(argument, Value):
+        return {"value": argument.number}
+    if isinstance(argument, Polynomial):
+        return {"terms": argument.terms}
+    if isinstance(argument, torch.device):
+        return {"device": str(argument)}
+    if isinstance(argument, (torch.dtype, torch.memory_format, torch.layout)):
+        return {"torch": str(argument)}
+    return argument
 
 
-def _leaf_of(plain: Any) -> Any:
-    if not isinstance(plain, dict):
+def _of(plain: Any) -> Any:
+    """The argument that `_plain` gave.
+
+    Raises:
+        ValueError: it gives nothing of this form.
+    """
+    if isinstance(plain, list):
+        return list(map(_of, plain))
+    if isinstance(plain, dict) and len(plain) == 1:
+        ((kind, value),) = plain.items()
+        if kind == "value":
+            return Value(_count(value))
+        if kind == "terms" and isinstance(value, list):
+            return Polynomial(tuple(map(_term, value)))
+        if kind == "device" and value in ("cpu", "cuda", "cuda:0"):
+            return torch.device(value)
+        if kind == "torch" and isinstance(value, str) and value in _OF_TORCH:
+            return _OF_TORCH[value]
+    elif plain is None or isinstance(plain, str) or _is_small(plain):
         return plain
-    ((kind, value),) = plain.items()
-    if kind == "value":
-        return Value(value)
-    if kind == "terms":
-        return Polynomial(tuple((number, tuple(exponents)) for number, exponents in value))
-    return torch.device(value) if kind == "device" else getattr(torch, value)
+    raise ValueError(f"an argument must be a number, a text, a tensor or a list of these, got {plain!r:.40}")
 
 
-def _target(name: str) -> Any:
-    library, operator, overload = name.split(".")
-    if library in ("aten", "ollie", "prim"):
-        found = getattr(getattr(getattr(torch.ops, library), operator), overload)
-        if not has_effects(found):
-            return found
-    raise ValueError(f"it calls {name}")
+def _is_small(plain: Any) -> bool:
+    """Whether it is a number, or true or false; a NaN is not."""
+    return isinstance(plain, (int, float)) and abs(plain) <= _LARGEST
+
+
+def _named(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _of(value) for name, value in plain.items()}
+
+
+def _term(plain: Any) -> tuple[int, tuple[int, ...]]:
+    coefficient, exponents = plain
+    if not _is_number(coefficient) or abs(coefficient) > _LARGEST:
+        raise ValueError(f"a coefficient must be a whole number, got {coefficient!r:.40}")
+    powers = tuple(map(_count, exponents))
+    if any(power > _HIGHEST for power in powers):
+        raise ValueError(f"an exponent must be {_HIGHEST} or less, got {max(powers)}")
+    return coefficient, powers
+
+
+def _count(plain: Any) -> int:
+    if not _is_number(plain) or not 0 <= plain <= _LARGEST:
+        raise ValueError(f"a count must be a whole number, 0 or more, got {plain!r:.40}")
+    return int(plain)
+
+
+_LARGEST, _HIGHEST = 2**40, 8  # of a number, and of an exponent
+_OF_TORCH = {
+    str(one): one
+    for one in (
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d),
+        torch.strided,
+    )
+}
 
 
 def _is_number(leaf: Any) -> bool:
@@ -164,18 +217,30 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         named = kwargs or {}
         result = target(*args, **named)
-        leaves, structure = pytree.tree_flatten((args, named))
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return result  # a question about a tensor, such as its device
+        if EMITTED.get(str(target)) is not target:
+            raise ValueError(f"{target} is no operator that lowering emits")
+        leaves, structure = pytree.tree_flatten((tuple(map(_listed, args)), named))
         leaves = [Value(self.number(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.keep(pytree.tree_leaves(result))
         self.calls.append(Call(target, tuple(leaves), structure))
         return result
 
 
+def _listed(argument: Any) -> Any:
+    """The argument with lists in the place of tuples, which JSON does not tell from them."""
+    return list(map(_listed, argument)) if isinstance(argument, (list, tuple)) else argument
+
+
 def record(function: Callable[..., Any], inputs: Callable[[], Sequence[Tensor]]) -> Calls:
-    """What a function calls on tensors without values.
+    """What a lowered program calls on tensors without values.
 
     Args:
         inputs: makes the tensors, where they get none.
+
+    Raises:
+        ValueError: it calls an operator that is missing in `EMITTED`.
     """
     with FakeTensorMode():
         made = inputs()

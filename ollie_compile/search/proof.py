@@ -56,11 +56,27 @@ def check_derivation(original: Scope, derived: Scope, *, points: int = POINTS, s
 
 def sample_points(generator: np.random.Generator, scope: Scope, count: int, terms: int) -> np.ndarray:
     """Up to `count` random points of a box, fewer where each sums many terms, and some corners."""
-    count = max(FEWEST_POINTS, min(count, MOST_TERMS // terms))
+    count = _affordable(count, terms)
     box = np.array(scope.box, dtype=np.int64)
     inside = generator.integers(box[:, 0], box[:, 1], size=(count, len(box)))
     corners = np.where(generator.random((count // 4, len(box))) < 0.5, box[:, 0], box[:, 1] - 1)
     return np.concatenate([inside, corners])
+
+
+def _affordable(count: int, terms: int) -> int:
+    return max(FEWEST_POINTS, min(count, MOST_TERMS // terms))
+
+
+def values_needed(scope: Scope, points: int | None = None) -> int:
+    """About how many values a check of a derivation computes for an expression.
+
+    Args:
+        points: at which it is evaluated; None is as many as in `check_derivation`.
+    """
+    if points is None:
+        points = 2 * _affordable(POINTS, terms_summed(scope))
+    terms = min(points, math.prod(scope.shape)) * math.prod(loop.extent for loop in scope.summation)
+    return terms + sum(values_needed(inner, terms) for inner in scope.below())
 
 
 def difference(got: np.ndarray, want: np.ndarray, at: np.ndarray) -> str | None:

@@ -11,7 +11,7 @@ from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Affine, Input, parse
 from ollie_compile.lower.layouts import is_lowerable, programs
 from ollie_compile.measure.machine import Machine
-from ollie_compile.plan import saved
+from ollie_compile.plan import entries, saved
 from ollie_compile.plan.candidates import Candidate, Plan
 from ollie_compile.plan.checks import check_program
 from ollie_compile.problems.operators import Layout, Subprogram
@@ -120,13 +120,13 @@ def test_a_kernel_computes_what_nothing_else_does(toy_kernel):
 def test_a_kernel_is_written_down_and_read_back(toy_kernel):
     (program,) = programs(sums(), CPU)
     plan = Plan(operator(), 1.0, winner=Candidate(program, Derivation(program.scope)))
-    written = saved.content_of(plan)
+    written = entries.plain(plan)
     assert written["winner"]["kernels"] == "toy"
-    assert saved.plan_of(written, operator()).winner.program == program
+    assert entries.plan(written, operator()).winner.program == program
     assert saved.entry_name(operator(), OllieConfig()) is None  # a user's code may be another next time
     targets.KERNELS.pop()
-    with pytest.raises(ValueError, match="its winner is written as 'rows', 'toy'"):
-        saved.plan_of(written, operator())
+    with pytest.raises(ValueError, match="`kernels` must be a family of kernels, got 'toy'"):
+        entries.plan(written, operator())
 
 
 @pytest.mark.usefixtures("fresh", "always_rewrite", "toy_kernel")

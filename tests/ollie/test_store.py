@@ -94,16 +94,17 @@ def test_a_warm_start_neither_searches_nor_measures(folder, fresh, uncompiled, m
         lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: "\0" * len(text),
+        lambda text: "\udcff" * 9,
         lambda text: "[" * 100_000,
         lambda text: json.dumps({"name": "x", "checksum": "y", "content": {}}),
         lambda text: text.replace("rows", "rowz").replace("columns", "rowz").replace("batched", "rowz"),
     ],
-    ids=["empty", "cut", "zeros", "deep", "foreign", "edited"],
+    ids=["empty", "cut", "zeros", "no text", "deep", "foreign", "edited"],
 )
 def test_a_damaged_entry_is_ignored_aloud(folder, low_bounds, caplog, damage):
     made = planned()
     (path,) = folder.glob("*/plan-*.json")
-    path.write_text(damage(path.read_text()))
+    path.write_text(damage(path.read_text()), "utf-8", "surrogateescape")
     with caplog.at_level(logging.WARNING):
         again = planned()
     assert "is ignored" in caplog.text
@@ -128,6 +129,18 @@ def test_a_plan_cut_by_its_budget_serves_no_larger_one(folder, low_bounds, monke
     saved.save(made, MODEL)
     assert saved.load(conv(), MODEL, 5.0) is not None
     assert saved.load(conv(), MODEL, 50.0) is None
+
+
+def test_folders_are_their_users_alone_and_files_are_on_the_disk_before_they_are_seen(folder, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, n=name, f=real: calls.append(n) or f(*given))
+    store.write("plan-aa", {"a": 1})
+    assert calls == ["fsync", "replace"]
+    for place in (folder, folder / "aa"):
+        assert place.stat().st_mode & 0o777 == 0o700
+    assert (folder / "aa" / "plan-aa.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_killed_writer_leaves_no_entry(folder, low_bounds, monkeypatch):
@@ -203,14 +216,23 @@ def test_plans_are_exported_and_imported(folder, low_bounds, no_search, capsys, 
     exported = json.loads(file.read_text())
     ((name, entry),) = exported["plans"].items()
     wrong = json.loads(json.dumps(entry))
-    wrong["winner"]["expression"] = entry["expression"].replace("+ r1 - 1", "+ r1 - 2")
-    exported["plans"] = {name: entry, "plan-1": wrong, "plan-2": {"winner": 3}, "../x": entry}
+    wrong["winner"]["expression"] = entry["winner"]["expression"].replace(
+        "K[f, c, r1, r2]", "K[f, c, r2, r1]"
+    )
+    others = {f"plan-{'1' * 64}": wrong, f"plan-{'2' * 64}": {"winner": 3}, "../x": entry}
+    exported["plans"] = {name: entry, **others}
     file.write_text(json.dumps(exported))
     _, said = run("import", file)
     assert "1 plans taken, 3 refused" in said.out
     assert "its derivation differs" in said.err
+    assert "it is no plan: it must have the fields operator" in said.err
+    assert "refused '../x': its name must be `plan-` and the hash" in said.err
     no_search()
     assert planned().winner.program == made.winner.program
+    code, said = run("import", file.with_name("missing.json"))
+    assert code == 2
+    assert said.err.startswith("ollie: No such file: ")
+    assert said.err.count("\n") == 1
     file.write_text("{}")
     code, said = run("import", file)
     assert code == 2
