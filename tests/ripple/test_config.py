@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from ripple_loader import ReorderConfig, RippleConfig
 from ripple_loader.config import parse_size
+from ripple_loader.registry import CACHE_POLICIES, PLACEMENTS
 
 
 @settings(deadline=None)
@@ -43,7 +44,7 @@ def test_a_share_needs_a_total():
         ({"queue_depth": 0}, "`queue_depth`"),
         ({"strategy": "fast"}, "one of auto, dense, sparse"),
         ({"io_engine": "magic"}, "one of auto, aio, threads"),
-        ({"cache_policy": "magic"}, "one of linked, lru, s3fifo"),
+        ({"cache_policy": "magic"}, f"one of {CACHE_POLICIES.names()}, got 'magic'"),
         ({"quant_method": "gptq"}, "gptq"),
         ({"dram_bugdet": 1}, "no key 'dram_bugdet'; did you mean dram_budget"),
     ],
@@ -56,7 +57,7 @@ def test_bad_loader_options(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "magic"}, "frequency, identity, linked, random"),
+        ({"placement": "magic"}, f"one of {PLACEMENTS.names()}, got 'magic'"),
         ({"active_share": 0.0}, "`active_share`"),
         ({"tokens": 1.5}, "`tokens`"),
         ({"partners": -1}, "got -1"),

@@ -100,5 +100,7 @@ def test_a_name_can_be_taken_once():
     choices.register("one")(1)
     with pytest.raises(ValueError, match="`option` has a choice 'one' already"):
         choices.register("one")(2)
-    with pytest.raises(ValueError, match="`cache_policy` must be one of linked, lru, s3fifo, got 'clock'"):
+    with pytest.raises(
+        ValueError, match=f"`cache_policy` must be one of {CACHE_POLICIES.names()}, got 'clock'"
+    ):
         RippleConfig(cache_policy="clock")
