@@ -11,9 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Mode = Literal["segments", "detach", "eliminate"]
+Mode = Literal["exact", "segments", "detach", "eliminate"]
 Selector = Literal["auto", "informativeness", "predictor", "norm", "random", "recency"]
 LabelWeights = Literal["all", "kept", "share"]
+Scheme = Literal["auto", "layers", "segments"]
+Boundaries = Literal["memory", "host", "disk"]
+
+
+_CHOICES = {
+    "mode": Mode,
+    "selector": Selector,
+    "label_weights": LabelWeights,
+    "scheme": Scheme,
+    "boundaries": Boundaries,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +73,14 @@ class LemoConfig:
         mlp_score_tokens: tokens of each block, evenly spaced, on which the MLP's informativeness is measured;
             the block's mean is estimated from them. `block_size` measures all of them, at the price of two
             thirds of the MLP's forward.
-        segment_tokens: consecutive tokens that go forward and backward together (`mode="segments"` only).
+        segment_tokens: consecutive tokens that go forward and backward together (exact and segments).
+        scheme: how `mode="exact"` walks backward. "layers": one layer after the other, each run again one
+            segment at a time; the input of every layer is kept. "segments": one segment after the other, each
+            run again through all layers; keys and values of every layer are kept. "auto": the one that is
+            predicted to need less memory.
+        boundaries: where scheme "layers" keeps the inputs of the layers until the backward pass: "memory"
+            (the model's device), "host" (the CPU's memory) or "disk" (unnamed files in the temporary folder,
+            TMPDIR, written and read once each).
         warmup_steps: optimizer steps at the start that run dense.
         ramp_steps: optimizer steps after the warm-up in which the kept share falls from 1 to `keep_ratio`.
         label_weights: what the label that a token predicts weighs in the gradient (the loss value counts all
@@ -100,6 +118,8 @@ class LemoConfig:
     predictor_recall: float = 0.0
     mlp_score_tokens: int = 8
     segment_tokens: int = 512
+    scheme: Scheme = "auto"
+    boundaries: Boundaries = "memory"
     warmup_steps: int = 0
     ramp_steps: int = 0
     label_weights: LabelWeights = "all"
@@ -110,7 +130,7 @@ class LemoConfig:
     fused_kernels: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", Mode), ("selector", Selector), ("label_weights", LabelWeights)):
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in get_args(known):
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}."
@@ -189,7 +209,7 @@ class LemoConfig:
         """The kept share that None stands for."""
         if self.keep_ratio is not None:
             return self.keep_ratio
-        return 1.0 if self.mode == "segments" else 0.5
+        return 1.0 if self.mode in ("exact", "segments") else 0.5
 
     @property
     def resolved_shared_blocks(self) -> bool:
@@ -203,7 +223,7 @@ class LemoConfig:
         """The selector that "auto" stands for."""
         if self.selector != "auto":
             return self.selector
-        return "random" if self.mode == "segments" else "informativeness"
+        return "random" if self.mode in ("exact", "segments") else "informativeness"
 
     @property
     def scores_text(self) -> bool:

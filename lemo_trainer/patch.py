@@ -23,6 +23,7 @@ from lemo_trainer.checkpointing import saving_attention, saving_inputs, saving_m
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.detachment import DetachingLayer
 from lemo_trainer.elimination import EliminatingLayer
+from lemo_trainer.exact.patch import patch_exact
 from lemo_trainer.head import check_head, forward_with_segmented_loss
 from lemo_trainer.kernels.dispatch import backend
 from lemo_trainer.norms import recognised_norms
@@ -62,6 +63,8 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
             f"`save_attention` saves the outputs of SDPA's kernels and needs attn_implementation='sdpa', got "
             f"{implementation!r}; leave it out."
         )
+    if config.mode == "exact":
+        return _apply_exact(parts, config)
     if config.mode == "segments":
         check_segments(parts)
         report = LemoReport(config, model_type, total, tuple(range(total)), None)
@@ -93,6 +96,20 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
                     layer._lemo_norms = recognised_norms(wiring.architecture, layer)
                     report.fused_norms.update(norm.name for norm in layer._lemo_norms.values())
         _patch_causal_lm(parts, report)
+    except BaseException:
+        _undo(report)
+        raise
+    logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
+    return report
+
+
+def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
+    total = len(parts.layers)
+    report = LemoReport(config, parts.model.config.model_type, total, tuple(range(total)), None)
+    if config.loss_segment:
+        check_head(parts)
+    try:
+        patch_exact(parts, report)
     except BaseException:
         _undo(report)
         raise

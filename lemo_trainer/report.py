@@ -45,6 +45,7 @@ class LemoReport:
         kernel_backend: what LeMo's kernels are written in where the model is, "torch" or "triton".
         logits_made: a training batch without `labels` made all its logits, in spite of `loss_segment`: its
             loss is computed outside the model (label smoothing, `compute_loss_func`).
+        mode_notes: what a user should know about how the mode runs on this model.
     """
 
     config: LemoConfig
@@ -61,6 +62,7 @@ class LemoReport:
     fused_norms: Counter[str] = field(default_factory=Counter)
     kernel_backend: str = "torch"
     logits_made: bool = False
+    mode_notes: list[str] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class LemoReport:
     @property
     def kernels(self) -> str:
         """Which of LeMo's own kernels the patched layers call; the rest is the model's own code."""
-        if self.config.mode == "segments":
+        if self.config.mode in ("exact", "segments"):
             return "none"
         parts = [f"in {self.kernel_backend}: rows added in place"]
         if norms := ", ".join(f"{count} {name}" for name, count in sorted(self.fused_norms.items())):
@@ -99,11 +101,11 @@ class LemoReport:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the patched layers and about those that cannot leave tokens out."""
-        return [] if self.wiring is None else self.wiring.notes(self.patched_layers)
+        return self.mode_notes + ([] if self.wiring is None else self.wiring.notes(self.patched_layers))
 
     def __str__(self) -> str:
         text = f"LeMo patched {len(self.patched_layers)} of {self.total_layers} layers"
-        if self.config.mode == "segments":
+        if self.config.mode in ("exact", "segments"):
             text += f": segments of {self.config.segment_tokens} tokens"
         return "; ".join([text, *self.notes])
 

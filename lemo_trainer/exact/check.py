@@ -1,0 +1,91 @@
+"""Which layers can run in segments: tried out on a few tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo_trainer.architectures import ARCHITECTURES, REFUSED, CausalLM, is_whole
+from lemo_trainer.exact.layer import LayerCall, Segment, segments_of
+from lemo_trainer.informativeness import without_dropout
+from lemo_trainer.probe import CACHES, TOKENS, dry_options, idle_layers
+
+SEGMENT = 3  # of the 8 tokens: two whole segments and a shorter one
+_STATE = "their state is more than keys and values of attention"
+
+
+def uncut_layers(parts: CausalLM) -> dict[int, str]:
+    """The layers that must run over a whole sequence at a time, by index, and why.
+
+    Every kind of layer is run on eight tokens in segments and whole, with and without padding. Where the
+    weights are not whole (on the meta device, sharded), the table of known architectures decides.
+
+    Raises:
+        ValueError: the layers do not turn hidden states into hidden states.
+    """
+    model_type = parts.model.config.model_type
+    indices = range(len(parts.layers))
+    if model_type in REFUSED:
+        return dict.fromkeys(indices, REFUSED[model_type])
+    if not all(map(is_whole, parts.model.parameters())):
+        reason = f"the layers of {model_type} cannot be tried out with weights that are not whole"
+        return {} if model_type in ARCHITECTURES else dict.fromkeys(indices, reason)
+    found: dict[str, bool] = {}
+    for padded in (False, True):
+        calls = _calls(parts, padded)
+        for layer, (x_BSD, arguments) in zip(parts.layers, calls, strict=True):
+            kind = f"{layer} {_kind(arguments)}"
+            if found.get(kind, True):
+                found[kind] = _runs_in_segments(layer, x_BSD, arguments)
+        kinds = [f"{layer} {_kind(arguments)}" for layer, (_, arguments) in zip(parts.layers, calls, strict=True)]
+    return {index: _STATE for index, kind in zip(indices, kinds, strict=True) if not found[kind]}
+
+
+def _kind(arguments: dict[str, Any]) -> str:
+    return ",".join(sorted(name for name, value in arguments.items() if value is not None))
+
+
+def _calls(parts: CausalLM, padded: bool) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The arguments of each layer for eight tokens."""
+    model = parts.model
+    tokens = torch.arange(1, TOKENS + 1, device=model.get_input_embeddings().weight.device).expand(2, -1)
+    inputs = {"input_ids": tokens}
+    if padded:
+        inputs["attention_mask"] = torch.ones_like(tokens)
+        inputs["attention_mask"][1, :2] = 0
+    try:
+        with torch.no_grad(), without_dropout(model), idle_layers(parts.layers) as calls:
+            model(**inputs, **dry_options(model))
+        assert len(calls) == len(parts.layers), f"{len(calls)} of {len(parts.layers)} layers were called"
+    except Exception as error:
+        raise ValueError(
+            f'mode="exact" needs layers that turn hidden states into hidden states; {type(model).__name__} '
+            f"(config.model_type {model.config.model_type!r}) fails when they hand their input on unchanged: "
+            f"{error}"
+        ) from error
+    return calls
+
+
+@torch.no_grad()
+def _runs_in_segments(layer: Any, like_BSD: Tensor, arguments: dict[str, Any]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x_BSD = torch.randn(like_BSD.shape, generator=generator).to(like_BSD)
+    arguments = {name: value for name, value in arguments.items() if name not in CACHES}
+    with without_dropout(layer):
+        wanted = LayerCall(layer, type(layer).forward, arguments, TOKENS)(x_BSD, Segment(0, TOKENS, TOKENS))
+        if not isinstance(wanted, Tensor):
+            raise ValueError(
+                f'mode="exact" needs layers that return hidden states, got {type(wanted).__name__} from '
+                f"{type(layer).__name__}."
+            )
+        call = LayerCall(layer, type(layer).forward, arguments, TOKENS)
+        try:
+            got = [call(segment.of(x_BSD), segment) for segment in segments_of(TOKENS, SEGMENT)]
+        except Exception:  # a layer that cannot be called so runs over the whole sequence
+            return False
+        if not call.attention.buffers:
+            return False
+    tolerance = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 3e-2
+    return torch.allclose(torch.cat(got, 1), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))

@@ -1,0 +1,134 @@
+"""Exact mode on a model's layers, and off again.
+
+A patched module becomes an instance of a subclass of its own class, with the same name. It runs the model's
+own code unless a training forward pass records gradients and fills no cache. Copies and pickles of it are
+of its own class: unpatched, and complete.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lemo_trainer.architectures import CausalLM
+from lemo_trainer.exact.mode import ExactMode
+from lemo_trainer.head import forward_with_segmented_loss
+from lemo_trainer.report import LemoReport
+
+_OURS = "_lemo"  # what the names of all our attributes begin with
+
+
+def patch_exact(parts: CausalLM, report: LemoReport) -> None:
+    """Let training forward passes of `parts` run in exact mode; `report.undo` takes it off again.
+
+    Raises:
+        ValueError: the layers cannot run so, by what they are or by the scheme asked for.
+    """
+    mode = ExactMode.of(parts, report.config)
+    report.mode_notes = mode.notes
+    for index, layer in enumerate(parts.layers):
+        _swap_class(layer, _exact_layer(type(layer)), report, _lemo_mode=mode, _lemo_index=index)
+    decoder = parts.model.base_model
+    if decoder is not parts.model:
+        _patch_forward(decoder, _without_cache, report)
+    _patch_forward(parts.model, functools.partial(_with_segmented_loss, parts, report), report)
+
+
+def _swap_class(module: Any, patched: type[nn.Module], report: LemoReport, **attributes: Any) -> None:
+    original = module.__class__
+    vars(module).update(attributes)
+    module.__class__ = patched
+
+    def undo() -> None:
+        module.__class__ = original
+        for name in attributes:
+            del vars(module)[name]
+
+    report.undo.append(undo)
+
+
+def _own_copies(original: type[nn.Module]) -> dict[str, Any]:
+    """What makes copies and pickles of a patched module instances of `original`."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        make, (_, *arguments), state, *rest = original.__reduce_ex__(self, protocol)
+        state = {name: value for name, value in state.items() if not name.startswith(_OURS)}
+        if "_lemo_own_forward" in vars(self):
+            del state["forward"]
+            if self._lemo_own_forward is not None:
+                state["forward"] = self._lemo_own_forward
+        return (make, (original, *arguments), state, *rest)
+
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return {"__reduce_ex__": reduce, **names}
+
+
+@functools.cache
+def _exact_layer(original: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mode: ExactMode = self._lemo_mode
+        return mode.run_layer(self._lemo_index, self, original.forward, args, kwargs)
+
+    def remember(self: nn.Module, value: bool) -> None:
+        vars(self)["gradient_checkpointing"] = value
+
+    hidden = property(lambda self: False, remember)  # transformers would checkpoint the walk once more
+    namespace = {"forward": forward, "gradient_checkpointing": hidden, **_own_copies(original)}
+    return type(original.__name__, (original,), namespace)
+
+
+@functools.cache
+def _copied_clean(original: type[nn.Module]) -> type[nn.Module]:
+    return type(original.__name__, (original,), _own_copies(original))
+
+
+def _patch_forward(module: Any, patched: Callable[..., Any], report: LemoReport) -> None:
+    """Let `patched(forward, ...)` run training forward passes that record gradients, without a cache."""
+    own_forward = vars(module).get("forward")  # accelerate's mixed precision puts one there
+    forward = module.forward
+    signature = inspect.signature(forward)
+    patched = torch.compiler.disable(patched)  # inside torch.compile, the training step runs eagerly
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    @functools.wraps(forward)
+    def lemo_forward(*args: Any, **kwargs: Any) -> Any:
+        # One that remove_lemo left inside somebody's wrapper hands every call on.
+        if getattr(module, "_lemo", None) is report and module.training and torch.is_grad_enabled():
+            given = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
+            if given.get("past_key_values") is None and not given.get("use_cache"):
+                return patched(forward, *args, **kwargs)
+        return forward(*args, **kwargs)
+
+    module.forward = lemo_forward
+    _swap_class(module, _copied_clean(type(module)), report, _lemo=report, _lemo_own_forward=own_forward)
+
+    def undo() -> None:
+        if vars(module).get("forward") is lemo_forward:
+            del module.forward
+            if own_forward is not None:
+                module.forward = own_forward
+
+    report.undo.append(undo)
+
+
+def _without_cache(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The decoder's own forward, which would fill a cache where its config says so."""
+    return forward(*args, **{**kwargs, "use_cache": False})
+
+
+def _with_segmented_loss(
+    parts: CausalLM, report: LemoReport, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The causal LM's own forward, with its loss made of a few tokens at a time where it makes one."""
+    arguments = inspect.signature(forward).bind(*args, **kwargs)
+    segment, given = report.config.loss_segment, arguments.arguments
+    if given.get("labels") is None:
+        report.warn_of_logits()
+    elif segment and not given.get("kwargs", {}).get("fused_lm_head"):  # TRL's makes its loss in pieces
+        return forward_with_segmented_loss(parts, forward, arguments, segment, lambda: None)
+    return forward(*args, **kwargs)
