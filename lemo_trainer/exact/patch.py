@@ -33,9 +33,8 @@ def patch_exact(parts: CausalLM, report: LemoReport) -> None:
     report.mode_notes = mode.notes
     for index, layer in enumerate(parts.layers):
         _swap_class(layer, _exact_layer(type(layer)), report, _lemo_mode=mode, _lemo_index=index)
-    decoder = parts.model.base_model
-    if decoder is not parts.model:
-        _patch_forward(decoder, _without_cache, report)
+    decoder = next(part for part in parts.model.modules() if parts.layers in part.children())
+    _patch_forward(decoder, _without_cache, report)
     _patch_forward(parts.model, functools.partial(_with_segmented_loss, parts, report), report)
 
 
