@@ -18,12 +18,15 @@ from torch import Tensor
 
 from lemo_trainer.architectures import CausalLM, is_whole
 from lemo_trainer.checkpointing import saving_attention, saving_inputs, saving_matmuls
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.config import LemoConfig, Scheme
+from lemo_trainer.exact import recorded
 from lemo_trainer.exact.boundaries import saved_in
 from lemo_trainer.exact.check import uncut_layers
-from lemo_trainer.exact.layer import LayerCall, Segment, segments_of
+from lemo_trainer.exact.layer import LayerCall, segments_of
 from lemo_trainer.exact.walk import Walk, walk_through
 from lemo_trainer.probe import CACHES, layer_arguments
+
+Forward = Callable[..., Any]
 
 
 @dataclass
@@ -80,7 +83,7 @@ class ExactMode:
         return notes
 
     def run_layer(
-        self, index: int, layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, index: int, layer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The output of layer number `index`; `forward` is its class's own."""
         x_BSD, arguments = layer_arguments(forward, args, kwargs)
@@ -88,25 +91,53 @@ class ExactMode:
         if not layer.training or not torch.is_grad_enabled() or cached:
             return forward(layer, *args, **kwargs)
         _check_constants(arguments)
+        if self._scheme(index) == "layers":
+            return self._walk_layer(index, layer, forward, x_BSD, arguments)
+        return self._walk_all(index, layer, forward, x_BSD, arguments)
+
+    def _scheme(self, index: int) -> Scheme:
+        """The scheme of the running forward pass, chosen at its first layer."""
+        return "segments" if self.config.scheme == "segments" else "layers"
+
+    def _walk_layer(
+        self, index: int, layer: Any, forward: Forward, x_BSD: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
         seq_len = x_BSD.shape[1]
+        size = seq_len if index in self.uncut else self.config.segment_tokens
         call = LayerCall(layer, forward, arguments, seq_len)
-        if self.config.scheme != "segments":
-            whole = [Segment(0, seq_len, seq_len)]
-            segments = whole if index in self.uncut else segments_of(seq_len, self.config.segment_tokens)
-            walk = Walk([call], segments, keep_heads=False, run=operator.call)
-            with saved_in(self.config.boundaries, x_BSD, self.total_layers - index):
-                return walk_through(walk, x_BSD)
-        segments = segments_of(seq_len, self.config.segment_tokens)
+        walk = Walk([call], segments_of(seq_len, size), keep_heads=False, run=operator.call)
+        with saved_in(self.config.boundaries, x_BSD, self.total_layers - index):
+            return walk_through(walk, x_BSD)
+
+    def _walk_all(
+        self, index: int, layer: Any, forward: Forward, x_BSD: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        segments = segments_of(x_BSD.shape[1], self.config.segment_tokens)
+        run = _recomputing(layer, self.config)
         if len(segments) == 1:
-            return _recomputing(layer, self.config)(functools.partial(forward, layer, **arguments), x_BSD)
+            return run(functools.partial(forward, layer, **arguments), x_BSD)
         if index == 0:
+            recorded.check_no_hidden_states()
             self.calls = []
-        self.calls.append(call)
-        if index < self.total_layers - 1:
+        last = index == self.total_layers - 1
+        _check_hooks(layer, "_forward_pre_hooks", index, index == 0)
+        _check_hooks(layer, "_forward_hooks", index, last)
+        self.calls.append(LayerCall(layer, forward, arguments, x_BSD.shape[1]))
+        if not last:
             return x_BSD
         calls, self.calls = self.calls, []
         assert len(calls) == self.total_layers
-        return walk_through(Walk(calls, segments, keep_heads=True, run=_recomputing(layer, self.config)), x_BSD)
+        return walk_through(Walk(calls, segments, keep_heads=True, run=run), x_BSD)
+
+
+def _check_hooks(layer: Any, kind: str, index: int, sees_hidden_states: bool) -> None:
+    """Raise ValueError for a hook that would be given hidden states which no layer has made."""
+    hooks = [hook for hook in getattr(layer, kind).values() if not recorded.is_recording(hook)]
+    if hooks and not sees_hidden_states:
+        raise ValueError(
+            f'scheme="segments" has no hidden states of a whole sample between its layers, got the hook '
+            f'{getattr(hooks[0], "__qualname__", hooks[0])} on layer {index}; use scheme="layers".'
+        )
 
 
 def _recomputing(layer: Any, config: LemoConfig) -> Callable[..., Tensor]:

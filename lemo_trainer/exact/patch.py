@@ -7,6 +7,7 @@ of its own class: unpatched, and complete.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable
@@ -55,13 +56,14 @@ def _own_copies(original: type[nn.Module]) -> dict[str, Any]:
     """What makes copies and pickles of a patched module instances of `original`."""
 
     def reduce(self: Any, protocol: Any) -> Any:
-        make, (_, *arguments), state, *rest = original.__reduce_ex__(self, protocol)
+        _, _, state, *rest = original.__reduce_ex__(self, protocol)
         state = {name: value for name, value in state.items() if not name.startswith(_OURS)}
         if "_lemo_own_forward" in vars(self):
             del state["forward"]
             if self._lemo_own_forward is not None:
                 state["forward"] = self._lemo_own_forward
-        return (make, (original, *arguments), state, *rest)
+        # pickle's usual way of making the object insists on the patched class
+        return (copyreg._reconstructor, (original, object, None), state, *rest)  # type: ignore[attr-defined]
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     return {"__reduce_ex__": reduce, **names}

@@ -9,11 +9,12 @@ Shapes: B batch, S tokens of the sequence, n tokens of a segment.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.output_capturing import _active_collector
+from transformers.utils.output_capturing import _active_collector, install_output_capuring_hook
 
 _OF_LAYERS = ("hidden_states", "_hidden_states_layers")  # recorded from a layer's output, not inside it
 
@@ -31,6 +32,20 @@ def recorded_names() -> tuple[str, ...]:
             f"{', '.join(refused)}; leave `output_attentions` out or train without LeMo."
         )
     return names
+
+
+def check_no_hidden_states() -> None:
+    """Raise ValueError if the running forward pass asks for the hidden states of all layers."""
+    if "hidden_states" in (_active_collector.get() or ()):
+        raise ValueError(
+            'scheme="segments" has no hidden states of a whole sample between its layers, got a request for '
+            'them (`output_hidden_states`); use scheme="layers".'
+        )
+
+
+def is_recording(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is one of transformers' own, which record where they are asked to."""
+    return getattr(hook, "__qualname__", "").startswith(install_output_capuring_hook.__qualname__)
 
 
 @contextlib.contextmanager

@@ -5,16 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from lemo_trainer import LemoConfig, apply_lemo
+from lemo_trainer import apply_lemo
 from lemo_trainer.exact import mode
 from lemo_trainer.exact.walk import walk_through
 
-from .tiny import BATCHES, CASES, KINDS, batch, loss_and_gradients, tiny_model
-
-LAYERS = LemoConfig(mode="exact", scheme="layers", segment_tokens=16, loss_segment=16)
-SEGMENTS = dataclasses.replace(LAYERS, scheme="segments")
-SCHEMES = {"layers": LAYERS, "segments": SEGMENTS}
-
+from .exact import SCHEMES, relative_error
+from .tiny import CASES, KINDS, batch, loss_and_gradients, tiny_model
 
 @pytest.fixture
 def in_double(monkeypatch):
@@ -45,19 +41,6 @@ def walks(monkeypatch):
 
     monkeypatch.setattr(mode, "walk_through", noting)
     return begun
-
-
-def relative_error(got, wanted):
-    """The largest over all gradients; `got` and `wanted` are losses with gradients by name.
-
-    Gradients that are 0 but for rounding (of biases that softmax does not see) count by the largest one.
-    """
-    assert got[1].keys() == wanted[1].keys()
-    largest = max(grad.norm() for grad in wanted[1].values())
-    errors = [
-        (got[1][name] - grad).norm() / max(grad.norm(), 1e-3 * largest) for name, grad in wanted[1].items()
-    ]
-    return max([abs(got[0] / wanted[0] - 1), *errors])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
