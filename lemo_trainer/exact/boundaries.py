@@ -27,8 +27,7 @@ class FileBoundary:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._like = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
-        self._device = tensor.device
+        self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         data = tensor.detach().to("cpu").contiguous()
         try:
             self._file = tempfile.TemporaryFile(prefix="lemo-boundary-", buffering=0)
@@ -44,7 +43,7 @@ class FileBoundary:
         Raises:
             OSError: the file is shorter than the tensor.
         """
-        data = torch.empty(self._like.shape, dtype=self._like.dtype)
+        data = torch.empty(self._shape, dtype=self._dtype)
         self._file.seek(0)
         view = memoryview(_bytes(data))
         got = 0
