@@ -27,13 +27,17 @@ _written_out: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
 def masked_attention(attention: Any, mask: Any) -> tuple[str, Tensor | None]:
     """The attention implementation for chosen tokens, by its registered name, and the mask as it takes it."""
     if not isinstance(mask, BlockMask):
-        own: str = attention.config._attn_implementation
-        return _GROUPED if own == "sdpa" else own, mask
+        return segment_implementation(attention.config._attn_implementation), mask
     if mask not in _written_out:
         batch, heads, queries, keys = mask.shape
         device = mask.kv_num_blocks.device
         _written_out[mask] = create_mask(mask.mask_mod, batch, heads, queries, keys, device=device)
     return _WRITTEN_OUT, _written_out[mask]
+
+
+def segment_implementation(own: str) -> str:
+    """The registered name of what computes attention `own` for some queries and the rows of their mask."""
+    return {"sdpa": _GROUPED, "flex_attention": _WRITTEN_OUT}.get(own, own)
 
 
 def attention_interface(attention: nn.Module, implementation: str) -> AttentionFunction:

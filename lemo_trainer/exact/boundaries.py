@@ -30,7 +30,7 @@ class FileBoundary:
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         data = tensor.detach().to("cpu").contiguous()
         try:
-            self._file = tempfile.TemporaryFile(prefix="lemo-boundary-", buffering=0)
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed with the boundary
             _write(self._file, data)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -31,7 +31,7 @@ class _CausalTail(torch.autograd.Function):
         if earlier:
             out_before, lse_before = _flash(q_BHnd, k_BGTd[:, :, before], v_BGTd[:, :, before], scale=scale)
             both = torch.logaddexp(lse, lse_before)
-            out = out * (lse - both).exp().unsqueeze(-1) + out_before * (lse_before - both).exp().unsqueeze(-1)
+            out = out * _share(lse, both) + out_before * _share(lse_before, both)
             out, lse = out.to(q_BHnd.dtype), both
         ctx.save_for_backward(q_BHnd, k_BGTd, v_BGTd, out, lse)
         ctx.scale = scale
@@ -57,6 +57,11 @@ class _CausalTail(torch.autograd.Function):
             grad_q = grad_q + more_q
             grad_k, grad_v = torch.cat([before[0], grad_k], 2), torch.cat([before[1], grad_v], 2)
         return grad_q, grad_k, grad_v, None
+
+
+def _share(part_BHn: Tensor, whole_BHn: Tensor) -> Tensor:
+    """The part's share of the softmax sum, [B, H, n, 1], from the logarithms of both."""
+    return (part_BHn - whole_BHn).exp().unsqueeze(-1)
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:

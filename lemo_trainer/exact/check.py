@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lemo_trainer.architectures import ARCHITECTURES, REFUSED, CausalLM, is_whole
 from lemo_trainer.exact.layer import LayerCall, Segment, segments_of
+from lemo_trainer.exact.masks import lazy_masks
 from lemo_trainer.informativeness import without_dropout
 from lemo_trainer.probe import CACHES, TOKENS, dry_options, idle_layers
 
@@ -16,8 +18,8 @@ SEGMENT = 3  # of the 8 tokens: two whole segments and a shorter one
 _STATE = "their state is more than keys and values of attention"
 
 
-def uncut_layers(parts: CausalLM) -> dict[int, str]:
-    """The layers that must run over a whole sequence at a time, by index, and why.
+def try_layers(parts: CausalLM) -> tuple[dict[int, str], bool]:
+    """The layers that must run over a whole sequence, by index, and why; and whether masks may be lazy.
 
     Every kind of layer is run on eight tokens in segments and whole, with and without padding. Where the
     weights are not whole (on the meta device, sharded), the table of known architectures decides.
@@ -26,21 +28,27 @@ def uncut_layers(parts: CausalLM) -> dict[int, str]:
         ValueError: the layers do not turn hidden states into hidden states.
     """
     model_type = parts.model.config.model_type
-    indices = range(len(parts.layers))
+    known = model_type in ARCHITECTURES
     if model_type in REFUSED:
-        return dict.fromkeys(indices, REFUSED[model_type])
+        return dict.fromkeys(range(len(parts.layers)), REFUSED[model_type]), False
     if not all(map(is_whole, parts.model.parameters())):
         reason = f"the layers of {model_type} cannot be tried out with weights that are not whole"
-        return {} if model_type in ARCHITECTURES else dict.fromkeys(indices, reason)
+        return {} if known else dict.fromkeys(range(len(parts.layers)), reason), known
+    with contextlib.suppress(Exception):  # the model computes with its masks before the layers get them
+        return _uncut(parts, lazy=True), True
+    return _uncut(parts, lazy=False), False
+
+
+def _uncut(parts: CausalLM, lazy: bool) -> dict[int, str]:
     found: dict[str, bool] = {}
     for padding in (0, 2):  # of two samples, one is padded
-        for layer, (x_BSD, arguments) in zip(parts.layers, _calls(parts, padding), strict=True):
+        for layer, (x_BSD, arguments) in zip(parts.layers, _calls(parts, padding, lazy), strict=True):
             if found.get(repr(layer), True):
                 found[repr(layer)] = _runs_in_segments(layer, x_BSD, arguments, padding)
     return {index: _STATE for index, layer in enumerate(parts.layers) if not found[repr(layer)]}
 
 
-def _calls(parts: CausalLM, padding: int) -> list[tuple[Tensor, dict[str, Any]]]:
+def _calls(parts: CausalLM, padding: int, lazy: bool) -> list[tuple[Tensor, dict[str, Any]]]:
     """The arguments of each layer for two samples of eight tokens, the first `padding` of which are none."""
     model = parts.model
     tokens = torch.arange(1, TOKENS + 1, device=model.get_input_embeddings().weight.device).expand(2, -1)
@@ -49,7 +57,8 @@ def _calls(parts: CausalLM, padding: int) -> list[tuple[Tensor, dict[str, Any]]]
         inputs["attention_mask"] = torch.ones_like(tokens)
         inputs["attention_mask"][1, :padding] = 0
     try:
-        with torch.no_grad(), without_dropout(model), idle_layers(parts.layers) as calls:
+        masks = lazy_masks(model.config._attn_implementation, 0 if lazy else None)
+        with torch.no_grad(), without_dropout(model), masks, idle_layers(parts.layers) as calls:
             model(**inputs, **dry_options(model))
         assert len(calls) == len(parts.layers), f"{len(calls)} of {len(parts.layers)} layers were called"
     except Exception as error:

@@ -50,12 +50,10 @@ class HeadBuffer:
 
 
 class _UpTo(torch.autograd.Function):
-    """Heads of all tokens that a segment's queries meet; the segment's own are written and get the gradient."""
+    """Heads of all tokens that a segment's queries meet. The segment's own are written there first."""
 
     @staticmethod
-    def forward(
-        ctx: Any, own_BGnd: Tensor, buffer: HeadBuffer, first: int, start: int, stop: int
-    ) -> Tensor:
+    def forward(ctx: Any, own_BGnd: Tensor, buffer: HeadBuffer, first: int, start: int, stop: int) -> Tensor:
         buffer.write(own_BGnd, start, stop)
         ctx.buffer, ctx.bounds, ctx.dtype = buffer, (first, start, stop), own_BGnd.dtype
         assert buffer.data is not None
@@ -73,8 +71,8 @@ def heads_up_to(own_BGnd: Tensor, buffer: HeadBuffer, first: int, start: int, st
     """Keys or values [B, G, stop - first, d] of the tokens `first` to `stop`, without a copy.
 
     Args:
-        own_BGnd: those of the segment's tokens, `start` to `stop`, with their graph. In the backward pass they
-            get the gradient of this segment's queries and the one that later segments left in `buffer`.
+        own_BGnd: those of the segment's tokens, `start` to `stop`, with their graph. In the backward pass
+            they get the gradient of this segment's queries and the one that later segments left in `buffer`.
     """
     heads: Tensor = _UpTo.apply(own_BGnd, buffer, first, start, stop)
     return heads

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from lemo_trainer.exact.causal import attend_tail, fits
 from lemo_trainer.exact.keys_values import HeadBuffer, heads_up_to
+from lemo_trainer.exact.masks import LazyMask, made, rows_of_block_mask
 from lemo_trainer.informativeness import attention_function
-from lemo_trainer.masks import attention_interface, masked_attention
+from lemo_trainer.masks import attention_interface, segment_implementation
 from lemo_trainer.probe import CACHES, POSITIONS
 
 _IN_SEGMENTS = "lemo_in_segments"
@@ -60,10 +62,11 @@ class SegmentedAttention:
         self.last: nn.Module | None = None  # attends last in this layer
         self._called: list[nn.Module] = []
         self._parts = [part for part in layer.modules() if hasattr(_config(part), "_attn_implementation")]
-        self.implementation, self.mask, self.sdpa = "", mask, False
+        self.mask = rows_of_block_mask(mask) if isinstance(mask, BlockMask) else mask
+        self.implementation, self.sdpa = "", False
         if self._parts:
-            self.implementation, self.mask = masked_attention(self._parts[0], mask)
-            self.sdpa = _config(self._parts[0])._attn_implementation == "sdpa"
+            own = _config(self._parts[0])._attn_implementation
+            self.implementation, self.sdpa = segment_implementation(own), own == "sdpa"
 
     @contextlib.contextmanager
     def over(self, segment: Segment) -> Iterator[None]:
@@ -79,7 +82,13 @@ class SegmentedAttention:
             _running.reset(token)
 
     def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
     ) -> tuple[Tensor, Any]:
         segment = self.segment
         assert segment is not None
@@ -167,6 +176,7 @@ class LayerCall:
         self, layer: Any, forward: Callable[..., Any], arguments: dict[str, Any], seq_len: int
     ) -> None:
         self.layer = layer
+        self.seq_len = seq_len
         self._forward = forward
         self._arguments = {name: value for name, value in arguments.items() if name not in CACHES}
         self.attention = SegmentedAttention(layer, self._arguments.get("attention_mask"), seq_len)
@@ -174,7 +184,9 @@ class LayerCall:
     def __call__(self, x_BnD: Tensor, segment: Segment) -> Tensor:
         """The layer's output for the rows of a segment; those before it have run already."""
         if segment.whole:
-            output: Tensor = self._forward(self.layer, x_BnD, **self._arguments)
+            mask = made(self._arguments.get("attention_mask"), self.seq_len)
+            arguments = {**self._arguments, "attention_mask": mask} if mask is not None else self._arguments
+            output: Tensor = self._forward(self.layer, x_BnD, **arguments)
             return output
         with self.attention.over(segment):
             output = self._forward(self.layer, x_BnD, **self._part(segment))
@@ -193,6 +205,9 @@ class LayerCall:
             name: _rows(value, segment) if name in POSITIONS else value
             for name, value in self._arguments.items()
         }
-        if isinstance(mask := self.attention.mask, Tensor) and mask.ndim == 4:
+        mask = self.attention.mask
+        if isinstance(mask, LazyMask):
+            arguments["attention_mask"] = mask.rows(segment.start, segment.stop)
+        elif isinstance(mask, Tensor) and mask.ndim == 4:
             arguments["attention_mask"] = mask[:, :, segment.start : segment.stop, : segment.stop]
         return arguments

@@ -1,12 +1,14 @@
 """How the layers of a patched model run in exact mode.
 
-Scheme "layers": each layer is a walk of its own, and its input waits for the backward pass. Scheme "segments":
-one walk goes through all layers. The model calls its layers one by one, so all but the last hand their input
-on and note how they were called; the last one walks.
+Scheme "layers": each layer is a walk of its own, and its input waits for the backward pass.
+
+Scheme "segments": one walk goes through all layers. The model calls its layers one by one, so all but the
+last hand their input on and note how they were called; the last one walks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections.abc import Callable
@@ -21,8 +23,9 @@ from lemo_trainer.checkpointing import saving_attention, saving_inputs, saving_m
 from lemo_trainer.config import LemoConfig, Scheme
 from lemo_trainer.exact import recorded
 from lemo_trainer.exact.boundaries import saved_in
-from lemo_trainer.exact.check import uncut_layers
+from lemo_trainer.exact.check import try_layers
 from lemo_trainer.exact.layer import LayerCall, segments_of
+from lemo_trainer.exact.masks import LazyMask, lazy_masks, made
 from lemo_trainer.exact.walk import Walk, walk_through
 from lemo_trainer.probe import CACHES, layer_arguments
 
@@ -37,11 +40,15 @@ class ExactMode:
         config: the configuration in force.
         total_layers: decoder layers of the model.
         uncut: indices of the layers that run over a whole sequence at a time, and why.
+        implementation: of the model's attention.
+        lazy: the model hands masks to its layers as it got them, so that they may be lazy.
     """
 
     config: LemoConfig
     total_layers: int
     uncut: dict[int, str]
+    implementation: str
+    lazy: bool
     calls: list[LayerCall] = field(default_factory=list)
 
     @classmethod
@@ -51,15 +58,15 @@ class ExactMode:
         Raises:
             ValueError: the scheme asked for needs what they lack.
         """
-        uncut = uncut_layers(parts)
+        uncut, lazy = try_layers(parts)
         model = parts.model
         if config.scheme == "segments":
             name = type(model).__name__
             if uncut:
                 index, reason = next(iter(uncut.items()))
                 raise ValueError(
-                    f'scheme="segments" needs layers that keep keys and values alone, got {name}, whose layer '
-                    f'{index} does not ({reason}); use scheme="layers".'
+                    f'scheme="segments" needs layers that keep keys and values alone, got {name}, whose '
+                    f'layer {index} does not ({reason}); use scheme="layers".'
                 )
             if layerdrop := getattr(model.config, "layerdrop", 0):
                 raise ValueError(
@@ -71,7 +78,7 @@ class ExactMode:
                     'scheme="segments" needs whole weights, and these are sharded (FSDP, ZeRO-3); use '
                     'scheme="layers".'
                 )
-        return cls(config, len(parts.layers), uncut)
+        return cls(config, len(parts.layers), uncut, model.config._attn_implementation, lazy)
 
     @property
     def notes(self) -> list[str]:
@@ -82,6 +89,10 @@ class ExactMode:
             notes.append(f"layers {indices} run over a whole sample at a time ({reason})")
         return notes
 
+    def masks(self) -> contextlib.AbstractContextManager[None]:
+        """The attention masks of a forward pass inside the block are those that exact mode runs with."""
+        return lazy_masks(self.implementation) if self.lazy else contextlib.nullcontext()
+
     def run_layer(
         self, index: int, layer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -89,6 +100,9 @@ class ExactMode:
         x_BSD, arguments = layer_arguments(forward, args, kwargs)
         cached = any(arguments.get(name) is not None for name in CACHES if name != "use_cache")
         if not layer.training or not torch.is_grad_enabled() or cached:
+            if isinstance(mask := arguments.get("attention_mask"), LazyMask):
+                arguments["attention_mask"] = made(mask, x_BSD.shape[1])
+                return forward(layer, x_BSD, **arguments)
             return forward(layer, *args, **kwargs)
         _check_constants(arguments)
         if self._scheme(index) == "layers":

@@ -7,7 +7,6 @@ of its own class: unpatched, and complete.
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 from collections.abc import Callable
@@ -33,9 +32,9 @@ def patch_exact(parts: CausalLM, report: LemoReport) -> None:
     mode = ExactMode.of(parts, report.config)
     report.mode_notes = mode.notes
     for index, layer in enumerate(parts.layers):
-        _swap_class(layer, _exact_layer(type(layer)), report, _lemo_mode=mode, _lemo_index=index)
+        _swap_class(layer, _exact_layer(layer.__class__), report, _lemo_mode=mode, _lemo_index=index)
     decoder = next(part for part in parts.model.modules() if parts.layers in part.children())
-    _patch_forward(decoder, _without_cache, report)
+    _patch_forward(decoder, functools.partial(_run_decoder, mode), report)
     _patch_forward(parts.model, functools.partial(_with_segmented_loss, parts, report), report)
 
 
@@ -56,21 +55,22 @@ def _own_copies(original: type[nn.Module]) -> dict[str, Any]:
     """What makes copies and pickles of a patched module instances of `original`."""
 
     def reduce(self: Any, protocol: Any) -> Any:
-        _, _, state, *rest = original.__reduce_ex__(self, protocol)
+        parent: Any = super(type(self), self)
+        _, _, state, *rest = parent.__reduce_ex__(protocol)
         state = {name: value for name, value in state.items() if not name.startswith(_OURS)}
         if "_lemo_own_forward" in vars(self):
             del state["forward"]
             if self._lemo_own_forward is not None:
                 state["forward"] = self._lemo_own_forward
-        # pickle's usual way of making the object insists on the patched class
-        return (copyreg._reconstructor, (original, object, None), state, *rest)  # type: ignore[attr-defined]
+        # the usual way, copyreg.__newobj__, insists on the object's own class
+        return (object.__new__, (original,), state, *rest)
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     return {"__reduce_ex__": reduce, **names}
 
 
 @functools.cache
-def _exact_layer(original: type[nn.Module]) -> type[nn.Module]:
+def _exact_layer(original: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         mode: ExactMode = self._lemo_mode
         return mode.run_layer(self._lemo_index, self, original.forward, args, kwargs)
@@ -84,7 +84,7 @@ def _exact_layer(original: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def _copied_clean(original: type[nn.Module]) -> type[nn.Module]:
+def _copied_clean(original: Any) -> type[nn.Module]:
     return type(original.__name__, (original,), _own_copies(original))
 
 
@@ -106,7 +106,7 @@ def _patch_forward(module: Any, patched: Callable[..., Any], report: LemoReport)
         return forward(*args, **kwargs)
 
     module.forward = lemo_forward
-    _swap_class(module, _copied_clean(type(module)), report, _lemo=report, _lemo_own_forward=own_forward)
+    _swap_class(module, _copied_clean(module.__class__), report, _lemo=report, _lemo_own_forward=own_forward)
 
     def undo() -> None:
         if vars(module).get("forward") is lemo_forward:
@@ -117,9 +117,10 @@ def _patch_forward(module: Any, patched: Callable[..., Any], report: LemoReport)
     report.undo.append(undo)
 
 
-def _without_cache(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The decoder's own forward, which would fill a cache where its config says so."""
-    return forward(*args, **{**kwargs, "use_cache": False})
+def _run_decoder(mode: ExactMode, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The decoder's own forward, without the cache that it would fill where its config says so."""
+    with mode.masks():
+        return forward(*args, **{**kwargs, "use_cache": False})
 
 
 def _with_segmented_loss(

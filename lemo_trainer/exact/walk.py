@@ -2,12 +2,12 @@
 
 Forward, the segments of a sequence run through the layers one after the other, without graph. Backward, from
 the last segment to the first, each runs again with graph, over keys and values of the earlier segments as
-leaves, and takes three gradients back through it: that of its own output, the one that later segments left on
-its keys and values, and that of what its layers recorded. Sums of the same terms as those of one pass over the
-whole sequence, so that the result is the gradient itself.
+leaves. Three gradients go back through it: that of its own output, the one that later segments left on its
+keys and values, and that of what its layers recorded. These are the terms of the gradient of one pass over
+the whole sequence, added up in another order.
 
-A walk over one layer keeps the layer's input and makes keys and values again. A walk over all layers keeps the
-keys and values of all of them and nothing between the layers.
+A walk over one layer keeps the layer's input and makes keys and values again. A walk over all layers keeps
+the keys and values of all of them and nothing between the layers.
 
 Shapes: B batch, S tokens of the sequence, D hidden width.
 """
@@ -113,9 +113,7 @@ class Walk:
             call.attention.take_heads()
         return grad_x_BSD, leaves.gradients()
 
-    def _backward_of_segment(
-        self, place: int, x_BnD: Tensor, gradients: Sequence[Tensor | None]
-    ) -> None:
+    def _backward_of_segment(self, place: int, x_BnD: Tensor, gradients: Sequence[Tensor | None]) -> None:
         segment, batch = self.segments[place], len(x_BnD)
         with self._as_before(place), torch.enable_grad(), recorded.recording(self._names) as part:
             output_BnD = self._through_layers(x_BnD, segment, self._run)

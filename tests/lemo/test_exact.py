@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lemo_trainer import apply_lemo
-from lemo_trainer.exact import mode
+from lemo_trainer.exact import masks, mode
 from lemo_trainer.exact.walk import walk_through
 
 from .exact import SCHEMES, relative_error
 from .tiny import CASES, KINDS, batch, loss_and_gradients, tiny_model
+
 
 @pytest.fixture
 def in_double(monkeypatch):
@@ -61,4 +62,37 @@ def test_gradients_are_those_of_the_dense_step_in_float32(model_type, scheme):
     model, inputs = tiny_model(model_type), batch("right")
     wanted = loss_and_gradients(model, inputs)
     apply_lemo(model, SCHEMES[scheme])
+    assert relative_error(loss_and_gradients(model, inputs), wanted) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own call
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("kind", ["plain", "left", "packed"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_large_masks_are_made_segment_by_segment(model_type, kind, implementation, scheme, monkeypatch):
+    inputs = batch(kind)
+    wanted = loss_and_gradients(tiny_model(model_type), inputs)
+    model = tiny_model(model_type, implementation=implementation)
+    made = []
+
+    class Noted(masks.LazyMask):
+        def __init__(self, rows):
+            super().__init__(lambda start, stop: made.append((start, stop)) or rows(start, stop))
+
+    monkeypatch.setattr(masks, "LazyMask", Noted)
+    monkeypatch.setattr(masks, "LARGE", 0)
+    apply_lemo(model, SCHEMES[scheme])
+    made.clear()
+    assert relative_error(loss_and_gradients(model, inputs), wanted) < 1e-5
+    plain = model_type == "llama" and kind == "plain" and implementation == "sdpa"
+    assert set(made) == (set() if plain else {(0, 16), (16, 32), (32, 45)})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_part_in_evaluation_mode_runs_its_own_code(scheme):
+    model, inputs = tiny_model(implementation="eager"), batch("left")
+    wanted = loss_and_gradients(model, inputs)
+    apply_lemo(model, SCHEMES["layers"])
+    model.model.layers[1].eval()
     assert relative_error(loss_and_gradients(model, inputs), wanted) < 1e-5

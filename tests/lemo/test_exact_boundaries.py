@@ -44,7 +44,7 @@ def test_files_have_no_name_and_go_as_soon_as_the_backward_pass_has_read_them(fo
     files = []
 
     def noting(**options):
-        file = TemporaryFile(**options)
+        file = TemporaryFile(**options)  # noqa: SIM115 - closed with the boundary
         files.append(weakref.ref(file))
         return file
 

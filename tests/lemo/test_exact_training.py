@@ -90,8 +90,8 @@ def test_frozen_parts(frozen, scheme):
     model, inputs = tiny_model(), batch("plain")
     for name, parameter in model.named_parameters():
         first = "embed" in name or "layers.0" in name or "layers.1" in name
-        keep = {"first layers": not first, "last layers": first}.get(frozen, "layers.1.input_layernorm" in name)
-        parameter.requires_grad_(keep)
+        trained = {"first layers": not first, "last layers": first}
+        parameter.requires_grad_(trained.get(frozen, "layers.1.input_layernorm" in name))
     wanted = loss_and_gradients(model, inputs)
     apply_lemo(model, SCHEMES[scheme])
     assert relative_error(loss_and_gradients(model, inputs), wanted) < 1e-5
@@ -101,13 +101,13 @@ def test_frozen_parts(frozen, scheme):
 def test_hooks_on_a_parameter_run_once(scheme):
     model, inputs = tiny_model(), batch("plain")
     _, wanted = loss_and_gradients(model, inputs)
-    weight = model.model.layers[1].mlp.up_proj.weight
-    calls = []
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight, calls = model.get_parameter(name), []
     weight.register_hook(lambda grad: grad * 3)
     weight.register_post_accumulate_grad_hook(calls.append)
     apply_lemo(model, SCHEMES[scheme])
     _, got = loss_and_gradients(model, inputs)
-    torch.testing.assert_close(got["model.layers.1.mlp.up_proj.weight"], 3 * wanted["model.layers.1.mlp.up_proj.weight"])
+    torch.testing.assert_close(got[name], 3 * wanted[name])
     assert len(calls) == 1
 
 
@@ -315,9 +315,13 @@ def test_attention_weights_are_refused(scheme):
 
 @pytest.mark.parametrize("kind", ["mamba", "minimax", "lfm2"])
 def test_layers_with_another_state_run_over_the_whole_sample(kind):
-    options = {"minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}}
-    options["lfm2"] = {"layer_types": ["conv", "full_attention", "conv"]}
-    model = tiny_model(kind, implementation="eager", **options.get(kind, {}))
+    linear = ["linear_attention", "full_attention", "linear_attention"]
+    options = {
+        "mamba": {},
+        "minimax": {**EXPERTS, "layer_types": linear},
+        "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    }
+    model = tiny_model(kind, implementation="eager", **options[kind])
     inputs = batch("plain")
     wanted = loss_and_gradients(model, inputs)
     report = apply_lemo(model, LAYERS)
