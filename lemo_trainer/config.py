@@ -17,7 +17,6 @@ LabelWeights = Literal["all", "kept", "share"]
 Scheme = Literal["auto", "layers", "segments"]
 Boundaries = Literal["memory", "host", "disk"]
 
-
 _CHOICES = {
     "mode": Mode,
     "selector": Selector,
@@ -25,6 +24,10 @@ _CHOICES = {
     "scheme": Scheme,
     "boundaries": Boundaries,
 }
+
+
+_OF_EXACT = {"mode", "scheme", "boundaries", "segment_tokens", "loss_segment", "save_attention"}
+_OF_EXACT |= {"selective_checkpointing"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +181,7 @@ class LemoConfig:
             )
         if self.mode == "segments":
             self._check_segments()
+        self._check_exact()
         object.__setattr__(self, "thresholds", _write_thresholds(_parse_thresholds(self.thresholds)))
         for name in ("shared_blocks", "ramp_steps"):
             if self.thresholds and getattr(self, name):
@@ -202,6 +206,28 @@ class LemoConfig:
         if self.resolved_selector not in ("random", "recency"):
             raise ValueError(
                 f'`selector` must be auto, random or recency with mode="segments", got {self.selector!r}.'
+            )
+
+    def _check_exact(self) -> None:
+        if self.mode != "exact":
+            for name, value in (("scheme", "auto"), ("boundaries", "memory")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f'`{name}` must be left out unless `mode` is "exact", got {getattr(self, name)!r} with '
+                        f"{self.mode!r}."
+                    )
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _OF_EXACT and value != field.default:
+                raise ValueError(
+                    f'`{field.name}` must be left out with mode="exact", in which every token takes part, got '
+                    f"{value!r}."
+                )
+        if self.scheme == "segments" and self.boundaries != "memory":
+            raise ValueError(
+                '`boundaries` must be "memory" with scheme="segments", which keeps keys and values in their '
+                f"place, got {self.boundaries!r}."
             )
 
     @property

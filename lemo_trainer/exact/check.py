@@ -41,10 +41,11 @@ def try_layers(parts: CausalLM) -> tuple[dict[int, str], bool]:
 
 def _uncut(parts: CausalLM, lazy: bool) -> dict[int, str]:
     found: dict[str, bool] = {}
-    for padding in (0, 2):  # of two samples, one is padded
-        for layer, (x_BSD, arguments) in zip(parts.layers, _calls(parts, padding, lazy), strict=True):
-            if found.get(repr(layer), True):
-                found[repr(layer)] = _runs_in_segments(layer, x_BSD, arguments, padding)
+    with torch.compiler.set_stance("force_eager"):  # nothing is worth compiling (flex attention) for 8 tokens
+        for padding in (0, 2):  # of two samples, one is padded
+            for layer, (x_BSD, arguments) in zip(parts.layers, _calls(parts, padding, lazy), strict=True):
+                if found.get(repr(layer), True):
+                    found[repr(layer)] = _runs_in_segments(layer, x_BSD, arguments, padding)
     return {index: _STATE for index, layer in enumerate(parts.layers) if not found[repr(layer)]}
 
 

@@ -67,7 +67,18 @@ def test_gradients_are_those_of_the_dense_step_in_float32(model_type, scheme):
 
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own call
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("kind", ["plain", "left", "packed"])
+def test_flex_attention(kind, scheme):
+    inputs = batch(kind)
+    wanted = loss_and_gradients(tiny_model("gemma3_text"), inputs)
+    model = tiny_model("gemma3_text", implementation="flex_attention")
+    apply_lemo(model, SCHEMES[scheme])
+    with torch.compiler.set_stance("force_eager"):  # or the mask is compiled
+        assert relative_error(loss_and_gradients(model, inputs), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["plain", "left", "packed"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_large_masks_are_made_segment_by_segment(model_type, kind, implementation, scheme, monkeypatch):
