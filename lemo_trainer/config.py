@@ -213,16 +213,16 @@ class LemoConfig:
             for name, value in (("scheme", "auto"), ("boundaries", "memory")):
                 if getattr(self, name) != value:
                     raise ValueError(
-                        f'`{name}` must be left out unless `mode` is "exact", got {getattr(self, name)!r} with '
-                        f"{self.mode!r}."
+                        f'`{name}` must be left out unless `mode` is "exact", got {getattr(self, name)!r} '
+                        f"with {self.mode!r}."
                     )
             return
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in _OF_EXACT and value != field.default:
                 raise ValueError(
-                    f'`{field.name}` must be left out with mode="exact", in which every token takes part, got '
-                    f"{value!r}."
+                    f'`{field.name}` must be left out with mode="exact", in which every token takes part, '
+                    f"got {value!r}."
                 )
         if self.scheme == "segments" and self.boundaries != "memory":
             raise ValueError(

@@ -134,7 +134,7 @@ def check_predictable(lemo: LemoConfig) -> None:
 def _predict_alike(setup: Setup, lemo: LemoConfig | None, checkpointing: bool, repeats: int) -> _Measured:
     """A step of a model whose layers are all alike."""
     total = setup.model_config.num_hidden_layers
-    chosen = lemo.resolve_layers(total) if lemo is not None and lemo.mode != "segments" else ()
+    chosen = () if lemo is None or lemo.mode in ("exact", "segments") else lemo.resolve_layers(total)
     patched = len(chosen)
 
     def measure(layers: int, patched: tuple[int, ...]) -> _Measured:

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import statistics
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lemo_trainer.architectures import ARCHITECTURES, REFUSED, CausalLM, is_whole
+from lemo_trainer.exact.choice import LayerBytes
 from lemo_trainer.exact.layer import LayerCall, Segment, segments_of
 from lemo_trainer.exact.masks import lazy_masks
+from lemo_trainer.exact.walk import Run
 from lemo_trainer.informativeness import without_dropout
+from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.probe import CACHES, TOKENS, dry_options, idle_layers
 
 SEGMENT = 3  # of the 8 tokens: two whole segments and a shorter one
 _STATE = "their state is more than keys and values of attention"
 
 
-def try_layers(parts: CausalLM) -> tuple[dict[int, str], bool]:
-    """The layers that must run over a whole sequence, by index, and why; and whether masks may be lazy.
+@dataclass(frozen=True)
+class Trial:
+    """How a model's layers run in exact mode.
 
-    Every kind of layer is run on eight tokens in segments and whole, with and without padding. Where the
-    weights are not whole (on the meta device, sharded), the table of known architectures decides.
+    Args:
+        uncut: the layers that must run over a whole sequence at a time, by index, and why.
+        lazy_masks: the model hands masks to its layers as it got them, so that they may be lazy.
+        layer_bytes: what a token takes in a layer, on average; None where it could not be measured.
+    """
+
+    uncut: dict[int, str]
+    lazy_masks: bool
+    layer_bytes: LayerBytes | None = None
+
+
+def try_layers(parts: CausalLM, run: Run) -> Trial:
+    """Run every kind of layer on eight tokens in segments and whole, with and without padding.
+
+    Where the weights are not whole (on the meta device, sharded), the table of known architectures decides.
+
+    Args:
+        run: what calls a layer in scheme "segments", for the measurement of its bytes.
 
     Raises:
         ValueError: the layers do not turn hidden states into hidden states.
@@ -30,23 +54,30 @@ def try_layers(parts: CausalLM) -> tuple[dict[int, str], bool]:
     model_type = parts.model.config.model_type
     known = model_type in ARCHITECTURES
     if model_type in REFUSED:
-        return dict.fromkeys(range(len(parts.layers)), REFUSED[model_type]), False
+        return Trial(dict.fromkeys(range(len(parts.layers)), REFUSED[model_type]), False)
     if not all(map(is_whole, parts.model.parameters())):
         reason = f"the layers of {model_type} cannot be tried out with weights that are not whole"
-        return {} if known else dict.fromkeys(range(len(parts.layers)), reason), known
+        return Trial({} if known else dict.fromkeys(range(len(parts.layers)), reason), known)
     with contextlib.suppress(Exception):  # the model computes with its masks before the layers get them
-        return _uncut(parts, lazy=True), True
-    return _uncut(parts, lazy=False), False
+        return _try(parts, run, lazy=True)
+    return _try(parts, run, lazy=False)
 
 
-def _uncut(parts: CausalLM, lazy: bool) -> dict[int, str]:
-    found: dict[str, bool] = {}
+def _try(parts: CausalLM, run: Run, lazy: bool) -> Trial:
+    runs: dict[str, bool] = {}
+    sizes: dict[str, LayerBytes] = {}
     with torch.compiler.set_stance("force_eager"):  # nothing is worth compiling (flex attention) for 8 tokens
         for padding in (0, 2):  # of two samples, one is padded
             for layer, (x_BSD, arguments) in zip(parts.layers, _calls(parts, padding, lazy), strict=True):
-                if found.get(repr(layer), True):
-                    found[repr(layer)] = _runs_in_segments(layer, x_BSD, arguments, padding)
-    return {index: _STATE for index, layer in enumerate(parts.layers) if not found[repr(layer)]}
+                kind = repr(layer)
+                if runs.get(kind, True):
+                    runs[kind] = _runs_in_segments(layer, x_BSD, arguments, padding)
+                if runs[kind] and kind not in sizes:
+                    sizes[kind] = _bytes_of(layer, x_BSD, arguments, run)
+    uncut = {index: _STATE for index, layer in enumerate(parts.layers) if not runs[repr(layer)]}
+    if uncut:
+        return Trial(uncut, lazy)
+    return Trial(uncut, lazy, _mean([sizes[repr(layer)] for layer in parts.layers]))
 
 
 def _calls(parts: CausalLM, padding: int, lazy: bool) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -69,6 +100,30 @@ def _calls(parts: CausalLM, padding: int, lazy: bool) -> list[tuple[Tensor, dict
             f"{error}"
         ) from error
     return calls
+
+
+def _bytes_of(layer: Any, like_BSD: Tensor, arguments: dict[str, Any], run: Run) -> LayerBytes:
+    """What a token takes in a layer: measured on a segment of three that saves for a backward pass."""
+    call = LayerCall(layer, type(layer).forward, arguments, TOKENS)
+    segment = segments_of(TOKENS, SEGMENT)[0]
+    x_BnD = segment.of(torch.ones_like(like_BSD)).requires_grad_()
+    tokens = x_BnD.shape[0] * x_BnD.shape[1]
+    with without_dropout(layer), ActivationBytes() as made:
+        output = run(functools.partial(call, segment=segment), x_BnD)
+    heads = [buffer.data for pair in call.attention.buffers.values() for buffer in pair]
+    whole = sum(head.nbytes for head in heads if head is not None)
+    of_heads = whole / (like_BSD.shape[0] * TOKENS)
+    return LayerBytes(
+        hidden=output.nbytes / tokens,
+        heads=of_heads,
+        head_gradients=of_heads * max(1.0, 4 / output.element_size()),
+        activations=max(0, made.bytes - whole - output.nbytes) / tokens,
+    )
+
+
+def _mean(sizes: list[LayerBytes]) -> LayerBytes:
+    names = [field.name for field in dataclasses.fields(LayerBytes)]
+    return LayerBytes(*(statistics.mean(getattr(size, name) for size in sizes) for name in names))
 
 
 @torch.no_grad()

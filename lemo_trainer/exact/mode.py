@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lemo_trainer.architectures import CausalLM, is_whole
 from lemo_trainer.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.config import LemoConfig, Scheme
 from lemo_trainer.exact import recorded
 from lemo_trainer.exact.boundaries import saved_in
-from lemo_trainer.exact.check import try_layers
+from lemo_trainer.exact.check import Trial, try_layers
 from lemo_trainer.exact.layer import LayerCall, segments_of
-from lemo_trainer.exact.masks import LazyMask, lazy_masks, made
+from lemo_trainer.exact.masks import lazy_masks
 from lemo_trainer.exact.walk import Walk, walk_through
-from lemo_trainer.probe import CACHES, layer_arguments
+from lemo_trainer.probe import layer_arguments
+
+logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 
@@ -38,18 +41,21 @@ class ExactMode:
 
     Args:
         config: the configuration in force.
-        total_layers: decoder layers of the model.
-        uncut: indices of the layers that run over a whole sequence at a time, and why.
-        implementation: of the model's attention.
-        lazy: the model hands masks to its layers as it got them, so that they may be lazy.
+        parts: the model.
+        trial: which of its layers run in segments.
+        only_layers: why the model cannot run by scheme "segments"; empty if it can.
+        notes: what a user should know about it.
+        scheme: of the latest forward pass; None before the first.
     """
 
     config: LemoConfig
-    total_layers: int
-    uncut: dict[int, str]
-    implementation: str
-    lazy: bool
-    calls: list[LayerCall] = field(default_factory=list)
+    parts: CausalLM
+    trial: Trial
+    only_layers: str
+    notes: list[str] = field(default_factory=list)
+    scheme: Scheme | None = None
+    _running: bool = False
+    _calls: list[LayerCall] = field(default_factory=list)
 
     @classmethod
     def of(cls, parts: CausalLM, config: LemoConfig) -> ExactMode:
@@ -58,100 +64,109 @@ class ExactMode:
         Raises:
             ValueError: the scheme asked for needs what they lack.
         """
-        uncut, lazy = try_layers(parts)
-        model = parts.model
-        if config.scheme == "segments":
-            name = type(model).__name__
-            if uncut:
-                index, reason = next(iter(uncut.items()))
-                raise ValueError(
-                    f'scheme="segments" needs layers that keep keys and values alone, got {name}, whose '
-                    f'layer {index} does not ({reason}); use scheme="layers".'
-                )
-            if layerdrop := getattr(model.config, "layerdrop", 0):
-                raise ValueError(
-                    f'scheme="segments" needs a model that runs all its layers, got {name} with layerdrop '
-                    f'{layerdrop}; use scheme="layers".'
-                )
-            if not all(weight.is_meta or is_whole(weight) for weight in model.parameters()):
-                raise ValueError(
-                    'scheme="segments" needs whole weights, and these are sharded (FSDP, ZeRO-3); use '
-                    'scheme="layers".'
-                )
-        return cls(config, len(parts.layers), uncut, model.config._attn_implementation, lazy)
+        trial = try_layers(parts, _recomputing(parts.layers[0], config))
+        only_layers = _only_layers(parts, trial)
+        if config.scheme == "segments" and only_layers:
+            raise ValueError(f'scheme="segments" needs {only_layers}; use scheme="layers".')
+        mode = cls(config, parts, trial, only_layers)
+        for reason in dict.fromkeys(trial.uncut.values()):
+            indices = ", ".join(str(index) for index, why in trial.uncut.items() if why == reason)
+            mode.notes.append(f"layers {indices} run over a whole sample at a time ({reason})")
+        return mode
 
-    @property
-    def notes(self) -> list[str]:
-        """Which layers run over a whole sequence at a time."""
-        notes = []
-        for reason in dict.fromkeys(self.uncut.values()):
-            indices = ", ".join(str(index) for index, why in self.uncut.items() if why == reason)
-            notes.append(f"layers {indices} run over a whole sample at a time ({reason})")
-        return notes
-
-    def masks(self) -> contextlib.AbstractContextManager[None]:
-        """The attention masks of a forward pass inside the block are those that exact mode runs with."""
-        return lazy_masks(self.implementation) if self.lazy else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside the block, the decoder's forward pass is one of exact mode."""
+        implementation = self.parts.model.config._attn_implementation
+        masks = lazy_masks(implementation) if self.trial.lazy_masks else contextlib.nullcontext()
+        self._running, self._calls = True, []
+        try:
+            with masks:
+                yield
+        finally:
+            self._running, self._calls = False, []
 
     def run_layer(
         self, index: int, layer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The output of layer number `index`; `forward` is its class's own."""
-        x_BSD, arguments = layer_arguments(forward, args, kwargs)
-        cached = any(arguments.get(name) is not None for name in CACHES if name != "use_cache")
-        if not layer.training or not torch.is_grad_enabled() or cached:
-            if isinstance(mask := arguments.get("attention_mask"), LazyMask):
-                arguments["attention_mask"] = made(mask, x_BSD.shape[1])
-                return forward(layer, x_BSD, **arguments)
+        if not self._running:
             return forward(layer, *args, **kwargs)
+        x_BSD, arguments = layer_arguments(forward, args, kwargs)
         _check_constants(arguments)
-        if self._scheme(index) == "layers":
-            return self._walk_layer(index, layer, forward, x_BSD, arguments)
-        return self._walk_all(index, layer, forward, x_BSD, arguments)
+        call = LayerCall(layer, forward, arguments, x_BSD.shape[1])
+        if index == 0 or self.scheme is None:
+            self.scheme = self._choose(x_BSD)
+        run = self._walk_layer if self.scheme == "layers" else self._walk_all
+        return run(index, call, x_BSD)
 
-    def _scheme(self, index: int) -> Scheme:
-        """The scheme of the running forward pass, chosen at its first layer."""
-        return "segments" if self.config.scheme == "segments" else "layers"
+    def _choose(self, x_BSD: Tensor) -> Scheme:
+        batch, seq_len = x_BSD.shape[:2]
+        size = self.config.segment_tokens
+        if seq_len <= size:
+            self._note(f"samples of {seq_len} tokens are one segment of {size}: lower `segment_tokens`")
+        if self.config.scheme != "auto" or self.only_layers or self.trial.layer_bytes is None:
+            return "segments" if self.config.scheme == "segments" else "layers"
+        if recorded.wants_hidden_states() or any(_foreign_hooks(self.parts.layers)):
+            return "layers"
+        bytes_, total = self.trial.layer_bytes, len(self.parts.layers)
+        return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
 
-    def _walk_layer(
-        self, index: int, layer: Any, forward: Forward, x_BSD: Tensor, arguments: dict[str, Any]
-    ) -> Tensor:
-        seq_len = x_BSD.shape[1]
-        size = seq_len if index in self.uncut else self.config.segment_tokens
-        call = LayerCall(layer, forward, arguments, seq_len)
-        walk = Walk([call], segments_of(seq_len, size), keep_heads=False, run=operator.call)
-        with saved_in(self.config.boundaries, x_BSD, self.total_layers - index):
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            logger.warning("LeMo, exact: %s.", note)
+
+    def _walk_layer(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
+        size = call.seq_len if index in self.trial.uncut else self.config.segment_tokens
+        walk = Walk([call], segments_of(call.seq_len, size), keep_heads=False, run=operator.call)
+        with saved_in(self.config.boundaries, x_BSD, len(self.parts.layers) - index):
             return walk_through(walk, x_BSD)
 
-    def _walk_all(
-        self, index: int, layer: Any, forward: Forward, x_BSD: Tensor, arguments: dict[str, Any]
-    ) -> Tensor:
-        segments = segments_of(x_BSD.shape[1], self.config.segment_tokens)
-        run = _recomputing(layer, self.config)
+    def _walk_all(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
+        segments = segments_of(call.seq_len, self.config.segment_tokens)
+        run = _recomputing(call.layer, self.config)
         if len(segments) == 1:
-            return run(functools.partial(forward, layer, **arguments), x_BSD)
+            return run(functools.partial(call, segment=segments[0]), x_BSD)
         if index == 0:
-            recorded.check_no_hidden_states()
-            self.calls = []
-        last = index == self.total_layers - 1
-        _check_hooks(layer, "_forward_pre_hooks", index, index == 0)
-        _check_hooks(layer, "_forward_hooks", index, last)
-        self.calls.append(LayerCall(layer, forward, arguments, x_BSD.shape[1]))
-        if not last:
+            self._check_seams()
+        self._calls.append(call)
+        if index < len(self.parts.layers) - 1:
             return x_BSD
-        calls, self.calls = self.calls, []
-        assert len(calls) == self.total_layers
-        return walk_through(Walk(calls, segments, keep_heads=True, run=run), x_BSD)
+        assert len(self._calls) == len(self.parts.layers)
+        return walk_through(Walk(self._calls, segments, keep_heads=True, run=run), x_BSD)
+
+    def _check_seams(self) -> None:
+        """Raise ValueError for whoever wants hidden states between the layers, which no layer has made."""
+        wanted = ["`output_hidden_states`"] if recorded.wants_hidden_states() else []
+        if wanted := [*wanted, *_foreign_hooks(self.parts.layers)]:
+            raise ValueError(
+                'scheme="segments" has no hidden states of a whole sample between its layers, got '
+                f'{wanted[0]}; use scheme="layers".'
+            )
 
 
-def _check_hooks(layer: Any, kind: str, index: int, sees_hidden_states: bool) -> None:
-    """Raise ValueError for a hook that would be given hidden states which no layer has made."""
-    hooks = [hook for hook in getattr(layer, kind).values() if not recorded.is_recording(hook)]
-    if hooks and not sees_hidden_states:
-        raise ValueError(
-            f'scheme="segments" has no hidden states of a whole sample between its layers, got the hook '
-            f'{getattr(hooks[0], "__qualname__", hooks[0])} on layer {index}; use scheme="layers".'
-        )
+def _only_layers(parts: CausalLM, trial: Trial) -> str:
+    """What scheme "segments" needs and this model lacks."""
+    name = type(parts.model).__name__
+    for index, reason in trial.uncut.items():
+        return f"layers that keep keys and values alone, got {name}, whose layer {index} does not ({reason})"
+    if layerdrop := getattr(parts.model.config, "layerdrop", 0):
+        return f"a model that runs all its layers, got {name} with layerdrop {layerdrop}"
+    if not all(weight.is_meta or is_whole(weight) for weight in parts.model.parameters()):
+        return "whole weights, and these are sharded (FSDP, ZeRO-3)"
+    return ""
+
+
+def _foreign_hooks(layers: nn.ModuleList) -> Iterator[str]:
+    """The hooks that are given hidden states between two layers, by name."""
+    last = len(layers) - 1
+    for index, layer in enumerate(layers):
+        seen = [*layer._forward_hooks.values()] * (index < last)
+        seen += [*layer._forward_pre_hooks.values()] * (index > 0)
+        for hook in seen:
+            if not recorded.is_recording(hook):
+                yield f"the hook {getattr(hook, '__qualname__', hook)} on layer {index}"
 
 
 def _recomputing(layer: Any, config: LemoConfig) -> Callable[..., Tensor]:
@@ -163,8 +178,6 @@ def _recomputing(layer: Any, config: LemoConfig) -> Callable[..., Tensor]:
 
 def _check_constants(arguments: dict[str, Any]) -> None:
     """Raise ValueError for an argument with a gradient: the walk passes on that of the hidden states only."""
-    from torch.utils._pytree import tree_leaves
-
     for name, value in arguments.items():
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value)):
             raise ValueError(

@@ -119,7 +119,7 @@ def _patch_forward(module: Any, patched: Callable[..., Any], report: LemoReport)
 
 def _run_decoder(mode: ExactMode, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The decoder's own forward, without the cache that it would fill where its config says so."""
-    with mode.masks():
+    with mode.running():
         return forward(*args, **{**kwargs, "use_cache": False})
 
 

@@ -34,13 +34,9 @@ def recorded_names() -> tuple[str, ...]:
     return names
 
 
-def check_no_hidden_states() -> None:
-    """Raise ValueError if the running forward pass asks for the hidden states of all layers."""
-    if "hidden_states" in (_active_collector.get() or ()):
-        raise ValueError(
-            'scheme="segments" has no hidden states of a whole sample between its layers, got a request for '
-            'them (`output_hidden_states`); use scheme="layers".'
-        )
+def wants_hidden_states() -> bool:
+    """Whether the running forward pass asks for the hidden states between the layers."""
+    return "hidden_states" in (_active_collector.get() or ())
 
 
 def is_recording(hook: Callable[..., Any]) -> bool:

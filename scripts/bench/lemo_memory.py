@@ -36,6 +36,12 @@ CONTENDERS: dict[str, tuple[LemoConfig | None, bool]] = {
     "LoRA + segmented loss": (SEGMENTED_LOSS, False),
     "LoRA + checkpointing + segmented loss": (SEGMENTED_LOSS, True),
     "LeMo, nothing left out": (SELECTIVE, False),
+    "LeMo, exact by layers": (LemoConfig(mode="exact", scheme="layers"), False),
+    "LeMo, exact by layers, on disk": (
+        LemoConfig(mode="exact", scheme="layers", boundaries="disk"),
+        False,
+    ),
+    "LeMo, exact by segments": (LemoConfig(mode="exact", scheme="segments"), False),
     "LeMo, segments of 512": (LemoConfig(mode="segments"), False),
     "LeMo, detach, 50%": (DETACH, False),
     "LeMo, detach, 50% + checkpointing": (DETACH, True),

@@ -299,7 +299,7 @@ def test_hidden_states_are_given_or_refused(scheme):
     wanted = model(**inputs, output_hidden_states=True).hidden_states
     apply_lemo(model, SCHEMES[scheme])
     if scheme == "segments":
-        with pytest.raises(ValueError, match="hidden_states"):
+        with pytest.raises(ValueError, match="`output_hidden_states`"):
             model(**inputs, output_hidden_states=True)
     else:
         torch.testing.assert_close(model(**inputs, output_hidden_states=True).hidden_states, wanted)
