@@ -27,6 +27,7 @@ from lemo_trainer.exact.boundaries import saved_in
 from lemo_trainer.exact.check import Trial, try_layers
 from lemo_trainer.exact.layer import LayerCall, segments_of
 from lemo_trainer.exact.masks import lazy_masks
+from lemo_trainer.exact.replay import ForwardHooks
 from lemo_trainer.exact.walk import Walk, walk_through
 from lemo_trainer.probe import layer_arguments
 
@@ -107,7 +108,7 @@ class ExactMode:
             self._note(f"samples of {seq_len} tokens are one segment of {size}: lower `segment_tokens`")
         if self.config.scheme != "auto" or self.only_layers or self.trial.layer_bytes is None:
             return "segments" if self.config.scheme == "segments" else "layers"
-        if recorded.wants_hidden_states() or any(_foreign_hooks(self.parts.layers)):
+        if self._seams():
             return "layers"
         bytes_, total = self.trial.layer_bytes, len(self.parts.layers)
         return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
@@ -118,7 +119,8 @@ class ExactMode:
             logger.warning("LeMo, exact: %s.", note)
 
     def _walk_layer(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
-        size = call.seq_len if index in self.trial.uncut else self.config.segment_tokens
+        whole = index in self.trial.uncut or _counts_from_the_end(call.layer)
+        size = call.seq_len if whole else self.config.segment_tokens
         walk = Walk([call], segments_of(call.seq_len, size), keep_heads=False, run=operator.call)
         with saved_in(self.config.boundaries, x_BSD, len(self.parts.layers) - index):
             return walk_through(walk, x_BSD)
@@ -128,22 +130,22 @@ class ExactMode:
         run = _recomputing(call.layer, self.config)
         if len(segments) == 1:
             return run(functools.partial(call, segment=segments[0]), x_BSD)
-        if index == 0:
-            self._check_seams()
+        if index == 0 and (seams := self._seams()):
+            raise ValueError(
+                'scheme="segments" has no hidden states of a whole sample between its layers, got '
+                f'{seams[0]}; use scheme="layers".'
+            )
         self._calls.append(call)
         if index < len(self.parts.layers) - 1:
             return x_BSD
         assert len(self._calls) == len(self.parts.layers)
         return walk_through(Walk(self._calls, segments, keep_heads=True, run=run), x_BSD)
 
-    def _check_seams(self) -> None:
-        """Raise ValueError for whoever wants hidden states between the layers, which no layer has made."""
-        wanted = ["`output_hidden_states`"] if recorded.wants_hidden_states() else []
-        if wanted := [*wanted, *_foreign_hooks(self.parts.layers)]:
-            raise ValueError(
-                'scheme="segments" has no hidden states of a whole sample between its layers, got '
-                f'{wanted[0]}; use scheme="layers".'
-            )
+    def _seams(self) -> list[str]:
+        """Whoever wants hidden states of a whole sample between two layers, where no layer has made them."""
+        seams = ["`output_hidden_states`"] if recorded.wants_hidden_states() else []
+        seams += ["the adapter of aLoRA"] if any(map(_counts_from_the_end, self.parts.layers)) else []
+        return seams + list(_foreign_hooks(self.parts.layers))
 
 
 def _only_layers(parts: CausalLM, trial: Trial) -> str:
@@ -167,6 +169,11 @@ def _foreign_hooks(layers: nn.ModuleList) -> Iterator[str]:
         for hook in seen:
             if not recorded.is_recording(hook):
                 yield f"the hook {getattr(hook, '__qualname__', hook)} on layer {index}"
+
+
+def _counts_from_the_end(layer: nn.Module) -> bool:
+    """Whether PEFT's aLoRA is on for the running forward pass: it counts tokens from a sample's end."""
+    return "alora_offsets" in ForwardHooks([layer]).arguments()
 
 
 def _recomputing(layer: Any, config: LemoConfig) -> Callable[..., Tensor]:

@@ -27,7 +27,7 @@ from lemo_trainer.checkpointing import without_graph
 from lemo_trainer.exact import recorded
 from lemo_trainer.exact.layer import LayerCall, Segment
 from lemo_trainer.exact.leaves import Leaves, check_versions, trained_parameters, versions
-from lemo_trainer.exact.replay import RandomState, present_autocast
+from lemo_trainer.exact.replay import ForwardHooks, RandomState, present_autocast
 
 Run = Callable[..., Tensor]
 
@@ -61,6 +61,7 @@ class Walk:
         """The last layer's output [B, S, D], then what was recorded."""
         self._autocast = present_autocast(x_BSD.device)
         self._versions = versions(self.parameters)
+        self._hooks = ForwardHooks(self.layers)
         outputs: list[Tensor] = []
         parts: list[dict[str, list[Tensor]]] = []
         output = x_BSD
@@ -100,7 +101,7 @@ class Walk:
         check_versions(self.parameters, self._versions)
         grad_x_BSD = torch.zeros_like(x_BSD, memory_format=torch.contiguous_format) if want_input else None
         leaves = Leaves(self.parameters)
-        with self._autocast, leaves.in_place_of_parameters(self.layers):
+        with self._autocast, self._hooks.restored(), leaves.in_place_of_parameters(self.layers):
             self._restore_heads(x_BSD, heads)
             for place in reversed(range(len(self.segments))):
                 segment = self.segments[place]

@@ -285,8 +285,8 @@ def test_an_exception_in_a_backward_pass_leaves_the_model_as_it_was(scheme):
         if torch.is_grad_enabled():  # in the second run, which is that of the backward pass
             raise KeyboardInterrupt
 
-    loss = model(**inputs).loss
     hook = model.model.layers[1].mlp.register_forward_hook(fail)
+    loss = model(**inputs).loss
     with pytest.raises(KeyboardInterrupt):
         loss.backward()
     hook.remove()
@@ -303,6 +303,50 @@ def test_hidden_states_are_given_or_refused(scheme):
             model(**inputs, output_hidden_states=True)
     else:
         torch.testing.assert_close(model(**inputs, output_hidden_states=True).hidden_states, wanted)
+
+
+@schemes
+def test_hooks_of_a_forward_pass_act_when_it_runs_again(scheme):
+    """As PEFT's, which hand its layers arguments and are removed when the forward pass ends."""
+    model, inputs = tiny_model(), batch("left")
+
+    def step():
+        part = model.model.layers[1].mlp.up_proj
+        hook = part.register_forward_hook(lambda module, args, output: 2 * output)
+        loss = model(**inputs).loss
+        hook.remove()
+        part.register_forward_hook(lambda *_: 1 / 0).remove()
+        return gradients(model, loss)
+
+    wanted = step()
+    apply_lemo(model, SCHEMES[scheme])
+    assert relative_error(step(), wanted) < 1e-5
+
+
+def test_alora_counts_tokens_over_the_whole_sample():
+    model, inputs = lora(tiny_model(), alora_invocation_tokens=[3, 4]), batch("plain")
+    inputs["input_ids"][:, 20:22] = torch.tensor([3, 4])
+    wanted = loss_and_gradients(model, inputs)
+    apply_lemo(model, LAYERS)
+    assert relative_error(loss_and_gradients(model, inputs), wanted) < 1e-5
+    remove_lemo(model)
+    apply_lemo(model, SEGMENTS)
+    with pytest.raises(ValueError, match="aLoRA"):
+        model(**inputs)
+
+
+@schemes
+def test_hooks_on_layers_see_hidden_states_or_are_refused(scheme):
+    model, inputs, seen = tiny_model(), batch("left"), []
+    model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(**inputs)
+    apply_lemo(model, SCHEMES[scheme])
+    if scheme == "segments":
+        with pytest.raises(ValueError, match=r"the hook .*lambda.* on layer 1"):
+            model(**inputs)
+    else:
+        model(**inputs)
+        torch.testing.assert_close(seen[-1], seen[0])
 
 
 @schemes
