@@ -14,8 +14,14 @@ from typing import Any, Literal, get_args
 from lemo_trainer.files import read_yaml
 from lemo_trainer.registry import AUTO, SELECTORS, selector_names
 
-Mode = Literal["segments", "detach", "eliminate"]
+Mode = Literal["exact", "segments", "detach", "eliminate"]
 LabelWeights = Literal["all", "kept", "share"]
+Scheme = Literal["auto", "layers", "segments"]
+Boundaries = Literal["memory", "host", "disk"]
+
+
+_OF_EXACT = {"mode", "scheme", "boundaries", "segment_tokens", "loss_segment", "save_attention"}
+_OF_EXACT |= {"selective_checkpointing"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,14 @@ class LemoConfig:
         mlp_score_tokens: number of evenly spaced tokens of each block on which the MLP's informativeness is
             measured, to estimate the block's mean. `block_size` measures all tokens, for two thirds of the
             cost of the MLP's forward.
-        segment_tokens: consecutive tokens that go forward and backward together (`mode="segments"` only).
+        segment_tokens: consecutive tokens that go forward and backward together (exact and segments).
+        scheme: how `mode="exact"` walks backward. "layers": one layer after the other, each run again one
+            segment at a time; the input of every layer is kept. "segments": one segment after the other, each
+            run again through all layers; keys and values of every layer are kept. "auto": the one that is
+            predicted to need less memory.
+        boundaries: where scheme "layers" keeps the inputs of the layers until the backward pass: "memory"
+            (the model's device), "host" (the CPU's memory) or "disk" (unnamed files in the temporary folder,
+            TMPDIR, written and read once each).
         warmup_steps: number of optimizer steps at the start that run dense.
         ramp_steps: optimizer steps after the warm-up in which the kept share falls from 1 to `keep_ratio`.
         label_weights: weight in the gradient of the label that a token predicts (the value of the loss counts
@@ -102,6 +115,8 @@ class LemoConfig:
     predictor_recall: float = 0.0
     mlp_score_tokens: int = 8
     segment_tokens: int = 512
+    scheme: Scheme = "auto"
+    boundaries: Boundaries = "memory"
     warmup_steps: int = 0
     ramp_steps: int = 0
     label_weights: LabelWeights = "all"
@@ -116,6 +131,8 @@ class LemoConfig:
             "mode": get_args(Mode),
             "selector": selector_names(),
             "label_weights": get_args(LabelWeights),
+            "scheme": get_args(Scheme),
+            "boundaries": get_args(Boundaries),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -158,6 +175,7 @@ class LemoConfig:
             )
         if self.mode == "segments":
             self._check_segments()
+        self._check_exact()
         object.__setattr__(self, "thresholds", _write_thresholds(_parse_thresholds(self.thresholds)))
         for name in ("shared_blocks", "ramp_steps"):
             if self.thresholds and getattr(self, name):
@@ -195,12 +213,34 @@ class LemoConfig:
                         f"{getattr(self, name)!r} with {self.selector!r}."
                     )
 
+    def _check_exact(self) -> None:
+        if self.mode != "exact":
+            for name, value in (("scheme", "auto"), ("boundaries", "memory")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f'`{name}` must be left out unless `mode` is "exact", got {getattr(self, name)!r} '
+                        f"with {self.mode!r}."
+                    )
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _OF_EXACT and value != field.default:
+                raise ValueError(
+                    f'`{field.name}` must be left out with mode="exact", in which every token takes part, '
+                    f"got {value!r}."
+                )
+        if self.scheme == "segments" and self.boundaries != "memory":
+            raise ValueError(
+                '`boundaries` must be "memory" with scheme="segments", which keeps keys and values in their '
+                f"place, got {self.boundaries!r}."
+            )
+
     @property
     def resolved_keep_ratio(self) -> float:
         """`keep_ratio`, or the default that None means."""
         if self.keep_ratio is not None:
             return self.keep_ratio
-        return 1.0 if self.mode == "segments" else 0.5
+        return 1.0 if self.mode in ("exact", "segments") else 0.5
 
     @property
     def resolved_shared_blocks(self) -> bool:
@@ -214,7 +254,7 @@ class LemoConfig:
         """`selector`, or the selector that "auto" means."""
         if self.selector != AUTO:
             return self.selector
-        return "random" if self.mode == "segments" else "informativeness"
+        return "random" if self.mode in ("exact", "segments") else "informativeness"
 
     @property
     def layer_thresholds(self) -> dict[int, float]:

@@ -25,6 +25,7 @@ from lemo_trainer.compat import (
     loss_is_made_by_trl,
 )
 from lemo_trainer.config import LemoConfig
+from lemo_trainer.exact.patch import patch_exact
 from lemo_trainer.head.forward import check_head, forward_with_segmented_loss
 from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.kernels.dispatch import backend
@@ -70,6 +71,8 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
             f"`save_attention` saves the outputs of SDPA's kernels and needs attn_implementation='sdpa', got "
             f"{implementation!r}; leave it out."
         )
+    if config.mode == "exact":
+        return _apply_exact(parts, config)
     if config.mode == "segments":
         session, layer_forward = _session_of_segments(parts, config), None
     else:
@@ -123,6 +126,21 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
         first = parts.layers[chosen[0]]
         return session, DetachingLayer(wiring.architecture, selector, first, streams)
     return session, EliminatingLayer(wiring.architecture, selector, streams)
+
+
+def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
+    total = len(parts.layers)
+    session = LemoSession(selector_for(config), parts.model.config.model_type, total, tuple(range(total)))
+    if config.loss_segment:
+        check_head(parts)
+    try:
+        patch_exact(parts, session)
+    except BaseException:
+        session.undo()
+        raise
+    report = LemoReport(session)
+    logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
+    return report
 
 
 def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int, ...]:

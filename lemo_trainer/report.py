@@ -95,7 +95,7 @@ class LemoReport:
     @property
     def kernels(self) -> str:
         """Which of LeMo's own kernels the patched layers call; the rest is the model's own code."""
-        if self.config.mode == "segments":
+        if self.config.mode in ("exact", "segments"):
             return "none"
         backend = self._session.kernel_backend
         parts = [f"in {backend}: rows added in place"]
@@ -109,10 +109,11 @@ class LemoReport:
     @property
     def notes(self) -> list[str]:
         """Notes on the patched layers, and on the layers that cannot leave tokens out."""
-        return [] if self.wiring is None else self.wiring.notes(self.patched_layers)
+        notes = [] if self.wiring is None else self.wiring.notes(self.patched_layers)
+        return self._session.mode_notes + notes
 
     def __str__(self) -> str:
         text = f"LeMo patched {len(self.patched_layers)} of {self.total_layers} layers"
-        if self.config.mode == "segments":
+        if self.config.mode in ("exact", "segments"):
             text += f": segments of {self.config.segment_tokens} tokens"
         return "; ".join([text, *self.notes])

@@ -37,7 +37,7 @@ class LemoSession:
         model_type: transformers' name of the architecture.
         total_layers: decoder layers of the model.
         patched_layers: indices of those that leave tokens out.
-        wiring: how the layers are wired; None under `mode="segments"`, which does not need to know.
+        wiring: how the layers are wired; None for the modes "exact" and "segments", which need not know.
 
     Attributes:
         active: False runs dense although patched (warm-up).
@@ -51,6 +51,7 @@ class LemoSession:
         fused_norms: how many norms of each class LeMo's kernel computes.
         kernel_backend: what LeMo's kernels are written in on the model's device, "torch" or "triton".
         logits_made: whether a training batch came without `labels` and computed all its logits.
+        mode_notes: what a user should know about how the mode runs on this model.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class LemoSession:
         self.fused_norms: Counter[str] = Counter()
         self.kernel_backend = "torch"
         self.logits_made = False
+        self.mode_notes: list[str] = []
         self._undo: list[Callable[[], None]] = []
         self.start_batch(None)
 

@@ -17,7 +17,7 @@ LAYERS = {
         "arguments commands",
         "callback offline",
         "patch",
-        "report",
+        "exact report",
         "session",
         "layers",
         "head informativeness",

@@ -24,13 +24,17 @@ _written_out: WeakKeyDictionary[BlockMask, Tensor] = WeakKeyDictionary()
 def masked_attention(attention: Any, mask: Any) -> tuple[str, Tensor | None]:
     """The registered name of the attention for chosen tokens, and the mask in the form that it takes."""
     if not isinstance(mask, BlockMask):
-        own = attention_implementation(attention.config)
-        return _GROUPED if own == "sdpa" else own, mask
+        return segment_implementation(attention_implementation(attention.config)), mask
     if mask not in _written_out:
         batch, heads, queries, keys = mask.shape
         device = mask.kv_num_blocks.device
         _written_out[mask] = create_mask(mask.mask_mod, batch, heads, queries, keys, device=device)
     return _WRITTEN_OUT, _written_out[mask]
+
+
+def segment_implementation(own: str) -> str:
+    """The registered name of what computes attention `own` for some queries and the rows of their mask."""
+    return {"sdpa": _GROUPED, "flex_attention": _WRITTEN_OUT}.get(own, own)
 
 
 def _grouped_attention(

@@ -146,7 +146,7 @@ def _predictable(lemo: LemoConfig) -> LemoConfig:
 def _predict_alike(setup: Setup, lemo: LemoConfig | None, checkpointing: bool, repeats: int) -> _Measured:
     """A step of a model in which all layers are of one kind."""
     total = setup.model_config.num_hidden_layers
-    chosen = lemo.resolve_layers(total) if lemo is not None and lemo.mode != "segments" else ()
+    chosen = () if lemo is None or lemo.mode in ("exact", "segments") else lemo.resolve_layers(total)
     patched = len(chosen)
 
     def measure(layers: int, patched: tuple[int, ...]) -> _Measured:

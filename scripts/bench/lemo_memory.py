@@ -26,6 +26,12 @@ CONTENDERS: dict[str, lora.Method] = {
     "LoRA + segmented loss": (lora.SEGMENTED_LOSS, False),
     "LoRA + checkpointing + segmented loss": (lora.SEGMENTED_LOSS, True),
     "LeMo, nothing left out": (LemoConfig(mode="detach", keep_ratio=1.0), False),
+    "LeMo, exact by layers": (LemoConfig(mode="exact", scheme="layers"), False),
+    "LeMo, exact by layers, on disk": (
+        LemoConfig(mode="exact", scheme="layers", boundaries="disk"),
+        False,
+    ),
+    "LeMo, exact by segments": (LemoConfig(mode="exact", scheme="segments"), False),
     "LeMo, segments of 512": (LemoConfig(mode="segments"), False),
     "LeMo, detach, 50%": (lora.DETACH, False),
     "LeMo, detach, 50% + checkpointing": (lora.DETACH, True),
