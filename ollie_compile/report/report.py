@@ -6,10 +6,12 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ollie_compile.plan.candidates import Candidate, Plan
 from ollie_compile.rules.bilinear import amplification
+
+if TYPE_CHECKING:  # these bring the planner, which a report of the command line or of a script does not need
+    from ollie_compile.plan.candidates import Candidate, Plan
 
 
 @dataclass(slots=True)
