@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ollie_compile.lower.lowering import Program
 from ollie_compile.measure import calls
+from ollie_compile.measure.profile import Profile
 from ollie_compile.plan.checks import check_program
 from ollie_compile.problems.operators import Convolution, Layout
 from ollie_compile.rules import simplify
@@ -46,7 +47,7 @@ def bilinear(x: Tensor, weight: Tensor) -> dict[str, tuple[Any, float]]:
         program = Program(simplify(derived)[0], "rows", "cpp")
         assert check_program(conv, program) is None
         values = (x, weight, *program.constants(x.dtype, x.device).values())
-        call = calls.compiled(conv.finished(program), values, constant=1)
+        call = calls.compiled(conv.finished(program), values, constant=1, profile=Profile())
         found[f"F({tile}x{tile})"] = call, amplification(program.scope)
     return found
 

@@ -152,7 +152,7 @@ def main() -> None:
             f"perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens",
             "runs: of half of the neurons, without cache or merging",
             "reads and KiB: per token and layer",
-            f"drive, as probed with {IN_FLIGHT} reads in flight: {drive.summary()}",
+            f"drive: {drive.summary()}",
         )
         title = "Ripple: SmolLM2-135M-Instruct with its MLPs on disk"
         table = Table("ripple_main", title, "; ".join(conditions))

@@ -96,8 +96,8 @@ def traced(name: str, case: Case) -> tuple[simulation.Workload, Any]:
     return simulation.workload_of(trace, bundle_bytes(source, "same"), case.replayed), source
 
 
-Rivals = dict[str, tuple[simulation.Workload, simulation.Strategy, Any]]
-"""The weights that a strategy reads, the strategy, and the orders that it reads them in."""
+Rivals = dict[str, tuple[simulation.Workload, simulation.Contender, Any]]
+"""The weights that a contender reads, the contender, and the orders that it reads them in."""
 
 
 def rivals_of(case: Case, work: simulation.Workload, width_int8: int) -> Rivals:
@@ -106,16 +106,18 @@ def rivals_of(case: Case, work: simulation.Workload, width_int8: int) -> Rivals:
     Only the linked, spectral and frequency orders pin neurons. Where as much is pinned as the cache holds,
     its policy has nothing to do, so policies are compared where nothing is.
     """
-    strategies = simulation.STRATEGIES | {
+    contenders = simulation.CONTENDERS | {
         "Ripple, equal cache shares": replace(RIPPLE, shares=False),
         "Ripple, spectral order": replace(RIPPLE, placement="spectral"),
         "Ripple, the model's order": replace(RIPPLE, placement="identity"),
         "Ripple, no collapse": replace(RIPPLE, collapse=False),
     }
-    placements = sorted({strategy.placement for strategy in strategies.values()})
+    placements = sorted({contender.placement for contender in contenders.values()})
     placed = {placement: simulation.place_all(work, placement, case.config) for placement in placements}
     unpinned = simulation.place_all(work, "linked", replace(case.config, hot_share=0.0))
-    return {name: (work, strategy, placed[strategy.placement]) for name, strategy in strategies.items()} | {
+    return {
+        name: (work, contender, placed[contender.placement]) for name, contender in contenders.items()
+    } | {
         "Ripple, nothing pinned": (work, RIPPLE, unpinned),
         "Ripple, nothing pinned, S3-FIFO": (work, replace(RIPPLE, cache_policy="s3fifo"), unpinned),
         "Ripple, nothing pinned, LRU": (work, replace(RIPPLE, cache_policy="lru"), unpinned),
