@@ -48,15 +48,21 @@ class LibraryPass(CustomGraphPass):
 
         for custom in self.before:
             custom(graph)
-        if not library.has_onednn() or V.aot_compilation:  # what is exported runs without Python
+        if not V.aot_compilation:  # what is exported runs without Python
+            self._move(graph, products.move_plain)
+
+    def choose_packed(self, graph: fx.Graph) -> None:
+        """Do the same for products whose weights are constants, in a graph that is yet to be folded."""
+        self._move(graph, products.move_packed)
+
+    def _move(self, graph: fx.Graph, move: Callable[[fx.Node, float], str]) -> None:
+        if not library.has_onednn():
             return
         moved = set()
         for node in list(graph.nodes):
             try:
                 with isolation.outside_compilation():
-                    moved.add(
-                        products.move_packed(node, self.margin) or products.move_plain(node, self.margin)
-                    )
+                    moved.add(move(node, self.margin))
             except Exception:  # such as too little memory for what is measured
                 logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)
         profile.save()
