@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
@@ -98,7 +99,7 @@ def freeze(
 
     Args:
         weights: the inputs that become constants, by their place.
-        choose_libraries: changes the graph before it is folded for the last time.
+        choose_libraries: changes the graph once it is folded; it is folded again.
 
     Returns:
         the other inputs, and whether convolutions are channels last.
@@ -114,6 +115,7 @@ def freeze(
     if channels_last:
         fake_tensor_prop(gm, inputs, True)
         freezing.convert_conv_weights_to_channels_last(gm)
+        _share_forced_memory(gm)
     view_to_reshape(gm)
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if place in weights:
@@ -122,14 +124,46 @@ def freeze(
     gm.graph = fx_graph_cse(gm.graph)
     _separate_scales(gm)
     freezing_passes(gm, kept)
+    constant_folding.constant_fold(gm)
     if choose_libraries is not None:
         choose_libraries(gm.graph)
-    constant_folding.constant_fold(gm)
+        constant_folding.constant_fold(gm)
     output = gm.graph.output_node()
     output.meta["user_visible_output_idxs"] = [
         place for place, result in enumerate(output.args[0]) if isinstance(result, fx.Node)
     ]
     return kept, channels_last
+
+
+def _share_forced_memory(gm: fx.GraphModule) -> None:
+    """Let results share memory that are views and were forced to their strides one by one, each into a copy."""
+    force, output = torch.ops.prims.inductor_force_stride_order.default, gm.graph.output_node()
+    results = [result for result in output.args[0] if isinstance(result, fx.Node)]
+    forced = {result.args[0]: result for result in results if result.target is force}
+    for result in results:
+        views = []
+        source = result.args[0] if result.target is force else result
+        while getattr(source.target, "is_view", False) or source.target is operator.getitem:
+            views.append(source)
+            source = source.args[0]
+        if not views or source.op != "call_function" or not _is_dense(source.meta["val"]):
+            continue
+        with gm.graph.inserting_before(output):
+            if source not in forced:
+                strides = tuple(source.meta["val"].stride())
+                forced[source] = gm.graph.call_function(force, (source, strides))
+            copies = {source: forced[source]}
+            for view in reversed(views):
+                copies[view] = gm.graph.node_copy(view, lambda node, copies=copies: copies.get(node, node))
+        output.replace_input_with(result, copies[views[0]])
+    gm.graph.eliminate_dead_code()
+
+
+def _is_dense(value: Any) -> bool:
+    static = isinstance(value, Tensor) and all(
+        type(number) is int for number in (*value.shape, *value.stride())
+    )
+    return static and torch._prims_common.is_non_overlapping_and_dense_or_false(value)
 
 
 def _separate_scales(gm: fx.GraphModule) -> None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ollie_compile.measure.isolation import outside_compilation
 
-PURE = frozenset({"aten", "prims", "mkl", "mkldnn", "ollie", "ollie_user"})
+PURE = frozenset({"aten", "prim", "prims", "mkl", "mkldnn", "ollie", "ollie_user"})
 WITH_SIDE_EFFECTS = frozenset({"aten::from_file", "aten::record_stream", "aten::_print"})
 COMMUNICATION = frozenset(
     {"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -37,7 +37,7 @@ class Freezer:
 
     Args:
         inputs: the graph's inputs; only real tensors can be held.
-        choose_libraries: changes an aten graph whose weights are constants, before it is folded.
+        choose_libraries: changes an aten graph whose weights are constants; it is folded again.
         tuned: whether Inductor may pack weights for kernels of its own. It does so unseen, and the graph then
             serves only the weights that it was compiled for.
         verify: whether constants are computed a second time and compared, before other weights rely on that.
@@ -87,8 +87,9 @@ class Freezer:
         static = set(named.get("static_input_idxs") or ())
         named["static_input_idxs"] = [new for new, place in enumerate(others) if place in static]
         named["static_input_idxs"] += range(len(kept), len(kept) + len(lifted))
+        left = {id(value) for value in _constants(gm).values() if transforms.changes(value)}
         compiled = compat.compile_aten(gm, [*kept, *map(compat.fake, lifted)], **named)
-        inside, exchangeable = self._inside(gm, compiled, transforms)
+        inside, exchangeable = self._inside(compiled, left)
         of_weights = [*inside.values(), *lifted]
         function = transforms.function(of_weights) if exchangeable else None
         if function is not None and self._verify and not agree(function, shadows, of_weights):
@@ -121,11 +122,12 @@ class Freezer:
         packed = any(name == MKL_PRODUCT and user.args[MKL_WEIGHT] is node for user, name in readers.items())
         return value.is_mkldnn or packed or (self._tuned and not PRODUCTS.isdisjoint(readers.values()))
 
-    def _inside(
-        self, gm: fx.GraphModule, compiled: Compiled, transforms: Transforms
-    ) -> tuple[dict[str, Tensor], bool]:
-        """The constants inside a compiled graph that weights change, and whether they can be exchanged."""
-        left = {id(value) for value in _constants(gm).values() if transforms.changes(value)}
+    def _inside(self, compiled: Compiled, left: Collection[int]) -> tuple[dict[str, Tensor], bool]:
+        """The constants inside a compiled graph that depend on weights, and whether they can be exchanged.
+
+        Args:
+            left: the `id` of each constant that was left in the graph.
+        """
         constants = compat.module_constants(compiled) if left else {}
         if constants is None:
             return {}, False

@@ -52,7 +52,7 @@ class LibraryPass(CustomGraphPass):
             self._move(graph, products.move_plain)
 
     def choose_packed(self, graph: fx.Graph) -> None:
-        """Do the same for products whose weights are constants, in a graph that is yet to be folded."""
+        """Do the same for products whose weights are constants, of a graph to be folded again."""
         self._move(graph, products.move_packed)
 
     def _move(self, graph: fx.Graph, move: Callable[[fx.Node, float], str]) -> None:
