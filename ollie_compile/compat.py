@@ -136,7 +136,10 @@ def freeze(
 
 
 def _share_forced_memory(gm: fx.GraphModule) -> None:
-    """Let results share memory that are views and were forced to their strides one by one, each into a copy."""
+    """Let results that are views share memory with each other.
+
+    Inductor's freezing forces each result to its strides, which copies them apart.
+    """
     force, output = torch.ops.prims.inductor_force_stride_order.default, gm.graph.output_node()
     results = [result for result in output.args[0] if isinstance(result, fx.Node)]
     forced = {result.args[0]: result for result in results if result.target is force}

@@ -161,7 +161,7 @@ def _lift(gm: fx.GraphModule, chosen: Callable[[fx.Node, Tensor], bool]) -> list
     for node in gm.graph.find_nodes(op="placeholder"):
         first.prepend(node)
     inputs: dict[int, fx.Node] = {}
-    lifted = []
+    lifted: list[Tensor] = []
     for node, value in _constants(gm).items():
         if chosen(node, value):
             if id(value) not in inputs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -125,7 +125,7 @@ class FrozenGraph:
             self._constant_results = _shared(results, known.inputs, others)
         return _owned(results, self._constant_results) if self._constant_results else results
 
-    def forget(self, ids: Collection[int] | None = None) -> None:
+    def forget(self, ids: Set[int] | None = None) -> None:
         """Forget the constants of sets with one of these tensors, or all; the next call makes them anew."""
         for known in list(self._sets):
             if ids is None or not ids.isdisjoint(known):
