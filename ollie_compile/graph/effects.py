@@ -57,7 +57,7 @@ def effects_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Effects:
         communicates = _first(map(_communicates, dispatched))
         unsafe = _first(map(_why_unsafe, dispatched))
         if unsafe is None and any(True for _ in gm.buffers()):
-            unsafe = _first(f"`{target}` may change a buffer" for target in dispatched if _writes(target))
+            unsafe = _first(f"`{_name(one)}` may change a buffer" for one in dispatched if _writes(one))
     if communicates is not None:
         unsafe = f"it exchanges data with other processes ({communicates})"
     return Effects(communicates, unsafe)
