@@ -131,10 +131,10 @@ class _Listing(TorchDispatchMode):
 def _dispatched(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     listing = _Listing()
     with outside_compilation(), torch.random.fork_rng(devices=[]), FakeTensorMode() as mode:
-        mode.allow_non_fake_inputs = True  # constants of the graph
-        values = [_fake(mode, value) for value in inputs]
+        values = tuple(_fake(mode, value) for value in inputs)
+        held = {name: _fake(mode, one) for name, one in (*gm.named_parameters(), *gm.named_buffers())}
         with listing:
-            gm(*values)
+            torch.func.functional_call(gm, held, values)
     return list(listing.seen)
 
 
