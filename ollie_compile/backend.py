@@ -13,8 +13,11 @@ from torch import Tensor, fx
 import ollie_compile.kernels.library  # noqa: F401  # graphs that Inductor has cached call its operators
 from ollie_compile import compat
 from ollie_compile.config import OllieConfig, mode_options
-from ollie_compile.graph import freezing, gate
+from ollie_compile.graph import gate
+from ollie_compile.graph.comparing import copied
 from ollie_compile.graph.derivation_pass import DerivationPass
+from ollie_compile.graph.effects import Effects, effects_of
+from ollie_compile.graph.frozen import frozen
 from ollie_compile.graph.library_pass import LibraryPass
 from ollie_compile.plan.context import Context
 from ollie_compile.report.report import Report
@@ -60,14 +63,21 @@ def compile_with(
     config = replace(config, freeze=config.freeze or compat.inductor_config.freezing)
     if config.freeze and torch.is_grad_enabled():
         config = _unfrozen(config, report, "it needs torch.no_grad(), and gradients are enabled")
-    copied = freezing.copied(gm) if config.freeze else gm
+    effects = effects_of(gm, example_inputs)
+    if effects.communicates:
+        report.note(
+            f"nothing is derived or measured, so that all processes decide alike: `{effects.communicates}` "
+            "exchanges data between them"
+        )
+        config = replace(config, budget_s=0.0)
+    spare = copied(gm) if config.freeze else gm
     try:
-        return _fastest(gm, example_inputs, config, inductor, report, context)
+        return _fastest(gm, example_inputs, config, inductor, report, context, effects)
     except Exception as error:  # in some versions Inductor cannot freeze convolutions in float64
         if not config.freeze:
             raise
         config = _unfrozen(config, report, f"Inductor failed: {str(error).partition(chr(10))[0]}")
-        return _fastest(copied, example_inputs, config, inductor, report, context)
+        return _fastest(spare, example_inputs, config, inductor, report, context, effects)
 
 
 def _fastest(
@@ -77,6 +87,7 @@ def _fastest(
     inductor: dict[str, Any],
     report: Report,
     context: Context,
+    effects: Effects,
 ) -> Any:
     reports = iter([report])  # of the first of several compilations
 
@@ -91,15 +102,13 @@ def _fastest(
         )
 
     def build(graph: fx.GraphModule, options: dict[str, Any]) -> Any:
-        if not config.freeze:
-            return compat.compile_fx(graph, list(example_inputs), config_patches=options)
-        held, inputs, of_all = freezing.hold(graph, example_inputs)
-        compiled = of_all(compat.compile_fx(held, inputs, config_patches=options))
-        if config.verify:
-            freezing.check(graph, compiled, example_inputs)
-        return compiled
+        if config.freeze:
+            return frozen(graph, example_inputs, options, config, report, effects)
+        return compat.compile_fx(graph, list(example_inputs), config_patches=options)
 
-    return gate.fastest(gm, example_inputs, config, inductor, report, context.machine, rewritten, original)
+    return gate.fastest(
+        gm, example_inputs, config, inductor, report, context.machine, rewritten, original, effects
+    )
 
 
 def _unfrozen(config: OllieConfig, report: Report, why: str) -> OllieConfig:

@@ -1,137 +1,178 @@
-"""Holding parameters as constants of a graph, so that what depends on them alone is computed once.
+"""Holding parameters and buffers as constants of a graph, so that what depends on them
+alone is computed once.
 
-Dynamo makes the parameters of a module inputs of its graph, unless Inductor's global `freezing` is set before
-it traces, and Inductor then has nothing to freeze. Here they become the graph's own.
+Dynamo makes the weights of a module inputs of its graph, and AOTAutograd leaves them inputs. Those that the
+graph only reads become constants between AOTAutograd and Inductor's code generation, by the passes of
+Inductor's own freezing. What these give is an input of the compiled graph again, computed once for each set
+of weights (`held`), except weights that oneDNN and MKL have packed, which Inductor wants inside its module.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ollie_compile import compat
-from ollie_compile.compat import FakeTensor, pytree
+from ollie_compile.compat import FakeTensor
+from ollie_compile.compat import freezing as inductor
+from ollie_compile.graph.held import FrozenGraph, Program, aliases
+from ollie_compile.graph.transforms import Transforms, agree
 from ollie_compile.measure.isolation import outside_compilation
 
-LIMIT, HALF_LIMIT = 1e-3, 0.05  # of the largest value, above which a difference from eager is no rounding
-SHARE = 0.01  # of the values that may differ so: where one is rounded, compared or sorted, rounding decides
+logger = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"})
+MKL_PRODUCT, MKL_WEIGHT = "_mkl_linear", 2  # which argument is the weight as it was before it was packed
 
 
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of Dynamo's graph that shares its tensors, with what Dynamo says of where its inputs are from.
-
-    Without that, Inductor takes no input for a parameter, and has another name for the graph in its cache.
-    """
-    made = copy.deepcopy(gm, {id(value): value for value in (*gm.parameters(), *gm.buffers())})
-    compat.copy_sources(gm, made)
-    return made
-
-
-def hold(
-    gm: fx.GraphModule, inputs: Sequence[Any]
-) -> tuple[fx.GraphModule, list[Any], Callable[[Callable[..., Any]], Callable[..., Any]]]:
-    """A graph that holds what a module holds.
+class Freezer:
+    """Compiles one graph of Dynamo with its weights as constants.
 
     Args:
-        inputs: real tensors in the place of parameters and buffers; one that is not real stays an input.
+        inputs: the graph's inputs; only real tensors can be held.
+        choose_libraries: changes an aten graph whose weights are constants; it is folded again.
+        tuned: whether Inductor may pack weights for kernels of its own. It does so unseen, and the graph then
+            serves only the weights that it was compiled for.
+        verify: whether constants are computed a second time and compared, before other weights rely on that.
 
-    Returns:
-        a graph that shares its tensors, its inputs that are left, and what makes a function of all inputs
-        from one of those.
+    Attributes:
+        held: the places of the weights among the graph's inputs, once it is compiled.
+        not_held: why other parameters and buffers are not held, with their number.
     """
-    gm = copied(gm)  # Dynamo reads from the graph that it gave what it has to pass
-    kept = []
-    for place, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
-        if not _is_held(node, value):
-            kept.append(place)
-            continue
-        name = f"_held_{place}"
-        if isinstance(value, nn.Parameter):
-            gm.register_parameter(name, value)
-        else:
-            gm.register_buffer(name, value)
-        compat.name_source(gm, name, node)
-        with gm.graph.inserting_after(node):
-            held = gm.graph.get_attr(name)
-        held.meta = dict(node.meta)
-        node.replace_all_uses_with(held)
-        gm.graph.erase_node(node)
-    # What reads a constant may stand before an input that is left.
-    first = next((node for node in gm.graph.nodes if node.op != "placeholder"), None)
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if first is not None:
-            first.prepend(node)
-    gm.recompile()
 
-    def of_all(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *values: call(*[values[place] for place in kept])
+    def __init__(
+        self,
+        inputs: Sequence[Any],
+        choose_libraries: Callable[[fx.Graph], None] | None = None,
+        *,
+        tuned: bool = False,
+        verify: bool = True,
+    ) -> None:
+        self.held: frozenset[int] = frozenset()
+        self.not_held: Counter[str] = Counter()
+        self._inputs, self._choose_libraries = inputs, choose_libraries
+        self._tuned, self._verify = tuned, verify
 
-    return gm, [inputs[place] for place in kept], of_all
-
-
-def _is_held(node: fx.Node, value: Any) -> bool:
-    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
-        return False
-    return isinstance(value, nn.Parameter) or compat.is_static_input(node)
-
-
-def check(graph: fx.GraphModule, compiled: Callable[..., Any], inputs: Sequence[Any]) -> None:
-    """Compare a frozen graph's results with eager's on inputs like these, if they are static and not random.
-
-    In torch 2.13 Inductor's freezing takes convolutions and additions together in place, and two of them in
-    a row may lose their order with what reads between.
-
-    Raises:
-        RuntimeError: they differ by more than rounding in more than a few values.
-    """
-    sizes = [size for value in inputs if isinstance(value, Tensor) for size in value.shape]
-    if not all(isinstance(value, Tensor) for value in inputs) or not all(map(_known, sizes)):
-        return
-    devices = [value.device for value in inputs if value.device.type == "cuda"]
-
-    def run(call: Callable[..., Any]) -> list[Tensor]:
-        copies = [value if isinstance(value, nn.Parameter) else real(value) for value in made]
-        return [result for result in pytree.tree_leaves(call(*copies)) if isinstance(result, Tensor)]
-
-    with outside_compilation(), torch.random.fork_rng(devices):
-        made = [value if isinstance(value, nn.Parameter) else real(value) for value in inputs]
-        states = [_random_states(devices)]
+    def compile(self, gm: fx.GraphModule, options: Mapping[str, Any]) -> Compiled:
+        """Compile the graph, which may be changed, with these options of Inductor."""
         try:
-            wanted = run(graph)
-        except Exception:  # what random values are no input for
-            return
-        states.append(_random_states(devices))
-        if not all(map(torch.equal, *states)):
-            return
-        found = run(compiled)
-    for want, got in zip(wanted, found, strict=True):
-        limit = LIMIT if want.dtype.itemsize >= 4 else HALF_LIMIT
-        if not want.is_floating_point() or not want.numel() or not want.isfinite().all():
-            continue
-        wrong = ~((got - want).abs() <= limit * want.abs().max())  # a NaN is no small difference
-        if wrong.double().mean() > SHARE:
-            raise RuntimeError(f"{wrong.double().mean():.0%} of its results differ from eager's")
+            return inductor.compile_graph(gm, self._inputs, self.compile_aten, options)
+        finally:
+            self._inputs = ()  # so that weights live no longer than their module
+
+    def compile_aten(self, gm: fx.GraphModule, inputs: Sequence[Any], **named: Any) -> Compiled:
+        """Compile an aten graph of AOTAutograd, as Inductor's `compile_fx_inner` does."""
+        values = [*inductor.traced_parameters(), *self._inputs]
+        held = self._holdable(inputs, values)
+        if not held:
+            return inductor.compile_aten(gm, inputs, **named)
+        ahead = len(values) - len(self._inputs)
+        self.held = frozenset(place - ahead for place in held if place >= ahead)
+        weights = [values[place] for place in held]
+        with outside_compilation():  # the same data; the weights themselves must be free to go
+            shadows = [weight.detach() for weight in weights]
+        transforms = Transforms(gm, shadows)
+        with inductor.watched_folding(transforms.folded):
+            constants = dict(zip(held, shadows, strict=True))
+            kept, named["layout_opt"] = inductor.freeze(gm, inputs, constants, self._choose_libraries)
+        lifted = _lift(gm, lambda node, value: transforms.changes(value) and not self._stays(node, value))
+        others = [place for place in range(len(inputs)) if place not in constants]
+        static = set(named.get("static_input_idxs") or ())
+        named["static_input_idxs"] = [new for new, place in enumerate(others) if place in static]
+        named["static_input_idxs"] += range(len(kept), len(kept) + len(lifted))
+        left = {id(value) for value in _constants(gm).values() if transforms.changes(value)}
+        compiled = inductor.compile_aten(gm, [*kept, *map(inductor.fake, lifted)], **named)
+        inside, exchangeable = self._inside(compiled, left)
+        of_weights = [*inside.values(), *lifted]
+        function = transforms.function(of_weights) if exchangeable else None
+        if function is not None and self._verify and not agree(function, shadows, of_weights):
+            logger.warning("ollie: frozen for one set of weights: its transforms could not be repeated")
+            function = None
+        program = Program(compiled, tuple(inside), function, aliases(weights))
+        return FrozenGraph(program, held, others, weights, of_weights)
+
+    def _holdable(self, inputs: Sequence[Any], values: Sequence[Any]) -> tuple[int, ...]:
+        """The places of parameters and buffers that the graph only reads and no result shares memory with."""
+        static, changed, shared = inductor.input_roles()
+        if len(inputs) != len(values):
+            self.not_held["beside tensor subclasses, or inputs that share memory"] += len(static)
+            return ()
+        held = []
+        for place in sorted(static):
+            if place in changed:
+                self.not_held["which the graph changes"] += 1
+            elif place in shared:
+                self.not_held["which a result shares memory with"] += 1
+            elif why := _unfit(values[place], inputs[place]):
+                self.not_held[why] += 1
+            else:
+                held.append(place)
+        return tuple(held)
+
+    def _stays(self, node: fx.Node, value: Tensor) -> bool:
+        """Whether Inductor must find a constant inside its module."""
+        readers = {user: str(user.target).partition(".")[2].partition(".")[0] for user in node.users}
+        packed = any(name == MKL_PRODUCT and user.args[MKL_WEIGHT] is node for user, name in readers.items())
+        return value.is_mkldnn or packed or (self._tuned and not PRODUCTS.isdisjoint(readers.values()))
+
+    def _inside(self, compiled: Compiled, left: Collection[int]) -> tuple[dict[str, Tensor], bool]:
+        """The constants inside a compiled graph that depend on weights, and whether they can be exchanged.
+
+        Args:
+            left: the `id` of each constant that was left in the graph.
+        """
+        constants = inductor.module_constants(compiled) if left else {}
+        if constants is None:
+            return {}, False
+        inside = {name: value for name, value in constants.items() if id(value) in left}
+        return inside, not self._tuned and {id(value) for value in inside.values()} == left
 
 
-def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+def _unfit(value: Any, traced: Any) -> str | None:
+    """Why a parameter or buffer cannot be held, or None if it can."""
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_meta:
+        return "which have no data yet"
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
+        return "of other kinds of tensors"
+    if value.is_inference():
+        return "made in inference mode, which counts no changes"
+    layouts = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (value, traced)]
+    return None if layouts[0] == layouts[1] else "which AOTAutograd has in another order"
 
 
-def _known(size: Any) -> bool:
-    return type(size) is int
+def _constants(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    values = {node: attrgetter(str(node.target))(gm) for node in gm.graph.find_nodes(op="get_attr")}
+    return {node: value for node, value in values.items() if isinstance(value, Tensor)}
 
 
-def real(value: Tensor) -> Tensor:
-    """A copy of a tensor in its own strides, or random values in the place of one that has none."""
-    shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
-    reach = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if value.numel() else 0
-    if not isinstance(value, FakeTensor):
-        flat = value.detach().as_strided((reach,), (1,)).clone()
-    else:
-        flat = torch.empty(reach, dtype=value.dtype, device=value.device)
-        flat = flat.normal_() if value.is_floating_point() else flat.zero_()
-    return flat.as_strided(shape, stride)
+def _lift(gm: fx.GraphModule, chosen: Callable[[fx.Node, Tensor], bool]) -> list[Tensor]:
+    """Make inputs, behind the others, of the chosen constants of a graph; gives their values.
+
+    Inductor writes small constants into its code, and sums into large ones, but not inputs.
+    """
+    first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
+    for node in gm.graph.find_nodes(op="placeholder"):
+        first.prepend(node)
+    inputs: dict[int, fx.Node] = {}
+    lifted: list[Tensor] = []
+    for node, value in _constants(gm).items():
+        if chosen(node, value):
+            if id(value) not in inputs:
+                with gm.graph.inserting_before(first):
+                    inputs[id(value)] = gm.graph.placeholder(f"lifted_{len(lifted)}")
+                inputs[id(value)].meta = {**node.meta, "val": inductor.fake(value)}
+                lifted.append(value)
+            node.replace_all_uses_with(inputs[id(value)])
+            gm.graph.erase_node(node)
+        else:
+            first.prepend(node)
+    gm.graph.lint()
+    gm.recompile()
+    return lifted

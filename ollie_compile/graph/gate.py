@@ -13,8 +13,9 @@ from torch import Tensor, fx
 
 from ollie_compile import store
 from ollie_compile.config import OllieConfig
-from ollie_compile.graph import freezing
+from ollie_compile.graph.comparing import copied, copies, is_static
 from ollie_compile.graph.derivation_pass import UnchangedError, operator_count
+from ollie_compile.graph.effects import Effects
 from ollie_compile.measure.isolation import outside_compilation
 from ollie_compile.measure.machine import Machine
 from ollie_compile.plan.extensions import user_extensions
@@ -46,20 +47,22 @@ def fastest(
     machine: Machine,
     rewritten: Compiler,
     original: Compiler,
+    effects: Effects,
 ) -> Compiled:
     """What a graph is compiled to: with derived programs, by Inductor alone, or eager torch, whichever is
     fastest; with a long budget also with convolutions that Inductor does not make channels-last, and with
     frozen products of few rows by Inductor's own kernels. The choice is kept on disk.
 
     Inductor's own comes first: the time it takes is the default budget, and a graph in which nothing is
-    rewritten need not be compiled again. Graphs whose gradients are computed, and those of dynamic shapes,
-    are rewritten without this comparison.
+    rewritten need not be compiled again. Graphs whose gradients are computed, those of dynamic shapes and
+    those that must not run to be timed are rewritten without this comparison, operator by operator.
 
     Args:
         inductor: options of Inductor, part of what the choice depends on.
         rewritten: compiles a graph with further options, a config with a budget of planning, and whether to
             raise `UnchangedError` where nothing is rewritten.
         original: compiles a graph with further options and without derived programs.
+        effects: of the graph; they say whether it may run to be timed.
     """
 
     def build(which: str, graph: fx.GraphModule, config: OllieConfig, *, changed: bool = False) -> Compiled:
@@ -70,18 +73,19 @@ def fastest(
             return rewritten(graph, more, config, changed)
         return original(graph, more)
 
-    tensors = all(isinstance(value, Tensor) for value in inputs)
-    fixed = tensors and all(type(size) is int for value in inputs for size in value.shape)
-    if config.tune != "measure" or config.budget_s == 0 or torch.is_grad_enabled() or not fixed:
+    measured = config.tune == "measure" and config.budget_s != 0 and not torch.is_grad_enabled()
+    if measured and effects.unsafe:
+        report.note(f"the whole graph was not compared: {effects.unsafe}")
+    if not measured or effects.unsafe or not is_static(inputs):
         return build(REWRITTEN, gm, config.budgeted(operator_count(gm.graph)))
     name = _name(gm, inputs, config, inductor)
     known = store.read(name) if name is not None else None
     if known is not None and known.get("chosen") in known.get("seconds", ()):
         _say(report, known["chosen"], known["seconds"])
         return build(known["chosen"], gm, replace(config, budget_s=known.get("planning_s", config.budget_s)))
-    spare = freezing.copied(gm)
+    spare = copied(gm)
     start = machine.now()
-    first = build(INDUCTOR, freezing.copied(spare), config)
+    first = build(INDUCTOR, copied(spare), config)
     config, further = _for_planning(config, spare.graph, machine.now() - start)
     before = _counts(report)
     built: dict[str, Compiled] = {}
@@ -92,7 +96,7 @@ def fastest(
         return built.get(REWRITTEN, first)
     last = next(iter(built.values()), first)
     try:
-        built[EAGER] = freezing.copied(spare)
+        built[EAGER] = copied(spare)
         if replaced or REWRITTEN not in built or not seen:  # Inductor's cache may have answered
             built[INDUCTOR] = first
         seconds = _measured(built, inputs, machine)
@@ -100,7 +104,7 @@ def fastest(
             best = min(seconds.keys() - {EAGER}, key=seconds.__getitem__)
             # What is merged may be tuned less well than what it was merged from.
             for which in [it for it in built if it in (best, INDUCTOR)] if end == TUNED else [best]:
-                built[which + end] = build(which + end, freezing.copied(spare), config)
+                built[which + end] = build(which + end, copied(spare), config)
             seconds = _measured(built, inputs, machine)
     except Exception as error:  # such as too little memory for all of them
         report.note(f"the whole graph was not compared: {str(error).partition(chr(10))[0]}")
@@ -178,8 +182,8 @@ def _name(
 
 def _measured(built: dict[str, Compiled], inputs: Sequence[Tensor], machine: Machine) -> dict[str, float]:
     """Seconds of each call on copies of the inputs, which calls may change."""
-    with outside_compilation(), torch.random.fork_rng():
-        calls = [
-            functools.partial(call, *[freezing.real(value) for value in inputs]) for call in built.values()
-        ]
+    held = frozenset().union(*(getattr(call, "held", ()) for call in built.values()))
+    with outside_compilation():
+        values = copies(inputs, held)
+        calls = [functools.partial(call, *values) for call in built.values()]
         return dict(zip(built, machine.measure(calls, machine.now() + MEASURE_S), strict=True))

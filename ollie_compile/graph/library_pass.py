@@ -14,6 +14,7 @@ from ollie_compile.compat import CustomGraphPass, get_hash_for_files
 from ollie_compile.measure import products
 from ollie_compile.measure.isolation import outside_compilation
 from ollie_compile.measure.machine import Machine
+from ollie_compile.measure.profile import Profile
 from ollie_compile.report.report import Report
 
 logger = logging.getLogger(__name__)
@@ -51,22 +52,23 @@ class LibraryPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for custom in self.before:
             custom(graph)
-        if not compat.has_onednn() or compat.is_exporting():  # what is exported runs without Python
+        if not compat.is_exporting():  # what is exported runs without Python
+            self._move(graph, products.move_plain)
+
+    def choose_packed(self, graph: fx.Graph) -> None:
+        """Do the same for products whose weights are constants, of a graph to be folded again."""
+        self._move(graph, products.move_packed)
+
+    def _move(self, graph: fx.Graph, move: Callable[[fx.Node, Profile, float], str]) -> None:
+        if not compat.has_onednn():
             return
         moved = set()
         for node in list(graph.nodes):
             try:
                 with outside_compilation():
-                    moved.add(self._move(node))
+                    moved.add(move(node, self.machine.profile, self.margin))
             except Exception:  # such as too little memory for what is measured
                 logger.warning("ollie: %s stays as Inductor computes it", node, exc_info=True)
         self.machine.profile.save()
         for which in sorted(moved - {""}):
             self.report.note(f"products are computed by {which} where it is faster than what Inductor calls")
-
-    def _move(self, node: fx.Node) -> str:
-        """The library that a product was moved to, or "" where it stays."""
-        profile = self.machine.profile
-        return products.move_packed(node, profile, self.margin) or products.move_plain(
-            node, profile, self.margin
-        )

@@ -51,7 +51,10 @@ def move_plain(node: fx.Node, profile: Profile, margin: float = 0.0) -> str:
 
 
 def move_packed(node: fx.Node, profile: Profile, margin: float) -> str:
-    """The same for a product whose constant weights Inductor has packed for MKL."""
+    """The same for a product whose constant weights Inductor has packed for MKL.
+
+    The nodes that pack them otherwise are added to the graph, to be folded.
+    """
     if not compat.is_mkl_product(node.target):
         return ""
     x, packed, weight, bias, rows = node.args
@@ -75,16 +78,20 @@ def move_packed(node: fx.Node, profile: Profile, margin: float) -> str:
     which = fastest(offered, PACKED, margin, what, profile)
     if which == PACKED:
         return ""
-    name = f"packed_{node.name}"
-    held.register_buffer(name, reordered if which == ONEDNN_PACKED else transposed)
-    with node.graph.inserting_before(node):
-        ours = node.graph.get_attr(name)
-    if which == ONEDNN_PACKED:
-        node.target, node.args = compat.onednn_product_call(x, ours, bias)
-    else:
-        ours.meta["val"] = value.new_empty(transposed.shape)
-        node.target = aten.mm.default if bias is None else aten.addmm.default
-        node.args = (x, ours) if bias is None else (bias, x, ours)
+    graph, shape = node.graph, second.shape
+    with graph.inserting_before(node):
+        if which == ONEDNN_PACKED:
+            ours = graph.call_function(compat.onednn_packing(), (weight, rows))
+            ours.meta["val"] = value.new_empty(shape)
+            node.target, node.args = compat.onednn_product_call(x, ours, bias)
+        else:
+            turned = graph.call_function(aten.permute.default, (weight, [1, 0]))
+            turned.meta["val"] = value.new_empty(shape).t()
+            contiguous = {"memory_format": torch.contiguous_format}
+            ours = graph.call_function(aten.clone.default, (turned,), contiguous)
+            ours.meta["val"] = value.new_empty(turned.meta["val"].shape)
+            node.target = aten.mm.default if bias is None else aten.addmm.default
+            node.args = (x, ours) if bias is None else (bias, x, ours)
     for source in (packed, weight):
         if not source.users:
             node.graph.erase_node(source)

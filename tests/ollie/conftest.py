@@ -56,3 +56,4 @@ def uncompiled(monkeypatch):
         return original(gm, example_inputs, inner_compile=inner_compile, **named)
 
     monkeypatch.setattr(compile_fx, "compile_fx", compile_graph)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", run)  # of graphs that are frozen

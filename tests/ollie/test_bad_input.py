@@ -120,7 +120,7 @@ def test_hooks_run_forward_and_backward():
 @pytest.mark.parametrize("crashes", [False, True])
 def test_float64_convolutions_with_freezing(monkeypatch, crashes):
     if crashes:
-        monkeypatch.setattr("torch._inductor.freezing.freeze", lambda *_: 1 / 0)
+        monkeypatch.setattr("ollie_compile.compat.freezing.freeze", lambda *_: 1 / 0)
     net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double().eval(), X.double()
     run, report = compiled(net, freeze=True)
     with torch.no_grad():
@@ -196,9 +196,9 @@ def test_inputs_with_gaps_or_overlaps_are_frozen(x):
 
 
 def test_a_frozen_graph_that_differs_is_said(monkeypatch):
-    from ollie_compile.graph import freezing
+    from ollie_compile.graph import comparing
 
-    monkeypatch.setattr(freezing, "LIMIT", -1.0)
+    monkeypatch.setattr(comparing, "LIMIT", -1.0)
     net, x, report = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X, Report()
     options = {**QUICK, "freeze": True}
     run = torch.compile(net, backend=lambda *graph: compile_with(*graph, report, options=options))

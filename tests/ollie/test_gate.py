@@ -8,7 +8,9 @@ from torch import nn
 
 import ollie_compile
 from ollie_compile import backend, store
-from ollie_compile.graph import freezing, gate
+from ollie_compile.compat import freezing as inductor
+from ollie_compile.graph import gate
+from ollie_compile.graph.comparing import copied, copies
 from ollie_compile.measure.machine import Machine
 from ollie_compile.plan.candidates import Plan
 from ollie_compile.plan.planner import Planner
@@ -25,7 +27,7 @@ def seconds(monkeypatch):
     def measured(built, inputs, machine):
         assert all(torch.is_tensor(value) for value in inputs)
         for call in built.values():
-            call(*map(freezing.real, inputs))
+            call(*copies(inputs))
         return {which: given[which] for which in built}
 
     monkeypatch.setattr(gate, "_measured", measured)
@@ -147,7 +149,7 @@ def test_copies_say_where_their_inputs_are_from():
     graphs = []
 
     def backend(gm, inputs):
-        graphs.extend((gm, freezing.copied(gm)))
+        graphs.extend((gm, copied(gm)))
         return gm
 
     torch.compile(nn.Linear(2, 3), backend=backend)(torch.randn(1, 2))
@@ -159,22 +161,25 @@ def test_copies_say_where_their_inputs_are_from():
 
 def test_frozen_parameters_leave_the_graph_and_inputs_stay(monkeypatch):
     """Dynamo's own graph keeps its inputs, for it passes them by that graph."""
-    seen = []
+    seen, graphs = [], []
 
-    def hold(gm, inputs):
-        before = len(gm.graph.find_nodes(op="placeholder"))
-        held, left, of_all = original(gm, inputs)
-        seen.append((before, len(gm.graph.find_nodes(op="placeholder")), len(left)))
-        return held, left, of_all
+    def freeze(gm, inputs, weights, *more):
+        kept, layout = original(gm, inputs, weights, *more)
+        seen.append((len(inputs), len(kept)))
+        return kept, layout
 
-    original = freezing.hold
-    monkeypatch.setattr(freezing, "hold", hold)
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return backend.ollie(gm, inputs, options={"budget_s": 0, "freeze": True})
+
+    original = inductor.freeze
+    monkeypatch.setattr(inductor, "freeze", freeze)
     net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
-    options = {"budget_s": 0, "freeze": True}
     with torch.no_grad():
-        got = torch.compile(net, backend="ollie", options=options, dynamic=False)(x)
+        got = torch.compile(net, backend=backend, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
-    assert seen == [(3, 3, 1)]
+    assert seen == [(3, 1)]
+    assert [len(gm.graph.find_nodes(op="placeholder")) for gm in graphs] == [3]
 
 
 @pytest.mark.parametrize("rows", [1, gate.FEW_ROWS + 1])

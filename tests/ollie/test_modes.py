@@ -10,6 +10,7 @@ import ollie_compile
 from ollie_compile import backend
 from ollie_compile.backend import compile_with
 from ollie_compile.config import OllieConfig
+from ollie_compile.graph.freezing import Freezer
 from ollie_compile.plan import planner
 from ollie_compile.problems.operators import Convolution
 from ollie_compile.report.report import Report
@@ -25,8 +26,8 @@ def asked(monkeypatch):
     """What Inductor is asked for; it compiles nothing."""
     patches = {}
 
-    def compile_graph(gm, example_inputs, config_patches):
-        patches.update(config_patches)
+    def compile_graph(gm, example_inputs, config_patches, inner_compile=None):
+        patches.update(config_patches, inner_compile=inner_compile)
         return gm.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_graph)
@@ -44,7 +45,8 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_are_inductors(asked, mode):
     torch.compile(nn.Linear(2, 2), backend="ollie", mode=mode, fullgraph=True)(torch.zeros(1, 2))
-    assert set(asked) == {"joint_custom_pre_pass", "post_grad_custom_pre_pass", "freezing", *MODES[mode]}
+    passes = {"joint_custom_pre_pass", "post_grad_custom_pre_pass"}
+    assert set(asked) == {*passes, "freezing", "inner_compile", *MODES[mode]}
     assert MODES[mode].items() <= asked.items()
 
 
@@ -70,7 +72,7 @@ def test_freezing_by_any_of_its_names(asked, how):
     options = {} if how == "globally" else {how: True}
     with torch.no_grad(), config.patch(freezing=how == "globally"):
         torch.compile(nn.Linear(2, 2), backend="ollie", options=options)(torch.zeros(1, 2))
-    assert asked["freezing"]
+    assert isinstance(asked["inner_compile"].__self__, Freezer)
     assert asked["joint_custom_pre_pass"].config.freeze
 
 

@@ -88,7 +88,7 @@ def test_a_known_index_does_not_stand_in_the_way_of_others():
 
 
 def test_a_program_that_gives_another_tensor_leaves_the_graph_as_it_was(monkeypatch):
-    monkeypatch.setattr("ollie_compile.problems.operators.Layout.give", lambda layout, result: result.double())
+    monkeypatch.setattr("ollie_compile.problems.operators.Layout.give", lambda _, result: result.double())
     report, _, got, want = derive(
         Calls(lambda x, w, v: x @ w + x @ v), *[torch.randn(8, 8) for _ in range(3)]
     )

@@ -269,6 +269,11 @@ def onednn_packed(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
+def onednn_packing() -> Any:
+    """The operator that `onednn_packed` calls, for a graph."""
+    return torch.ops.mkldnn._reorder_linear_weight.default
+
+
 def onednn_product_call(x: Any, packed: Any, bias: Any) -> tuple[Any, tuple[Any, ...]]:
     """The operator that computes a product with a weight of `onednn_packed`, and its arguments."""
     return torch.ops.mkldnn._linear_pointwise.default, (x, packed, bias, "none", [], "")
