@@ -199,7 +199,7 @@ class LemoConfig:
                 )
 
     def _check_selector(self) -> None:
-        if self.mode not in SELECTORS[self.resolved_selector].modes:
+        if self.mode != "exact" and self.mode not in SELECTORS[self.resolved_selector].modes:
             raise ValueError(
                 f'`selector` must be one of {", ".join(selector_names(self.mode))} with mode="{self.mode}", '
                 f"got {self.selector!r}."
