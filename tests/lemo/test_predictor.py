@@ -187,7 +187,7 @@ def truncated(folder):
     [
         (corrupt_tensors, "checksum"),
         (truncated, "checksum"),
-        (corrupt_json, "no JSON"),
+        (corrupt_json, "is not valid JSON"),
         (other_format, "format 1, got 9"),
         (without_a_field, "KeyError: 'design'"),
     ],

@@ -148,7 +148,7 @@ def test_copies_say_where_their_inputs_are_from():
     """Without that a warm start, which compiles Dynamo's graph, finds nothing in Inductor's cache."""
     graphs = []
 
-    def backend(gm, inputs):
+    def compiled(gm, inputs):
         graphs.extend((gm, copied(gm)))
         return gm
 
@@ -168,7 +168,7 @@ def test_frozen_parameters_leave_the_graph_and_inputs_stay(monkeypatch):
         seen.append((len(inputs), len(kept)))
         return kept, layout
 
-    def backend(gm, inputs):
+    def compiled(gm, inputs):
         graphs.append(gm)
         return backend.ollie(gm, inputs, options={"budget_s": 0, "freeze": True})
 
@@ -176,7 +176,7 @@ def test_frozen_parameters_leave_the_graph_and_inputs_stay(monkeypatch):
     monkeypatch.setattr(inductor, "freeze", freeze)
     net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
     with torch.no_grad():
-        got = torch.compile(net, backend=backend, dynamic=False)(x)
+        got = torch.compile(net, backend=compiled, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
     assert seen == [(3, 1)]
     assert [len(gm.graph.find_nodes(op="placeholder")) for gm in graphs] == [3]
