@@ -152,7 +152,7 @@ def test_copies_say_where_their_inputs_are_from():
         graphs.extend((gm, copied(gm)))
         return gm
 
-    torch.compile(nn.Linear(2, 3), backend=backend)(torch.randn(1, 2))
+    torch.compile(nn.Linear(2, 3), backend=compiled)(torch.randn(1, 2))
     known, made = ([node._dynamo_source for node in gm.graph.find_nodes(op="placeholder")] for gm in graphs)
     assert len(known) == 3
     assert made == known
