@@ -13,14 +13,14 @@ import torch
 
 
 def now() -> float:
-    """Seconds of CPU time of this thread, and of the processes that this one started and that have ended."""
+    """Seconds of CPU time: of this thread, and of the ended processes that this one has started."""
     children = os.times()
     return time.thread_time() + children.children_user + children.children_system
 
 
 def of_calls() -> float:
-    """Seconds by which calls are timed: this thread's CPU time, without that of a parallel kernel's other threads.
+    """Seconds by which calls are timed: CPU time of this thread, which waits for those of a parallel kernel.
 
-    With a GPU it is the wall clock, because kernels run beside the thread.
+    Where there is a GPU, of the wall clock, for its kernels run beside the thread.
     """
     return time.perf_counter() if torch.cuda.is_available() else time.thread_time()
