@@ -38,6 +38,7 @@ def explain(
     verify: Annotated[bool | None, typer.Option(help="Check every candidate three ways.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Programs measured for one operator.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative error in the own dtype.")] = None,
+    non_finite: Annotated[str | None, typer.Option(help='"spread" or "exact".')] = None,
     margin: Annotated[float | None, typer.Option(help="Share by which a candidate must win.")] = None,
     freeze: Annotated[bool | None, typer.Option(help="Hold the parameters as constants.")] = None,
     mode: Annotated[str | None, typer.Option(help="A mode of torch.compile.")] = None,
@@ -61,6 +62,7 @@ def explain(
         "verify": verify,
         "candidates": candidates,
         "tolerance": tolerance,
+        "non_finite": non_finite,
         "margin": margin,
         "freeze": freeze,
     }

@@ -34,6 +34,13 @@ class OllieConfig:
         tolerance: largest error that a candidate may have in the operator's own dtype, relative to the
             largest value of the result; bilinear decompositions round more than direct sums. In half
             precision twice the error of the original is allowed where that is more.
+        non_finite: "exact" derives only programs that add up the products of the original and compute no
+            others, so that a NaN or an infinity reaches the results that it reaches in eager torch, and
+            nothing overflows that does not overflow there; it leaves out bilinear forms, merged weights and
+            padded taps. With "spread" a bilinear form may spread such values over a tile, and values within
+            it may be as many times larger as the report says. On inputs whose values have magnitudes 1, 1e4
+            and 1e-4 side by side, no result may then err by more than `tolerance` of its own sum of
+            |products|.
         margin: share by which a candidate must beat the original to replace it.
         freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
             weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the
@@ -51,6 +58,7 @@ class OllieConfig:
     verify: bool = True
     candidates: int = 4
     tolerance: float = 2e-5
+    non_finite: str = "spread"
     margin: float = 0.05
     freeze: bool = False
     half_in_float32: bool = False
@@ -70,6 +78,7 @@ class OllieConfig:
             ("verify", (bool,), lambda value: True, "true or false"),
             ("candidates", (int,), lambda value: value >= 1, "a whole number, 1 or more"),
             ("tolerance", (int, float), lambda value: value > 0, "more than 0"),
+            ("non_finite", (str,), lambda value: value in ("spread", "exact"), '"spread" or "exact"'),
             ("margin", (int, float), lambda value: 0 <= value < 1, "in [0, 1)"),
             ("freeze", (bool,), lambda value: True, "true or false"),
             ("half_in_float32", (bool,), lambda value: True, "true or false"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ollie_compile.lower.lowering import Program
-from ollie_compile.measure import bounds, calls, timing
+from ollie_compile.measure import bounds, calls, clock, timing
 from ollie_compile.measure.pace import Pace
 from ollie_compile.measure.profile import Profile
 
@@ -30,8 +29,8 @@ class Machine:
         self.built: set[str] = set()
 
     def now(self) -> float:
-        """Seconds of a clock that never goes back."""
-        return time.perf_counter()
+        """Seconds of the clock of budgets, which never goes back."""
+        return clock.now()
 
     def bound_seconds(
         self, program: Program, dtype: torch.dtype, device: torch.device, *, limit: float = math.inf

@@ -7,7 +7,6 @@ plain ones for a single row.
 from __future__ import annotations
 
 import functools
-import time
 from operator import attrgetter
 
 import torch
@@ -15,7 +14,7 @@ from torch import fx
 
 from ollie_compile import compat
 from ollie_compile.kernels import library
-from ollie_compile.measure import timing
+from ollie_compile.measure import clock, timing
 from ollie_compile.measure.profile import Profile
 
 MEASURE_S = 0.1  # after which no more than the fewest rounds are timed
@@ -97,7 +96,7 @@ def fastest(offered: dict[str, timing.Call], kept: str, margin: float, what: str
 
     def of(which: str) -> float:
         if not measured:
-            stop = time.perf_counter() + MEASURE_S
+            stop = clock.now() + MEASURE_S
             measured.update(zip(offered, timing.measure(list(offered.values()), stop), strict=True))
         return measured[which]
 

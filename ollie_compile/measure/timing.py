@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 
 import torch
+
+from ollie_compile.measure import clock
 
 Call = Callable[[], object]
 ROUNDS, FEWEST_ROUNDS = 15, 3
@@ -19,32 +20,32 @@ def measure(
     deadline: float = math.inf,
     *,
     sample_s: float = SAMPLE_S,
-    now: Callable[[], float] = time.perf_counter,
+    now: Callable[[], float] = clock.now,
 ) -> list[float]:
     """Median seconds of each call, all in turn in every round, so that drifts hit all alike.
 
     Args:
         deadline: the time of `now` after which no more than `FEWEST_ROUNDS` rounds are made.
         sample_s: seconds for which one sample repeats a call.
-        now: the clock.
+        now: the clock of the deadline; samples are taken by `clock.of_calls`.
     """
     repeats = []
     for call in calls:
         call()
-        start = now()
+        start = clock.of_calls()
         call()
         synchronize()
-        repeats.append(max(1, min(100, round(sample_s / max(now() - start, 1e-7)))))
+        repeats.append(max(1, min(100, round(sample_s / max(clock.of_calls() - start, 1e-7)))))
     samples: list[list[float]] = [[] for _ in calls]
     for number in range(ROUNDS):
         if number >= FEWEST_ROUNDS and now() > deadline:
             break
         for call, count, into in zip(calls, repeats, samples, strict=True):
-            start = now()
+            start = clock.of_calls()
             for _ in range(count):
                 call()
             synchronize()
-            into.append((now() - start) / count)
+            into.append((clock.of_calls() - start) / count)
     return [sorted(times)[len(times) // 2] for times in samples]
 
 
@@ -62,12 +63,12 @@ def least_seconds(call: Call) -> float:
 def _times(call: Call, budget_s: float) -> list[float]:
     call()
     times: list[float] = []
-    stop = time.perf_counter() + budget_s
-    while not times or (time.perf_counter() < stop and len(times) < 100):
-        start = time.perf_counter()
+    stop = clock.of_calls() + budget_s
+    while not times or (clock.of_calls() < stop and len(times) < 100):
+        start = clock.of_calls()
         call()
         synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock.of_calls() - start)
     return sorted(times)
 
 

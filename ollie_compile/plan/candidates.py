@@ -23,6 +23,8 @@ class Candidate:
         operators: how many operators of torch the program calls, without views.
         compile_s: seconds that Inductor took for it, or is expected to take.
         error: largest rounding error, relative to the largest output.
+        mixed_error: largest rounding error on inputs of mixed magnitude, relative to each output's own sum of
+            |products|; None where no constant matrix is applied.
         rejected: why the candidate was dropped; None while it may still win, and for the winner.
         reproducer: Python source that shows a wrong result again.
     """
@@ -34,6 +36,7 @@ class Candidate:
     operators: int = 0
     compile_s: float = 0.0
     error: float | None = None
+    mixed_error: float | None = None
     rejected: str | None = None
     reproducer: str | None = None
 

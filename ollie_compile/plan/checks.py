@@ -13,8 +13,11 @@ from ollie_compile.config import OllieConfig
 from ollie_compile.expr import Scope, evaluate
 from ollie_compile.lower.lowering import Program
 from ollie_compile.measure.machine import Machine
+from ollie_compile.plan import exactness
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate
-from ollie_compile.problems.operators import Operator, Subprogram, Tensors
+from ollie_compile.plan.magnitudes import LARGE, MixedMagnitudes
+from ollie_compile.plan.results import exact_results, in_float64, original, run
+from ollie_compile.problems.operators import Operator, Subprogram
 from ollie_compile.search.hybrid import Derivation
 from ollie_compile.search.proof import (
     LIMIT,
@@ -30,11 +33,6 @@ logger = logging.getLogger(__name__)
 HALF_SLACK = 2.0  # times the rounding of the original that a candidate may have above the tolerance
 
 
-def exact_results(operator: Operator) -> tuple[Tensor, ...]:
-    """What torch computes in float64 from the operator's example inputs."""
-    return _all(operator.reference(*_in_float64(operator)))
-
-
 def check_program(
     operator: Operator, program: Program, exact: tuple[Tensor, ...] | None = None
 ) -> str | None:
@@ -47,7 +45,7 @@ def check_program(
         None, or the largest difference relative to the largest output, or the wrong shape.
     """
     exact = exact_results(operator) if exact is None else exact
-    results = _all(_run(operator, program, _in_float64(operator)))
+    results = run(operator, program, in_float64(operator))
     for got, want in zip(results, exact, strict=True):
         if got.shape != want.shape:
             return f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
@@ -68,7 +66,7 @@ def rounding_error(
     """
     exact = exact_results(operator) if exact is None else exact
     inputs = operator.example_inputs()
-    got = _all(operator.reference(*inputs) if program is None else _run(operator, program, inputs))
+    got = original(operator, inputs) if program is None else run(operator, program, inputs)
     return max(_relative_error(mine.double(), want) for mine, want in zip(got, exact, strict=True))
 
 
@@ -110,19 +108,6 @@ def reproducer(operator: Operator, program: Program) -> str:
     )
 
 
-def _in_float64(operator: Operator) -> tuple[Tensor, ...]:
-    return tuple(value.double() for value in operator.example_inputs())
-
-
-def _run(operator: Operator, program: Program, inputs: tuple[Tensor, ...]) -> Tensors:
-    constants = program.constants(inputs[0].dtype, operator.device)
-    return operator.finished(program)(*inputs, *constants.values())
-
-
-def _all(tensors: Tensors) -> tuple[Tensor, ...]:
-    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-
-
 def _relative_error(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp_min(1e-300)).item()
 
@@ -162,6 +147,18 @@ class Checks:
             return self.config.tolerance
         return max(self.config.tolerance, HALF_SLACK * rounding_error(self.operator, None, self.exact))
 
+    @functools.cached_property
+    def mixed(self) -> MixedMagnitudes:
+        """Inputs of mixed magnitude."""
+        return MixedMagnitudes(self.operator)
+
+    @functools.cached_property
+    def mixed_limit(self) -> float:
+        """The largest error that a candidate may have on inputs of mixed magnitude."""
+        if self.operator.dtype.itemsize >= 4:
+            return self.config.tolerance
+        return max(self.config.tolerance, HALF_SLACK * self.mixed.error(None))
+
     def passes(self, candidate: Candidate) -> bool:
         """Whether a candidate is right and rounds no more than it may; otherwise it is rejected."""
         start = self.machine.now()
@@ -192,7 +189,25 @@ class Checks:
         candidate.error = rounding_error(operator, program, self.exact)
         if not candidate.error <= self.limit:
             return f"its rounding error {candidate.error:.1e} is above the tolerance {self.limit:.1e}"
-        return operator.refused(program, self.config)
+        return self._numbers_fault(candidate) or operator.refused(program, self.config)
+
+    def _numbers_fault(self, candidate: Candidate) -> str | None:
+        """None, or how a candidate treats values that are not finite, or that are next to larger ones.
+
+        Without constant matrices a program multiplies and adds as the original does, which loses no digits.
+        """
+        operator, program = self.operator, candidate.program
+        if self.config.non_finite == "exact":
+            return exactness.fault(operator, program)
+        if program.scope.constants().keys() <= operator.expression().constants().keys():
+            return None
+        candidate.mixed_error = self.mixed.error(program)
+        if candidate.mixed_error <= self.mixed_limit:
+            return None
+        return (
+            f"next to values {LARGE:.0e} times larger its error is {candidate.mixed_error:.1e} of a result's "
+            f"own sum of |products|, above the tolerance {self.mixed_limit:.1e}"
+        )
 
     def _first_wrong_step(self, derivation: Derivation) -> str:
         for step in derivation.steps:

@@ -68,6 +68,7 @@ def _plain_winner(made: Plan, winner: Candidate) -> dict[str, Any]:
         "measured_s": winner.measured_s,
         "compile_s": winner.compile_s,
         "error": winner.error,
+        "mixed_error": winner.mixed_error,
         "depth": winner.derivation.depth,
         "steps": [[list(step.rules), str(step.scope)] for step in winner.derivation.steps],
         "calls": made.operator.calls(winner.program).plain() if isinstance(made.operator, Dynamic) else None,
@@ -123,7 +124,7 @@ def winner(content: Any, original: Scope, devices: tuple[torch.device, ...] = _D
     _check(written, "its winner must be a program that lowering writes for this device", ways)
     derivation = Derivation(scope, tuple(_steps(given["steps"], tensors)), given["depth"])
     bound_s = math.inf if given["bound_s"] is None else given["bound_s"]
-    known = {name: given[name] for name in ("measured_s", "compile_s", "error")}
+    known = {name: given[name] for name in ("measured_s", "compile_s", "error", "mixed_error")}
     return Candidate(program, derivation, bound_s=bound_s, **known)
 
 
@@ -286,6 +287,7 @@ _WINNER = {
     "measured_s": _MAYBE,
     "compile_s": _NUMBER,
     "error": _MAYBE,
+    "mixed_error": _MAYBE,
     "depth": _COUNT,
     "steps": ("a list of rules and expressions", _is_steps),
     "calls": _MAYBE_MAPPING,

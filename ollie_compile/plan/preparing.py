@@ -14,6 +14,7 @@ from ollie_compile.lower.layouts import programs
 from ollie_compile.lower.lowering import Program
 from ollie_compile.measure.bounds import largest_elements
 from ollie_compile.measure.machine import Machine
+from ollie_compile.plan import exactness
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate, Plan
 from ollie_compile.plan.checks import check_notation
 from ollie_compile.plan.placing import LATER, add_kernels, as_function, constant_inputs, memory_layouts
@@ -61,6 +62,9 @@ def prepare(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) 
             plan.reason = f"its notation is not what its function computes: it {wrong}"
             logger.error("ollie: %s: left as it is, %s", operator, plan.reason)
             return
+    if config.non_finite == "exact" and (why := exactness.lifted_otherwise(operator)) is not None:
+        plan.reason = f"values that are not finite would differ: {why}"
+        return
     found = search(
         operator.expression(),
         max_depth=config.max_depth * operator.steps,
@@ -73,9 +77,19 @@ def prepare(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) 
         for derivation in found.derivations
         for program in programs(derivation.scope, operator.device, portable=config.portable)
     ]
+    if config.non_finite == "exact":
+        _reject_constants(plan)
     _bound(plan, config, machine, start + BOUNDED * (deadline - start))
     if config.tune == "measure":
         _call(plan, config, machine, deadline)
+
+
+def _reject_constants(plan: Plan) -> None:
+    """Reject candidates that apply constant matrices, before they take time from the others."""
+    known = plan.operator.expression().constants().keys()
+    for candidate in plan.candidates:
+        if not candidate.program.scope.constants().keys() <= known:
+            candidate.rejected = exactness.OTHER_TERMS
 
 
 def _bound(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) -> None:
@@ -84,7 +98,7 @@ def _bound(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) -
     assert plan.original_s is not None
     limit_s, most_elements = plan.original_s * (1 - config.margin), largest_allowed(operator)
     plan.candidates.sort(key=lambda candidate: work(candidate.program.scope))
-    for place, candidate in enumerate(plan.candidates):
+    for place, candidate in enumerate(plan.open):
         program = candidate.program
         if place >= MAX_BOUNDED:
             candidate.rejected = "others need fewer products"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ollie_compile.plan.candidates import Candidate, Plan
+from ollie_compile.report.numbers import numbers
 
 WIDTH, HEIGHT, GAP_X, GAP_Y = 190, 34, 46, 12  # of a state in the drawing, in pixels
 MOST_DRAWN = 24  # derivations of one operator; those with the lowest times
@@ -120,6 +121,7 @@ def _row(nodes: list[str], plan: Plan) -> dict[str, Any]:
         "original": plan.original_s and plan.original_s * 1e3,
         "best": min(measured) * 1e3 if measured else None,
         "chosen": winner is not None,
+        "numbers": numbers(winner) if winner is not None else "",
         "steps": winner.derivation.steps if winner is not None else (),
         "tree": tree(plan),
     }

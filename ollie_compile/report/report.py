@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ollie_compile.plan.candidates import Candidate, Plan
-from ollie_compile.rules.bilinear import amplification
+from ollie_compile.report.numbers import numbers
+from ollie_compile.rules.bilinear import growth
 
 
 @dataclass(slots=True)
@@ -124,6 +125,7 @@ def _plan_lines(plan: Plan) -> list[str]:
     chosen = "original kept" if plan.winner is None else f"rewritten, products as {plan.winner.program}"
     lines.append(f"  {chosen}: {plan.reason}")
     if plan.winner is not None:
+        lines.append(f"  {numbers(plan.winner)}")
         lines += [f"    {line}" for step in plan.winner.derivation.steps for line in str(step).split("\n")]
     others: Counter[str] = Counter()
     for candidate in plan.candidates:
@@ -140,10 +142,10 @@ def _candidate_line(candidate: Candidate) -> str:
     measured = "" if candidate.measured_s is None else f", measured {_ms(candidate.measured_s)}"
     steps = " > ".join(step.rules[0] for step in candidate.derivation.steps) or "as lifted"
     verdict = candidate.rejected or "chosen"
-    rounding = ""
-    growth = amplification(candidate.program.scope)
-    if candidate.error is not None and growth > 1:
-        rounding = f", error {candidate.error:.1e} (terms up to {growth:.0f} times larger)"
+    factor, rounding = growth(candidate.program.scope), ""
+    if candidate.error is not None and factor > 1:
+        mixed = "" if candidate.mixed_error is None else f", {candidate.mixed_error:.1e} on mixed magnitudes"
+        rounding = f", error {candidate.error:.1e}{mixed} (values up to {factor:.0f} times larger)"
     return f"[{candidate.program}] {steps}: bound {_ms(candidate.bound_s)}{measured}{rounding}: {verdict}"
 
 
@@ -170,7 +172,8 @@ def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
         "bound_s": candidate.bound_s if math.isfinite(candidate.bound_s) else None,
         "measured_s": candidate.measured_s,
         "error": candidate.error,
-        "amplification": amplification(candidate.program.scope),
+        "mixed_error": candidate.mixed_error,
+        "growth": growth(candidate.program.scope),
         "kernels": candidate.program.kernels,
         "rejected": candidate.rejected,
         "reproducer": candidate.reproducer,

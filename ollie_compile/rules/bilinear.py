@@ -93,18 +93,27 @@ def decompose(scope: Scope, at: Correlation, tile: int) -> Scope:
     return Scope(scope.traversal, (), (Read(result, tuple(index[loop.name] for loop in split)),))
 
 
-def amplification(scope: Scope) -> float:
-    """How many times larger the terms of an expression may get than those of the direct sum.
+def growth(scope: Scope) -> float:
+    """How many times larger the values within an expression may get than the direct sum of |products|.
 
-    The product over its decomposed dimensions; rounding errors grow at most as much (1.0: none).
+    It holds for inputs of one magnitude, and bounds by how much rounding errors grow: the product over the
+    decomposed dimensions, and of the largest absolute row sums of other constants; 1.0 without constants.
     """
     factor = 1.0
     for inner in set(scope.scopes()):
-        for read in inner.factors:
-            if isinstance(read.tensor, Constant) and read.tensor.name.startswith("At"):
-                tile, products = read.tensor.shape
+        for constant in (read.tensor for read in inner.factors if isinstance(read.tensor, Constant)):
+            if constant.name.startswith("At"):
+                tile, products = constant.shape
                 factor *= cook_toom.amplification(tile, products - tile + 1)
+            elif not constant.name.startswith(("Bt", "G")):
+                factor *= max(1.0, _largest_row_sum(constant))
     return factor
+
+
+def _largest_row_sum(constant: Constant) -> float:
+    width = constant.shape[-1] if constant.shape else 1
+    rows = (constant.values[at : at + width] for at in range(0, len(constant.values), width))
+    return max(float(sum(map(abs, row))) for row in rows)
 
 
 def bilinear_decomposition(scope: Scope) -> Iterator[Scope]:

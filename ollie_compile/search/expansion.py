@@ -13,6 +13,7 @@ from typing import Any
 
 from ollie_compile.expr import Read, Scope, canonical, once
 from ollie_compile.lower.layouts import is_lowerable
+from ollie_compile.measure import clock
 from ollie_compile.rules import EXPLORATIVE, RELATING, rewrites, simplify
 from ollie_compile.search.guided import repair_convolution, repair_phases, repair_product
 from ollie_compile.targets.matmul import match_matmul
@@ -39,8 +40,6 @@ class Step:
 
 
 Expansion = Callable[[Scope], Iterator[Step]]
-Expand = Callable[[Sequence[tuple[Expansion, Scope]]], Iterator[Iterable[Step]]]
-"""Expansions of scopes, in the order given."""
 
 
 def explored(scope: Scope) -> Iterator[Step]:
@@ -125,9 +124,34 @@ FACTS: tuple[Callable[[Scope], Any], ...] = (canonical, is_candidate, products, 
 """What the search asks about every state; other processes find it out ahead."""
 
 
+class Expander:
+    """Expands scopes, lazily one by one or ahead by other processes.
+
+    Attributes:
+        elsewhere_s: CPU time that other processes have taken for what was asked for.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor | None = None) -> None:
+        self.pool = pool
+        self.elsewhere_s = 0.0
+
+    def __call__(self, tasks: Sequence[tuple[Expansion, Scope]]) -> Iterator[Iterable[Step]]:
+        """What follows from each scope, in the order given."""
+        if self.pool is None:
+            return (expansion(scope) for expansion, scope in tasks)
+        return map(self._remembered, self.pool.map(_expanded, tasks, chunksize=4))
+
+    def _remembered(self, answer: tuple[list[tuple[Step, list[Any]]], float]) -> list[Step]:
+        steps, seconds = answer
+        self.elsewhere_s += seconds
+        for step, values in steps:
+            step.scope.memo.update(zip(FACTS, values, strict=True))
+        return [step for step, _ in steps]
+
+
 @contextlib.contextmanager
-def expanding(workers: int) -> Iterator[Expand]:
-    """How tasks are expanded: lazily one by one, or ahead by so many forked processes.
+def expanding(workers: int) -> Iterator[Expander]:
+    """An expander that uses so many forked processes, or none for 1.
 
     Raises:
         ValueError: `workers` is not positive, or above 1 where processes cannot be forked.
@@ -135,7 +159,7 @@ def expanding(workers: int) -> Iterator[Expand]:
     if workers < 1:
         raise ValueError(f"`workers` must be 1 or more, got {workers}.")
     if workers == 1:
-        yield lambda tasks: (expansion(scope) for expansion, scope in tasks)
+        yield Expander()
         return
     if "fork" not in multiprocessing.get_all_start_methods():
         raise ValueError(f"`workers` must be 1 where processes cannot be forked, got {workers}.")
@@ -143,17 +167,14 @@ def expanding(workers: int) -> Iterator[Expand]:
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
-        yield lambda tasks: map(_remembered, pool.map(_expanded, tasks, chunksize=4))
+        yield Expander(pool)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _expanded(task: tuple[Expansion, Scope]) -> list[tuple[Step, list[Any]]]:
+def _expanded(task: tuple[Expansion, Scope]) -> tuple[list[tuple[Step, list[Any]]], float]:
+    """The steps from a scope with what the search asks about each, and the CPU time that it took."""
+    start = clock.now()
     expansion, scope = task
-    return [(step, [fact(step.scope) for fact in FACTS]) for step in expansion(scope)]
-
-
-def _remembered(steps: list[tuple[Step, list[Any]]]) -> list[Step]:
-    for step, values in steps:
-        step.scope.memo.update(zip(FACTS, values, strict=True))
-    return [step for step, _ in steps]
+    steps = [(step, [fact(step.scope) for fact in FACTS]) for step in expansion(scope)]
+    return steps, clock.now() - start

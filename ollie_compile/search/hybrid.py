@@ -8,15 +8,15 @@ and an operator: a matrix product, a dense convolution. What can be lowered on t
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ollie_compile.expr import Scope, canonical
+from ollie_compile.measure import clock
 from ollie_compile.rules import simplify
 from ollie_compile.search.expansion import (
     COMPLETIONS,
-    Expand,
+    Expander,
     Expansion,
     Step,
     expanding,
@@ -51,7 +51,7 @@ class SearchStats:
         duplicates: expressions met again.
         pruned: expressions left out, by dominance or for lack of room in the beam.
         candidates: lowerable expressions found.
-        seconds: time taken.
+        seconds: CPU time taken, that of other processes included.
         complete: whether the budget sufficed.
     """
 
@@ -74,8 +74,8 @@ class SearchResult:
 class _Search:
     """The states of one search, met so far and still to be explored."""
 
-    def __init__(self, expression: Scope, budget_s: float, expand: Expand, *, fingerprints: bool) -> None:
-        self.start, self.budget_s = time.perf_counter(), budget_s
+    def __init__(self, expression: Scope, budget_s: float, expand: Expander, *, fingerprints: bool) -> None:
+        self.start, self.budget_s = clock.now(), budget_s
         self.expand, self.fingerprints = expand, fingerprints
         self.seen: set[str] = set()
         self.completed: set[tuple[Expansion, str]] = set()
@@ -85,8 +85,13 @@ class _Search:
     @property
     def in_time(self) -> bool:
         stats = self.result.stats
-        stats.complete = stats.complete and time.perf_counter() - self.start <= self.budget_s
+        stats.complete = stats.complete and self.seconds <= self.budget_s
         return stats.complete
+
+    @property
+    def seconds(self) -> float:
+        """CPU time taken until now, that of the other processes included."""
+        return clock.now() - self.start + self.expand.elsewhere_s
 
     def visit(self, state: Derivation) -> bool:
         """Whether a state is new and not dominated; lowerable ones are kept as candidates."""
@@ -144,8 +149,8 @@ def search(
 
     Args:
         max_depth: explorative steps from the start (repairs of guided derivations do not count).
-        budget_s: seconds after which exploration stops; what was found until then is returned and
-            `stats.complete` is False.
+        budget_s: seconds of CPU time after which exploration stops; what was found until then is returned
+            and `stats.complete` is False.
         beam: how many states of one depth are explored further, those with the least work first.
         guided: repair mismatches at every state; False leaves everything to exploration.
         fingerprints: never explore two equal states; False is there to see what they save.
@@ -168,7 +173,6 @@ def search(
             level = sorted(level, key=lambda state: work(state.scope))
             found.result.stats.pruned += len(level[beam:])
             level = found.new(found.explored_states(level[:beam]))
-    stats = found.result.stats
-    stats.candidates = len(found.result.derivations)
-    stats.seconds = time.perf_counter() - found.start
+        found.result.stats.seconds = found.seconds
+    found.result.stats.candidates = len(found.result.derivations)
     return found.result

@@ -54,6 +54,19 @@ def check_derivation(original: Scope, derived: Scope, *, points: int = POINTS, s
     return None
 
 
+def adds_the_same(original: Scope, derived: Scope, *, points: int = POINTS, seed: int = 0) -> bool:
+    """Whether an expression adds up the products of the original in another order, and computes no others.
+
+    Both are evaluated in an algebra whose sums commute and associate, and whose products distribute over no
+    sum. Products with a 0 that lies outside of a tensor are not told apart from 0.
+    """
+    generator = np.random.default_rng(seed)
+    at = sample_points(generator, original, points, max(terms_summed(original), terms_summed(derived)))
+    inputs = {t.name: generator.integers(1, PRIME, size=t.shape) for t in original.inputs().values()}
+    want, got = (evaluate(scope, inputs, at, PRIME, distributive=False) for scope in (original, derived))
+    return bool((want == got).all())
+
+
 def sample_points(generator: np.random.Generator, scope: Scope, count: int, terms: int) -> np.ndarray:
     """Up to `count` random points of a box, fewer where each sums many terms, and some corners."""
     count = _affordable(count, terms)

@@ -20,7 +20,7 @@ from ollie_compile.measure import calls
 from ollie_compile.plan.checks import check_program
 from ollie_compile.problems.operators import Convolution, Layout
 from ollie_compile.rules import simplify
-from ollie_compile.rules.bilinear import TILES, amplification, bilinear_decomposition
+from ollie_compile.rules.bilinear import TILES, bilinear_decomposition, growth
 
 SHAPES = ["64x56x1", "128x28x1", "256x14x1", "512x7x1", "256x14x16", "512x7x16"]
 
@@ -47,7 +47,7 @@ def bilinear(x: Tensor, weight: Tensor) -> dict[str, tuple[Any, float]]:
         assert check_program(conv, program) is None
         values = (x, weight, *program.constants(x.dtype, x.device).values())
         call = calls.compiled(conv.finished(program), values, constant=1)
-        found[f"F({tile}x{tile})"] = call, amplification(program.scope)
+        found[f"F({tile}x{tile})"] = call, growth(program.scope)
     return found
 
 
