@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -77,6 +76,8 @@ def attend_tail(query: Tensor, key: Tensor, value: Tensor, scale: float | None) 
     if query.device.type == "cpu":
         heads: Tensor = _CausalTail.apply(query, key, value, scale)
         return heads
+    from torch.nn.attention.bias import causal_lower_right
+
     bias = causal_lower_right(query.shape[2], key.shape[2])
     grouped = query.shape[1] != key.shape[1]
     return nn.functional.scaled_dot_product_attention(

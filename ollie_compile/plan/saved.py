@@ -120,11 +120,14 @@ def import_plans(path: Path) -> tuple[int, list[str]]:
         raise ValueError(f"No such file: {path}: give the file that `ollie plans export` wrote.")
     try:
         content = json.loads(path.read_bytes())
-        plans = content["plans"] if content["format"] == FORMAT else None
+        plans, given = content["plans"], content["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        plans = None
-    if not isinstance(plans, dict):
-        raise ValueError(f"{path} must hold plans as `ollie plans export` writes them: export them again.")
+        plans, given = None, "no format"
+    if not isinstance(plans, dict) or given != FORMAT:
+        raise ValueError(
+            f"{path} must hold plans as `ollie plans export` writes them, in the format {FORMAT!r}, got "
+            f"{str(given)[:MOST_SHOWN]!r}: export them again."
+        )
     taken, refused = 0, []
     for name, entry in plans.items():
         why = _fault(name, entry)

@@ -1,4 +1,4 @@
-"""Plans that were exported before this package had folders: read as they are, or refused with the reason."""
+"""Plans of an earlier version are refused with the reason, never misread."""
 
 import copy
 import json
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from ollie_compile import store
-from ollie_compile.plan import saved
-from ollie_compile.plan.checks import check_program
+from ollie_compile.plan import entries, saved
 from tests.ollie.strategies import operator
 
 NAME = "plan-085a0bbab2da35d05065c82cd26e567e3e5e879724938206c9401def3694c21d"
@@ -53,30 +52,15 @@ def conv():
     return operator(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3, 3), padding=1)
 
 
-def imported(tmp_path, monkeypatch, entry):
+def test_an_exported_file_is_refused_with_both_formats(tmp_path, monkeypatch):
     monkeypatch.setenv(store.FOLDER, str(tmp_path / "plans"))
     file = tmp_path / "plans.json"
-    file.write_text(json.dumps({"format": "ollie plans 1", "plans": {NAME: entry}}))
-    return saved.import_plans(file)
+    file.write_text(json.dumps({"format": "ollie plans 1", "plans": {NAME: ENTRY}}))
+    with pytest.raises(ValueError, match="in the format 'ollie plans 2', got 'ollie plans 1': export"):
+        saved.import_plans(file)
+    assert not list(store.entries())
 
 
-@pytest.mark.parametrize("kernels", ["aten", "fold", "triton", "cpp"])
-def test_an_old_plan_is_read(tmp_path, monkeypatch, kernels):
-    entry = copy.deepcopy(ENTRY)
-    entry["winner"]["kernels"] = kernels
-    assert imported(tmp_path, monkeypatch, entry) == (1, [])
-    plan = saved.plan_of(store.read(NAME), conv())
-    assert plan.winner.program.kernels == kernels
-    assert check_program(conv(), plan.winner.program) is None
-
-
-def test_a_wrong_one_is_refused_with_the_reason(tmp_path, monkeypatch):
-    entry = copy.deepcopy(ENTRY)
-    entry["winner"]["expression"] = DERIVED.replace("h1 + r1 - 1", "h1 + r1")
-    taken, (why,) = imported(tmp_path, monkeypatch, entry)
-    assert taken == 0
-    assert "its derivation differs over the integers" in why
-    entry = copy.deepcopy(ENTRY)
-    entry["winner"]["kernels"] = "sse"
-    with pytest.raises(ValueError, match="its winner is written as 'rows', 'sse'"):
-        saved.plan_of(entry, conv())
+def test_an_entry_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"must have the fields .*mixed_error"):
+        entries.plan(copy.deepcopy(ENTRY), conv())
