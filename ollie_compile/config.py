@@ -42,9 +42,9 @@ class OllieConfig:
             and 1e-4 side by side, no result may then err by more than `tolerance` of its own sum of
             |products|.
         margin: share by which a candidate must beat the original to replace it.
-        freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
-            weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the
-            parameters are not seen.
+        freeze: hold weights as constants, so that their transforms cost nothing at run time; only under
+            `torch.no_grad()`. Calls with other or changed weights transform these anew; what is written
+            through `weight.data` in place is not seen (`refreeze`).
         half_in_float32: compute products of float16 and bfloat16 on a CPU in float32, which is many times
             faster on CPUs without units for them and rounds less, but not as eager does.
         portable: use torch's own operators alone, as a program must that is exported and runs without Python
