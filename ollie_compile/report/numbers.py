@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from ollie_compile.plan.candidates import Candidate
+from typing import TYPE_CHECKING
+
 from ollie_compile.rules.bilinear import growth
+
+if TYPE_CHECKING:  # brings the planner
+    from ollie_compile.plan.candidates import Candidate
 
 
 def numbers(winner: Candidate) -> str:
