@@ -41,8 +41,8 @@ def ollie(
         options: fields of `OllieConfig`, and Inductor's own options.
 
     Raises:
-        ValueError: an unknown mode or option, or a value out of its range; Dynamo wraps it in its
-            BackendCompilerFailed.
+        ValueError: an unknown mode or option, or a value out of its range, in the first call of the compiled
+            function: torch.compile hands options to a backend with the first graph.
     """
     return compile_with(gm, example_inputs, Report(), mode=mode, options=options)
 
@@ -57,9 +57,11 @@ def compile_with(
     context: Context = CONTEXT,
 ) -> Any:
     """Compile a graph as `ollie` does, with the plans of `context`, and write the decisions into `report`."""
-    config, inductor = OllieConfig.with_inductor(options)
-    config = config.for_mode(mode)
-    inductor = mode_options(mode) | inductor
+    try:
+        config, inductor = OllieConfig.with_inductor(options)
+        config, inductor = config.for_mode(mode), mode_options(mode) | inductor
+    except ValueError as error:
+        compat.refuse(error)
     config = replace(config, freeze=config.freeze or compat.inductor_config.freezing)
     if config.freeze and torch.is_grad_enabled():
         config = _unfrozen(config, report, "it needs torch.no_grad(), and gradients are enabled")

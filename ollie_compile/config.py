@@ -127,6 +127,8 @@ class OllieConfig:
         Raises:
             ValueError: an option of neither, a value out of its range, or of another type than Inductor's.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f'`options` must be a dict such as {{"freeze": True}}, got {options!r}.')
         names = {field.name for field in dataclasses.fields(cls)}
         own = {key: value for key, value in (options or {}).items() if key in names}
         others = {key: value for key, value in (options or {}).items() if key not in names}

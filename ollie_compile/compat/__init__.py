@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -41,6 +42,10 @@ PRIVATE: dict[str, tuple[str, str]] = {
     "TangentAOTInput": (
         "torch._functorch._aot_autograd.descriptors",
         "whether a graph computes gradients, by the descriptions of its inputs",
+    ),
+    "ShortenTraceback": (
+        "torch._dynamo.exc",
+        "errors that Dynamo hands to its caller as they are, without its own frames",
     ),
     "TracingContext": ("torch._guards", "which inputs of a graph are parameters"),
     "tracing": ("torch._guards", "measuring outside the context of a compilation"),
@@ -88,6 +93,20 @@ def require() -> None:
     """
     for name in PRIVATE:
         __getattr__(name)
+
+
+def refuse(error: ValueError) -> NoReturn:
+    """Raise an error in the user's options from within a compilation as a ValueError with the same sentence.
+
+    Dynamo wraps other errors of a backend in several lines of its own. If it no longer lets this kind through,
+    the sentence stands within those lines.
+    """
+    from ollie_compile.compat import ShortenTraceback
+
+    class OptionError(ShortenTraceback, ValueError):  # type: ignore[misc,valid-type]
+        pass
+
+    raise OptionError(str(error), first_useful_frame=inspect.currentframe()) from None
 
 
 @contextlib.contextmanager

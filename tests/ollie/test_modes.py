@@ -83,10 +83,11 @@ def test_freezing_by_any_of_its_names(asked, how):
         ({"options": {"max_autotun": True}}, "has an option `max_autotun`: did you mean `max_autotune`"),
         ({"options": {"max_autotune": 1}}, "Inductor's `max_autotune` must be of type bool, got 1"),
         ({"options": {"budget_s": -1}}, "`budget_s` must be 0 or more seconds, got -1"),
+        ({"options": ["freeze"]}, "`options` must be a dict such as .*, got \\['freeze'\\]"),
     ],
 )
-def test_unknown_modes_and_options_are_refused(named, match):
-    with pytest.raises(Exception, match=match):
+def test_unknown_modes_and_options_are_refused_in_one_sentence(named, match):
+    with pytest.raises(ValueError, match=f"^.*{match}"):
         torch.compile(nn.Linear(2, 2), backend="ollie", **named)(torch.zeros(1, 2))
 
 
