@@ -189,15 +189,10 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
     os.replace(written, out)
 
 
-def main(name: str, steps: int, target: float, batch: int) -> None:
+def new_model(shape: dict[str, Any], tokenizer: Any) -> Any:
+    """A model with random weights for the tokens of a tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers import get_cosine_schedule_with_warmup as cosine
 
-    torch.manual_seed(SEED)
-    shape, out = SHAPES[name], CACHE / name
-    train, held_out = documents()
-    tokenizer = make_tokenizer(train)
-    stream, held_out_stream = token_stream(train, tokenizer), token_stream(held_out, tokenizer)
     config = AutoConfig.for_model(
         vocab_size=len(tokenizer),
         max_position_embeddings=2 * LENGTH,
@@ -206,7 +201,18 @@ def main(name: str, steps: int, target: float, batch: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         **shape,
     )
-    model = AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def main(name: str, steps: int, target: float, batch: int) -> None:
+    from transformers import get_cosine_schedule_with_warmup as cosine
+
+    torch.manual_seed(SEED)
+    shape, out = SHAPES[name], CACHE / name
+    train, held_out = documents()
+    tokenizer = make_tokenizer(train)
+    stream, held_out_stream = token_stream(train, tokenizer), token_stream(held_out, tokenizer)
+    model = new_model(shape, tokenizer)
     activations = Activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = cosine(optimizer, WARM_UP, steps)

@@ -98,15 +98,13 @@ def require() -> None:
 def refuse(error: ValueError) -> NoReturn:
     """Raise an error in the user's options from within a compilation as a ValueError with the same sentence.
 
-    Dynamo wraps other errors of a backend in several lines of its own. If it no longer lets this kind through,
-    the sentence stands within those lines.
+    Dynamo wraps other errors of a backend in several lines of its own. If it no longer lets this kind
+    through, the sentence stands within those lines.
     """
     from ollie_compile.compat import ShortenTraceback
 
-    class OptionError(ShortenTraceback, ValueError):  # type: ignore[misc,valid-type]
-        pass
-
-    raise OptionError(str(error), first_useful_frame=inspect.currentframe()) from None
+    kind: Any = type("OptionError", (ShortenTraceback, ValueError), {"__module__": __name__})
+    raise kind(str(error), first_useful_frame=inspect.currentframe()) from None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -65,14 +66,7 @@ def fastest(
         effects: of the graph; they say whether it may run to be timed.
     """
 
-    def build(which: str, graph: fx.GraphModule, config: OllieConfig, *, changed: bool = False) -> Compiled:
-        if which == EAGER:
-            return graph
-        more = {name: value for end in FURTHER if end in which for name, value in FURTHER[end].items()}
-        if which.startswith(REWRITTEN):
-            return rewritten(graph, more, config, changed)
-        return original(graph, more)
-
+    build = functools.partial(_build, rewritten, original)
     measured = config.tune == "measure" and config.budget_s != 0 and not torch.is_grad_enabled()
     if measured and effects.unsafe:
         report.note(f"the whole graph was not compared: {effects.unsafe}")
@@ -80,9 +74,42 @@ def fastest(
         return build(REWRITTEN, gm, config.budgeted(operator_count(gm.graph)))
     name = _name(gm, inputs, config, inductor)
     known = store.read(name) if name is not None else None
-    if known is not None and known.get("chosen") in known.get("seconds", ()):
+    if known is not None and _is_decision(known):
         _say(report, known["chosen"], known["seconds"])
-        return build(known["chosen"], gm, replace(config, budget_s=known.get("planning_s", config.budget_s)))
+        return build(known["chosen"], gm, replace(config, budget_s=known["planning_s"]))
+    compiled, decision = _compared(gm, inputs, config, report, machine, build)
+    if name is not None and decision is not None:
+        store.write(name, decision)
+    return compiled
+
+
+def _build(
+    rewritten: Compiler,
+    original: Compiler,
+    which: str,
+    graph: fx.GraphModule,
+    config: OllieConfig,
+    *,
+    changed: bool = False,
+) -> Compiled:
+    """A graph compiled in one of the ways that are compared."""
+    if which == EAGER:
+        return graph
+    more = {name: value for end in FURTHER if end in which for name, value in FURTHER[end].items()}
+    if which.startswith(REWRITTEN):
+        return rewritten(graph, more, config, changed)
+    return original(graph, more)
+
+
+def _compared(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: OllieConfig,
+    report: Report,
+    machine: Machine,
+    build: Compiler,
+) -> tuple[Compiled, dict[str, Any] | None]:
+    """The fastest way, and the entry to keep on disk; None where nothing was compared."""
     spare = copied(gm)
     start = machine.now()
     first = build(INDUCTOR, copied(spare), config)
@@ -93,7 +120,7 @@ def fastest(
         built[REWRITTEN] = build(REWRITTEN, gm, config, changed=True)
     seen, lifted, replaced = (now - then for now, then in zip(_counts(report), before, strict=True))
     if not lifted and TUNED not in further and (seen or REWRITTEN not in built):
-        return built.get(REWRITTEN, first)
+        return built.get(REWRITTEN, first), None
     last = next(iter(built.values()), first)
     try:
         built[EAGER] = copied(spare)
@@ -108,14 +135,12 @@ def fastest(
             seconds = _measured(built, inputs, machine)
     except Exception as error:  # such as too little memory for all of them
         report.note(f"the whole graph was not compared: {str(error).partition(chr(10))[0]}")
-        return last
+        return last, None
     chosen = min(seconds, key=lambda which: seconds[which] * (1 + MARGIN * (which == EAGER)))
-    if name is not None:
-        store.write(name, {"chosen": chosen, "seconds": seconds, "planning_s": config.budget_s})
     _say(report, chosen, seconds)
     if not chosen.startswith(REWRITTEN):
         report.kept += replaced
-    return built[chosen]
+    return built[chosen], {"chosen": chosen, "seconds": seconds, "planning_s": config.budget_s}
 
 
 def _for_planning(config: OllieConfig, graph: fx.Graph, inductor_s: float) -> tuple[OllieConfig, list[str]]:
@@ -161,6 +186,21 @@ def _counts(report: Report) -> tuple[int, int, int]:
 def _say(report: Report, chosen: str, seconds: dict[str, float]) -> None:
     times = ", ".join(f"{which} {taken * 1e3:.3f} ms" for which, taken in seconds.items())
     report.note(f"the whole graph: {times}; chosen: {chosen}")
+
+
+def _is_decision(entry: dict[str, Any]) -> bool:
+    """Whether an entry on disk says what `_compared` writes; another is decided anew."""
+    seconds, planning_s = entry.get("seconds"), entry.get("planning_s")
+    return (
+        isinstance(seconds, dict)
+        and all(_is_time(value) for value in (*seconds.values(), planning_s))
+        and isinstance(entry.get("chosen"), str)
+        and entry["chosen"] in seconds
+    )
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
 
 
 def _name(

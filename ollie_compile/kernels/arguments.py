@@ -134,6 +134,17 @@ class Form(NamedTuple):
     text: str
 
 
+def check_alike(x: Tensor, weight: Tensor) -> None:
+    """Whether a weight has the dtype and the device of the tensor it is multiplied with.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if (weight.dtype, weight.device) != (x.dtype, x.device):
+        wanted = f"`weight` must be {x.dtype} on {x.device}"
+        _must(False, "bilinear", wanted, f"{weight.dtype} on {weight.device}", "move it there")
+
+
 def check_bilinear(
     form: Form, data: Matrices, result: Matrices, elements: int, weight: Numbers, size: Numbers, panel: int
 ) -> None:

@@ -265,11 +265,7 @@ def _bilinear(
         features,
         matrices,
     )
-    if (weight.dtype, weight.device) != (x.dtype, x.device):
-        given = f"{weight.dtype} on {weight.device}"
-        raise ValueError(
-            f"torch.ops.ollie.bilinear: `weight` must be {x.dtype} on {x.device}, got {given}: move it there."
-        )
+    arguments.check_alike(x, weight)
     cpp_bilinear.check(form, x.numel(), tuple(weight.shape), tuple(size))
     call = cpp_bilinear.bilinear if plain else cpp_bilinear.reference
     return call(x, weight, size, form)

@@ -95,6 +95,26 @@ def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
     backend.CONTEXT.reset()
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"chosen": "rewritten", "seconds": ["rewritten"], "planning_s": 1.0},
+        {"chosen": "rewritten", "seconds": {"rewritten": "soon"}, "planning_s": 1.0},
+        {"chosen": ["rewritten"], "seconds": {"rewritten": 1.0}, "planning_s": 1.0},
+        {"chosen": "rewritten", "seconds": {"rewritten": 1.0}, "planning_s": -1.0},
+        {"chosen": "rewritten", "seconds": {"rewritten": 1.0}},
+        {"chosen": "another", "seconds": {"rewritten": 1.0}, "planning_s": 1.0},
+        {},
+    ],
+)
+def test_an_entry_on_disk_that_says_something_else_is_decided_anew(seconds, monkeypatch, damaged):
+    monkeypatch.setattr(store, "read", lambda name: damaged if name.startswith("graph") else None)
+    ways = (gate.REWRITTEN, gate.INDUCTOR, gate.EAGER, gate.REWRITTEN + gate.CONTIGUOUS)
+    seconds |= dict.fromkeys((*ways, gate.INDUCTOR + gate.CONTIGUOUS), 2.0) | {gate.INDUCTOR: 1.0}
+    report = ollie_compile.explain(nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6), **OPTIONS)
+    assert report.notes[-1].endswith("chosen: Inductor")
+
+
 def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeypatch):
     finished = []
     compile_fx = importlib.import_module("torch._inductor.compile_fx").compile_fx
