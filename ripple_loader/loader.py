@@ -16,8 +16,9 @@ from ripple_loader.compat import register_quantization_config, register_quantize
 from ripple_loader.config import RippleConfig
 from ripple_loader.format.encoding import FloatEncoding
 from ripple_loader.format.sidecar import Sidecar
-from ripple_loader.model.architectures import MLPSite, architecture_of
+from ripple_loader.model.architectures import MLPSite
 from ripple_loader.model.loading import StreamingQuantizer
+from ripple_loader.model.probe import architecture_of
 from ripple_loader.online.engine import Engine
 from ripple_loader.report import RippleReport
 
@@ -93,7 +94,7 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
         ValueError: the sidecar was made for another kind or size of model.
     """
     header = sidecar.header
-    sites = architecture_of(model.config.model_type).find(model)
+    sites = architecture_of(model.config).find(model)
     wanted = (header.model_type, header.layers, header.experts, (header.neurons, header.hidden))
     count = sum(site.experts or 1 for site in sites)
     got = (model.config.model_type, count, sites[0].experts, tuple(sites[0].down_weights()[0].shape))

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader.checkpoint.shards import DTYPES, Shard, TensorSpot, read_shards
-from ripple_loader.model.architectures import Architecture, Role, architecture_of
+from ripple_loader.model.architectures import Architecture, Role
+from ripple_loader.model.probe import architecture_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def open_source(directory: Path) -> SourceModel:
             f"{directory} must hold plain float weights, but is quantized with {method}: "
             "reorder the checkpoint from before quantization."
         )
-    forms = architecture_of(config.model_type).forms()
+    forms = architecture_of(config).forms()
     shards = read_shards(directory)
     spots = {name: spot for shard in shards for name, spot in shard.tensors.items()}
     architecture = next((form for form in forms if any(map(form.tensor_pattern().match, spots))), forms[0])

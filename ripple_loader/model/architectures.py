@@ -219,18 +219,3 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": _GATED,
     "starcoder2": _STARCODER2,
 }
-
-
-def architecture_of(model_type: str) -> Architecture:
-    """The entry for a config's `model_type`.
-
-    Raises:
-        ValueError: the type is not in the table.
-    """
-    if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"Ripple does not know where a model of type {model_type!r} keeps its MLP neurons; it knows "
-            f"{', '.join(sorted(ARCHITECTURES))}. To support it, add an entry to "
-            "ripple_loader.model.architectures.ARCHITECTURES."
-        )
-    return ARCHITECTURES[model_type]

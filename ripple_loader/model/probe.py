@@ -1,0 +1,240 @@
+"""Find the MLPs of an architecture that the table does not list: by structure, and then by numbers.
+
+A module is an MLP if it holds two or three linears and an activation, and computes
+down(act(gate(x)) * up(x)) or down(act(gate(x))) with small random weights in their place, for one assignment
+of its linears to these roles. A norm between, a scale or another order of operations makes other numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ripple_loader.model.architectures import ARCHITECTURES, Architecture, Projection
+
+WANTED = (
+    "a module in each layer that computes down(act(gate(x)) * up(x)) or down(act(gate(x))) with linears and "
+    "an activation of its own, and no experts beside it"
+)
+HIDDEN, NEURONS, ROWS = 6, 10, 8  # of the small linears, and of the data that they are compared on
+TOLERANCE = 1e-9  # in float64
+
+_probed: dict[str, Architecture] = {}
+
+
+def architecture_of(config: Any) -> Architecture:
+    """Where a model keeps its MLP neurons: its entry in the table, or what the probe finds.
+
+    Args:
+        config: transformers' configuration of the model.
+
+    Raises:
+        ValueError: the table has no entry and the probe finds no MLPs that Ripple can stream.
+    """
+    if config.model_type in ARCHITECTURES:
+        return ARCHITECTURES[config.model_type]
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if key not in _probed:
+        _probed[key] = probe(_skeleton(config))
+    return _probed[key]
+
+
+def _skeleton(config: Any) -> nn.Module:
+    """The model without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(
+            f"Ripple must be given a causal language model, but transformers has none for a "
+            f"{config.model_type}: {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+def probe(model: nn.Module) -> Architecture:
+    """Where the MLPs of a model are.
+
+    Args:
+        model: with or without memory for its weights, which are not read.
+
+    Raises:
+        ValueError: a layer has no MLP, or several, or layers differ; the message says what was looked for.
+    """
+    kind = model.config.model_type
+    stacks = [
+        (name, layers)
+        for name, layers in model.named_modules()
+        if isinstance(layers, nn.ModuleList) and any(_mlps(layers[:1]))
+    ]
+    if not stacks:
+        raise ValueError(
+            f"Ripple must find {WANTED}, but found none in a {kind}: it cannot stream this architecture. A "
+            "mixture of experts needs an entry in ripple_loader.model.architectures.ARCHITECTURES."
+        )
+    if len(stacks) > 1:
+        names = ", ".join(name for name, _ in stacks)
+        raise ValueError(
+            f"Ripple must find one stack of layers, but a {kind} has MLPs in {names}: it cannot "
+            "stream this architecture."
+        )
+    name, layers = stacks[0]
+    found = [list(_mlps([layer])) for layer in layers]
+    for number, mlps in enumerate(found):
+        if len(mlps) != 1 or mlps != found[0]:
+            raise ValueError(
+                f"Ripple must find {WANTED}, the same in all layers, but layer {number} of a {kind} has "
+                f"{', '.join(map(_said, mlps)) or 'none'} and layer 0 has {', '.join(map(_said, found[0]))}: "
+                "it cannot stream this architecture."
+            )
+    (mlp,) = found[0]
+    return Architecture(
+        layers=name.rpartition(".")[2],
+        mlp=mlp.name,
+        selector=mlp.selector,
+        up=mlp.up,
+        down=mlp.down,
+        activation=mlp.activation,
+    )
+
+
+@dataclass(frozen=True)
+class _MLP:
+    """An MLP that was found in a layer: its name there, and its parts."""
+
+    name: str
+    selector: Projection
+    up: Projection | None
+    down: Projection
+    activation: str
+
+
+def _said(mlp: _MLP) -> str:
+    linears = dict.fromkeys(part.linear for part in (mlp.selector, mlp.up, mlp.down) if part is not None)
+    return f"{mlp.name} ({', '.join(linears)})"
+
+
+def _mlps(layers: Any) -> Iterator[_MLP]:
+    """The MLPs among the modules of layers without experts, not the layers themselves."""
+    for layer in layers:
+        if any(map(_holds_experts, layer.modules())):
+            continue
+        for name, module in layer.named_modules():
+            if name and (mlp := _recognized(name, module)) is not None:
+                yield mlp
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds stacked weights, as transformers keeps those of routed experts."""
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return not convolution and any(weight.dim() > 2 for weight in module.parameters(recurse=False))
+
+
+def _recognized(name: str, module: nn.Module) -> _MLP | None:
+    children = dict(module.named_children())
+    linears = {key: child for key, child in children.items() if isinstance(child, (nn.Linear, Conv1D))}
+    activations = [
+        key
+        for key, child in children.items()
+        if key not in linears and next(child.parameters(), None) is None
+    ]
+    if len(linears) not in (2, 3) or next(module.parameters(recurse=False), None) is not None:
+        return None
+    with torch.device("cpu"):  # from_pretrained may have set another
+        for small in _small(module, linears):
+            for activation, roles in itertools.product(activations, _assignments(linears)):
+                if _computes(small, small.get_submodule(activation), *roles):
+                    return _MLP(name, *roles, activation)
+    return None
+
+
+def _assignments(linears: dict[str, nn.Module]) -> Iterator[tuple[Projection, Projection | None, Projection]]:
+    """Each way in which the linears may be selector, up and down."""
+
+    def outputs(key: str) -> Projection:
+        return Projection(key, 1 if isinstance(linears[key], Conv1D) else 0)
+
+    def inputs(key: str) -> Projection:
+        return Projection(key, 0 if isinstance(linears[key], Conv1D) else 1)
+
+    for keys in itertools.permutations(linears):
+        if len(keys) == 3:
+            yield outputs(keys[0]), outputs(keys[1]), inputs(keys[2])
+            continue
+        yield outputs(keys[0]), None, inputs(keys[1])
+        halves = [Projection(keys[0], outputs(keys[0]).neuron_axis, half=half) for half in (0, 1)]
+        yield halves[0], halves[1], inputs(keys[1])
+        yield halves[1], halves[0], inputs(keys[1])
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear."""
+    return tuple(linear.weight.shape) if isinstance(linear, Conv1D) else tuple(linear.weight.shape)[::-1]
+
+
+def _small(module: nn.Module, linears: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """Copies of a module with small random linears, for each of its sizes that may be the hidden one."""
+    sizes = {key: _sizes(linear) for key, linear in linears.items()}
+    for hidden in sorted({size for pair in sizes.values() for size in pair}):
+        neurons = {inputs for inputs, outputs in sizes.values() if outputs == hidden < inputs}
+        if len(neurons) != 1:
+            continue
+        (width,) = neurons
+        small = {2 * width: 2 * NEURONS, width: NEURONS, hidden: HIDDEN}
+        if not all(size in small for pair in sizes.values() for size in pair):
+            continue
+        made = copy.deepcopy(module).eval()
+        generator = torch.Generator().manual_seed(0)
+        for key, linear in linears.items():
+            inputs, outputs = (small[size] for size in sizes[key])
+            setattr(made, key, _random_linear(linear, inputs, outputs, generator))
+        yield made
+
+
+def _random_linear(like: nn.Module, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
+    made = Conv1D(outputs, inputs) if isinstance(like, Conv1D) else nn.Linear(inputs, outputs)
+    if like.bias is None:
+        made.bias = None
+    for parameter in made.double().parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return made
+
+
+@torch.no_grad()
+def _computes(
+    small: nn.Module,
+    activation: Callable[[Tensor], Tensor],
+    selector: Projection,
+    up: Projection | None,
+    down: Projection,
+) -> bool:
+    """Whether a module computes an MLP with its linears in these roles, for small data and for large.
+
+    Large data shows where a module clamps.
+    """
+    x = torch.randn(ROWS, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x *= torch.logspace(-2, 3, ROWS, dtype=torch.float64)[:, None]
+    try:
+        got = small(x)
+
+        def projected(part: Projection) -> Tensor:
+            value = small.get_submodule(part.linear)(x)
+            return value if part.half is None else value.chunk(2, -1)[part.half]
+
+        product = activation(projected(selector))
+        if up is not None:
+            product = product * projected(up)
+        want = small.get_submodule(down.linear)(product)
+    except Exception:  # whatever a module that is no MLP does with such an input
+        return False
+    same = isinstance(got, Tensor) and got.shape == want.shape and got.device == want.device
+    return same and bool(((got - want).norm(dim=1) <= TOLERANCE * want.norm(dim=1)).all())
