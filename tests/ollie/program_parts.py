@@ -238,8 +238,7 @@ ENTRIES = (
 )
 
 INFERENCE = "with torch.<no_grad|no_grad|inference_mode>():\n    yield 'result {N}', run(x)"
-STEPS = (
-    Part("plain", INFERENCE),
+CALLS = (
     Part("plain", INFERENCE),
     Part("training", "y = run(x)\nbackward(y)\nyield 'result {N}', y\nyield 'gradients {N}', gradients(net, x)\nclear(net, x)"),
     Part(
@@ -248,11 +247,17 @@ STEPS = (
         "with torch.no_grad():\n    for p in net.parameters():\n        if p.grad is not None:\n            p.sub_(p.grad, alpha=0.1)\n"
         "clear(net, x)",
     ),
-    Part("plain", "yield 'state {N}', state(net)"),
     Part("grad mode", "with torch.set_grad_enabled(<True|False>):\n    yield 'result {N}', run(x)"),
+    Part(
+        "autocast",
+        "with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):\n    yield 'result {N}', run(x)",
+    ),
+)
+STEPS = (
+    *CALLS,
+    Part("plain", "yield 'state {N}', state(net)"),
     Part("grad mode", "for p in list(net.parameters())[::2]:\n    p.requires_grad_(not p.requires_grad)"),
     Part("grad mode", "x = x.detach().requires_grad_()\nbackward(run(x))\nyield 'gradients {N}', gradients(net, x)\nclear(net, x)"),
-    Part("autocast", "with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):\n    yield 'result {N}', run(x)"),
     Part("autocast", "with torch.autocast('cpu', torch.bfloat16):\n    y = run(x)\nbackward(y)\nyield 'result {N}', y\nyield 'gradients {N}', gradients(net, x)\nclear(net, x)"),
     Part("mode", "net.<train|eval>()"),
     Part("batch", "x = random(<1|3|5>, {C}, *{S}, seed={N})\n" + INFERENCE),
@@ -278,7 +283,6 @@ STEPS = (
     Part("result kept", "with torch.no_grad():\n    first = run(x)\n    run(x + 1)\nyield 'first {N}', first"),
     Part("mutated input", "yield 'input {N}', x"),
     Part("random state", "yield 'random state {N}', torch.rand(3)"),
-    Part("side effect", "yield 'seen {N}', len(times_seen)"),
 )
 
 PREAMBLE = '''
