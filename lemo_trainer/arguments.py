@@ -6,25 +6,43 @@ import dataclasses
 import inspect
 import re
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lemo_trainer.callback import LemoCallback
 from lemo_trainer.config import LemoConfig
+from lemo_trainer.registry import describe_selectors, selector_names
 
 _T = TypeVar("_T")
 PREFIX = "lemo_"
 
 
 def documented_fields(cls: type) -> dict[str, str]:
-    """What the "Args:" section of a class's docstring says about each name, on one line each."""
+    """The text about each name in the "Args:" section of a class's docstring, as one line."""
     section = inspect.getdoc(cls).partition("Args:\n")[2]  # type: ignore[union-attr]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
 
 
+def config_help() -> dict[str, str]:
+    """The documentation of each field of `LemoConfig`, with the selectors that are registered."""
+    documentation = documented_fields(LemoConfig)
+    return documentation | {"selector": f"{documentation['selector']} {describe_selectors()}."}
+
+
+class _SelectorNames:
+    """The values of `selector` as choices of a parser, also those that are registered later."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in selector_names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(selector_names())
+
+
 def flag_type(hint: Any) -> Any:
-    """The type that a command line can give for a field: text where the field takes text or a sequence."""
+    """The type of a field on the command line: text if the field takes text or a sequence."""
     if get_origin(hint) is types.UnionType and str in get_args(hint):
         return str | None if type(None) in get_args(hint) else str
     return hint
@@ -32,15 +50,14 @@ def flag_type(hint: Any) -> Any:
 
 def _with_config_fields(cls: type[_T]) -> type[_T]:
     """The dataclass `cls` with a field `lemo_NAME` for each field NAME of `LemoConfig`."""
-    hints, documentation = get_type_hints(LemoConfig), documented_fields(LemoConfig)
-    fields = [
-        (
-            PREFIX + known.name,
-            flag_type(hints[known.name]),
-            field(default=known.default, metadata={"help": documentation[known.name].replace("%", "%%")}),
-        )
-        for known in dataclasses.fields(LemoConfig)
-    ]
+    hints, documentation = get_type_hints(LemoConfig), config_help()
+    fields = []
+    for known in dataclasses.fields(LemoConfig):
+        metadata: dict[str, Any] = {"help": documentation[known.name].replace("%", "%%")}
+        if known.name == "selector":
+            metadata["choices"] = _SelectorNames()
+        option = field(default=known.default, metadata=metadata)
+        fields.append((PREFIX + known.name, flag_type(hints[known.name]), option))
     namespace = {"__doc__": cls.__doc__, "__module__": cls.__module__}
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), namespace=namespace)
 
@@ -78,6 +95,6 @@ class LemoArguments:
         return config if self.lemo else None
 
     def callbacks(self) -> list[LemoCallback]:
-        """What to pass to a `Trainer`: one `LemoCallback`, or nothing without `--lemo`."""
+        """The callbacks for a `Trainer`: one `LemoCallback`, or none without `--lemo`."""
         config = self.config()
         return [] if config is None else [LemoCallback(config, measure=self.lemo_measure)]

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
-from lemo_trainer.architectures import unwrap
+from lemo_trainer.compat import calling_handler, unwrap
 from lemo_trainer.config import LemoConfig
-from lemo_trainer.measure import ActivationBytes, FlopCounter
+from lemo_trainer.informativeness.selectors import selector_for
+from lemo_trainer.layers.segments import FLOAT16
+from lemo_trainer.measure import StepMeter
 from lemo_trainer.patch import apply_lemo, remove_lemo
-from lemo_trainer.predictor_files import base_fingerprint, has_predictors, save_predictors
 from lemo_trainer.report import LemoReport
-from lemo_trainer.segments import FLOAT16
+from lemo_trainer.session import LemoSession, session_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +29,23 @@ class LemoCallback(TrainerCallback):
     Each log entry of a training loss gets `lemo_kept_share` and `lemo_patched_layers`, and
     `lemo_kept_share/layer_N` where the layers differ; the first one after a measured step gets
     `lemo_saved_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the progress bar and the
-    reporting callbacks (TensorBoard, W&B). `lemo_config.json`, and predictors where there are some, go into
-    every checkpoint and into the output folder; a resumed run goes on with those of its checkpoint. With
-    `predictor_refresh` the recall of each layer is logged as `lemo_recall/layer_N`.
+    reporting callbacks (TensorBoard, W&B). `lemo_config.json`, and the predictors of `selector="predictor"`,
+    are written into every checkpoint and into the output folder; a resumed run uses those of its checkpoint.
+    With `predictor_refresh` the recall of each layer is logged as `lemo_recall/layer_N`.
 
     Args:
-        config: which tokens are kept, where and when.
-        measure: measure the first optimizer step that leaves tokens out, on this process: the bytes that its
-            largest micro-batch saves for the backward pass, and the FLOPs of all its forward and backward
-            passes. That step is slower, no other is.
+        config: the configuration of LeMo.
+        measure: whether to measure the first optimizer step that leaves tokens out, in this process: the
+            bytes that its largest micro-batch saves for the backward pass, and the FLOPs of all its forward
+            and backward passes. Only that step is slower.
     """
 
     def __init__(self, config: LemoConfig, *, measure: bool = False) -> None:
         self.config = config
         self.measure = measure
         self.report: LemoReport | None = None
-        self._meter: _StepMeter | None = None
+        self._session: LemoSession | None = None
+        self._meter: StepMeter | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,23 +55,24 @@ class LemoCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _come_first(self)  # one that was added after the Trainer was made saw no `on_init_end`
+        _come_first(self)  # a callback added after the Trainer was made gets no `on_init_end`
         if self.report is not None:  # the last train() was interrupted
             self._restore(kwargs["model"])
         if args.fp16 and self.config.mode == "segments":
             raise ValueError(FLOAT16)
         self.report = apply_lemo(kwargs["model"], self._config_at(Path(args.output_dir), state))
+        self._session = session_of(kwargs["model"])
         if args.torch_compile:
             logger.warning("`torch_compile` compiles evaluation only: LeMo's training steps run eagerly.")
-        self._meter = _StepMeter() if self.measure else None
+        self._meter = StepMeter() if self.measure else None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.report is not None
-        self.report.at_step(state.global_step)
-        if self._meter is not None and self.report.active:
-            self._meter.start(kwargs["model"])
+        assert self._session is not None
+        self._session.at_step(state.global_step)
+        if self._meter is not None and self._session.active:
+            self._meter.start(unwrap(kwargs["model"]))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +88,7 @@ class LemoCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.report is None or logs is None or "loss" not in logs:
+        if self.report is None or self._session is None or logs is None or "loss" not in logs:
             return
         metrics: dict[str, float] = {
             "lemo_kept_share": round(self.report.kept_share, 4),
@@ -98,10 +97,7 @@ class LemoCallback(TrainerCallback):
         shares = self.report.layer_shares
         if len(set(shares.values())) > 1:
             metrics |= {f"lemo_kept_share/layer_{i}": round(share, 4) for i, share in shares.items()}
-        if self.report.predictors is not None and self.config.predictor_refresh:
-            metrics |= {
-                f"lemo_recall/layer_{i}": round(r, 4) for i, r in self.report.predictors.recall.items()
-            }
+        metrics |= self._session.selector.metrics()
         if self._meter is not None and self._meter.done:
             metrics |= {"lemo_saved_bytes": self._meter.saved_bytes, "lemo_step_flops": self._meter.flops}
             self._meter = None
@@ -123,68 +119,29 @@ class LemoCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.stop()
         remove_lemo(model)
-        self.report = None
+        self.report = self._session = None
 
     def _config_at(self, output_dir: Path, state: TrainerState) -> LemoConfig:
-        """The configuration; a resumed run goes on with the predictors of its checkpoint."""
-        checkpoint = _checkpoint(output_dir, state)
-        if self.config.selector != "predictor" or not has_predictors(checkpoint):
-            return self.config
-        return dataclasses.replace(self.config, predictors=str(checkpoint))
+        """The configuration, which a selector may point to its files in the checkpoint of a resumed run."""
+        selector = type(selector_for(self.config))
+        return selector.resume(self.config, _checkpoint(output_dir, state))
 
     def _save(self, folder: Path, state: TrainerState, model: nn.Module) -> None:
         if not state.is_world_process_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).write_text(self.config.to_json(), "utf-8")
-        if self.report is not None and self.report.predictors is not None:
-            save_predictors(self.report.predictors, folder, base_fingerprint(model))
+        if self._session is not None:
+            self._session.selector.save(folder, model)
 
 
 def _checkpoint(output_dir: Path, state: TrainerState) -> Path:
     return output_dir / f"checkpoint-{state.global_step}"
 
 
-class _StepMeter:
-    """Measures one optimizer step, between two events of the Trainer.
-
-    Attributes:
-        saved_bytes: what lived at the end of the first forward pass and was made in it.
-        flops: floating-point operations of the forward and backward passes.
-        done: whether the step has been measured.
-    """
-
-    def __init__(self) -> None:
-        self.saved_bytes = 0
-        self.flops = 0
-        self.done = False
-        self._contexts = contextlib.ExitStack()
-
-    def start(self, model: nn.Module) -> None:
-        if self.done:
-            return
-        saved = self._contexts.enter_context(ActivationBytes())
-        counter = self._contexts.enter_context(FlopCounter())
-
-        def read(*_: Any) -> None:
-            self.saved_bytes = max(self.saved_bytes, saved.bytes)
-
-        def finish() -> None:
-            self.flops, self.done = counter.flops, True
-
-        self._contexts.callback(unwrap(model).register_forward_hook(read).remove)
-        self._contexts.callback(finish)
-
-    def stop(self) -> None:
-        self._contexts.close()
-
-
 def _come_first(callback: TrainerCallback) -> None:
-    """Move `callback` to the front of its handler's list: reporting callbacks stand before a user's one.
-
-    The handler gives its callbacks no reference to itself or the Trainer; it is who calls the event.
-    """
-    handler = sys._getframe(2).f_locals.get("self")
-    if isinstance(handler, CallbackHandler):
+    """Move `callback` in front of the reporting callbacks, which otherwise would not see its metrics."""
+    handler = calling_handler(callback)
+    if handler is not None:
         handler.remove_callback(callback)
         handler.callbacks.insert(0, callback)

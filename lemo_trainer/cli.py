@@ -7,13 +7,17 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from lemo_trainer import commands
-from lemo_trainer.arguments import documented_fields, flag_type
+from lemo_trainer.arguments import config_help, flag_type
+from lemo_trainer.commands.inspect import show_model
+from lemo_trainer.commands.plan import predict_step
+from lemo_trainer.commands.predictors import make_predictors, parse_ranks
+from lemo_trainer.commands.search import SearchOptions, find_thresholds
 from lemo_trainer.config import LemoConfig
+from lemo_trainer.registry import selector_names
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,7 +31,7 @@ SeqLen = Annotated[int | None, typer.Option(help="tokens of a sample")]
 
 @contextlib.contextmanager
 def _user_errors() -> Iterator[None]:
-    """Turn what the user can mend into one sentence on stderr and exit code 2."""
+    """Turn an error that the user can correct into one sentence on stderr and exit code 2."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -36,8 +40,9 @@ def _user_errors() -> Iterator[None]:
 
 
 def _with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each field of `LemoConfig`; it gets those that were set as `lemo`."""
-    documentation, hints = documented_fields(LemoConfig), get_type_hints(LemoConfig)
+    """Give a command an option for each field of `LemoConfig`; those that are set arrive as `lemo`."""
+    documentation, hints = config_help(), get_type_hints(LemoConfig)
+    hints["selector"] = Literal[tuple(selector_names())]
     options = {
         field.name: inspect.Parameter(
             field.name,
@@ -70,14 +75,14 @@ def train(
     recipe: Annotated[str, typer.Argument(help="YAML recipe, such as configs/lemo/smollm2_lora.yaml")],
     model: Annotated[str | None, typer.Option(help="model folder or hub id")] = None,
     train_file: Annotated[str | None, typer.Option(help=".jsonl or text file to train on")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="where the result is written")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="folder for the result")] = None,
     seq_len: SeqLen = None,
     checkpointing: Annotated[bool | None, typer.Option(help="gradient checkpointing")] = None,
     max_steps: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
     *,
     lemo: dict[str, Any],
 ) -> None:
-    """Fine-tune as a recipe says; options replace the recipe's values.
+    """Fine-tune by a recipe; options replace the recipe's values.
 
     Examples:
 
@@ -85,7 +90,7 @@ def train(
 
         lemo train configs/lemo/smollm2_lora.yaml --keep-ratio 0.4 --layers 15-28 --max-steps 5
     """
-    from lemo_trainer.recipe import Recipe, run
+    from lemo_trainer.commands.recipe import Recipe, run
 
     with _user_errors():
         result = run(
@@ -124,7 +129,7 @@ def inspect_model(
         lemo inspect .cache/assets/SmolLM2-135M-Instruct --seq-len 8192 --keep-ratio 0.4 --layers all
     """
     with _user_errors():
-        commands.show_model(model, seq_len, LemoConfig.from_dict(lemo))
+        show_model(model, seq_len, LemoConfig.from_dict(lemo))
 
 
 @app.command()
@@ -134,10 +139,12 @@ def plan(
     seq_len: Annotated[int, typer.Option(help="tokens of a sample")] = 2048,
     batch_size: Annotated[int, typer.Option(help="samples of a step")] = 1,
     lora_rank: Annotated[int, typer.Option(help="rank of LoRA on all linear layers; 0 trains all")] = 8,
-    dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16")] = "float32",
+    dtype: Annotated[str, typer.Option(help="dtype of the weights: float32, bfloat16")] = "float32",
     fit_memory: Annotated[str | None, typer.Option(help='memory that a step must fit, like "12GiB"')] = None,
     fit_flops: Annotated[float | None, typer.Option(help="share of the dense step's operations")] = None,
-    checkpointing: Annotated[bool, typer.Option(help="for the two options above")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option(help="gradient checkpointing, for the two options above")
+    ] = False,
     *,
     lemo: dict[str, Any],
 ) -> None:
@@ -153,9 +160,7 @@ def plan(
         lemo plan .cache/assets/SmolLM2-135M-Instruct --seq-len 8192 --mode detach --fit-memory 3GiB
     """
     with _user_errors():
-        commands.predict_step(
-            model, seq_len, batch_size, lora_rank, dtype, fit_memory, fit_flops, checkpointing, lemo
-        )
+        predict_step(model, seq_len, batch_size, lora_rank, dtype, fit_memory, fit_flops, checkpointing, lemo)
 
 
 @app.command()
@@ -175,19 +180,23 @@ def search_thresholds(
     fit_flops: Annotated[float | None, typer.Option(help="share of the dense step's operations")] = None,
     fit_memory: Annotated[str | None, typer.Option(help='memory that a step must fit, like "3GiB"')] = None,
     kept_shares: Annotated[
-        str, typer.Option(help="kept shares that each layer is tried with where something must fit")
+        str, typer.Option(help="kept shares to try in each layer for a --fit option")
     ] = "0.75,0.5,0.25",
-    checkpointing: Annotated[bool, typer.Option(help="for the operations and the memory")] = False,
-    lora_rank: Annotated[int, typer.Option(help="for the same; 0 trains all weights")] = 8,
-    dtype: Annotated[str, typer.Option(help="for the same: float32, bfloat16")] = "float32",
+    checkpointing: Annotated[
+        bool, typer.Option(help="gradient checkpointing, for --fit-flops and --fit-memory")
+    ] = False,
+    lora_rank: Annotated[int, typer.Option(help="rank of LoRA, for the same; 0 trains all weights")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="dtype of the weights, for the same: float32, bfloat16")
+    ] = "float32",
     plot: Annotated[str | None, typer.Option(help="PNG of the kept share by layer")] = None,
     *,
     lemo: dict[str, Any],
 ) -> None:
     """Search the thresholds of mode="eliminate" that cost little held-out loss, or that fit a budget.
 
-    A budget is that of a step of one sample of --seq-len tokens. Which layers leave out how much is then
-    chosen at the least predicted loss, and the loss with all of them measured.
+    A budget limits a step of one sample of --seq-len tokens. The layers and their thresholds are then chosen
+    for the least predicted loss, and the loss with all of them is measured.
 
     Examples:
 
@@ -196,15 +205,14 @@ def search_thresholds(
         lemo search-thresholds MODEL --data held_out.jsonl --fit-flops 0.8 --plot kept.png
     """
     with _user_errors():
-        commands.find_thresholds(
-            model,
-            data,
-            output,
-            max_increase,
-            seq_len,
-            samples,
-            rounds,
-            LemoConfig.from_dict({"mode": "eliminate", **lemo}),
+        options = SearchOptions(
+            model=model,
+            data=data,
+            output=output,
+            max_increase=max_increase,
+            seq_len=seq_len,
+            samples=samples,
+            rounds=rounds,
             kept_shares=kept_shares,
             fit_share=fit_share,
             fit_flops=fit_flops,
@@ -214,6 +222,7 @@ def search_thresholds(
             dtype=dtype,
             plot=plot,
         )
+        find_thresholds(options, LemoConfig.from_dict({"mode": "eliminate", **lemo}))
 
 
 @app.command()
@@ -225,19 +234,21 @@ def predict_train(
     seq_len: Annotated[int, typer.Option(help="tokens of a sample")] = 1024,
     held_out: Annotated[int, typer.Option(help="last samples of the text, for the recall")] = 4,
     design: Annotated[str, typer.Option(help="max or paper")] = "max",
-    ranks: Annotated[str, typer.Option(help="of a net's three matrices")] = "32,32,32",
+    ranks: Annotated[str, typer.Option(help="ranks of a net's three matrices")] = "32,32,32",
     steps: Annotated[int, typer.Option(help="optimizer steps")] = 300,
     batch_size: Annotated[int, typer.Option(help="samples of a step, in each process")] = 1,
     lr: Annotated[float, typer.Option(help="largest learning rate")] = 3e-3,
-    prune_steps: Annotated[int, typer.Option(help="steps after which dead hidden units go; 0 never")] = 100,
-    save_steps: Annotated[int, typer.Option(help="steps between two states to go on from")] = 50,
-    seed: Annotated[int, typer.Option(help="of the nets and the order of the samples")] = 0,
+    prune_steps: Annotated[
+        int, typer.Option(help="steps between prunings of dead hidden units; 0 never")
+    ] = 100,
+    save_steps: Annotated[int, typer.Option(help="steps between saved states")] = 50,
+    seed: Annotated[int, typer.Option(help="seed of the nets and of the order of the samples")] = 0,
     *,
     lemo: dict[str, Any],
 ) -> None:
     """Train the nets of selector="predictor" for a model, and show their recall by layer.
 
-    A run that was killed goes on where it last saved when it is started again.
+    An interrupted run resumes from its last saved state when it is started again.
 
     Examples:
 
@@ -248,7 +259,7 @@ def predict_train(
     with _user_errors():
         training = {
             "design": design,
-            "ranks": commands.parse_ranks(ranks),
+            "ranks": parse_ranks(ranks),
             "steps": steps,
             "batch_size": batch_size,
             "lr": lr,
@@ -256,7 +267,7 @@ def predict_train(
             "save_steps": save_steps,
             "seed": seed,
         }
-        commands.make_predictors(model, data, output, seq_len, held_out, training, LemoConfig.from_dict(lemo))
+        make_predictors(model, data, output, seq_len, held_out, training, LemoConfig.from_dict(lemo))
 
 
 def main() -> None:

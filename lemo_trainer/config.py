@@ -1,4 +1,4 @@
-"""The one configuration of LeMo: what is left out, where and when."""
+"""The configuration of LeMo: which tokens are left out, in which layers and steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Mode = Literal["segments", "detach", "eliminate"]
-Selector = Literal["auto", "informativeness", "predictor", "norm", "random", "recency"]
+from lemo_trainer.files import read_yaml
+from lemo_trainer.registry import AUTO, SELECTORS, selector_names
+
+Mode = Literal["exact", "segments", "detach", "eliminate"]
 LabelWeights = Literal["all", "kept", "share"]
+Scheme = Literal["auto", "layers", "segments"]
+Boundaries = Literal["memory", "host", "disk"]
+
+
+_OF_EXACT = {"mode", "scheme", "boundaries", "segment_tokens", "loss_segment", "save_attention"}
+_OF_EXACT |= {"selective_checkpointing"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,70 +29,77 @@ class LemoConfig:
     """Which tokens take part in a training step.
 
     Args:
-        mode: what happens to an uninformative block in a layer. "detach": the layer computes it, so that the
-            forward pass stays exact, but without gradient and without saving anything; attention meets it as
-            constant keys and values. "eliminate": it skips the layer's attention and MLP and goes on through
-            the residual stream unchanged (the paper's token elimination); it saves more compute without
-            checkpointing, and small models do not stand it. "segments": a sample goes forward and backward
-            one segment of `segment_tokens` after the other, each meeting the keys and values of those before
-            it as constants; `keep_ratio` is the share of the segments that carry gradient.
-        selector: how blocks are ranked. "auto": "random" for segments, else "informativeness", the paper's
-            scores. "predictor": nets that foretell them, trained for this model by `lemo predict-train`; no
-            queries and keys are made for the scores. "norm": length of the hidden states. "random": a fresh
-            draw. "recency": later first.
-        shared_blocks: the first patched layer chooses for all of them (`mode="detach"` only), which keeps
-            more quality than a choice by layer and costs less. None does so where it can: under detach,
-            without `thresholds` and layerdrop.
-        keep_ratio: share of the tokens that a patched layer keeps, above 0 and at most 1. 1 keeps everything,
-            by the model's own code. Rounded to whole blocks; the report shows what was kept. None is 1 for
-            segments and 0.5 otherwise.
+        mode: what a layer does with an uninformative block. "detach": it computes the block, so that the
+            forward pass stays exact, but without gradient and without saving anything; other tokens attend to
+            its keys and values as constants. "eliminate": the block skips attention and MLP and passes
+            through the residual stream unchanged (the paper's token elimination), which saves more compute
+            without checkpointing and degrades small models. "segments": a sample goes forward and backward
+            one segment of `segment_tokens` after the other, each attending to the keys and values of earlier
+            segments as constants; `keep_ratio` is the share of the segments that carry gradient.
+        selector: how blocks are ranked: a registered selector (`lemo_trainer.informativeness.selectors`), or
+            "auto", which is "random" for segments and else "informativeness".
+        shared_blocks: whether the first patched layer chooses for all of them (`mode="detach"` only), which
+            keeps more quality than a choice by layer and costs less. None is true under detach without
+            `thresholds` and layerdrop, and false otherwise.
+        keep_ratio: share of the tokens that a patched layer keeps, above 0 and at most 1, rounded to whole
+            blocks; the report shows the exact share. 1 runs the model's own code. None is 1 for segments and
+            0.5 otherwise.
         block_size: consecutive tokens that are kept or left out together.
         layers: the patched layers: "auto" (see `resolve_layers`), "all", or indices like "10-28" or
             "3,5,10-28", counted from 0, both ends included; a list of indices works too.
         sink_blocks: first blocks of each sample that are always kept.
         recent_blocks: last whole blocks of each sample that are always kept.
-        protect_labels: blocks that hold labels are kept before all others but the sink and recent blocks: in
-            chats the answers, and of the prompts the most informative blocks. Detach and eliminate only.
-        thresholds: layers and the score above which they keep a block, as "15:0.8,16-20:1.2" or a mapping;
-            a score of 1 is the mean over the sample's blocks. Where given, they say which layers are patched
-            and how much each keeps, and `layers` and `keep_ratio` do not; `lemo search-thresholds` finds
-            them.
-        causal_scores: a block's attention score counts the queries of that block only, not those of later
-            blocks, which inference does not know yet.
-        attention_score_tokens: queries of each block, evenly spaced, from which the attention's scores are
-            made; `block_size` takes all of them, as the paper does.
-        predictors: folder with the files of `lemo predict-train` (`selector="predictor"` only); empty stands
-            for the model's own folder.
-        predictor_refresh: every so many optimizer steps, all layers score exactly and their predictors learn
-            from it; 0 never.
-        predictor_recall: a layer whose predictor finds a smaller share of the exactly chosen blocks goes back
-            to exact scores.
-        mlp_score_tokens: tokens of each block, evenly spaced, on which the MLP's informativeness is measured;
-            the block's mean is estimated from them. `block_size` measures all of them, at the price of two
-            thirds of the MLP's forward.
-        segment_tokens: consecutive tokens that go forward and backward together (`mode="segments"` only).
-        warmup_steps: optimizer steps at the start that run dense.
+        protect_labels: whether blocks with labels rank before all others but the sink and recent blocks. In
+            chats that keeps the answers first, then the most informative blocks of the prompts. Detach and
+            eliminate only.
+        thresholds: layers and the score above which each keeps a block, as "15:0.8,16-20:1.2" or a mapping;
+            a score of 1 is the mean over the sample's blocks. They take the place of `layers` and
+            `keep_ratio`; `lemo search-thresholds` finds them.
+        causal_scores: whether a block's attention score counts only the queries of that block, and not those
+            of later blocks, which inference does not know yet.
+        attention_score_tokens: number of evenly spaced queries of each block that score the keys;
+            `block_size` takes all of them, as the paper does.
+        predictors: folder with the files of `lemo predict-train` (`selector="predictor"` only); empty is the
+            model's own folder.
+        predictor_refresh: optimizer steps between two in which all layers score exactly and their predictors
+            learn from it; 0 never refreshes.
+        predictor_recall: least share of the exactly chosen blocks that a predictor must find; below it, its
+            layer goes back to exact scores.
+        mlp_score_tokens: number of evenly spaced tokens of each block on which the MLP's informativeness is
+            measured, to estimate the block's mean. `block_size` measures all tokens, for two thirds of the
+            cost of the MLP's forward.
+        segment_tokens: consecutive tokens that go forward and backward together (exact and segments).
+        scheme: how `mode="exact"` walks backward. "layers": one layer after the other, each run again one
+            segment at a time; the input of every layer is kept. "segments": one segment after the other, each
+            run again through all layers; keys and values of every layer are kept. "auto": the one that is
+            predicted to need less memory.
+        boundaries: where scheme "layers" keeps the inputs of the layers until the backward pass: "memory"
+            (the model's device), "host" (the CPU's memory) or "disk" (unnamed files in the temporary folder,
+            TMPDIR, written and read once each).
+        warmup_steps: number of optimizer steps at the start that run dense.
         ramp_steps: optimizer steps after the warm-up in which the kept share falls from 1 to `keep_ratio`.
-        label_weights: what the label that a token predicts weighs in the gradient (the loss value counts all
-            alike). "all": 1. "kept": 1 where the last patched layer kept the token, else 0; the head is then
-            not differentiated there. "share": the share of the choices that kept it. Detach and eliminate.
+        label_weights: weight in the gradient of the label that a token predicts (the value of the loss counts
+            all labels alike). "all": 1. "kept": 1 if the last patched layer kept the token, else 0, for which
+            the head is not differentiated. "share": the share of the choices that kept it. Detach and
+            eliminate only.
         loss_segment: labelled tokens that go through the language-model head at a time in training; 0 keeps
             the model's own loss and its logits.
-        mlp_segment: chosen tokens of a sample that go through a layer's MLP at a time; their intermediate
-            activations, the widest of a layer, are not saved but made again in the backward pass. Exact, and
-            costs the MLP's forward a second time; 0 takes all at once. Detach and eliminate.
-        save_attention: under gradient checkpointing, every layer keeps the output of its attention for the
-            backward pass instead of computing it a second time. Exact; it pays at long samples and takes, for
-            each token that carries gradient, about the bytes of its hidden state in a layer. Needs SDPA.
-        selective_checkpointing: without gradient checkpointing, a layer saves its matrix products only and
-            recomputes norms, activation functions and the like in the backward pass; layers that leave
-            nothing out do so too. Exact, and about a third fewer bytes for a few per cent of time.
-        fused_kernels: LeMo's own kernels run where a part of the model is recognised exactly (norms; on CUDA
-            the attention under detach); the report says which. False calls the model's own parts only.
+        mlp_segment: chosen tokens of a sample that go through a layer's MLP at a time. The backward pass
+            recomputes their intermediate activations, the widest of a layer, instead of saving them: exact,
+            for a second forward of the MLP. 0 takes all at once. Detach and eliminate only.
+        save_attention: under gradient checkpointing, whether every layer saves the output of its attention
+            instead of recomputing it. Exact; it pays at long samples and takes about the bytes of a hidden
+            state for each token and layer with gradient. Needs SDPA.
+        selective_checkpointing: without gradient checkpointing, whether a layer saves only its matrix
+        products
+            and recomputes norms, activation functions and the like in the backward pass, also in layers that
+            leave nothing out. Exact; saves about a third of the bytes for a few per cent of time.
+        fused_kernels: whether LeMo's own kernels compute the parts of a model that they are known to compute
+            exactly (norms; on CUDA the attention under detach); the report names them.
     """
 
     mode: Mode = "detach"
-    selector: Selector = "auto"
+    selector: str = AUTO
     shared_blocks: bool | None = None
     keep_ratio: float | None = None
     block_size: int = 64
@@ -100,6 +115,8 @@ class LemoConfig:
     predictor_recall: float = 0.0
     mlp_score_tokens: int = 8
     segment_tokens: int = 512
+    scheme: Scheme = "auto"
+    boundaries: Boundaries = "memory"
     warmup_steps: int = 0
     ramp_steps: int = 0
     label_weights: LabelWeights = "all"
@@ -110,11 +127,16 @@ class LemoConfig:
     fused_kernels: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", Mode), ("selector", Selector), ("label_weights", LabelWeights)):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}."
-                )
+        choices = {
+            "mode": get_args(Mode),
+            "selector": selector_names(),
+            "label_weights": get_args(LabelWeights),
+            "scheme": get_args(Scheme),
+            "boundaries": get_args(Boundaries),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         switches = ("protect_labels", "causal_scores", "save_attention", "selective_checkpointing")
         for name in (*switches, "fused_kernels"):
             if not isinstance(getattr(self, name), bool):
@@ -145,12 +167,7 @@ class LemoConfig:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
         if not _is_number(self.predictor_recall) or not 0 <= self.predictor_recall <= 1:
             raise ValueError(f"`predictor_recall` must be from 0 to 1, got {self.predictor_recall!r}.")
-        for name in ("predictors", "predictor_refresh", "predictor_recall"):
-            if getattr(self, name) and self.selector != "predictor":
-                raise ValueError(
-                    f'`{name}` must be left out unless `selector` is "predictor", got '
-                    f"{getattr(self, name)!r} with {self.selector!r}."
-                )
+        self._check_selector()
         if self.label_weights != "all" and not self.loss_segment:
             raise ValueError(
                 f"`label_weights` must be 'all' with loss_segment=0, got {self.label_weights!r}: the weights "
@@ -158,11 +175,12 @@ class LemoConfig:
             )
         if self.mode == "segments":
             self._check_segments()
+        self._check_exact()
         object.__setattr__(self, "thresholds", _write_thresholds(_parse_thresholds(self.thresholds)))
         for name in ("shared_blocks", "ramp_steps"):
             if self.thresholds and getattr(self, name):
                 raise ValueError(
-                    f"`{name}` must be left out with `thresholds`, which say what each layer keeps, "
+                    f"`{name}` must be left out with `thresholds`, which say how much each layer keeps, "
                     f"got {getattr(self, name)!r}."
                 )
         if isinstance(self.layers, list):
@@ -176,50 +194,78 @@ class LemoConfig:
         for name, value in without.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f'`{name}` must be {value!r} with mode="segments", which has no choice by layer, '
+                    f'`{name}` must be {value!r} with mode="segments", which does not choose by layer, '
                     f"got {getattr(self, name)!r}."
                 )
-        if self.resolved_selector not in ("random", "recency"):
+
+    def _check_selector(self) -> None:
+        if self.mode != "exact" and self.mode not in SELECTORS[self.resolved_selector].modes:
             raise ValueError(
-                f'`selector` must be auto, random or recency with mode="segments", got {self.selector!r}.'
+                f'`selector` must be one of {", ".join(selector_names(self.mode))} with mode="{self.mode}", '
+                f"got {self.selector!r}."
+            )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for owner, traits in SELECTORS.items():
+            for name in traits.options if owner != self.selector else ():
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f'`{name}` must be left out unless `selector` is "{owner}", got '
+                        f"{getattr(self, name)!r} with {self.selector!r}."
+                    )
+
+    def _check_exact(self) -> None:
+        if self.mode != "exact":
+            for name, value in (("scheme", "auto"), ("boundaries", "memory")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f'`{name}` must be left out unless `mode` is "exact", got {getattr(self, name)!r} '
+                        f"with {self.mode!r}."
+                    )
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _OF_EXACT and value != field.default:
+                raise ValueError(
+                    f'`{field.name}` must be left out with mode="exact", in which every token takes part, '
+                    f"got {value!r}."
+                )
+        if self.scheme == "segments" and self.boundaries != "memory":
+            raise ValueError(
+                '`boundaries` must be "memory" with scheme="segments", which keeps keys and values in their '
+                f"place, got {self.boundaries!r}."
             )
 
     @property
     def resolved_keep_ratio(self) -> float:
-        """The kept share that None stands for."""
+        """`keep_ratio`, or the default that None means."""
         if self.keep_ratio is not None:
             return self.keep_ratio
-        return 1.0 if self.mode == "segments" else 0.5
+        return 1.0 if self.mode in ("exact", "segments") else 0.5
 
     @property
     def resolved_shared_blocks(self) -> bool:
-        """The answer that None stands for."""
+        """`shared_blocks`, or the default that None means."""
         if self.shared_blocks is not None:
             return self.shared_blocks
         return self.mode == "detach" and not self.thresholds
 
     @property
-    def resolved_selector(self) -> Selector:
-        """The selector that "auto" stands for."""
-        if self.selector != "auto":
+    def resolved_selector(self) -> str:
+        """`selector`, or the selector that "auto" means."""
+        if self.selector != AUTO:
             return self.selector
-        return "random" if self.mode == "segments" else "informativeness"
-
-    @property
-    def scores_text(self) -> bool:
-        """Whether blocks are ranked by the model's own informativeness, exact or foretold."""
-        return self.resolved_selector in ("informativeness", "predictor")
+        return "random" if self.mode in ("exact", "segments") else "informativeness"
 
     @property
     def layer_thresholds(self) -> dict[int, float]:
-        """`thresholds` by layer."""
+        """The threshold of each layer that has one."""
         return _parse_thresholds(self.thresholds)
 
     def resolve_layers(self, total: int) -> tuple[int, ...]:
         """Sorted indices of the patched layers of a model with `total` layers.
 
-        "auto" leaves out the last layer, which feeds the head, and of the early layers, which change every
-        token much, the first one under "detach" and the first half under "eliminate".
+        "auto" does not patch the last layer, which feeds the head, nor the early layers, which change every
+        token much: the first one under "detach", the first half under "eliminate".
 
         Raises:
             ValueError: an index is not below `total`.
@@ -255,28 +301,12 @@ class LemoConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping. Raises FileNotFoundError or ValueError."""
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a YAML file, and there is none.")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of options, got {type(values).__name__}.")
-    return values
-
-
-def check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
+def check_keys(values: Mapping[str, Any], known: list[str], owner: str) -> None:
     """Raise ValueError for the first key of `values` that is not in `known`."""
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.4) or sorted(known)
-            raise ValueError(f"{where} has no option {key!r}; the closest are {', '.join(close)}.")
+            raise ValueError(f"{owner} has no option {key!r}; the closest are {', '.join(close)}.")
 
 
 def _is_number(value: object) -> bool:

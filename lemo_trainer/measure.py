@@ -1,7 +1,8 @@
-"""What a training step costs: activation bytes saved for the backward, floating-point operations, memory."""
+"""Measures a training step: bytes of activations, floating-point operations, peak memory."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from collections import Counter
@@ -9,24 +10,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch import Tensor, nn
+
+from lemo_trainer.compat import (
+    SDPA_ON_CPU,
+    SDPA_ON_CPU_BACKWARD,
+    StorageWeakRef,
+    TorchDispatchMode,
+    flop_registry,
+    in_backward,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    tree_leaves,
+)
 
 
 class ActivationBytes(TorchDispatchMode):
-    """Bytes that the operations inside `with ActivationBytes() as activations` made and that still live.
+    """Bytes of the tensors allocated inside `with ActivationBytes() as activations` and not yet freed.
 
-    Whoever holds them: hooks on saved tensors would miss what selective checkpointing caches.
+    It counts living storages. Hooks on saved tensors would miss those that selective checkpointing caches.
 
     Attributes:
-        saved_bytes: most that lived when a backward pass began: what was saved for it. Under gradient
-            checkpointing it is what waits between the layers; `peak_bytes` has their recomputation too.
-        peak_bytes: most that lived at one time.
-        phase: a name for what runs now, which the caller may change; `peaks` has the most of each phase.
+        saved_bytes: the most bytes alive when a backward pass began, that is, saved for it. Under gradient
+            checkpointing these are the layers' inputs; `peak_bytes` includes their recomputation.
+        peak_bytes: the most bytes alive at one time.
+        phase: a name for the current part of the step, which the caller may set.
+        peaks: the most bytes alive at one time in each phase.
     """
 
     def __init__(self) -> None:
@@ -35,19 +44,19 @@ class ActivationBytes(TorchDispatchMode):
         self.phase = ""
         self.peaks: Counter[str] = Counter()
         self._backward = False
-        self._made: dict[StorageWeakRef, int] = {}
-        self._upper_bound = 0  # of the bytes alive: those of the last count and those made since
+        self._allocated: dict[StorageWeakRef, int] = {}
+        self._upper_bound = 0  # of the bytes alive: the last count plus all allocated since
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        backward = torch._C._current_graph_task_id() != -1
+        backward = in_backward()
         if backward and not self._backward:
             self.saved_bytes = max(self.saved_bytes, self.bytes)
         self._backward = backward
         out = func(*args, **(kwargs or {}))
-        made = _storages(out)
-        for reference in made.keys() - _storages((args, kwargs)).keys() - self._made.keys():
-            self._made[reference] = made[reference]
-            self._upper_bound += made[reference]
+        outputs = _storages(out)
+        for storage in outputs.keys() - _storages((args, kwargs)).keys() - self._allocated.keys():
+            self._allocated[storage] = outputs[storage]
+            self._upper_bound += outputs[storage]
         if self._upper_bound > self.peaks[self.phase]:
             self.peaks[self.phase] = max(self.peaks[self.phase], self.bytes)
         return out
@@ -58,9 +67,9 @@ class ActivationBytes(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        """Bytes of the distinct storages alive; those from before the block (parameters) do not count."""
-        self._made = {made: size for made, size in self._made.items() if not made.expired()}
-        self._upper_bound = sum(self._made.values())
+        """Bytes of the distinct storages alive, without those from before the block (parameters)."""
+        self._allocated = {ref: size for ref, size in self._allocated.items() if not ref.expired()}
+        self._upper_bound = sum(self._allocated.values())
         return self._upper_bound
 
 
@@ -96,20 +105,20 @@ def _cpu_flash_backward(
     return int(sdpa_backward_flop_count(*shapes) * _pairs(query, key, causal))
 
 
-# torch counts the CUDA kernels of scaled_dot_product_attention only.
+# torch has formulas only for the CUDA kernels of scaled_dot_product_attention.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_flash,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_flash_backward,
+    SDPA_ON_CPU: _cpu_flash,
+    SDPA_ON_CPU_BACKWARD: _cpu_flash_backward,
 }
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the matrix products inside `with FlopCounter() as counter`, recomputation and scoring included.
+    """Counts the operations of matrix products inside `with FlopCounter() as counter`, in `counter.flops`.
 
-    Read `counter.flops`. torch's own FlopCounterMode also attributes them to modules, and for that keeps
-    activations alive: 1.2 GB more at the peak of a checkpointed step. On the CPU, attention under a causal
-    kernel counts the pairs up to the diagonal only.
+    Recomputation and scoring are included. torch's own FlopCounterMode also attributes operations to modules
+    and keeps activations alive for that, 1.2 GB at the peak of a checkpointed step. On the CPU, only the
+    pairs up to the diagonal are counted for attention under a causal kernel.
     """
 
     def __init__(self) -> None:
@@ -124,8 +133,42 @@ class FlopCounter(TorchDispatchMode):
 
 
 def peak_rss_bytes() -> int:
-    """Most memory that this process ever had resident."""
-    if (status := Path("/proc/self/status")).exists():  # on Linux ru_maxrss starts with the parent's peak
+    """The most memory that this process ever had resident."""
+    if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss starts at the parent's peak
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class StepMeter:
+    """Measures one optimizer step, between two events of the Trainer.
+
+    Attributes:
+        saved_bytes: the most bytes that a forward pass allocated and that were alive at its end.
+        flops: floating-point operations of the forward and backward passes.
+        done: whether the step has been measured.
+    """
+
+    def __init__(self) -> None:
+        self.saved_bytes = 0
+        self.flops = 0
+        self.done = False
+        self._contexts = contextlib.ExitStack()
+
+    def start(self, model: nn.Module) -> None:
+        if self.done:
+            return
+        saved = self._contexts.enter_context(ActivationBytes())
+        counter = self._contexts.enter_context(FlopCounter())
+
+        def read(*_: Any) -> None:
+            self.saved_bytes = max(self.saved_bytes, saved.bytes)
+
+        def finish() -> None:
+            self.flops, self.done = counter.flops, True
+
+        self._contexts.callback(model.register_forward_hook(read).remove)
+        self._contexts.callback(finish)
+
+    def stop(self) -> None:
+        self._contexts.close()

@@ -2,8 +2,9 @@
 
 from ollie_compile.config import OllieConfig
 from ollie_compile.custom import operator
-from ollie_compile.explain import explain
+from ollie_compile.explanation import explain
 from ollie_compile.export import inductor_configs
-from ollie_compile.report import Report
+from ollie_compile.graph.held import refreeze
+from ollie_compile.report.report import Report
 
-__all__ = ["OllieConfig", "Report", "explain", "inductor_configs", "operator"]
+__all__ = ["OllieConfig", "Report", "explain", "inductor_configs", "operator", "refreeze"]

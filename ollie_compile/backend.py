@@ -10,13 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import ollie_compile.kernels  # noqa: F401  # graphs that Inductor has cached call its operators
-from ollie_compile import freezing, gate
-from ollie_compile import plan as plans
+import ollie_compile.kernels.library  # noqa: F401  # graphs that Inductor has cached call its operators
+from ollie_compile import compat
 from ollie_compile.config import OllieConfig, mode_options
-from ollie_compile.libraries import LibraryPass
-from ollie_compile.passes import DerivationPass
-from ollie_compile.report import Report
+from ollie_compile.graph import gate
+from ollie_compile.graph.comparing import copied
+from ollie_compile.graph.derivation_pass import DerivationPass
+from ollie_compile.graph.effects import Effects, effects_of
+from ollie_compile.graph.frozen import frozen
+from ollie_compile.graph.library_pass import LibraryPass
+from ollie_compile.plan.context import Context
+from ollie_compile.report.report import Report
+
+compat.require()
+
+CONTEXT = Context()
+"""The plans and the machine of this process, for all graphs that no other context is given for."""
 
 
 def ollie(
@@ -45,24 +54,30 @@ def compile_with(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    context: Context = CONTEXT,
 ) -> Any:
-    """Compile a graph as `ollie` does and write what was decided into `report`."""
-    from torch._inductor import config as inductor_config
-
+    """Compile a graph as `ollie` does, with the plans of `context`, and write the decisions into `report`."""
     config, inductor = OllieConfig.with_inductor(options)
     config = config.for_mode(mode)
     inductor = mode_options(mode) | inductor
-    config = replace(config, freeze=config.freeze or inductor_config.freezing)
+    config = replace(config, freeze=config.freeze or compat.inductor_config.freezing)
     if config.freeze and torch.is_grad_enabled():
         config = _unfrozen(config, report, "it needs torch.no_grad(), and gradients are enabled")
-    copied = freezing.copied(gm) if config.freeze else gm
+    effects = effects_of(gm, example_inputs)
+    if effects.communicates:
+        report.note(
+            f"nothing is derived or measured, so that all processes decide alike: `{effects.communicates}` "
+            "exchanges data between them"
+        )
+        config = replace(config, budget_s=0.0)
+    spare = copied(gm) if config.freeze else gm
     try:
-        return _fastest(gm, example_inputs, config, inductor, report)
+        return _fastest(gm, example_inputs, config, inductor, report, context, effects)
     except Exception as error:  # in some versions Inductor cannot freeze convolutions in float64
         if not config.freeze:
             raise
         config = _unfrozen(config, report, f"Inductor failed: {str(error).partition(chr(10))[0]}")
-        return _fastest(copied, example_inputs, config, inductor, report)
+        return _fastest(spare, example_inputs, config, inductor, report, context, effects)
 
 
 def _fastest(
@@ -71,27 +86,29 @@ def _fastest(
     config: OllieConfig,
     inductor: dict[str, Any],
     report: Report,
+    context: Context,
+    effects: Effects,
 ) -> Any:
     reports = iter([report])  # of the first of several compilations
 
     def rewritten(graph: fx.GraphModule, more: dict[str, Any], config: OllieConfig, changed: bool) -> Any:
-        return build(graph, patches(config, inductor | more, next(reports, Report()), changed=changed))
+        return build(
+            graph, patches(config, inductor | more, next(reports, Report()), context, changed=changed)
+        )
 
     def original(graph: fx.GraphModule, more: dict[str, Any]) -> Any:
-        return build(graph, _libraries(config, inductor | more, report) | {"freezing": config.freeze})
+        return build(
+            graph, _libraries(config, inductor | more, report, context) | {"freezing": config.freeze}
+        )
 
     def build(graph: fx.GraphModule, options: dict[str, Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
+        if config.freeze:
+            return frozen(graph, example_inputs, options, config, report, effects)
+        return compat.compile_fx(graph, list(example_inputs), config_patches=options)
 
-        if not config.freeze:
-            return compile_fx(graph, list(example_inputs), config_patches=options)
-        held, inputs, of_all = freezing.hold(graph, example_inputs)
-        compiled = of_all(compile_fx(held, inputs, config_patches=options))
-        if config.verify:
-            freezing.check(graph, compiled, example_inputs)
-        return compiled
-
-    return gate.fastest(gm, example_inputs, config, inductor, report, rewritten, original)
+    return gate.fastest(
+        gm, example_inputs, config, inductor, report, context.machine, rewritten, original, effects
+    )
 
 
 def _unfrozen(config: OllieConfig, report: Report, why: str) -> OllieConfig:
@@ -102,29 +119,36 @@ def _unfrozen(config: OllieConfig, report: Report, why: str) -> OllieConfig:
 
 
 def patches(
-    config: OllieConfig, inductor: dict[str, Any], report: Report, *, changed: bool = False
+    config: OllieConfig,
+    inductor: dict[str, Any],
+    report: Report,
+    context: Context = CONTEXT,
+    *,
+    changed: bool = False,
 ) -> dict[str, Any]:
     """Inductor's options with the pass behind the user's own; `changed` as in `DerivationPass`."""
     before = _passes(inductor, "joint_custom_pre_pass")
-    derivation = DerivationPass(config, report, before, changed=changed)
+    derivation = DerivationPass(config, report, context, before, changed=changed)
     own = {"joint_custom_pre_pass": derivation, "freezing": config.freeze}
-    return _libraries(config, inductor, report) | own
+    return _libraries(config, inductor, report, context) | own
 
 
-def _libraries(config: OllieConfig, inductor: dict[str, Any], report: Report) -> dict[str, Any]:
+def _libraries(
+    config: OllieConfig, inductor: dict[str, Any], report: Report, context: Context
+) -> dict[str, Any]:
     """Inductor's options with products by the fastest library, where that may be measured."""
     if config.tune != "measure" or config.budget_s == 0:
         return inductor
     before = _passes(inductor, "post_grad_custom_pre_pass")
-    return inductor | {"post_grad_custom_pre_pass": LibraryPass(config.margin, report, before)}
+    return inductor | {
+        "post_grad_custom_pre_pass": LibraryPass(config.margin, report, context.machine, before)
+    }
 
 
 def _passes(inductor: dict[str, Any], name: str) -> Sequence[Any]:
     """The user's own passes of one of Inductor's options."""
-    from torch._inductor import config
-
-    given = inductor.get(name, getattr(config, name)) or ()
+    given = inductor.get(name, getattr(compat.inductor_config, name)) or ()
     return given if isinstance(given, (list, tuple)) else (given,)
 
 
-ollie.reset = plans.reset  # type: ignore[attr-defined]
+ollie.reset = CONTEXT.reset  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ollie_compile import plans_cli
+from ollie_compile.commands import plans
 from ollie_compile.config import OllieConfig
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 
-app.add_typer(plans_cli.app, name="plans")
+app.add_typer(plans.app, name="plans")
 
 
 @app.command(epilog="Example: ollie explain configs/ollie/fsrcnn.yaml --html out/fsrcnn.html")
@@ -38,6 +38,7 @@ def explain(
     verify: Annotated[bool | None, typer.Option(help="Check every candidate three ways.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Programs measured for one operator.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative error in the own dtype.")] = None,
+    non_finite: Annotated[str | None, typer.Option(help='"spread" or "exact".')] = None,
     margin: Annotated[float | None, typer.Option(help="Share by which a candidate must win.")] = None,
     freeze: Annotated[bool | None, typer.Option(help="Hold the parameters as constants.")] = None,
     mode: Annotated[str | None, typer.Option(help="A mode of torch.compile.")] = None,
@@ -47,11 +48,11 @@ def explain(
     json: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML page.")] = None,
 ) -> None:
-    """Compile a model and say what was derived, chosen and rejected, operator by operator."""
+    """Compile a model and report each operator: its derivations, the choice, the rejected candidates."""
     import torch
 
-    from ollie_compile import models
-    from ollie_compile.explain import explain as explain_model
+    from ollie_compile.commands import models
+    from ollie_compile.explanation import explain as explain_model
 
     given = {
         "max_depth": max_depth,
@@ -61,6 +62,7 @@ def explain(
         "verify": verify,
         "candidates": candidates,
         "tolerance": tolerance,
+        "non_finite": non_finite,
         "margin": margin,
         "freeze": freeze,
     }

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Self, get_origin
 
-# What Inductor takes at least for a graph and for each of its operators where no cache answers, on one core.
-START_S, OPERATOR_S = 1.0, 0.02
-LONG_S = 60.0
+# Seconds that Inductor takes at least for a graph and for each of its operators, on one core without caches.
+GRAPH_S, GRAPH_OPERATOR_S = 1.0, 0.02
+AUTOTUNE_S = 60.0  # the budget of the modes of max-autotune
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class OllieConfig:
         max_depth: explorative derivation steps; repairs of guided derivations do not count, and n products
             that are derived together may take n times as many.
         budget_s: seconds that one compiled graph may take beyond Inductor's own: of search, measurement, and
-            of compiling what is derived; 0 derives nothing. None is as long as Inductor takes for the graph,
+            of compiling derived programs; 0 derives nothing. None is as long as Inductor takes for the graph,
             and a minute in the modes of max-autotune.
         workers: processes that derive the candidates of one operator side by side; they pay where a search
             takes seconds, and more than 1 needs a system that forks processes.
@@ -34,10 +34,17 @@ class OllieConfig:
         tolerance: largest error that a candidate may have in the operator's own dtype, relative to the
             largest value of the result; bilinear decompositions round more than direct sums. In half
             precision twice the error of the original is allowed where that is more.
+        non_finite: "exact" derives only programs that add up the products of the original and compute no
+            others, so that a NaN or an infinity reaches the results that it reaches in eager torch, and
+            nothing overflows that does not overflow there; it leaves out bilinear forms, merged weights and
+            padded taps. With "spread" a bilinear form may spread such values over a tile, and values within
+            it may be as many times larger as the report says. On inputs whose values have magnitudes 1, 1e4
+            and 1e-4 side by side, no result may then err by more than `tolerance` of its own sum of
+            |products|.
         margin: share by which a candidate must beat the original to replace it.
-        freeze: hold the parameters as constants, as Inductor's `freezing` does, so that transforms of
-            weights cost nothing at run time; only under `torch.no_grad()`, and later changes of the
-            parameters are not seen.
+        freeze: hold weights as constants, so that their transforms cost nothing at run time; only under
+            `torch.no_grad()`. Calls with other or changed weights transform these anew; what is written
+            through `weight.data` in place is not seen (`refreeze`).
         half_in_float32: compute products of float16 and bfloat16 on a CPU in float32, which is many times
             faster on CPUs without units for them and rounds less, but not as eager does.
         portable: use torch's own operators alone, as a program must that is exported and runs without Python
@@ -51,6 +58,7 @@ class OllieConfig:
     verify: bool = True
     candidates: int = 4
     tolerance: float = 2e-5
+    non_finite: str = "spread"
     margin: float = 0.05
     freeze: bool = False
     half_in_float32: bool = False
@@ -70,6 +78,7 @@ class OllieConfig:
             ("verify", (bool,), lambda value: True, "true or false"),
             ("candidates", (int,), lambda value: value >= 1, "a whole number, 1 or more"),
             ("tolerance", (int, float), lambda value: value > 0, "more than 0"),
+            ("non_finite", (str,), lambda value: value in ("spread", "exact"), '"spread" or "exact"'),
             ("margin", (int, float), lambda value: 0 <= value < 1, "in [0, 1)"),
             ("freeze", (bool,), lambda value: True, "true or false"),
             ("half_in_float32", (bool,), lambda value: True, "true or false"),
@@ -81,20 +90,20 @@ class OllieConfig:
                 raise ValueError(f"`{name}` must be {must}, got {value!r}.")
 
     def for_mode(self, mode: str | None) -> Self:
-        """Itself with the budget of a mode of torch.compile, where none is given and the mode has one."""
+        """Itself with the budget of a mode of torch.compile, unless a budget is given."""
         if self.budget_s is not None or mode is None or not mode.startswith("max-autotune"):
             return self
-        return dataclasses.replace(self, budget_s=LONG_S)
+        return dataclasses.replace(self, budget_s=AUTOTUNE_S)
 
     def budgeted(self, operators: int, inductor_s: float = 0.0) -> Self:
         """Itself with a budget of seconds, for a graph of so many operators.
 
         Args:
-            inductor_s: what Inductor took for it, perhaps from its caches.
+            inductor_s: seconds that Inductor took for the graph, perhaps from its caches.
         """
         if self.budget_s is not None:
             return self
-        return dataclasses.replace(self, budget_s=max(inductor_s, START_S + OPERATOR_S * operators))
+        return dataclasses.replace(self, budget_s=max(inductor_s, GRAPH_S + GRAPH_OPERATOR_S * operators))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
@@ -136,7 +145,7 @@ def inductor_options(options: Mapping[str, Any], others: Collection[str] = ()) -
     Raises:
         ValueError: a name that Inductor does not know, or a value of another type.
     """
-    from torch._inductor import config
+    from ollie_compile.compat import inductor_config as config
 
     known = config.get_config_copy()
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
@@ -157,7 +166,7 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     Raises:
         ValueError: a mode that torch.compile does not know.
     """
-    from torch._inductor import list_mode_options
+    from ollie_compile.compat import list_mode_options
 
     modes = list_mode_options()
     if mode is not None and mode not in modes:

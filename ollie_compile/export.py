@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from ollie_compile.config import OllieConfig, mode_options
-from ollie_compile.report import Report
+from ollie_compile.report.report import Report
 
 
 def inductor_configs(
     *, mode: str | None = None, report: Report | None = None, **options: Any
 ) -> dict[str, Any]:
-    """What makes AOTInductor derive: the `inductor_configs` of `torch._inductor.aoti_compile_and_package`.
+    """Options that let AOTInductor derive: its argument `inductor_configs`.
 
         exported = torch.export.export(model, inputs)
         configs = ollie_compile.inductor_configs(budget_s=120)
@@ -20,7 +20,7 @@ def inductor_configs(
 
     Args:
         mode: a mode of torch.compile.
-        report: filled with what is decided during the compilation.
+        report: filled with the decisions during the compilation.
         options: fields of `OllieConfig`, and Inductor's own options.
 
     Raises:

@@ -1,9 +1,9 @@
 """Plans, decisions and measurements on disk, so that a warm start neither searches nor measures.
 
 One JSON file an entry, named by a hash of all that decides it: what is planned, the options, the device, and
-the versions of torch and of this package. Files are written beside their place and moved into it, so that a
-reader sees a whole entry or none, whoever else writes or is killed; an entry that is not what its checksum
-says is ignored with a warning.
+the versions of torch and of this package. Files are written beside their place and moved into it once they
+are on the disk, so that a reader sees a whole entry or none, whoever else writes or is killed; an entry that
+is not what its checksum says is ignored with a warning. Folders are made for their user alone.
 """
 
 from __future__ import annotations
@@ -56,11 +56,16 @@ def limit_bytes() -> int:
     return int(mib * 2**20)
 
 
+def sources() -> list[Path]:
+    """The sources of this package, on which every decision depends."""
+    return sorted(Path(__file__).parent.rglob("*.py"))
+
+
 @functools.lru_cache(maxsize=1)
 def versions() -> str:
     """Torch's version, and a hash of this package's sources."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sources():
         digest.update(path.read_bytes())
     return f"torch {torch.__version__}, ollie {digest.hexdigest()[:16]}"
 
@@ -96,7 +101,7 @@ def read(name: str) -> dict[str, Any] | None:
         return None
     path = _path(base, name)
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -112,7 +117,7 @@ def read(name: str) -> dict[str, Any] | None:
     return content
 
 
-def checked(text: str, name: str) -> dict[str, Any]:
+def checked(text: bytes, name: str) -> dict[str, Any]:
     """The content of an entry.
 
     Raises:
@@ -120,15 +125,14 @@ def checked(text: str, name: str) -> dict[str, Any]:
     """
     try:
         entry = json.loads(text)
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), dict):
+            raise ValueError("it must have a name, a checksum and a content")
+        if entry.get("name") != name or entry.get("checksum") != _checksum(entry["content"]):
+            raise ValueError("its name and checksum must be those of its content")
     except (json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise ValueError(f"it is not JSON: {error}") from None
-    if not isinstance(entry, dict) or not {"name", "checksum", "content"} <= entry.keys():
-        raise ValueError("it is no entry of this cache")
-    if entry["name"] != name or entry["checksum"] != _checksum(entry["content"]):
-        raise ValueError("its checksum is another's")
-    if not isinstance(entry["content"], dict):
-        raise ValueError("it is no entry of this cache")
-    return entry["content"]
+        raise ValueError(f"it must be JSON: {error}") from None
+    content: dict[str, Any] = entry["content"]
+    return content
 
 
 def write(name: str, content: dict[str, Any]) -> None:
@@ -139,11 +143,15 @@ def write(name: str, content: dict[str, Any]) -> None:
     path = _path(base, name)
     text = json.dumps({"name": name, "checksum": _checksum(content), "content": content})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for place in (base, path.parent):
+            place.mkdir(mode=0o700, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

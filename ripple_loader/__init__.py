@@ -1,9 +1,8 @@
 """Ripple: run language models larger than memory by streaming linked MLP neurons from flash."""
 
-from ripple_loader.attach import attach
 from ripple_loader.config import ReorderConfig, RippleConfig
-from ripple_loader.quantizer import RippleQuantizer
-from ripple_loader.reorder import reorder
+from ripple_loader.loader import RippleQuantizer, attach
+from ripple_loader.offline.reordering import reorder
 from ripple_loader.report import RippleReport
 
 __all__ = ["ReorderConfig", "RippleConfig", "RippleQuantizer", "RippleReport", "attach", "reorder"]

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ripple_loader import studies
+from ripple_loader.registry import ACTIVE_RULES, BUNDLES, CACHE_POLICIES, PLACEMENTS
+from ripple_loader.studies import commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,12 +27,12 @@ Recipe = Annotated[Path | None, typer.Option("--config", "-c", help="YAML recipe
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Turn what the user can mend into one sentence and exit code 2."""
+    """Print an error that the user can correct as one sentence, and exit with code 2."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
         message = str(error)
-        if isinstance(error, OSError) and error.filename is not None:  # the system's, not a sentence of ours
+        if isinstance(error, OSError) and error.filename is not None:  # an error of the operating system
             message = f"{error.filename}: {error.strerror}"
         typer.echo(f"ripple: {' '.join(message.split())}", err=True)
         raise typer.Exit(2) from None
@@ -45,12 +46,12 @@ def _section(recipe: Path | None, name: str, options: dict[str, Any]) -> dict[st
 
 
 def _calibration(path: str) -> Iterable[Any]:
-    """What a calibration set holds, read as far as it is asked for: rows of a dataset, or texts."""
+    """The texts, or the dataset's rows, of a calibration set; read no further than they are used."""
     if path.startswith("hub:") or Path(path).is_dir():
         return _dataset(path)
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"`calibration` should be a .jsonl or text file, a saved dataset or hub:NAME, but {path} does "
+            f"`calibration` must be a .jsonl or text file, a saved dataset or hub:NAME, but {path} does "
             "not exist."
         )
     return _jsonl(path) if path.endswith(".jsonl") else _text(path)
@@ -65,16 +66,16 @@ def _dataset(path: str) -> Any:
         name, _, split = path.removeprefix("hub:").partition(":")
         return datasets.load_dataset(name, split=split or "train", streaming=True)
     try:
-        found = datasets.load_from_disk(path)
+        dataset = datasets.load_from_disk(path)
     except FileNotFoundError:
         raise ValueError(
-            f"`calibration` should be a file or a folder of `Dataset.save_to_disk`, but {path} is neither."
+            f"`calibration` must be a file or a folder of `Dataset.save_to_disk`, but {path} is neither."
         ) from None
-    if isinstance(found, datasets.DatasetDict):
+    if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(
-            f"`calibration` should be one split, but {path} holds {', '.join(found)}: give the folder of one."
+            f"`calibration` must be one split, but {path} holds {', '.join(dataset)}: give the folder of one."
         )
-    return found
+    return dataset
 
 
 def _jsonl(path: str) -> Iterator[str]:
@@ -84,7 +85,7 @@ def _jsonl(path: str) -> Iterator[str]:
                 yield json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f'{path} should have {{"text": ...}} on each line, not so line {number}.'
+                    f'{path} must have {{"text": ...}} on each line, but line {number} does not.'
                 ) from None
 
 
@@ -103,11 +104,14 @@ Calibration = Annotated[
         "hub:NAME[:SPLIT]."
     ),
 ]
-Out = Annotated[str | None, typer.Option(help="Directory to make.")]
+Out = Annotated[str | None, typer.Option(help="Directory to write; it must not exist.")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
 Active = Annotated[
-    str | None, typer.Option(help="Which neurons are active, where none is zero: top_k, threshold or energy.")
+    str | None,
+    typer.Option(
+        help=f"Which neurons count as active where the activation has no exact zeros: {ACTIVE_RULES.names()}."
+    ),
 ]
 ActiveShare = Annotated[float | None, typer.Option(help="The share that `active` refers to.")]
 
@@ -122,7 +126,7 @@ def _settings(
     paths = {name: options.pop(name, None) for name in ("model", "calibration", "trace", "out")}
     for name in needed:
         if paths[name] is None:
-            raise ValueError(f"`{name}` should be given, on the command line or in the recipe.")
+            raise ValueError(f"`{name}` must be given, on the command line or in the recipe.")
     return ReorderConfig.from_options(options), paths
 
 
@@ -142,11 +146,12 @@ def trace(
     active: Active = None,
     active_share: ActiveShare = None,
 ) -> None:
-    """Record which neurons are active on a text; run again after an interruption to go on."""
+    """Record which neurons are active on a text; after an interruption, run it again to resume."""
     given = locals()
     with _user_errors():
-        from ripple_loader.reorder import open_reorderable
-        from ripple_loader.trace import cut_sequences, trace_source
+        from ripple_loader.offline.calibration import cut_sequences
+        from ripple_loader.offline.reordering import open_reorderable
+        from ripple_loader.offline.trace import trace_source
 
         settings, paths = _settings(given.pop("config"), given, ("model", "calibration", "out"))
         source = open_reorderable(Path(paths["model"]))
@@ -167,11 +172,9 @@ def reorder(
     out: Out = None,
     config: Recipe = None,
     trace: Annotated[
-        str | None, typer.Option(help="What `ripple trace` made, instead of a calibration text.")
+        str | None, typer.Option(help="Directory that `ripple trace` wrote, instead of a calibration text.")
     ] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="linked, spectral, frequency, identity or random.")
-    ] = None,
+    placement: Annotated[str | None, typer.Option(help=f"{PLACEMENTS.names()}.")] = None,
     tokens: Tokens = None,
     sequence_length: SequenceLength = None,
     active: Active = None,
@@ -179,25 +182,27 @@ def reorder(
     partners: Annotated[int | None, typer.Option(help="Co-activation partners kept for each neuron.")] = None,
     two_opt: Annotated[bool | None, typer.Option(help="Improve a linked or spectral order by 2-opt.")] = None,
     hot_share: Annotated[
-        float | None, typer.Option(help="Share of the neurons, the most active, that are pinned in memory.")
+        float | None,
+        typer.Option(help="Share of all neurons that is pinned in memory: the most active ones."),
     ] = None,
     predictor: Annotated[
-        float | None, typer.Option(help="Rank of a ReLU model's predictors, of the hidden size; 0 for none.")
+        float | None,
+        typer.Option(
+            help="Rank of a ReLU model's predictors, as a share of the hidden size; 0 leaves them out."
+        ),
     ] = None,
-    bundles: Annotated[
-        str | None, typer.Option(help="Stored as: same, float32, float16, bfloat16, int8 or int4.")
-    ] = None,
+    bundles: Annotated[str | None, typer.Option(help=f"Stored as one of: {BUNDLES.names()}.")] = None,
     workers: Annotated[int | None, typer.Option(help="Layers placed at once.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random placement.")] = None,
 ) -> None:
-    """Write a streaming copy of a model: neurons that are active together lie together."""
+    """Write a streaming copy of a model, in which neurons that are active together are stored together."""
     given = locals()
     with _user_errors():
-        from ripple_loader.reorder import reorder as run
+        from ripple_loader.offline.reordering import reorder as run
 
         settings, paths = _settings(given.pop("config"), given, ("model", "out"))
-        found = None if paths["calibration"] is None else _calibration(paths["calibration"])
-        run(paths["model"], paths["out"], found, settings, trace=paths["trace"])
+        texts = None if paths["calibration"] is None else _calibration(paths["calibration"])
+        run(paths["model"], paths["out"], texts, settings, trace=paths["trace"])
         typer.echo(paths["out"])
 
 
@@ -206,7 +211,7 @@ def reorder(
     'ripple generate out/smollm2-ripple "The with statement" --config configs/ripple/smollm2.yaml'
 )
 def generate(
-    directory: Annotated[str, typer.Argument(help="Directory that `ripple reorder` made.")],
+    directory: Annotated[str, typer.Argument(help="Directory that `ripple reorder` wrote.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     config: Recipe = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
@@ -220,10 +225,13 @@ def generate(
         float | None, typer.Option(help="Share of a ReLU model's active neurons to find; 1 is exact.")
     ] = None,
     adjacency: Annotated[
-        float | None, typer.Option(help="How much neighbours on the drive count for each other when kept.")
+        float | None,
+        typer.Option(
+            help="Share of a neuron's estimated contribution that is its pair's mean; 0 keeps each by itself."
+        ),
     ] = None,
     merge_gap: Annotated[
-        str | None, typer.Option(help="Unneeded bytes worth reading to join two reads, or auto.")
+        str | None, typer.Option(help="Unneeded bytes to read in order to join two reads, or auto.")
     ] = None,
     buffer: Annotated[str | None, typer.Option(help="Size of a read buffer.")] = None,
     queue_depth: Annotated[int | None, typer.Option(help="Reads in flight.")] = None,
@@ -232,9 +240,9 @@ def generate(
         str | None, typer.Option(help="auto, dense (read all neurons, in order) or sparse (select some).")
     ] = None,
     prefetch: Annotated[
-        bool | None, typer.Option(help="Read ahead what the next layer will probably select.")
+        bool | None, typer.Option(help="Read ahead the neurons that the next layer will probably select.")
     ] = None,
-    cache_policy: Annotated[str | None, typer.Option(help="linked, s3fifo or lru.")] = None,
+    cache_policy: Annotated[str | None, typer.Option(help=f"{CACHE_POLICIES.names()}.")] = None,
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
 ) -> None:
     """Generate text, greedily, with the MLPs streamed from disk; a line of numbers goes to stderr."""
@@ -267,9 +275,9 @@ def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> 
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ripple_loader.bundles import Sidecar
+    from ripple_loader.format.sidecar import Sidecar
 
-    Sidecar(directory)  # its errors before transformers' own
+    Sidecar(directory)  # report its errors before transformers reports its own
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -286,9 +294,9 @@ def inspect(
     directory: Annotated[str, typer.Argument(help="Reordered directory.")],
     verify: Annotated[bool, typer.Option(help="Check every checksum and the weights beside it.")] = False,
 ) -> None:
-    """Print what a sidecar says about itself, as JSON."""
+    """Print the header of a sidecar as JSON."""
     with _user_errors():
-        from ripple_loader.bundles import Sidecar
+        from ripple_loader.format.sidecar import Sidecar
 
         sidecar = Sidecar(directory)
         if verify:
@@ -303,11 +311,11 @@ def inspect(
 )
 def verify(
     directory: Annotated[str, typer.Argument(help="Reordered directory.")],
-    original: Annotated[str | None, typer.Option(help="Directory of the model it was made from.")] = None,
+    original: Annotated[str | None, typer.Option(help="Directory of the original model.")] = None,
 ) -> None:
     """Prove that a reordered directory is whole and, given the original, that nothing was lost."""
     with _user_errors():
-        from ripple_loader.verify import verify as run
+        from ripple_loader.offline.verification import verify as run
 
         for check, result in run(directory, original):
             typer.echo(f"{check}: {result}")
@@ -316,10 +324,10 @@ def verify(
 app.command(
     epilog="Examples:\n\nripple simulate opt-350m --trace out/trace\n\n"
     "ripple simulate opt-350m --trace out/trace --device ufs-4.0 --cache 0.25 --json out/ufs.json"
-)(_user_errors()(studies.simulate))
+)(_user_errors()(commands.simulate))
 app.command(
     epilog="Example:\n\nripple report opt-350m --trace out/trace --device ufs-4.0 --out out/ripple.html"
-)(_user_errors()(studies.report))
+)(_user_errors()(commands.report))
 
 
 @app.command(epilog="Examples:\n\nripple probe out/smollm2\n\nripple probe out --seconds 10")
@@ -327,14 +335,14 @@ def probe(
     path: Annotated[str, typer.Argument(help="A directory or file on the drive.")] = ".",
     seconds: Annotated[float, typer.Option(help="About how long to read.")] = 3.0,
 ) -> None:
-    """Measure a drive and keep what its reads cost for all models that are streamed from it."""
+    """Measure what reads from a drive cost, and save it for all models that are streamed from that drive."""
     with _user_errors():
-        from ripple_loader.probe import describe
-        from ripple_loader.probe import probe as run
+        from ripple_loader.storage.probing import describe
+        from ripple_loader.storage.probing import probe as run
 
-        found = run(path, seconds=seconds)
-        saved = found.save()
-        describe(found)
+        profile = run(path, seconds=seconds)
+        saved = profile.save()
+        describe(profile)
         typer.echo(str(saved))
 
 

@@ -1,4 +1,4 @@
-"""What a streaming model holds and has read."""
+"""The numbers of a streaming model: the memory it holds, and its reads."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class RippleReport:
         resident: bytes held by kind: buffers, vectors, predictors, sketch, index, cache.
         cache_slots: neurons that fit into the cache of each MLP.
         pinned: hot neurons that stay in the cache, over all MLPs.
-        fallbacks: what was done otherwise than asked, and why.
-        drive: the model of the drive that reads are planned with, and where it comes from.
+        fallbacks: everything done differently from the configuration, with the reason.
+        drive: the cost model that reads are planned with, and its source.
         strategy: whether neurons are selected or all read, and why.
         tokens: tokens computed.
         active: neurons computed, summed over layers and forward calls.
-        hits, misses: of these, found in the cache or read.
+        hits, misses: computed neurons that were in the cache, or were read.
         evictions: neurons dropped from the cache.
         requests, bytes_read: reads issued to the file, bytes they asked for.
-        whole: how often a layer's reads went from the first neuron to the last without leaving any out.
-        foreseen: of the active neurons, those that the layer before would have selected, where it was asked.
-        asked: active neurons of the layers for which it was.
-        read_ahead, read_in_vain: neurons read before their layer asked for them, and of these, not wanted.
+        whole: layers for which every read was one unbroken range of neurons.
+        asked: active neurons of layers that were predicted from the layer before.
+        foreseen: of these, neurons that were predicted.
+        read_ahead, read_in_vain: neurons read before their layer asked for them, neurons read and not wanted.
     """
 
     directory: str
@@ -56,16 +56,16 @@ class RippleReport:
 
     @property
     def resident_bytes(self) -> int:
-        """Everything held, at most `budget`."""
+        """All bytes held, at most `budget`."""
         return sum(self.resident.values())
 
     @property
     def recall(self) -> float:
-        """Share of the active neurons that the layer before foresaw; 0 where none was asked."""
+        """Share of the active neurons that was predicted from the layer before; 0 without predictions."""
         return self.foreseen / max(1, self.asked)
 
     def fall_back(self, what: str, *, stacklevel: int = 2) -> None:
-        """Note what is done otherwise than asked, and why, and warn of it, `stacklevel` frames up."""
+        """Record and warn of something done differently from the configuration, `stacklevel` frames up."""
         self.fallbacks.append(what)
         warnings.warn(what, stacklevel=stacklevel + 1)
 

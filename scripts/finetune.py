@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lemo_trainer import LemoArguments
-from lemo_trainer.recipe import pack, read_texts
+from lemo_trainer.texts import pack, read_texts
 
 
 @dataclass

@@ -1,15 +1,13 @@
-"""Which implementation a kernel runs: Triton's on CUDA, torch's reference everywhere else.
+"""The choice between the versions of a kernel: Triton on CUDA, torch's reference everywhere else.
 
-Under `TRITON_INTERPRET=1` Triton's run on the CPU too, which is how they are tested without a GPU.
+Under `TRITON_INTERPRET=1` the Triton versions run on the CPU too, so that they can be tested without a GPU.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter was asked for; Triton itself reads the variable once, on import."""
+    """Whether Triton's interpreter is switched on; Triton reads the variable once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -29,15 +27,10 @@ def has_triton() -> bool:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether kernels on `x` are Triton's; float64, and a machine without Triton, take the reference."""
+    """Whether Triton's kernels run on `x`; the reference runs on float64 and on machines without Triton."""
     return (x.is_cuda or interpreted()) and x.dtype in DTYPES and has_triton()
 
 
-def implementation(idea: str, x: Tensor) -> Any:
-    """The module of `lemo_trainer.kernels` with the functions of an idea ("norm", "rows", ...) for `x`."""
-    return importlib.import_module(f"lemo_trainer.kernels.{backend(x)}_{idea}")
-
-
 def backend(x: Tensor) -> str:
-    """What kernels on `x` are written in."""
+    """The version of the kernels that runs on `x`: "triton" or "torch"."""
     return "triton" if runs_triton(x) else "torch"

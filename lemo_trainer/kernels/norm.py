@@ -1,9 +1,9 @@
 """RMSNorm and LayerNorm of chosen rows of the residual stream.
 
-The rows are read straight from the stream. For the backward pass the stream itself, the row numbers and one
-or two numbers a row are saved: neither the gathered nor the normed rows. That is worth it where the stream
-stays as it is. Where it is overwritten in place, its rows have to be copied first (`Stream.take`), and the
-norm of the copy (`rows=None`) saves that copy only.
+The rows are read straight from the stream. The backward pass needs the stream itself, the row numbers and one
+or two numbers a row, but neither the gathered nor the normed rows. That saves memory while the stream is kept
+anyway. Where the stream is overwritten in place, its rows must be copied first (`Stream.take`), and the norm
+of the copy (`rows=None`) saves only that copy.
 
 Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
 """
@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lemo_trainer.kernels.dispatch import implementation
+from lemo_trainer.kernels import torch_norm
+from lemo_trainer.kernels.dispatch import runs_triton
+
+
+def _implementation(x: Tensor) -> Any:
+    """The module whose functions compute on `x`."""
+    if not runs_triton(x):
+        return torch_norm
+    from lemo_trainer.kernels import triton_norm
+
+    return triton_norm
 
 
 class _NormRows(torch.autograd.Function):
@@ -31,7 +41,7 @@ class _NormRows(torch.autograd.Function):
         centred: bool,
     ) -> Tensor:
         x_ND = x_BSD.flatten(0, -2)
-        y, mean, rstd = implementation("norm", x_BSD).forward(x_ND, rows, weight_D, bias_D, eps, centred)
+        y, mean, rstd = _implementation(x_BSD).forward(x_ND, rows, weight_D, bias_D, eps, centred)
         ctx.save_for_backward(x_BSD, rows, weight_D, bias_D, mean, rstd)
         if rows is None:
             return y.view(x_BSD.shape)
@@ -41,7 +51,7 @@ class _NormRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BKD: Tensor) -> tuple[Tensor | None, ...]:
         x_BSD, rows, weight_D, bias_D, mean, rstd = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = implementation("norm", x_BSD).backward(
+        grad_x, grad_weight, grad_bias = _implementation(x_BSD).backward(
             grad_BKD.flatten(0, -2),
             x_BSD.flatten(0, -2),
             rows,

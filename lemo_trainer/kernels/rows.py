@@ -1,11 +1,11 @@
 """Rows of the residual stream read and added in place (LeMo's permutation-free form).
 
-A branch reads its rows from the stream and its output is added at the same rows of the same memory: neither a
-zero-padded output nor a second stream is made. No gradient needs an old value of the stream, so the backward
-pass keeps the row numbers only; it too adds the rows' gradient in place, to the stream's gradient.
+A branch reads its rows from the stream, and its output is added to the same rows of the same memory, without
+a zero-padded output or a second stream. No gradient needs an old value of the stream, so only the row numbers
+are saved. The backward pass adds the rows' gradient in place too, to the stream's gradient.
 
-In place is right while nobody else has the stream or its gradient. `lemo_trainer.stream` sees to that; these
-functions alone do not.
+Working in place is correct only while no other code holds the stream or its gradient.
+`lemo_trainer.layers.stream` ensures that; these functions do not.
 
 Shapes: B batch, S tokens, K chosen tokens of a sample, D hidden width.
 """
@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lemo_trainer.kernels.dispatch import implementation
+from lemo_trainer.kernels import torch_rows
+from lemo_trainer.kernels.dispatch import runs_triton
+
+
+def _implementation(x: Tensor) -> Any:
+    """The module whose functions compute on `x`."""
+    if not runs_triton(x):
+        return torch_rows
+    from lemo_trainer.kernels import triton_rows
+
+    return triton_rows
 
 
 def gather(x_BSD: Tensor, rows: Tensor) -> Tensor:
@@ -28,17 +38,17 @@ def gather(x_BSD: Tensor, rows: Tensor) -> Tensor:
 
 def scatter_add_(x_BSD: Tensor, update_BKD: Tensor, rows: Tensor) -> None:
     """Add `update_BKD` to the contiguous `x_BSD` at distinct flat row numbers `rows` [B * K], in place."""
-    implementation("rows", x_BSD).scatter_add_(x_BSD.flatten(0, 1), update_BKD.flatten(0, 1), rows)
+    _implementation(x_BSD).scatter_add_(x_BSD.flatten(0, 1), update_BKD.flatten(0, 1), rows)
 
 
 class _Take(torch.autograd.Function):
-    """The stream, and rows of it. Both gradients come back in one call, which can add them in place."""
+    """The stream, and a copy of some rows. One backward call gets both gradients and adds them in place."""
 
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
         ctx.set_materialize_grads(False)
-        ctx.mark_dirty(x_BSD)  # it stays as it is, but the order of what is done to it counts
+        ctx.mark_dirty(x_BSD)  # unchanged, but it must be ordered with what overwrites it
         return x_BSD, gather(x_BSD, rows)
 
     @staticmethod
@@ -69,7 +79,7 @@ class _Add(torch.autograd.Function):
 
 
 def take_rows(x_BSD: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The stream to go on with, and its rows [B, K, D] at the flat row numbers `rows` [B * K]."""
+    """The stream to use from now on, and its rows [B, K, D] at the flat row numbers `rows` [B * K]."""
     stream, taken = _Take.apply(x_BSD, rows)
     return stream, taken
 

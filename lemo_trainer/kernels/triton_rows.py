@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # columns of a row that one program adds
+TILE_COLUMNS = 1024  # columns of a row that one program adds
 
 
 @triton.jit
@@ -30,6 +30,6 @@ def scatter_add_(x_ND: Tensor, update_MD: Tensor, rows_M: Tensor) -> None:
     update_MD = update_MD if update_MD.stride(1) == 1 else update_MD.contiguous()
     count, width = update_MD.shape
     if update_MD.numel():
-        tile = min(TILE, triton.next_power_of_2(width))
+        tile = min(TILE_COLUMNS, triton.next_power_of_2(width))
         grid = (count, triton.cdiv(width, tile))
         _scatter_add[grid](x_ND, update_MD, rows_M, width, x_ND.stride(0), update_MD.stride(0), tile=tile)

@@ -36,7 +36,7 @@ class Assignment:
         """The assignment that a text is.
 
         Raises:
-            ValueError: it is none; the right side is read by `scope`.
+            ValueError: it is not an assignment; `scope` reads the right side.
         """
         statement = _STATEMENT.fullmatch(text)
         if statement is None:
@@ -122,7 +122,7 @@ def parse_assignment(text: str, tensors: Mapping[str, Input | Constant]) -> Scop
     in `O[h:0..4] += A[h + r] * K[r]`.
 
     Args:
-        tensors: what the names on the right stand for.
+        tensors: the tensor of each name on the right.
 
     Raises:
         ValueError: the text is no assignment, the range of an iterator is missing or not the same in all

@@ -12,10 +12,16 @@ from ollie_compile.expr.index import Affine, Quotient
 from ollie_compile.expr.scope import Constant, Input, Scope, Tensor
 
 Columns = dict[str, np.ndarray]
+UNKNOWN = 1_000_003  # coefficient of the square in the polynomial that stands for an unknown function
 
 
 def evaluate(
-    tensor: Tensor, values: Mapping[str, np.ndarray], points: np.ndarray, modulus: int | None = None
+    tensor: Tensor,
+    values: Mapping[str, np.ndarray],
+    points: np.ndarray,
+    modulus: int | None = None,
+    *,
+    distributive: bool = True,
 ) -> np.ndarray:
     """Values of `tensor` at `points`.
 
@@ -26,6 +32,8 @@ def evaluate(
         points: int64 [points, dimensions], indices that may lie outside the box.
         modulus: reduce after every product and sum by this prime below 2**31; None computes in int64,
             which is exact modulo 2**64.
+        distributive: False, with a modulus, takes a product for an unknown function of it that keeps 0: two
+            expressions are then equal only if they add up the same products.
 
     Returns:
         [points] in the dtype of the values.
@@ -44,12 +52,16 @@ def evaluate(
         elif isinstance(tensor, Constant):
             result[inside] = _constant_values(tensor, modulus, dtype)[tuple(at.T)]
         else:
-            result[inside] = _scope_values(tensor, values, at, modulus)
+            result[inside] = _scope_values(tensor, values, at, modulus, distributive)
     return result
 
 
 def _scope_values(
-    scope: Scope, values: Mapping[str, np.ndarray], points: np.ndarray, modulus: int | None
+    scope: Scope,
+    values: Mapping[str, np.ndarray],
+    points: np.ndarray,
+    modulus: int | None,
+    distributive: bool,
 ) -> np.ndarray:
     steps = [np.arange(loop.low, loop.high, dtype=np.int64) for loop in scope.summation]
     grid = [axis.ravel() for axis in np.meshgrid(*steps, indexing="ij")] if steps else []
@@ -65,8 +77,13 @@ def _scope_values(
             at[:, place] = _index_values(index, columns, count)
         # Inner scopes are shared by many taps: evaluate each distinct point once.
         distinct, back = _distinct(at)
-        factors.append(evaluate(read.tensor, values, distinct, modulus)[back])
-    total = combine(scope.function, factors, modulus).reshape(len(points), taps).sum(axis=1)
+        inner = evaluate(read.tensor, values, distinct, modulus, distributive=distributive)
+        factors.append(inner[back])
+    terms = combine(scope.function, factors, modulus)
+    if not distributive and scope.function == "*" and len(factors) > 1:
+        assert modulus is not None, "an unknown function of products has values in a field"
+        terms = (terms * terms % modulus * UNKNOWN + terms) % modulus
+    total = terms.reshape(len(points), taps).sum(axis=1)
     return total if modulus is None else total % modulus
 
 

@@ -23,7 +23,7 @@ def parse(text: str, tensors: Mapping[str, Input | Constant]) -> Scope:
     """The scope that `text` denotes; parse(str(scope), ...) == scope.
 
     Args:
-        tensors: what the names in the text stand for.
+        tensors: the tensor of each name in the text.
 
     Raises:
         ValueError: the text is no scope, names an unknown tensor, function or iterator, reads a tensor at

@@ -145,7 +145,7 @@ class Scope:
         scope.ranges = ranges_of(traversal + summation)
         # Whether this only rearranges one tensor.
         scope.is_view = not summation and len(factors) == 1 and function == "*"
-        # Whether products are summed: what a library operator should do.
+        # Whether products are summed, which a library operator should do.
         scope.is_contraction = bool(summation) and function == "*" and scope.terms() > 1
         scope.memo = {}
         _SCOPES[key] = scope
@@ -162,12 +162,16 @@ class Scope:
         """How many factors are not constants."""
         return sum(not isinstance(read.tensor, Constant) for read in self.factors)
 
+    def indices(self) -> Iterator[Affine]:
+        """The index expressions of all reads."""
+        return (index for read in self.factors for index in read.index)
+
     def used(self) -> set[str]:
         """Names of the iterators that occur in some read."""
-        return {name for read in self.factors for index in read.index for name in index.iterators()}
+        return {name for index in self.indices() for name in index.iterators()}
 
     def divisions(self) -> list[Quotient | Remainder]:
-        found = [d for read in self.factors for index in read.index for d in index.divisions()]
+        found = [d for index in self.indices() for d in index.divisions()]
         return list(dict.fromkeys(found))
 
     def fresh(self, prefix: str) -> str:
@@ -315,7 +319,7 @@ def _renamed(index: Affine, names: Mapping[str, str]) -> str:
 
 
 def _role(scope: Scope, name: str, names: Mapping[str, str]) -> str:
-    """Where a summed iterator occurs, written without the names of the summation iterators."""
+    """The occurrences of a summed iterator, written without the names of the summation iterators."""
     marks = {**names, **{loop.name: "?" for loop in scope.summation}, name: "*"}
     occurrences = []
     for read in scope.factors:

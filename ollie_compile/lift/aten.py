@@ -6,17 +6,19 @@ a whole tensor go into a weight, so that terms with a common factor can meet in 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ollie_compile.expr import Affine, Assignment, Input, Loop, Ranges, Read, Scope, Tensor, ranges_of
+from ollie_compile.compat import unset_fake_temporarily
+from ollie_compile.expr import Affine, Input, Loop, Ranges, Read, Scope, Tensor, ranges_of
 from ollie_compile.lift import convolutions, movement, products
+from ollie_compile.lift.declared import DECLARED, Declaration
 from ollie_compile.lift.products import elementwise, shape_of, var
 
 MOST_ONE_HOT = 4096  # entries of the matrix that stands for an index
@@ -39,7 +41,8 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
     Raises:
         UnliftableError: an operator, a dtype or an argument without an expression here.
     """
-    lift = LIFTS.get(node.target) or DECLARED.get(node.target)
+    declaration = DECLARED.get(node.target)
+    lift = LIFTS.get(node.target) if declaration is None else functools.partial(_declared, declaration)
     if lift is None:
         raise UnliftableError(f"{node.target} is not lifted")
     why = unsupported(node)
@@ -54,17 +57,13 @@ def lift_node(node: fx.Node, operand: Callable[[fx.Node], Terms], scalar: Callab
     return tuple(_expanded(term, node.meta["val"].shape) for term in terms)
 
 
-def unsupported(node: fx.Node, operands: Sequence[fx.Node] | None = None) -> str | None:
+def unsupported(node: fx.Node, tensors: Sequence[fx.Node] = ()) -> str | None:
     """Why the tensors of a node have no expression: dynamic or empty shapes, a dtype or several.
 
     Args:
-        operands: what it reads; None is all its inputs.
+        tensors: the nodes that it reads; by default all its operands.
     """
-    if operands is None:
-        operands = (
-            node.all_input_nodes[:1] if node.target in _OF_NODES else node.all_input_nodes
-        )  # no indices
-    values = [operand.meta.get("val") for operand in (node, *operands)]
+    values = [operand.meta.get("val") for operand in (node, *(tensors or operands(node)))]
     for value in values:
         if not isinstance(value, torch.Tensor):
             return "its operands are not all tensors"
@@ -86,21 +85,22 @@ def unsupported(node: fx.Node, operands: Sequence[fx.Node] | None = None) -> str
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def operands(node: fx.Node) -> Sequence[fx.Node]:
+    """The tensors that a node computes with: its inputs without indices."""
+    return node.all_input_nodes[:1] if node.target in _OF_NODES else node.all_input_nodes
+
+
 def contractions(terms: Sequence[Tensor]) -> list[Scope]:
     """The products in the expressions of some terms."""
     scopes = (scope for term in terms if isinstance(term, Scope) for scope in term.scopes())
     return [scope for scope in scopes if scope.is_contraction]
 
 
-def declare(target: torch._ops.OpOverload, assignment: Assignment, names: Sequence[str]) -> None:
-    """Lift the calls of a user's operator, whose operands are the tensors `names` of `assignment`."""
-
-    def lift(*operands: Terms) -> Terms:
-        tensors = dict(zip(names, map(_whole, operands), strict=True))
-        scope = assignment.scope({name: Input(name, shape_of(tensor)) for name, tensor in tensors.items()})
-        return (_with_inputs(scope, tensors),)
-
-    DECLARED[target] = lift
+def _declared(declaration: Declaration, *operands: Terms) -> Terms:
+    """The expression of a user's operator over its operands."""
+    tensors = dict(zip(declaration.names, map(_whole, operands), strict=True))
+    shapes = {name: Input(name, shape_of(tensor)) for name, tensor in tensors.items()}
+    return (with_inputs(declaration.assignment.scope(shapes), tensors),)
 
 
 def _whole(terms: Terms) -> Tensor:
@@ -149,19 +149,18 @@ def _convolution(
         settings["output_padding"] = full[3]
     write = convolutions.transposed_convolution if transposed else convolutions.convolution
     lifted = write(shape_of(data), shape_of(kernel), groups=groups, **settings)
-    result = _with_inputs(lifted, {"A": data, "K": kernel})
+    result = with_inputs(lifted, {"A": data, "K": kernel})
     if bias is None:
         return (result,)
     return (result, *(movement.view(term, (shape_of(term)[0], *[1] * dims)) for term in bias))
 
 
-def _with_inputs(scope: Scope, tensors: dict[str, Tensor]) -> Scope:
-    factors = []
-    for read in scope.factors:
-        inner = read.tensor
-        new = _with_inputs(inner, tensors) if isinstance(inner, Scope) else tensors[inner.name]
-        factors.append(Read(new, read.index))
-    return scope.over(factors=tuple(factors))
+def with_inputs(tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """An expression with other tensors as its inputs, by name."""
+    if isinstance(tensor, Scope):
+        reads = (Read(with_inputs(read.tensor, tensors), read.index) for read in tensor.factors)
+        return tensor.over(factors=tuple(reads))
+    return tensors[tensor.name] if isinstance(tensor, Input) else tensor
 
 
 def _add(scalar: Callable[[float], Tensor], a: Terms | float, b: Terms | float, *, alpha: float = 1) -> Terms:
@@ -274,7 +273,7 @@ def _reshaped(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _below(read: Read, ranges: Ranges) -> Read:
-    """What a read of rearranged tensors reads, as long as it stays inside their boxes."""
+    """The read below rearranged tensors, as long as it stays inside their boxes."""
     while isinstance(read.tensor, Scope) and read.tensor.is_view:
         view = read.tensor
         bounds = [index.bounds(ranges) for index in read.index]
@@ -411,7 +410,6 @@ def _same(terms: Terms, *_: Any, **__: Any) -> Terms:
     return terms
 
 
-DECLARED: dict[Any, Callable[..., Terms]] = {}  # operators of users
 _NUMBERS: dict[Any, Callable[..., Terms]] = {
     aten.add.Tensor: _add,
     aten.sub.Tensor: _sub,

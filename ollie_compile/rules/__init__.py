@@ -1,6 +1,6 @@
 """Derivation rules: each turns a scope into scopes of equal value (OLLIE, section 4).
 
-A rule is a function from a scope to what it derives. Exploration applies the rules of `EXPLORATIVE` at
+A rule is a function from a scope to equal scopes. Exploration applies the rules of `EXPLORATIVE` at
 every scope that no operator computes yet, and those of `RELATING`, which concern several contractions,
 everywhere; `simplify` applies the others, which only ever remove work, to a fixpoint. `register` adds a
 rule of the user's own.
@@ -61,7 +61,7 @@ def of_users() -> set[str]:
 
 
 def register(name: str, rule: Rule) -> None:
-    """Add a rule to exploration; verification drops and names what it derives wrongly.
+    """Add a rule to exploration; wrong derivations are dropped in verification, with the rule's name.
 
     Raises:
         ValueError: a rule of this name exists.
@@ -86,7 +86,7 @@ def rewrites(scope: Scope, rule: Rule, where: Callable[[Scope], bool] = lambda _
 
 
 def applied(scope: Scope, rule: Rule) -> tuple[Scope, ...]:
-    """What a rule derives from a scope; derived expressions share most scopes, so this is remembered."""
+    """The scopes that a rule derives, remembered, because derived expressions share most of their scopes."""
     if rule not in scope.memo:
         scope.memo[rule] = tuple(rule(scope))
     derived: tuple[Scope, ...] = scope.memo[rule]
@@ -95,7 +95,7 @@ def applied(scope: Scope, rule: Rule) -> tuple[Scope, ...]:
 
 @once
 def simplify(scope: Scope) -> tuple[Scope, tuple[str, ...]]:
-    """Apply the simplifying rules until none applies; returns the scope and the rules that did."""
+    """Apply the simplifying rules to a fixpoint; returns the scope and the rules that applied."""
     names: list[str] = []
     for position, read in enumerate(scope.factors):
         if isinstance(read.tensor, Scope):

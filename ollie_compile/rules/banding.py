@@ -16,16 +16,15 @@ def band_tiling(scope: Scope) -> Iterator[Scope]:
     if not scope.is_contraction or len(scope.factors) != 2:
         return
     traversal = {loop.name: loop for loop in scope.traversal}
-    counts = [name for read in scope.factors for index in read.index for name in set(index.iterators())]
-    for read in scope.factors:
-        for index in read.index:
-            names = [str(a) for a, c in index.terms if a in traversal and c == 1]
-            if len(names) != 2 or len(index.terms) != 2:
-                continue
-            for row, offset in (names, names[::-1]):
-                width = traversal[offset].extent
-                if counts.count(offset) == 1 and counts.count(row) == 2 and width > 3:
-                    yield _tiled(scope, traversal[row], traversal[offset], width // 2)
+    counts = [name for index in scope.indices() for name in set(index.iterators())]
+    for index in scope.indices():
+        names = [str(a) for a, c in index.terms if a in traversal and c == 1]
+        if len(names) != 2 or len(index.terms) != 2:
+            continue
+        for row, offset in (names, names[::-1]):
+            width = traversal[offset].extent
+            if counts.count(offset) == 1 and counts.count(row) == 2 and width > 3:
+                yield _tiled(scope, traversal[row], traversal[offset], width // 2)
 
 
 def _tiled(scope: Scope, row: Loop, offset: Loop, size: int) -> Scope:

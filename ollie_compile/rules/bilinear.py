@@ -6,7 +6,7 @@ One dimension at a time; applied to two dimensions in turn it is the nested F(m 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ollie_compile.expr import Affine, Constant, Loop, Read, Scope, quotient, remainder
@@ -39,28 +39,38 @@ def correlations(scope: Scope) -> list[Correlation]:
     """
     if not scope.is_contraction or len(scope.factors) != 2 or scope.terms() != 2:
         return []
+    found = [
+        correlation
+        for data, read in enumerate(scope.factors)
+        for place, index in enumerate(read.index)
+        for pair in itertools.permutations(index.terms, 2)
+        if (correlation := _correlation(scope, data, place, pair)) is not None
+    ]
+    taps = {correlation.tap.name for correlation in found}
+    return found if {loop.name for loop in scope.summation} - taps else []
+
+
+def _correlation(
+    scope: Scope, data: int, place: int, pair: Sequence[tuple[object, int]]
+) -> Correlation | None:
+    """The correlation of a dimension of the data, with two terms of its index as `out` and `tap`."""
+    (out, one), (tap, step) = pair
     traversal = {loop.name: loop for loop in scope.traversal}
     summation = {loop.name: loop for loop in scope.summation}
-    found = []
-    for data, read in enumerate(scope.factors):
-        used = [name for index in read.index for name in set(index.iterators())]
-        other = [name for index in scope.factors[1 - data].index for name in set(index.iterators())]
-        for place, index in enumerate(read.index):
-            for (out, one), (tap, step) in itertools.permutations(index.terms, 2):
-                if not (isinstance(out, str) and isinstance(tap, str)):
-                    continue
-                if out not in traversal or tap not in summation or one != 1 or abs(step) != 1:
-                    continue
-                begin = index - Affine.of(out) - Affine.of(tap) * step - index.const
-                moved = set(begin.iterators())
-                if not moved <= traversal.keys() & set(other) or any(begin.divisions()):
-                    continue
-                if any(used.count(name) > 1 for name in moved):
-                    continue
-                if used.count(out) == 1 and used.count(tap) == 1 and out not in other and tap in other:
-                    found.append(Correlation(data, place, traversal[out], summation[tap], step, begin))
-    taps = {correlation.tap.name for correlation in found}
-    return found if summation.keys() - taps else []
+    if not (isinstance(out, str) and isinstance(tap, str)) or one != 1 or abs(step) != 1:
+        return None
+    if out not in traversal or tap not in summation:
+        return None
+    index = scope.factors[data].index[place]
+    used = [name for at in scope.factors[data].index for name in set(at.iterators())]
+    other = {name for at in scope.factors[1 - data].index for name in at.iterators()}
+    begin = index - Affine.of(out) - Affine.of(tap) * step - index.const
+    moved = set(begin.iterators())
+    if not moved <= traversal.keys() & other or any(begin.divisions()):
+        return None
+    if any(used.count(name) > 1 for name in (*moved, out, tap)) or out in other or tap not in other:
+        return None
+    return Correlation(data, place, traversal[out], summation[tap], step, begin)
 
 
 def decompose(scope: Scope, at: Correlation, tile: int) -> Scope:
@@ -93,18 +103,27 @@ def decompose(scope: Scope, at: Correlation, tile: int) -> Scope:
     return Scope(scope.traversal, (), (Read(result, tuple(index[loop.name] for loop in split)),))
 
 
-def amplification(scope: Scope) -> float:
-    """How many times larger the terms of an expression may get than those of the direct sum.
+def growth(scope: Scope) -> float:
+    """How many times larger the values within an expression may get than the direct sum of |products|.
 
-    The product over its decomposed dimensions; rounding errors grow at most as much (1.0: none).
+    It holds for inputs of one magnitude, and bounds by how much rounding errors grow: the product over the
+    decomposed dimensions, and of the largest absolute row sums of other constants; 1.0 without constants.
     """
     factor = 1.0
     for inner in set(scope.scopes()):
-        for read in inner.factors:
-            if isinstance(read.tensor, Constant) and read.tensor.name.startswith("At"):
-                tile, products = read.tensor.shape
+        for constant in (read.tensor for read in inner.factors if isinstance(read.tensor, Constant)):
+            if constant.name.startswith("At"):
+                tile, products = constant.shape
                 factor *= cook_toom.amplification(tile, products - tile + 1)
+            elif not constant.name.startswith(("Bt", "G")):
+                factor *= max(1.0, _largest_row_sum(constant))
     return factor
+
+
+def _largest_row_sum(constant: Constant) -> float:
+    width = constant.shape[-1] if constant.shape else 1
+    rows = (constant.values[at : at + width] for at in range(0, len(constant.values), width))
+    return max(float(sum(map(abs, row))) for row in rows)
 
 
 def bilinear_decomposition(scope: Scope) -> Iterator[Scope]:

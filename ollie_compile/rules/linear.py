@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 from ollie_compile.expr import Affine, Loop, Read, Scope, ranges_of
@@ -60,17 +61,13 @@ def shared_factor(scope: Scope) -> Iterator[Scope]:
     """
     if scope.function != "+" or scope.summation:
         return
-    for left in range(len(scope.factors)):
-        for right in range(len(scope.factors)):
-            if left == right:
-                continue
-            for first in (0, 1):
-                for second in (0, 1):
-                    joined = _joined(scope, left, right, first, second)
-                    if joined is not None:
-                        rest = [read for at, read in enumerate(scope.factors) if at not in (left, right)]
-                        whole = Read(joined, tuple(Affine.of(loop.name) for loop in joined.traversal))
-                        yield scope.over(factors=(whole, *rest)) if rest else joined
+    pairs = itertools.permutations(range(len(scope.factors)), 2)
+    for (left, right), (first, second) in itertools.product(pairs, itertools.product((0, 1), repeat=2)):
+        joined = _joined(scope, left, right, first, second)
+        if joined is not None:
+            rest = [read for at, read in enumerate(scope.factors) if at not in (left, right)]
+            whole = Read(joined, tuple(Affine.of(loop.name) for loop in joined.traversal))
+            yield scope.over(factors=(whole, *rest)) if rest else joined
 
 
 def _joined(scope: Scope, left: int, right: int, first: int, second: int) -> Scope | None:
@@ -127,7 +124,7 @@ def _sum_of_weights(
     pinned: dict[str, int],
     shared: int,
 ) -> Scope:
-    """Sum[..] X * (A + B), where B is 0 for what only `wide` sums."""
+    """Sum[..] X * (A + B), where B is 0 at the indices that only `wide` sums."""
     a, b = wide.factors[first], narrow.factors[second]
     ranges = wide.ranges
     # B with one dimension for each of its iterators and one, of a single place, for each pinned iterator.
@@ -165,7 +162,7 @@ def _as_term(scope: Scope, read: Read) -> Scope | None:
 
 
 def _inlined(inner: Scope, outer: Scope, values: Mapping[str, Affine]) -> Scope:
-    """`inner` over the traversal of `outer`, with `values` for its own and other names for what it sums."""
+    """`inner` over the traversal of `outer`: `values` replace its iterators, and its sums get fresh names."""
     taken = set(outer.ranges)
     renamed: dict[str, str] = {}
     for loop in inner.summation:

@@ -9,8 +9,8 @@ from ollie_compile.rules.boundary import vanishes
 def traversal_merging(scope: Scope) -> Iterator[Scope]:
     """A read of a rearranged intermediate becomes a read of the intermediate itself.
 
-    Rearranged inputs stay, for they are what a layout transformation made, but are rearranged only once.
-    Diagonals that are read at a division stay too, for what they would become is no view.
+    Rearranged inputs stay, because a layout transformation made them, but they are rearranged only once.
+    Diagonals that are read at a division stay too, because they would not become views.
     """
     whole = _read_in_place(scope)
     if whole is not None:
@@ -30,7 +30,7 @@ def traversal_merging(scope: Scope) -> Iterator[Scope]:
 
 
 def _read_in_place(scope: Scope) -> Scope | None:
-    """The scope that `scope` is, where it reads one of its own box as it lies, else None."""
+    """The scope that `scope` only copies, with the same box and order; None if it copies none."""
     inner, index = scope.factors[0].tensor, scope.factors[0].index
     if not scope.is_view or not isinstance(inner, Scope) or inner.box != scope.box:
         return None
@@ -54,7 +54,7 @@ def _divides_diagonal(view: Scope, read: Read) -> bool:
 
 
 def _zero_outside(view: Scope, read: Read, ranges: Ranges) -> bool:
-    """Whether `read`, where it leaves the view's box, would read a 0 below it as well."""
+    """Whether `read` also reads a 0 below the view at every index outside the view's box."""
     for loop, index in zip(view.traversal, read.index, strict=True):
         first, last = index.bounds(ranges)
         inside = loop.low <= first and last < loop.high

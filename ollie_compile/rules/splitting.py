@@ -96,7 +96,7 @@ def _with_range(scope: Scope, loop: Loop, low: int, high: int) -> tuple[Loop, ..
 
 
 def _restricted(scope: Scope) -> Scope:
-    """`scope` with the sums that it reads cut to what it reads of them, without the terms that are 0."""
+    """`scope` with the sums below cut to the part that it reads, without the terms that are 0."""
     for position, read in enumerate(scope.factors):
         total = read.tensor
         if not _is_sum(total) or not _stays_inside(total, read, scope):

@@ -20,14 +20,13 @@ def dilation_splitting(scope: Scope) -> Iterator[Scope]:
     if not scope.is_contraction:
         return
     names: dict[int, set[str]] = {}
-    traversal = {loop.name for loop in scope.traversal}
     divided = {name for division in scope.divisions() for name in division.of.iterators()}
-    for read in scope.factors:
-        for index in read.index:
-            steps = {abs(c) for _, c in index.terms if abs(c) > 1}
-            for name in {a for a, c in index.terms if c == 1 and a in traversal and a not in divided}:
-                for step in steps:
-                    names.setdefault(step, set()).add(str(name))
+    whole = {loop.name for loop in scope.traversal} - divided
+    for index in scope.indices():
+        steps = {abs(c) for _, c in index.terms if abs(c) > 1}
+        ones = {str(a) for a, c in index.terms if c == 1 and a in whole}
+        for step in steps if ones else ():
+            names.setdefault(step, set()).update(ones)
     for step, found in sorted(names.items()):
         derived = scope
         for name in sorted(found):

@@ -1,14 +1,18 @@
-"""What every benchmark table shares: the conditions, the CSV in docs/results and the printed table."""
+"""What every benchmark script shares: its options, and its table in docs/results and on the terminal."""
 
-from __future__ import annotations
-
+import argparse
+import contextlib
 import csv
 import datetime
+import importlib
+import importlib.metadata
 import os
 import platform
 import sys
-from importlib import metadata
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -17,25 +21,71 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 FIELDS = ("date", "versions", "machine", "config", "contender", "metric", "value")
 
-sys.path.insert(0, str(ROOT / "scripts"))  # for `import assets`
+sys.path.insert(0, str(ROOT / "scripts"))
+assets = importlib.import_module("assets")
+
+
+def option(default: Any, help: str | None = None, choices: Iterable[Any] | None = None) -> dict[str, Any]:
+    """An option for `parse`. A list as default takes many values, False none; a type has no default."""
+    if default is False:
+        return {"action": "store_true", "help": help}
+    shared = {"help": help, "choices": choices and list(choices)}
+    if isinstance(default, type):
+        return {"type": default, **shared}
+    many = isinstance(default, list)
+    kind = type(default[0] if many else default)
+    return {"type": kind, "default": default, **shared, **({"nargs": "*"} if many else {})}
+
+
+class Options(argparse.Namespace):
+    """The options of a run; as text, those that are numbers, for the conditions of a table."""
+
+    def __str__(self) -> str:
+        numbers = ((name, value) for name, value in vars(self).items() if type(value) in (int, float))
+        return ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in numbers)
+
+
+def parse(doc: str | None, **options: Any) -> Options:
+    """The command line's options; `seq_len=2048` or `seq_len=option(2048, "tokens")` is `--seq-len`.
+
+    Args:
+        doc: the script's docstring, which `--help` shows.
+        options: of `threads`, torch is given so many.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, given in options.items():
+        given = given if isinstance(given, dict) else option(given)
+        parser.add_argument("--" + name.replace("_", "-"), **given)
+    parsed = parser.parse_args(namespace=Options())
+    if "threads" in parsed:
+        importlib.import_module("torch").set_num_threads(parsed.threads)
+    return parsed
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty folder on the project's drive (a temporary folder may be memory, which has no O_DIRECT)."""
+    (ROOT / "out").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "out") as folder:
+        yield Path(folder)
 
 
 def machine() -> str:
-    """CPU name, logical cores, memory, and the GPU where there is one."""
+    """CPU name, logical cores, memory, and the GPU if there is one."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    name = next(names, platform.processor() or platform.machine())
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     text = f"{name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {gib:.0f} GiB"
     return f"{text}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else text
 
 
 def versions() -> str:
-    names = ("torch", "transformers")
-    return " ".join([f"python {platform.python_version()}", *(f"{n} {metadata.version(n)}" for n in names)])
+    libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    return " ".join([f"python {platform.python_version()}", *libraries])
 
 
 class Table:

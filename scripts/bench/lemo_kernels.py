@@ -7,17 +7,14 @@ norm and a factor: attention and MLP are left out, so that what is measured is w
 LeMo's rows are Triton's. All contenders give equal results first.
 """
 
-from __future__ import annotations
-
-import argparse
-import functools
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import common
 import torch
+from common import option
+from harness import Race, close
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,60 +25,52 @@ from lemo_trainer.kernels.attention import attend, reference
 from lemo_trainer.kernels.dispatch import runs_triton
 from lemo_trainer.kernels.norm import norm_rows
 from lemo_trainer.kernels.rows import gather
+from lemo_trainer.layers.stream import Streams
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.stream import Stream, Streams
 
 BRANCHES, BLOCK, EPS = 8, 64, 1e-5
 HEADS, GROUPS, HEAD = 9, 3, 64  # SmolLM2's attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Branches = Callable[[Tensor, list[Tensor], LlamaRMSNorm], Tensor]
+Norm = Callable[..., Tensor]
 
 
-def padded(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
+def padded(x: Tensor, rows: Tensor, update: Tensor) -> Tensor:
+    zeros = x.new_zeros(x[..., 0].numel(), x.shape[2])
+    return x + zeros.index_copy_(0, rows, update.flatten(0, 1)).view_as(x)
+
+
+def added(x: Tensor, rows: Tensor, update: Tensor) -> Tensor:
+    return x.flatten(0, 1).index_add(0, rows, update.flatten(0, 1)).view_as(x)
+
+
+def out_of_place(norm: Norm, add: Callable[..., Tensor], x: Tensor, rows: list[Tensor]) -> Tensor:
     for each in rows:
-        update = 0.5 * norm(gather(x, each))
-        zeros = x.new_zeros(x[..., 0].numel(), x.shape[2])
-        x = x + zeros.index_copy_(0, each, update.flatten(0, 1)).view_as(x)
+        x = add(x, each, 0.5 * norm(x, each))
     return x
 
 
-def out_of_place(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
-    for each in rows:
-        update = 0.5 * norm(gather(x, each))
-        x = x.flatten(0, 1).index_add(0, each, update.flatten(0, 1)).view_as(x)
-    return x
-
-
-def from_a_kept_stream(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
-    for each in rows:
-        update = 0.5 * norm_rows(x, each, norm.weight, eps=EPS)
-        x = x.flatten(0, 1).index_add(0, each, update.flatten(0, 1)).view_as(x)
-    return x
-
-
-def in_place(
-    x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm, apply: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def in_place(norm: Norm, x: Tensor, rows: list[Tensor]) -> Tensor:
     streams, layer = Streams(), nn.Identity()
-    for first, second in zip(rows[::2], rows[1::2], strict=True):
-        stream: Stream = streams.enter(layer, x)
-        for each in (first, second):
-            stream.add(0.5 * (apply or norm)(stream.take(each)), each)
+    for pair in zip(rows[::2], rows[1::2], strict=True):
+        stream = streams.enter(layer, x)
+        for each in pair:
+            stream.add(0.5 * norm(stream.take(each)), each)
         x = streams.leave(layer, stream)
     return x
 
 
-def in_place_fused(x: Tensor, rows: list[Tensor], norm: LlamaRMSNorm) -> Tensor:
-    return in_place(x, rows, norm, lambda taken: norm_rows(taken, None, norm.weight, eps=EPS))
-
-
-CONTENDERS: dict[str, Branches] = {
-    "gather, run, pad, add": padded,
-    "gather, run, index_add": out_of_place,
-    "rows normed from a kept stream, index_add": from_a_kept_stream,
-    "added in place, the model's norm": in_place,
-    "LeMo: added in place, LeMo's norm": in_place_fused,
-}
+def contenders_of(norm: LlamaRMSNorm) -> dict[str, Callable[[Tensor, list[Tensor]], Tensor]]:
+    fused = partial(norm_rows, weight_D=norm.weight, eps=EPS)
+    own = {"gather, run, pad, add": padded, "gather, run, index_add": added}
+    return {
+        **{
+            name: partial(out_of_place, lambda x, rows: norm(gather(x, rows)), add)
+            for name, add in own.items()
+        },
+        "rows normed from a kept stream, index_add": partial(out_of_place, fused, added),
+        "added in place, the model's norm": partial(in_place, norm),
+        "LeMo: added in place, LeMo's norm": partial(in_place, lambda x: fused(x, None)),
+    }
 
 
 class WrittenBytes(TorchDispatchMode):
@@ -108,24 +97,27 @@ def allocated(step: Callable[[], Any], full: int) -> tuple[float, float]:
     return float(sum(sizes)), float(sum(size // full for size in sizes))
 
 
-def seconds(step: Callable[[], Any]) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def blocks_of(tokens: int) -> Tensor:
+    """Half of the rows of so many tokens, in blocks at random, ascending: [tokens / 2]."""
+    blocks = torch.randperm(tokens // BLOCK)[: tokens // BLOCK // 2].sort().values
+    return (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten().to(DEVICE)
 
 
-def medians(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        seconds(step)  # warm-up
-    for _ in range(repeats):
-        for name, step in steps.items():
-            taken[name].append(seconds(step))
-    return {name: statistics.median(each) for name, each in taken.items()}
+def bytes_of(step: Callable[[], Any], stream: int) -> dict[str, float]:
+    """MB of a step, and its allocations of a stream's bytes, for each of its branches."""
+    with ActivationBytes() as activations:
+        step()
+    with WrittenBytes() as written:
+        step()
+    row: dict[str, float] = {"saved_MB": activations.saved_bytes}
+    if DEVICE == "cuda":  # Triton's kernels write where no mode sees it
+        before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+        step()
+        row["allocated_MB"] = torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before
+    else:
+        row["allocated_MB"], full = allocated(step, stream)
+        row = {"full_size_allocations": full * 1e6, **row, "written_MB": written.bytes}
+    return {metric: value / BRANCHES / 1e6 for metric, value in row.items()}
 
 
 def branches(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> None:
@@ -139,50 +131,32 @@ def branches(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> None:
     norm = LlamaRMSNorm(width, EPS).to(DEVICE, dtype).requires_grad_(False)
     x = torch.randn(1, tokens, width, device=DEVICE, dtype=dtype, requires_grad=True)
     grad = torch.randn_like(x)
-    rows = []
-    for _ in range(BRANCHES):
-        blocks = torch.randperm(tokens // BLOCK)[: tokens // BLOCK // 2].sort().values
-        rows.append((blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten().to(DEVICE))
+    rows = [blocks_of(tokens) for _ in range(BRANCHES)]
 
-    def step(run: Branches) -> tuple[Tensor, Tensor]:
-        y = run(x, rows, norm)
+    def step(run: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        y = run(x, rows)
         return y.detach(), torch.autograd.grad(y, x, grad)[0]
 
-    wanted = step(padded)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
-    for name, run in CONTENDERS.items():
-        torch.testing.assert_close(step(run), wanted, **tolerance)
-        with ActivationBytes() as activations:
-            step(run)
-        with WrittenBytes() as written:
-            step(run)
-        row = {"saved_MB": activations.saved_bytes}
-        if DEVICE == "cuda":  # Triton's kernels write where no mode sees it
-            before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
-            step(run)
-            row["allocated_MB"] = torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before
-        else:
-            row["allocated_MB"], full = allocated(functools.partial(step, run), x.nbytes)
-            row["written_MB"] = written.bytes
-            table.add(name, full_size_allocations=full / BRANCHES)
-        table.add(name, **{metric: value / BRANCHES / 1e6 for metric, value in row.items()})
-    steps = {name: functools.partial(step, run) for name, run in CONTENDERS.items()} if repeats else {}
-    for name, taken in medians(steps, repeats).items():
-        table.add(name, ms=taken / BRANCHES * 1e3)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    steps = {name: partial(step, run) for name, run in contenders_of(norm).items()}
+    race = Race(steps, equal=close(rtol=tolerance, atol=tolerance))
+    race.check()
+    for name, run in steps.items():
+        table.add(name, **bytes_of(run, x.nbytes))
+    if repeats:
+        for name, times in race.run(repeats).items():
+            table.add(name, **times.columns("ms", median="ms", parts=BRANCHES))
     table.finish()
 
 
 def pieces(query: Tensor, key: Tensor, value: Tensor, index: Tensor, size: int = 256) -> Tensor:
-    """What `detachment` does where no kernel runs."""
-    heads = []
+    """What LeMo does where no kernel runs."""
+    heads, attend_masked = [], nn.functional.scaled_dot_product_attention
     for q, at in zip(query.split(size, 2), index.split(size, 1), strict=True):
         keys = int(at[:, -1].max()) + 1
         mask = torch.arange(keys, device=at.device) <= at[:, None, :, None]
-        heads.append(
-            nn.functional.scaled_dot_product_attention(
-                q, key[:, :, :keys], value[:, :, :keys], mask, scale=0.1, enable_gqa=True
-            )
-        )
+        k, v = key[:, :, :keys], value[:, :, :keys]
+        heads.append(attend_masked(q, k, v, mask, scale=0.1, enable_gqa=True))
     return torch.cat(heads, 2).transpose(1, 2)
 
 
@@ -194,43 +168,37 @@ def attention(tokens: int, dtype: torch.dtype, repeats: int) -> None:
         f"blocks of {BLOCK}, {DEVICE}, {torch.get_num_threads()} threads, median of {repeats}",
     )
     torch.manual_seed(0)
-    blocks = torch.randperm(tokens // BLOCK)[: tokens // BLOCK // 2].sort().values
-    index = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).view(1, -1).to(DEVICE)
+    index = blocks_of(tokens)[None]
+    random = partial(torch.randn, device=DEVICE, dtype=dtype)
     shapes = ((HEADS, index.shape[1]), (GROUPS, tokens), (GROUPS, tokens))
-    qkv = [
-        torch.randn(1, n, length, HEAD, device=DEVICE, dtype=dtype, requires_grad=True)
-        for n, length in shapes
-    ]
+    qkv = [random(1, *shape, HEAD, requires_grad=True) for shape in shapes]
+    grad = random(1, index.shape[1], HEADS, HEAD)
     contenders = {
-        "masked SDPA": lambda: reference(*qkv, index, None, None, 0.1),
+        "masked SDPA": lambda: reference(*qkv, index, 0.1),
         "masked SDPA, 256 queries at a time": lambda: pieces(*qkv, index),
     }
     if runs_triton(qkv[0]):
         contenders["LeMo: Triton, by positions"] = lambda: attend(*qkv, index, scaling=0.1)
-    wanted = contenders["masked SDPA"]()
-    grad = torch.randn_like(wanted)
-    for run in contenders.values():
-        torch.testing.assert_close(run(), wanted, rtol=2e-2, atol=2e-2)
-    steps = {
-        name: lambda run=run: torch.autograd.grad(run(), qkv, grad)  # type: ignore[misc]
-        for name, run in contenders.items()
-    }
-    for name, taken in medians(steps, repeats).items():
-        table.add(name, ms=taken * 1e3)
+
+    def step(run: Callable[[], Tensor]) -> Tensor:
+        out = run()
+        torch.autograd.grad(out, qkv, grad)
+        return out.detach()
+
+    steps = {name: partial(step, run) for name, run in contenders.items()}
+    for name, times in Race(steps, equal=close(rtol=2e-2, atol=2e-2)).run(repeats).items():
+        table.add(name, **times.columns("ms", median="ms"))
     table.finish()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = common.parse(
+        __doc__,
+        tokens=[2048, 8192],
+        widths=[576, 2048],
+        dtypes=option(["float32", "bfloat16"], choices=("float32", "bfloat16")),
+        repeats=option(7, "0 counts bytes only"),
     )
-    parser.add_argument("--tokens", nargs="*", type=int, default=[2048, 8192])
-    parser.add_argument("--widths", nargs="*", type=int, default=[576, 2048])
-    parser.add_argument(
-        "--dtypes", nargs="*", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
-    )
-    parser.add_argument("--repeats", type=int, default=7, help="0 counts bytes only")
-    options = parser.parse_args()
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for tokens in options.tokens:
             for width in options.widths:

@@ -6,24 +6,18 @@ SmolLM2's head (49,152 x 576, frozen), forward and backward. Seconds are medians
 process; the memory column is what a process of its own needs beyond its tensors.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import common
 import psutil
 import torch
+from harness import Race, close, in_own_process
 from torch import Tensor
 from torch.nn import functional
 
-from lemo_trainer.loss import segmented_cross_entropy
+from lemo_trainer.head.loss import segmented_cross_entropy
 from lemo_trainer.measure import peak_rss_bytes
 
 WIDTH, VOCABULARY, SEGMENT = 576, 49152, 256
@@ -33,10 +27,6 @@ def all_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy((hidden @ weight.T).float(), labels)
 
 
-def segmented(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return segmented_cross_entropy(hidden, weight, labels, segment=SEGMENT)
-
-
 def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=SEGMENT)
     return functional.linear_cross_entropy(hidden, weight, labels, options=options)
@@ -44,7 +34,7 @@ def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "all logits": all_logits,
-    "LeMo, segments of 256": segmented,
+    "LeMo, segments of 256": partial(segmented_cross_entropy, segment=SEGMENT),
 }
 if hasattr(functional, "linear_cross_entropy"):  # torch >= 2.13
     CONTENDERS["F.linear_cross_entropy, chunks of 256"] = torch_chunked
@@ -67,30 +57,23 @@ def step(name: str, tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[float, Tens
     return loss.item(), hidden.grad
 
 
+def equal(got: tuple[float, Tensor], want: tuple[float, Tensor]) -> None:
+    close(rtol=1e-2, atol=0)(got[0], want[0])
+    close(rtol=2e-2, atol=1e-4)(got[1], want[1])
+
+
 def memory(name: str, tokens: int, dtype: str) -> float:
-    """MB that one step adds to a process of its own."""
-    command = [sys.executable, __file__, "--tokens", str(tokens), "--alone", name, "--dtype", dtype]
-    return float(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+    """MB that one step adds to this process."""
+    tensors = problem(tokens, 0.0, getattr(torch, dtype))
+    if (refs := Path("/proc/self/clear_refs")).exists():
+        refs.write_text("5")  # the peak starts anew, without what making the tensors took
+    before = psutil.Process().memory_info().rss
+    step(name, tensors)
+    return (peak_rss_bytes() - before) / 1e6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.alone:
-        tensors = problem(options.tokens, 0.0, getattr(torch, options.dtype))
-        if (refs := Path("/proc/self/clear_refs")).exists():
-            refs.write_text("5")  # the peak starts anew, without what making the tensors took
-        before = psutil.Process().memory_info().rss
-        step(options.alone, tensors)
-        print((peak_rss_bytes() - before) / 1e6)
-        return
-
+    options = common.parse(__doc__, tokens=2048, repeats=5)
     table = common.Table(
         "lemo_loss",
         "Language-model head and loss, forward and backward",
@@ -100,23 +83,11 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         for ignored in (0.0, 0.5):
             tensors = problem(options.tokens, ignored, getattr(torch, dtype))
-            results = {name: step(name, tensors) for name in CONTENDERS}
-            wanted = results["all logits"]
-            for name, (loss, gradient) in results.items():
-                if abs(loss - wanted[0]) > 1e-2 * wanted[0]:
-                    raise RuntimeError(f"{name} must give the loss {wanted[0]}, got {loss}.")
-                torch.testing.assert_close(gradient, wanted[1], rtol=2e-2, atol=1e-4)
-            seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-            for _ in range(options.repeats):
-                for name in CONTENDERS:
-                    start = time.perf_counter()
-                    step(name, tensors)
-                    seconds[name].append(time.perf_counter() - start)
-            for name in CONTENDERS:
-                column = f"s_{dtype}_{ignored:.0%}_unlabelled"
-                table.add(name, **{column: statistics.median(seconds[name])})
+            race = Race({name: partial(step, name, tensors) for name in CONTENDERS}, equal=equal)
+            for name, times in race.run(options.repeats).items():
+                table.add(name, **{f"s_{dtype}_{ignored:.0%}_unlabelled": times.median})
         for name in CONTENDERS:
-            table.add(name, **{f"MB_{dtype}": memory(name, options.tokens, dtype)})
+            table.add(name, **{f"MB_{dtype}": in_own_process(memory, name, options.tokens, dtype)})
     table.finish()
 
 

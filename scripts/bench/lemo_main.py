@@ -8,63 +8,48 @@ dense held-out loss. All see the same samples in the same order from the same in
 for samples that take minutes, is timed under the counters; `--held-out 0` leaves the loss out.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import common
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
+from common import option
+from harness import Timing, clocks, close, in_own_process, require_equal
+from models import language, lora
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from lemo_trainer import LemoCallback, LemoConfig
+from lemo_trainer.compat import checkpointing_argument
 from lemo_trainer.measure import ActivationBytes, FlopCounter, peak_rss_bytes
-from lemo_trainer.recipe import checkpointing_argument, pack
 
-# isort: split
-import assets  # common.py puts its folder on the path
-
-# contender: (LeMo's options or None, gradient checkpointing)
-SEGMENTED_LOSS: dict[str, Any] = {"keep_ratio": 1.0, "selective_checkpointing": False}
-DETACH: dict[str, Any] = {"mode": "detach", "keep_ratio": 0.5}
-CONTENDERS: dict[str, tuple[dict[str, Any] | None, bool]] = {
+SEGMENTS, SAVED = LemoConfig(mode="segments"), {"save_attention": True}
+DETACH_40 = replace(lora.DETACH, keep_ratio=0.4)
+CONTENDERS: dict[str, lora.Method] = {
     "LoRA": (None, False),
-    "LoRA + segmented loss": (SEGMENTED_LOSS, False),
+    "LoRA + segmented loss": (lora.SEGMENTED_LOSS, False),
     "LoRA + checkpointing": (None, True),
-    "LoRA + checkpointing + segmented loss": (SEGMENTED_LOSS, True),
-    "LeMo, segments": ({"mode": "segments"}, False),
-    "LeMo, detach": (DETACH, False),
-    "LeMo, detach + checkpointing": (DETACH, True),
-    "LeMo, eliminate": ({"mode": "eliminate", "keep_ratio": 0.5}, False),
+    "LoRA + checkpointing + segmented loss": (lora.SEGMENTED_LOSS, True),
+    "LeMo, segments": (SEGMENTS, False),
+    "LeMo, detach": (lora.DETACH, False),
+    "LeMo, detach + checkpointing": (lora.DETACH, True),
+    "LeMo, eliminate": (lora.ELIMINATE, False),
 }
 DEFAULT = list(CONTENDERS)
-ATTENTION: dict[str, Any] = {"save_attention": True}
-CONTENDERS |= {  # named by --contenders only, for the demo's time
-    "LoRA + checkpointing, attention saved + segmented loss": ({**SEGMENTED_LOSS, **ATTENTION}, True),
-    "LeMo, segments, nothing recomputed": ({"mode": "segments", "selective_checkpointing": False}, False),
-    "LeMo, detach, 40% + checkpointing": ({**DETACH, "keep_ratio": 0.4}, True),
-    "LeMo, detach + checkpointing, attention saved": ({**DETACH, **ATTENTION}, True),
-    "LeMo, detach, 40% + checkpointing, attention saved": ({**DETACH, "keep_ratio": 0.4, **ATTENTION}, True),
-    "LeMo, eliminate + checkpointing": ({"mode": "eliminate", "keep_ratio": 0.5}, True),
+CONTENDERS |= {  # only where --contenders names them, for the demo's time
+    "LoRA + checkpointing, attention saved + segmented loss": (replace(lora.SEGMENTED_LOSS, **SAVED), True),
+    "LeMo, segments, nothing recomputed": (replace(SEGMENTS, selective_checkpointing=False), False),
+    "LeMo, detach, 40% + checkpointing": (DETACH_40, True),
+    "LeMo, detach + checkpointing, attention saved": (replace(lora.DETACH, **SAVED), True),
+    "LeMo, detach, 40% + checkpointing, attention saved": (replace(DETACH_40, **SAVED), True),
+    "LeMo, eliminate + checkpointing": (lora.ELIMINATE, True),
 }
+# glibc keeps freed blocks in its heap, and their fragmentation, not the tensors, would be the peak.
+ENVIRONMENT = {f"MALLOC_{kind}_THRESHOLD_": "1048576" for kind in ("MMAP", "TRIM")}
 
 
 class StepMeter(TrainerCallback):
@@ -75,8 +60,7 @@ class StepMeter(TrainerCallback):
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
+        self.steps: list[Timing] = []
         self.first_loss = 0.0
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -89,38 +73,32 @@ class StepMeter(TrainerCallback):
                 self.first_loss = output.loss.item()
 
             self.first_step.callback(self.model.register_forward_hook(after_forward).remove)
-        self.start = time.perf_counter(), time.process_time()
+        self.start = clocks()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        seconds, cpu_seconds = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+        taken = Timing(*(now - start for now, start in zip(clocks(), self.start, strict=True)))
         if state.global_step == 1:
             self.first_step.close()
         if state.global_step > 1 or args.max_steps == 1:
-            self.seconds.append(seconds)
-            self.cpu_seconds.append(cpu_seconds)
+            self.steps.append(taken)
 
 
-def run_contender(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """One contender's metrics, measured in this process."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.float32)
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
-    train = pack(assets.texts("train"), tokenizer, options.seq_len)[: options.steps]
-    held_out = pack(assets.texts("held_out"), tokenizer, options.seq_len)[: options.held_out]
+def run_contender(name: str, steps: int, seq_len: int, held_out: int, before: bool) -> dict[str, float]:
+    """One contender's metrics, measured in this process.
 
+    Args:
+        before: the held-out loss is measured before the training too.
+    """
+    language.quiet()
+    warnings.simplefilter("ignore")
+    model = lora.smollm2()
+    train, judged = (lora.samples(split, seq_len) for split in ("train", "held_out"))
     lemo, checkpointing = CONTENDERS[name]
-    callbacks: list[TrainerCallback] = []
-    if lemo is not None:
-        callbacks.append(LemoCallback(LemoConfig(**lemo)))
     meter = StepMeter(model)
-
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
-            max_steps=options.steps,
+            max_steps=steps,
             per_device_train_batch_size=1,
             per_device_eval_batch_size=1,
             learning_rate=1e-3,
@@ -135,61 +113,46 @@ def run_contender(name: str, options: argparse.Namespace) -> dict[str, float]:
             **{checkpointing_argument(): checkpointing},
         )
         trainer = Trainer(
-            model, arguments, train_dataset=train, eval_dataset=held_out, callbacks=[*callbacks, meter]
+            model,
+            arguments,
+            train_dataset=train[:steps],
+            eval_dataset=judged[:held_out],
+            callbacks=[*([] if lemo is None else [LemoCallback(lemo)]), meter],
         )
-        # A fresh adapter changes nothing, so the loss before is one number for all.
         losses = {}
-        if held_out and name == options.contenders[0]:
+        if held_out and before:
             losses["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
         trainer.train()
         peak = peak_rss_bytes()
         if held_out:
             losses["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
-        return {
-            "first_loss": meter.first_loss,
-            "saved_activations_MB": meter.activations.saved_bytes / 1e6,
-            "peak_RSS_MB": peak / 1e6,
-            "seconds_a_step": statistics.median(meter.seconds),
-            "CPU_seconds_a_step": statistics.median(meter.cpu_seconds),
-            "GFLOP_a_step": meter.counter.flops / 1e9,
-            **losses,
-        }
-
-
-# glibc keeps freed blocks in its heap, and their fragmentation, not the tensors, would be the peak.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    return {
+        "first_loss": meter.first_loss,
+        "saved_activations_MB": meter.activations.saved_bytes / 1e6,
+        "peak_RSS_MB": peak / 1e6,
+        "seconds_a_step": statistics.median(step.wall for step in meter.steps),
+        "CPU_seconds_a_step": statistics.median(step.process for step in meter.steps),
+        "GFLOP_a_step": meter.counter.flops / 1e9,
+        **losses,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = common.parse(
+        __doc__,
+        steps=2,
+        seq_len=2048,
+        held_out=option(1, "held-out samples of the loss; 0 leaves it out"),
+        contenders=option(DEFAULT, choices=CONTENDERS),
     )
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument(
-        "--held-out", type=int, default=1, help="held-out samples of the loss; 0 leaves it out"
-    )
-    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=DEFAULT)
-    parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.contender:
-        print(json.dumps(run_contender(options.contender, options)))
-        return
-
-    def measure(name: str) -> dict[str, float]:
-        command = [sys.executable, "-Wignore", __file__, *sys.argv[1:], "--contender", name]
-        process = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | MALLOC
-        )
-        metrics: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
-        return metrics
-
-    results = {name: measure(name) for name in tqdm(options.contenders, desc="lemo_main", unit="contender")}
-    before = results[options.contenders[0]].pop("held_out_loss_before", None)
-    dense = {name: metrics.pop("first_loss") for name, metrics in results.items()}
-    dense = {name: loss for name, loss in dense.items() if name.startswith("LoRA")}
-    if max(dense.values()) - min(dense.values()) > 1e-4:
-        raise RuntimeError(f"The dense contenders must agree on the first loss, got {dense}.")
+    sizes = options.steps, options.seq_len, options.held_out
+    first = options.contenders[0]  # a fresh adapter changes nothing: the loss before is one number for all
+    results = {
+        name: in_own_process(run_contender, name, *sizes, name == first, environment=ENVIRONMENT)
+        for name in tqdm(options.contenders, desc="lemo_main", unit="contender")
+    }
+    losses = [(name, metrics.pop("first_loss")) for name, metrics in results.items()]
+    require_equal([each for each in losses if each[0].startswith("LoRA")], close(rtol=0, atol=1e-4))
     table = common.Table(
         "lemo_main",
         "LeMo: fine-tuning SmolLM2-135M with LoRA",
@@ -199,10 +162,11 @@ def main() -> None:
         f"{options.held_out * options.seq_len} tokens; freed blocks of 1 MiB or more go back to the system "
         f"at once",
     )
+    before = results[first].pop("held_out_loss_before", None)
     for name, metrics in results.items():
         after = metrics.pop("held_out_loss_after", None)
-        losses = {} if after is None else {"held_out_loss_before": before, "held_out_loss_after": after}
-        table.add(name, **metrics, **losses)
+        judged = {} if after is None else {"held_out_loss_before": before, "held_out_loss_after": after}
+        table.add(name, **metrics, **judged)
     table.finish()
 
 

@@ -13,36 +13,30 @@ of a training step (LoRA r 8, detach 50%, gradient checkpointing) when every lay
 - linear probe: one linear map from a block's mean hidden state and its place to its score.
 - low rank: copies of the layer's own q_proj and k_proj of so many singular directions over all heads, the map
   from all queries; not trained.
-- paper, max: `lemo_trainer.predictor`.
+- paper, max: `lemo_trainer.informativeness.predictors`.
 """
 
-from __future__ import annotations
-
-import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
+from common import option
+from harness import Race
+from models import language, lora
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lemo_trainer import LemoConfig, apply_lemo
-from lemo_trainer.informativeness import attention_inputs, map_scores
-from lemo_trainer.observation import LayerInput, Observer
-from lemo_trainer.predictor import PatternPredictors, recall_at_kept
-from lemo_trainer.predictor_files import base_fingerprint, save_predictors
-from lemo_trainer.recipe import pack
-from lemo_trainer.selection import BlockPlan
-
-# isort: split
-import assets  # common.py puts its folder on the path
+from lemo_trainer import LemoConfig
+from lemo_trainer.informativeness.predictor_files import base_fingerprint, save_predictors
+from lemo_trainer.informativeness.predictors import PatternPredictors, recall_at_kept
+from lemo_trainer.informativeness.scores import attention_map, map_scores
+from lemo_trainer.informativeness.selection import BlockPlan
+from lemo_trainer.model.capture import attention_inputs
+from lemo_trainer.offline.observation import LayerInput, Observer
 
 DESIGNS = {"paper": (16, 16, 16), "max": (32, 32, 32)}
 QUERIES = (64, 32, 24, 16, 8)
@@ -82,21 +76,18 @@ def scorers(model: Any, config: LemoConfig, trained: dict[str, PatternPredictors
             layer = layers[seen.index]
             x_BSD = layer.input_layernorm(seen.hidden)
             positions = rotary(x_BSD, torch.arange(x_BSD.shape[1])[None])
-            inputs = attention_inputs(
-                layer.self_attn, x_BSD, position_embeddings=positions, attention_mask=None
-            )
-            return map_scores(inputs.pooled_map(None, config.block_size, count))
+            rest = {"position_embeddings": positions, "attention_mask": None}
+            inputs = attention_inputs(layer.self_attn, x_BSD, **rest)
+            return map_scores(attention_map(inputs, None, config.block_size, count))
 
         return scores
 
     def copies(rank: int) -> Callable[[LayerInput], Tensor]:
-        factors = [
-            [low_rank(p.weight.data, rank) for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)]
-            for layer in layers
-        ]
+        attentions = [layer.self_attn for layer in layers]
+        factors = [[low_rank(p.weight.data, rank) for p in (each.q_proj, each.k_proj)] for each in attentions]
 
         def scores(seen: LayerInput) -> Tensor:
-            attention = layers[seen.index].self_attn
+            attention = attentions[seen.index]
             own = attention.q_proj, attention.k_proj
             attention.q_proj, attention.k_proj = factors[seen.index]
             try:
@@ -121,45 +112,15 @@ def scorers(model: Any, config: LemoConfig, trained: dict[str, PatternPredictors
 
 def layer_seconds(model: Any, tokens: Tensor) -> float:
     """Median time of a training step that leaves out half without looking, over the number of layers."""
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")).train()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-    apply_lemo(model, LemoConfig(selector="recency"))
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) / model.config.num_hidden_layers
+    model = lora.with_lora(model)
+    with lora.prepared(model, LemoConfig(selector="recency"), True):
+        race = Race({"step": lambda: lora.loss_of(model, tokens).backward()}, equal=None)
+        return race.run(3)["step"].median / model.config.num_hidden_layers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--held-out", type=int, default=6, help="held-out samples")
-    parser.add_argument("--layers", default="all")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--save", help="folder for the trained predictors, one a design")
-    options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
-
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.float32).eval()
-    config = LemoConfig(layers=options.layers)
-    observer = Observer(model, config)
-    text = [torch.tensor([s["input_ids"]]) for s in pack(assets.texts("train"), tokenizer, options.seq_len)]
-    held_out = pack(assets.texts("held_out"), tokenizer, options.seq_len)[: options.held_out]
-    width = model.config.hidden_size
-    trained = {
-        name: PatternPredictors(observer.layers, design=name, width=width, ranks=ranks)  # type: ignore[arg-type]
-        for name, ranks in DESIGNS.items()
-    }
-    probes = nn.ModuleDict({str(layer): LinearProbe(width) for layer in observer.layers})
+def train(observer: Observer, trained: dict[str, PatternPredictors], probes: Any, options: Any) -> int:
+    """Fit all designs to the same passes over training text; returns the number of its samples."""
+    text = [torch.tensor([each["input_ids"]]) for each in lora.samples("train", options.seq_len)]
     parameters = [*probes.parameters(), *(p for each in trained.values() for p in each.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps)
@@ -173,53 +134,89 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    return len(text)
 
-    kept = BlockPlan.of(options.seq_len, config).kept_blocks
-    contenders = scorers(model, config, trained, probes)
-    recall: dict[str, dict[int, list[float]]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for sample in tqdm(held_out, desc="held out"):
+
+class Judged:
+    """Recall of each contender in each layer, and the race of those that look at the layer's input."""
+
+    def __init__(self, contenders: dict[str, Callable[[LayerInput], Tensor]], kept: int) -> None:
+        self.kept = kept
+        self.recall: dict[str, dict[int, list[float]]] = {}
+        calls = {name: partial(lambda each: each(self.seen), each) for name, each in contenders.items()}
+        self.race = Race(calls, equal=None, keep=True)
+
+    @torch.no_grad()
+    def sample(self, observer: Observer, ids: Tensor) -> None:
         exact: dict[int, Tensor] = {}
-        for seen in observer({"input_ids": torch.tensor([sample["input_ids"]])}):
-            exact[seen.index] = map_scores(seen.exact_map)
-            with torch.no_grad():
-                for name, scores in contenders.items():
-                    start = time.perf_counter()
-                    got_BN = scores(seen)
-                    seconds[name].append(time.perf_counter() - start)
-                    found = recall_at_kept(got_BN, exact[seen.index], kept)
-                    recall.setdefault(name, {}).setdefault(seen.index, []).append(found)
-        for name, source in (
-            ("first layer", lambda i: min(i, 1)),
-            ("previous layer", lambda i: max(i - 1, 0)),
-        ):
-            for layer in observer.layers:
-                found = recall_at_kept(exact[source(layer)], exact[layer], kept)
-                recall.setdefault(name, {}).setdefault(layer, []).append(found)
+        for self.seen in observer({"input_ids": ids}):
+            exact[self.seen.index] = map_scores(self.seen.exact_map)
+            self.race.round()
+            for name, times in self.race.times.items():
+                self.add(name, self.seen.index, times[-1].result, exact[self.seen.index])
+        for layer, wanted in exact.items():
+            self.add("first layer", layer, exact[min(layer, 1)], wanted)
+            self.add("previous layer", layer, exact[max(layer - 1, 0)], wanted)
 
-    sizes = {name: sum(p.numel() for p in each.parameters()) for name, each in trained.items()}
-    sizes["linear probe"] = sum(p.numel() for p in probes.parameters())
+    def add(self, name: str, layer: int, got_BN: Tensor, wanted_BN: Tensor) -> None:
+        recalls = self.recall.setdefault(name, {}).setdefault(layer, [])
+        recalls.append(recall_at_kept(got_BN, wanted_BN, self.kept))
+
+    def by_layer(self, name: str) -> dict[int, float]:
+        return {layer: statistics.mean(recalls) for layer, recalls in self.recall[name].items()}
+
+
+def parameters_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def main() -> None:
+    options = common.parse(
+        __doc__,
+        steps=200,
+        seq_len=1024,
+        held_out=option(6, "held-out samples"),
+        layers="all",
+        lr=3e-3,
+        save=option(Path, "folder for the trained predictors, one a design"),
+    )
+    language.quiet()
+    torch.manual_seed(0)
+    model = language.load(dtype=torch.float32).eval()
+    config = LemoConfig(layers=options.layers)
+    observer, width = Observer(model, config), model.config.hidden_size
+    trained = {
+        name: PatternPredictors(observer.layers, design=name, width=width, ranks=ranks)  # type: ignore[arg-type]
+        for name, ranks in DESIGNS.items()
+    }
+    probes = nn.ModuleDict({str(layer): LinearProbe(width) for layer in observer.layers})
+    samples = train(observer, trained, probes, options)
+    kept = BlockPlan.of(options.seq_len, config).kept_blocks
+    judged = Judged(scorers(model, config, trained, probes), kept)
+    held_out = lora.samples("held_out", options.seq_len)[: options.held_out]
+    ids = [torch.tensor([sample["input_ids"]]) for sample in held_out]
+    for each in tqdm(ids, desc="held out"):
+        judged.sample(observer, each)
     for name, predictors in trained.items():
-        predictors.recall = {layer: statistics.mean(values) for layer, values in recall[name].items()}
+        predictors.recall = judged.by_layer(name)
         if options.save:
-            save_predictors(predictors, Path(options.save) / name, base_fingerprint(model))
+            save_predictors(predictors, options.save / name, base_fingerprint(model))
     table = common.Table(
         "lemo_predictors",
         "Which blocks a layer would choose, foretold",
-        f"SmolLM2-135M, float32, {options.seq_len} tokens, blocks of 64, half kept, layers {options.layers}; "
-        f"{options.steps} steps of one sample, {len(text)} samples; held out {len(held_out)} samples; "
-        f"{torch.get_num_threads()} threads",
+        f"SmolLM2-135M, float32, blocks of 64, half kept, layers {options.layers}; {options}; steps are of "
+        f"one of {samples} samples; {torch.get_num_threads()} threads",
     )
+    sizes = {name: parameters_of(each) for name, each in (*trained.items(), ("linear probe", probes))}
     total = model.num_parameters()
-    step = layer_seconds(model, torch.tensor([held_out[0]["input_ids"]]))
-    for name, by_layer in recall.items():
-        means = [statistics.mean(values) for values in by_layer.values()]
+    step = layer_seconds(model, ids[0])
+    for name in judged.recall:
+        means = judged.by_layer(name).values()
         row: dict[str, float] = {"recall": statistics.mean(means), "lowest_layer": min(means)}
-        if name in seconds:
-            row["us_a_layer"] = 1e6 * statistics.median(seconds[name])
-            row["of_its_step_%"] = 100 * statistics.median(seconds[name]) / step
-        row["parameters_%"] = 100 * sizes.get(name, 0) / total
-        table.add(name, **row)
+        if times := judged.race.times.get(name):
+            row |= times.columns("us", median="us_a_layer")
+            row["of_its_step_%"] = 100 * times.median / step
+        table.add(name, **row, **{"parameters_%": 100 * sizes.get(name, 0) / total})
     table.finish()
 
 

@@ -11,27 +11,19 @@ from the default's 32; "predicted" rows need the predictors of all layers, as le
 them.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import statistics
 from typing import Any
 
 import common
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
+from common import option
+from models import language, lora
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.recipe import pack
-from lemo_trainer.thresholds import search_thresholds
-
-# isort: split
-import assets  # common.py puts its folder on the path
+from lemo_trainer.offline.thresholds import search_thresholds
 
 SEARCHED = "searched"  # stands for what `search_thresholds` finds on other held-out text
 SEGMENTS = {"mode": "segments", "segment_tokens": 128, "selector": "random"}
@@ -58,16 +50,12 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "eliminate, random, 50%": {**ELIMINATE, "selector": "random"},
     "eliminate, informativeness, 50%, labels by kept share": {**ELIMINATE, "label_weights": "share"},
     "eliminate, thresholds searched for +0.05": {"mode": "eliminate", "thresholds": SEARCHED},
-    "detach, informativeness, shared, 50%, all queries": {**SHARED, "attention_score_tokens": 64},
-    "detach, informativeness, 50%, all queries": {**DETACH, "attention_score_tokens": 64},
-    "eliminate, informativeness, 50%, all queries": {**ELIMINATE, "attention_score_tokens": 64},
 }
-PREDICTED: dict[str, dict[str, Any] | None] = {
-    "detach, predicted, shared, 50%": {**SHARED, "selector": "predictor"},
-    "detach, predicted, 50%": {**DETACH, "selector": "predictor"},
-    "eliminate, predicted, 50%": {**ELIMINATE, "selector": "predictor"},
-}
+_HALVES = {"detach, {}, shared, 50%": SHARED, "detach, {}, 50%": DETACH, "eliminate, {}, 50%": ELIMINATE}
+for _name, _half in _HALVES.items():
+    CONTENDERS[f"{_name.format('informativeness')}, all queries"] = {**_half, "attention_score_tokens": 64}
 DEFAULT = list(CONTENDERS)
+PREDICTED = {name.format("predicted"): {**half, "selector": "predictor"} for name, half in _HALVES.items()}
 CONTENDERS |= PREDICTED
 
 
@@ -81,29 +69,23 @@ def held_out_loss(model: Any, samples: list[dict[str, list[int]]]) -> float:
     return statistics.mean(model(**batch(sample)).loss.item() for sample in samples)
 
 
-def train(
-    config: LemoConfig, samples: list[dict[str, list[int]]], lr: float, seed: int, dtype: torch.dtype
-) -> tuple[Any, float]:
-    """The trained model and the most MB that its first step saved for a backward pass."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=dtype)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+def train(model: Any, config: LemoConfig, samples: list[dict[str, list[int]]], lr: float) -> float:
+    """Train on the samples; returns the most MB that the first step saved for a backward pass."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     report = apply_lemo(model, config)
-    model.train()
     activations = ActivationBytes()
     for step, sample in enumerate(samples):
         report.at_step(step)
-        with activations if step == 0 else contextlib.nullcontext():
+        with contextlib.nullcontext() if step else activations:
             model(**batch(sample)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, activations.saved_bytes / 1e6
+    return activations.saved_bytes / 1e6
 
 
 def searched_thresholds(samples: list[dict[str, list[int]]]) -> str:
     """The thresholds of elimination in all layers that cost 0.05 nats together, before any training."""
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir(), dtype=torch.bfloat16)
+    model = language.load(dtype=torch.bfloat16)
     config = LemoConfig(mode="eliminate", layers="all")
     found = search_thresholds(model, [batch(sample) for sample in samples], config, max_increase=0.05)
     tqdm.write(f"thresholds {found.thresholds}: held-out loss {found.dense_loss:.4f} -> {found.loss:.4f}")
@@ -113,31 +95,24 @@ def searched_thresholds(samples: list[dict[str, list[int]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = common.parse(
+        __doc__,
+        seeds=3,
+        steps=16,
+        seq_len=512,
+        held_out=option(8, "held-out samples of the loss"),
+        lr=1e-3,
+        contenders=option(DEFAULT, choices=CONTENDERS),
+        dtype=option("bfloat16", choices=("bfloat16", "float32")),
+        predictors=option("", "folder for the predicted rows, which then join the default ones"),
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--held-out", type=int, default=8, help="held-out samples of the loss")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=DEFAULT)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument(
-        "--predictors", help="folder for the predicted rows, which then join the default ones"
-    )
-    options = parser.parse_args()
     if options.predictors and options.contenders == DEFAULT:
         options.contenders = list(CONTENDERS)
     for lemo in PREDICTED.values():
-        assert lemo is not None
-        lemo["predictors"] = options.predictors or ""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+        lemo["predictors"] = options.predictors
+    language.quiet()
 
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
-    text = pack(assets.texts("train"), tokenizer, options.seq_len)
-    held_out = pack(assets.texts("held_out"), tokenizer, options.seq_len)
+    text, held_out = (lora.samples(split, options.seq_len) for split in ("train", "held_out"))
     held_out, for_search = held_out[: options.held_out], held_out[options.held_out :][:2]
     losses: dict[str, list[float]] = {name: [] for name in options.contenders}
     saved: dict[str, float] = {}
@@ -148,9 +123,8 @@ def main() -> None:
         if lemo and lemo.get("thresholds") == SEARCHED:
             lemo["thresholds"] = searched_thresholds(for_search)
         samples = [] if lemo is None else [text[i] for i in order.tolist()]
-        config = LemoConfig(**(lemo or {}))
-        dtype = getattr(torch, options.dtype)
-        model, saved[name] = train(config, samples, options.lr, seed, dtype)
+        model = lora.smollm2(seed, getattr(torch, options.dtype))
+        saved[name] = train(model, LemoConfig(**(lemo or {})), samples, options.lr)
         losses[name].append(held_out_loss(model, held_out))
         tqdm.write(f"seed {seed}: {name}: {losses[name][-1]:.4f}")
 
@@ -162,18 +136,11 @@ def main() -> None:
         f"{len(held_out) * options.seq_len} tokens; default layers of each mode",
     )
     for name, values in losses.items():
-        table.add(
-            name,
-            held_out_loss=statistics.mean(values),
-            lowest=min(values),
-            highest=max(values),
-            saved_MB=saved[name],
-        )
+        spread = {"lowest": min(values), "highest": max(values)}
+        table.add(name, held_out_loss=statistics.mean(values), **spread, saved_MB=saved[name])
         if "untouched" in losses and "dense LoRA" in losses and name != "untouched":
-            gains = [
-                (base - value) / (base - dense)
-                for base, dense, value in zip(losses["untouched"], losses["dense LoRA"], values, strict=True)
-            ]
+            three = zip(losses["untouched"], losses["dense LoRA"], values, strict=True)
+            gains = [(base - value) / (base - dense) for base, dense, value in three]
             table.add(name, share_of_dense_gain=statistics.mean(gains))
     table.finish()
 

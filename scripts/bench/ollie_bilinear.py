@@ -6,96 +6,91 @@ A shape is channels x size x batch. Weights are transformed ahead, data and resu
 peers are eager in both layouts and Inductor with freezing. Errors are relative to the largest float64 output.
 """
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from common import Table
-from ollie_main import freezing, interleaved
+from common import Table, option, parse
+from compilers import first_call
+from harness import Race
+from torch import Tensor, nn
 
-from ollie_compile import tune
-from ollie_compile.lower import Program
-from ollie_compile.numeric import check_program
-from ollie_compile.operators import Convolution, Layout
+from ollie_compile.lower.lowering import Program
+from ollie_compile.measure import calls
+from ollie_compile.measure.profile import Profile
+from ollie_compile.plan.checks import check_program
+from ollie_compile.problems.operators import Convolution, Layout
 from ollie_compile.rules import simplify
-from ollie_compile.rules.bilinear import TILES, amplification, bilinear_decomposition
+from ollie_compile.rules.bilinear import TILES, bilinear_decomposition, growth
 
-SHAPES = ("64x56x1", "128x28x1", "256x14x1", "512x7x1", "256x14x16", "512x7x16")
+SHAPES = ["64x56x1", "128x28x1", "256x14x1", "512x7x1", "256x14x16", "512x7x16"]
 
 
-def operator(x: torch.Tensor, weight: torch.Tensor) -> Convolution:
-    out = torch.conv2d(x, weight, padding=1)
-    layouts = [Layout(tuple(t.shape), tuple(t.stride())) for t in (x, weight, out)]
+def operator(x: Tensor, weight: Tensor) -> Convolution:
+    layouts = [
+        Layout(tuple(t.shape), tuple(t.stride())) for t in (x, weight, torch.conv2d(x, weight, padding=1))
+    ]
+    shape = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "output_padding": (0, 0), "groups": 1}
     return Convolution(
-        input=layouts[0],
-        weight=layouts[1],
-        output=layouts[2],
-        stride=(1, 1),
-        padding=(1, 1),
-        dilation=(1, 1),
+        **dict(zip(("input", "weight", "output"), layouts, strict=True)),
+        **shape,
         transposed=False,
-        output_padding=(0, 0),
-        groups=1,
         dtype=x.dtype,
         device=x.device,
     )
 
 
+def bilinear(x: Tensor, weight: Tensor) -> dict[str, tuple[Any, float]]:
+    """The call of each tile's form, and how much it amplifies rounding."""
+    conv, found = operator(x, weight), {}
+    for tile, derived in zip(TILES, bilinear_decomposition(conv.expression()), strict=True):
+        program = Program(simplify(derived)[0], "rows", "cpp")
+        assert check_program(conv, program) is None
+        values = (x, weight, *program.constants(x.dtype, x.device).values())
+        call = calls.compiled(conv.finished(program), values, constant=1, profile=Profile())
+        found[f"F({tile}x{tile})"] = call, growth(program.scope)
+    return found
+
+
+def equal(got: Any, want: Tensor) -> float:
+    """The largest error, relative to the largest value."""
+    got = got[0] if isinstance(got, (tuple, list)) else got
+    error = ((got.double() - want).abs().max() / want.abs().max()).item()
+    assert error < 1e-3, f"the error is {error}"
+    return error
+
+
+@torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--rounds", type=int, default=20)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    config = f"fp32, 1 thread, random data, medians of {arguments.rounds} interleaved rounds of 5"
+    options = parse(__doc__, shapes=option(SHAPES), rounds=20, threads=1)
+    config = f"fp32, random data, medians of rounds of 5, interleaved; {options}"
     table = Table("ollie_bilinear", "3x3 convolutions in bilinear form", config)
-    for shape in arguments.shapes:
+    for shape in options.shapes:
         channels, size, batch = map(int, shape.split("x"))
+        torch.compiler.reset()
         torch.manual_seed(0)
         x = torch.randn(batch, channels, size, size)
         weight = torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
         x_last, weight_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        conv = operator(x_last, weight_last)
-        want = torch.conv2d(x.double(), weight.double(), padding=1)
-        with torch.no_grad():
-            calls: dict[str, Callable[[], object]] = {
-                "eager": lambda x=x, w=weight: torch.conv2d(x, w, padding=1),
-                "eager channels last": lambda x=x_last, w=weight_last: torch.conv2d(x, w, padding=1),
-            }
-            layer = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False).eval()
-            layer.weight.copy_(weight)
-            frozen = torch.compile(layer, dynamic=False)
-            with freezing("inductor freezing"):
-                frozen(x)
-            calls["inductor freezing"] = lambda frozen=frozen, x=x: frozen(x)
-            growth = dict.fromkeys(calls, 1.0)
-            for tile, derived in zip(TILES, bilinear_decomposition(conv.expression()), strict=True):
-                program = Program(simplify(derived)[0], "rows", "cpp")
-                assert check_program(conv, program) is None
-                values = (x_last, weight_last, *program.constants(x.dtype, x.device).values())
-                name = f"F({tile}x{tile})"
-                calls[name] = tune.compiled(conv.finished(program), values, constant=1)
-                growth[name] = amplification(program.scope)
-            errors = {}
-            for name, call in calls.items():
-                got = call()
-                got = got[0] if isinstance(got, (tuple, list)) else got
-                errors[name] = ((got.double() - want).abs().max() / want.abs().max()).item()
-                assert errors[name] < 1e-3, f"{name} differs by {errors[name]}"
-            samples = interleaved(calls, arguments.rounds)
-        median = {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
-        best = min(seconds for name, seconds in median.items() if not name.startswith("F("))
-        for name, seconds in median.items():
+        layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).eval()
+        layer.weight.copy_(weight)
+        contenders = {
+            "eager": partial(torch.conv2d, x, weight, padding=1),
+            "eager channels last": partial(torch.conv2d, x_last, weight_last, padding=1),
+            "inductor freezing": partial(first_call("inductor freezing", layer, x), x),
+        }
+        derived = bilinear(x_last, weight_last)
+        contenders |= {name: call for name, (call, _) in derived.items()}
+        race = Race(contenders, equal=equal, want=torch.conv2d(x.double(), weight.double(), padding=1))
+        times = race.run(options.rounds, calls=5)
+        best = min(each.median for name, each in times.items() if name not in derived)
+        for name, each in times.items():
             table.add(
                 f"{shape}: {name}",
-                median_ms=seconds * 1e3,
-                speedup_over_best_peer=best / seconds,
-                largest_relative_error=errors[name],
-                term_growth=growth[name],
+                **each.columns("ms"),
+                speedup_over_best_peer=best / each.median,
+                largest_relative_error=race.errors[name],
+                term_growth=derived[name][1] if name in derived else 1.0,
             )
     table.finish()
 

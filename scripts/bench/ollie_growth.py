@@ -6,67 +6,62 @@ A chain of 3x3 convolutions with batch norms, all alike, and one whose convoluti
 Every compilation is cold. The exponent is that of seconds by layers between a row and the one before it.
 """
 
-from __future__ import annotations
-
-import argparse
+import itertools
 import math
-import time
 import warnings
 
 import torch
-from common import Table
-from ollie_zoo import BACKENDS, cold
-from torch import nn
+from common import Table, option, parse
+from compilers import BACKENDS, cold, equal, warm_up
+from harness import require_equal, timed
+from torch import Tensor, nn
 
 
 def chain(layers: int, alike: bool) -> nn.Module:
     """[1, 8, 16, 16] -> the same height and width."""
     parts: list[nn.Module] = []
-    width = 8
-    for place in range(layers):
-        wide = 8 if alike else 9 + place
-        parts += [nn.Conv2d(width, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
-        width = wide
+    widths = [8, *(8 if alike else 9 + number for number in range(layers))]
+    for before, after in itertools.pairwise(widths):
+        parts += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*parts).eval()
 
 
+@torch.no_grad()
+def compile_seconds(net: nn.Module, x: Tensor, backend: str, options: dict[str, float]) -> float:
+    torch.compiler.reset()
+    with cold():
+        took = timed(lambda: torch.compile(net, backend=backend, dynamic=False, options=options)(x))
+        require_equal([(backend, took.result)], equal, net(x))
+    return took.wall
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parse(
+        __doc__,
+        layers=[10, 20, 40, 80],
+        kinds=option(["alike", "different"], choices=("alike", "different")),
+        budget_s=option(float, "default: by the size of the graph"),
+        threads=1,
     )
-    parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 40, 80])
-    parser.add_argument("--kinds", nargs="+", choices=("alike", "different"), default=["alike", "different"])
-    parser.add_argument("--budget-s", type=float, default=None, help="default: by the size of the graph")
-    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    budget = "default budget" if arguments.budget_s is None else f"budget {arguments.budget_s:.0f} s"
-    config = f"fp32, 1 thread, no_grad, chain of 3x3 convolutions with batch norms, {budget}, cold"
+    budget = "" if options.budget_s else ", default budget"
+    config = f"fp32, no_grad, chain of 3x3 convolutions with batch norms, cold; {options}{budget}"
     table = Table("ollie_growth", "Compile time by number of layers", config)
-    options = {} if arguments.budget_s is None else {"budget_s": arguments.budget_s}
+    limits = {"ollie": {"budget_s": options.budget_s}, "inductor": {}}
     x = torch.randn(1, 8, 16, 16)
-    with torch.no_grad(), cold():
-        for backend in BACKENDS:  # what only the first compilation of a process pays
-            torch.compile(nn.Conv2d(8, 1, 1), backend=backend)(x)
-    for kind in arguments.kinds:
-        before: dict[str, float] = {}
-        for place, layers in enumerate(arguments.layers):
-            row: dict[str, float | str] = {}
+    warm_up()
+    for kind in options.kinds:
+        before: dict[str, tuple[int, float]] = {}
+        for layers in options.layers:
+            row: dict[str, float] = {}
             for backend in BACKENDS:
-                torch.compiler.reset()
-                net = chain(layers, kind == "alike")
-                with torch.no_grad(), cold():
-                    how = options if backend == "ollie" else {}
-                    start = time.perf_counter()
-                    got = torch.compile(net, backend=backend, dynamic=False, options=how)(x)
-                    seconds = time.perf_counter() - start
-                    torch.testing.assert_close(got, net(x), rtol=1e-3, atol=1e-4)
+                seconds = compile_seconds(chain(layers, kind == "alike"), x, backend, limits[backend])
                 row[f"{backend}_compile_s"] = seconds
-                if place:
-                    more = layers / arguments.layers[place - 1]
-                    row[f"{backend}_exponent"] = math.log(seconds / before[backend]) / math.log(more)
-                before[backend] = seconds
-            row["compile_ratio"] = float(row["ollie_compile_s"]) / float(row["inductor_compile_s"])
+                if backend in before:
+                    fewer, less = before[backend]
+                    row[f"{backend}_exponent"] = math.log(seconds / less) / math.log(layers / fewer)
+                before[backend] = layers, seconds
+            row["compile_ratio"] = row["ollie_compile_s"] / row["inductor_compile_s"]
             table.add(f"{layers} layers, {kind}", **row)
     table.finish()
 

@@ -8,31 +8,29 @@ in 7.2, 54, 101 and 0.7 s. Nothing is run: searches depend on the shapes only. "
 every contraction is a matrix product.
 """
 
-from __future__ import annotations
-
-import argparse
+import contextlib
 import gc
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from common import Table
+from common import Table, parse
+from harness import Contender, Race
 
 from ollie_compile import lift
 from ollie_compile.expr import Scope
-from ollie_compile.matching import match_matmul
-from ollie_compile.search import SearchResult, products, search
+from ollie_compile.search.expansion import products
+from ollie_compile.search.hybrid import SearchResult, search
+from ollie_compile.targets.matmul import match_matmul
 
-ONE = (1, 1)
+_conv = partial(lift.convolution, stride=(1, 1), dilation=(1, 1))
 OPERATORS: dict[str, Callable[[], Scope]] = {
-    "Conv3x3": lambda: lift.convolution(
-        (1, 64, 56, 56), (64, 64, 3, 3), stride=ONE, padding=ONE, dilation=ONE
-    ),
+    "Conv3x3": lambda: _conv((1, 64, 56, 56), (64, 64, 3, 3), padding=(1, 1)),
     "ConvTranspose": lambda: lift.transposed_convolution(
-        (1, 256, 4, 4), (256, 128, 4, 4), stride=(2, 2), padding=ONE, output_padding=(0, 0)
+        (1, 256, 4, 4), (256, 128, 4, 4), stride=(2, 2), padding=(1, 1), output_padding=(0, 0)
     ),
-    "Conv5x5": lambda: lift.convolution(
-        (1, 32, 56, 56), (32, 32, 5, 5), stride=ONE, padding=(2, 2), dilation=ONE
-    ),
+    "Conv5x5": lambda: _conv((1, 32, 56, 56), (32, 32, 5, 5), padding=(2, 2)),
     "G2BMM": lambda: lift.banded_scores(8, 10000, 64, width=1000, dilation=4),
 }
 MODES = {
@@ -52,12 +50,9 @@ def steps_to_operators(result: SearchResult) -> float:
     return math.nan
 
 
-def one_search(
-    expression: Scope, arguments: argparse.Namespace, flags: dict[str, bool]
-) -> dict[str, float | str]:
-    result = search(
-        expression, max_depth=arguments.depth, budget_s=arguments.budget_s, beam=arguments.beam, **flags
-    )
+def one_search(make: Callable[[], Scope], **options: float) -> dict[str, float | str]:
+    expression = make()
+    result = search(expression, **options)
     stats = result.stats
     best = min((float(products(d.scope)) for d in result.derivations), default=math.nan)
     return {
@@ -72,27 +67,26 @@ def one_search(
     }
 
 
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """Scopes remember what was derived from them; no search profits from another's."""
+    gc.collect()
+    yield
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--depth", type=int, default=7)
-    parser.add_argument("--beam", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget-s", type=float, default=60.0)
-    arguments = parser.parse_args()
-    config = f"depth {arguments.depth}, beam {arguments.beam}, budget {arguments.budget_s:.0f} s, "
-    config += f"medians of {arguments.rounds} interleaved rounds"
-    table = Table("ollie_search", "Derivation search", config)
+    options = parse(__doc__, depth=7, beam=4, rounds=3, budget_s=60.0)
+    limits = {"max_depth": options.depth, "beam": options.beam, "budget_s": options.budget_s}
+    table = Table("ollie_search", "Derivation search", f"medians of interleaved rounds; {options}")
     for name, make in OPERATORS.items():
-        rows: dict[str, list[dict[str, float | str]]] = {mode: [] for mode in MODES}
-        for _ in range(arguments.rounds):
-            for mode, flags in MODES.items():
-                gc.collect()  # scopes remember what was derived from them: no search profits from another's
-                rows[mode].append(one_search(make(), arguments, flags))
-        for mode, found in rows.items():
-            median = sorted(float(row["seconds"]) for row in found)[len(found) // 2]
-            table.add(f"{name}: {mode}", **{**found[0], "seconds": median})
+        searches = {mode: partial(one_search, make, **limits, **flags) for mode, flags in MODES.items()}
+        race = Race(
+            {mode: Contender(call, forgotten) for mode, call in searches.items()}, equal=None, keep=True
+        )
+        # Searches take seconds and begin with nothing: no untimed ones.
+        for mode, times in race.run(options.rounds, untimed=0).items():
+            seconds = statistics.median(float(row["seconds"]) for row in times.results)
+            table.add(f"{name}: {mode}", **{**times.results[0], "seconds": seconds})
     table.finish()
 
 

@@ -6,85 +6,66 @@ Every compilation is a process of its own, timed from torch.compile to the first
 folder for Inductor's caches and one for plans; cold is the first process, warm are those after it.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
-import subprocess
-import sys
+import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
-from common import Table
-from ollie_main import CONTENDERS, freezing
-from ollie_nets import NETS
+import torch
+from common import Table, option, parse
+from compilers import caches, first_call
+from harness import Race, in_own_process, timed
+from models.nets import NETS
 
 NAMES = ("inductor", "inductor freezing", "ollie", "ollie freeze")
 
 
-def first_call(net: str, contender: str, budget_s: float) -> float:
-    """Seconds from torch.compile to the first result, in this process."""
-    import torch
-
+@torch.no_grad()
+def seconds_to_first_result(name: str, contender: str, budget_s: float) -> float:
+    """From torch.compile on, in this process."""
     torch.set_num_threads(1)
-    how = CONTENDERS[contender]
-    if how["backend"] == "ollie":
-        how["options"]["budget_s"] = budget_s
-    build, shape = NETS[net]
+    build, shape = NETS[name]
     torch.manual_seed(0)
-    model, x = build().eval(), torch.randn(1, *shape)
-    with torch.no_grad():
-        model(x)
-        start = time.perf_counter()
-        with freezing(contender):
-            torch.compile(model, fullgraph=True, dynamic=False, **how)(x)
-        return time.perf_counter() - start
-
-
-def in_process(net: str, contender: str, folder: Path, budget_s: float) -> float:
-    """`first_call` in a process of its own, with caches under `folder`."""
-    environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "OLLIE_CACHE_DIR": str(folder / "ollie"),
-    }
-    command = [sys.executable, __file__, "--one", net, contender, "--budget-s", str(budget_s)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    net, x = build().eval(), torch.randn(1, *shape)
+    net(x)
+    return timed(lambda: first_call(contender, net, x, budget_s)).wall
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parse(
+        __doc__,
+        nets=option(["fsrcnn", "dcgan"], choices=NETS),
+        rounds=option(3, "warm compilations, contenders in turn"),
+        budget_s=option(30.0, "OLLIE's search and measurement"),
     )
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=["fsrcnn", "dcgan"])
-    parser.add_argument("--rounds", type=int, default=3, help="warm compilations, contenders in turn")
-    parser.add_argument("--budget-s", type=float, default=30.0, help="OLLIE's search and measurement")
-    parser.add_argument("--one", nargs=2, metavar=("NET", "CONTENDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(first_call(*arguments.one, arguments.budget_s))
-        return
-    config = f"fp32, 1 thread, no_grad, batch 1, warm: medians of {arguments.rounds} processes"
-    config += f", budget {arguments.budget_s:.0f} s"
-    table = Table("ollie_warm", "Seconds to the first result", config)
-    for net in arguments.nets:
+    config = f"fp32, 1 thread, no_grad, batch 1, warm: medians of {options.rounds} processes"
+    table = Table("ollie_warm", "Seconds to the first result", f"{config}, budget {options.budget_s:.0f} s")
+    for net in options.nets:
         with tempfile.TemporaryDirectory() as base:
-            folders = {name: Path(base) / name.replace(" ", "_") for name in NAMES}
-            cold = {name: in_process(net, name, folders[name], arguments.budget_s) for name in NAMES}
-            warm: dict[str, list[float]] = {name: [] for name in NAMES}
-            for _ in range(arguments.rounds):
-                for name in NAMES:
-                    warm[name].append(in_process(net, name, folders[name], arguments.budget_s))
-        median = {name: sorted(times)[len(times) // 2] for name, times in warm.items()}
+            calls = {
+                name: partial(
+                    in_own_process,
+                    seconds_to_first_result,
+                    net,
+                    name,
+                    options.budget_s,
+                    environment=caches(Path(base) / name.replace(" ", "_")),
+                )
+                for name in NAMES
+            }
+            cold = {name: call() for name, call in calls.items()}
+            # A new process is as untouched by the contender before as an untimed call leaves it.
+            race = Race(calls, equal=None, keep=True)
+            race.run(options.rounds, untimed=0)
+        warm = {name: statistics.median(times.results) for name, times in race.times.items()}
         for name in NAMES:
             peer = name.replace("ollie freeze", "inductor freezing").replace("ollie", "inductor")
             table.add(
                 f"{net}: {name}",
                 cold_s=cold[name],
-                warm_s=median[name],
+                warm_s=warm[name],
                 cold_over_inductor=cold[name] / cold[peer],
-                warm_over_inductor=median[name] / median[peer],
+                warm_over_inductor=warm[name] / warm[peer],
             )
     table.finish()
 

@@ -7,129 +7,94 @@ timed; every compilation is cold, in a cache folder of its own. Times are median
 one thread; a model that fails is a row that says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
-import os
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from common import Table
-from ollie_zoo_models import LANGUAGE, VISION_AND_AUDIO, ZOO, build, loss
+from common import Table, option, parse
+from compilers import BACKENDS, cold, largest_error, warm_up
+from harness import Race, require_equal, timed
+from models.zoo import LANGUAGE, VISION_AND_AUDIO, ZOO, build, loss
 from torch import Tensor, nn
 
-BACKENDS = ("inductor", "ollie")
+GROUPS = {"vision": list(VISION_AND_AUDIO), "language": list(LANGUAGE)}
 
 
-@contextlib.contextmanager
-def cold() -> Iterator[None]:
-    """No cache answers: Inductor's and OLLIE's lie in a folder of their own, and what Inductor holds in
-    memory goes, such as the kernels that another backend has had built."""
-    from torch._inductor.utils import clear_caches
-
-    clear_caches()
-    with tempfile.TemporaryDirectory() as folder:
-        names = ("TORCHINDUCTOR_CACHE_DIR", "OLLIE_CACHE_DIR")
-        before = {name: os.environ.get(name) for name in names}
-        os.environ.update({name: f"{folder}/{name.lower()}" for name in names})
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def run(call: Callable[..., Tensor], inputs: Mapping[str, Tensor], training: bool) -> list[Tensor]:
+def run(module: Callable[..., Tensor], inputs: Mapping[str, Tensor], training: bool) -> list[Tensor]:
     """The result, and the gradients of the parameters where it is trained."""
     torch.manual_seed(0)
-    result = call(**inputs)
+    with torch.set_grad_enabled(training):
+        result = module(**inputs)
     if not training:
         return [result]
-    module = call if isinstance(call, nn.Module) else None
-    assert module is not None, "models are modules"
-    wanted = [p for p in module.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss(result), wanted, allow_unused=True)
-    return [result, *(gradient for gradient in found if gradient is not None)]
+    assert isinstance(module, nn.Module), "models are modules"
+    trained = [p for p in module.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss(result), trained, allow_unused=True)
+    return [result, *(gradient for gradient in gradients if gradient is not None)]
 
 
-def error(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest difference, of each tensor relative to its largest value.
-
-    Raises:
-        AssertionError: other shapes, or another number of tensors.
-    """
+def equal(got: list[Tensor], want: list[Tensor]) -> float:
+    """Their `largest_error`; a gradient that is 0 but for rounding is judged by the largest one's size."""
     assert [g.shape for g in got] == [w.shape for w in want], "results have other shapes"
-    pairs = zip(got, want, strict=True)
-    return max(((g - w).abs().max() / w.abs().max().clamp_min(1e-6)).item() for g, w in pairs)
+    largest = max((w.abs().max().item() for w in want[1:]), default=0.0)
+    for index, (g, w) in enumerate(zip(got, want, strict=True)):
+        size = max(w.abs().max().item(), 1e-4 * largest if index else 1e-6)
+        torch.testing.assert_close(g / size, w / size, rtol=0, atol=1e-3)
+    return largest_error(got, want)
 
 
-def compare(name: str, arguments: argparse.Namespace) -> dict[str, float | str]:
+def compare(name: str, options: argparse.Namespace) -> dict[str, float]:
     torch.compiler.reset()
     net, inputs = build(name)
-    row: dict[str, float | str] = {}
-    calls: dict[str, Callable[..., Any]] = {}
-    with torch.set_grad_enabled(arguments.training):
-        want = run(net, inputs, arguments.training)
-        # What only the first compilation of a process, or of a model, pays: imports and Python's caches.
-        with contextlib.suppress(RuntimeError):  # aot_eager's own, such as group norm's of strided inputs
-            run(torch.compile(net, backend="aot_eager", dynamic=False), inputs, arguments.training)
-        for backend in BACKENDS:
-            with cold():
-                start = time.perf_counter()
-                calls[backend] = torch.compile(net, backend=backend, dynamic=False)
-                got = run(calls[backend], inputs, arguments.training)
-                row[f"{backend}_compile_s"] = time.perf_counter() - start
-                row[f"{backend}_error"] = error(got, want)
-        samples: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
-        for _ in range(arguments.rounds):
-            for backend, call in calls.items():
-                start = time.perf_counter()
-                for _ in range(arguments.calls):
-                    run(call, inputs, arguments.training)
-                samples[backend].append((time.perf_counter() - start) / arguments.calls)
-    for backend, times in samples.items():
-        times.sort()
-        row[f"{backend}_ms"] = times[len(times) // 2] * 1e3
-        row[f"{backend}_p10_ms"] = times[len(times) // 10] * 1e3
-        row[f"{backend}_p90_ms"] = times[len(times) * 9 // 10] * 1e3
-    row["speedup"] = float(row["inductor_ms"]) / float(row["ollie_ms"])
-    row["compile_ratio"] = float(row["ollie_compile_s"]) / float(row["inductor_compile_s"])
+    want = run(net, inputs, options.training)
+    # What only the first compilation of a process, or of a model, pays: imports and Python's caches.
+    with contextlib.suppress(RuntimeError):  # aot_eager's own, such as group norm's of strided inputs
+        run(torch.compile(net, backend="aot_eager", dynamic=False), inputs, options.training)
+    row: dict[str, float] = {}
+    calls = {}
+    for backend in BACKENDS:
+        with cold():
+            compiled = torch.compile(net, backend=backend, dynamic=False)
+            calls[backend] = partial(run, compiled, inputs, options.training)
+            took = timed(calls[backend])
+        row[f"{backend}_compile_s"] = took.wall
+        row[f"{backend}_error"] = require_equal([(backend, took.result)], equal, want)[backend]
+    times = Race(calls, equal=equal, want=want).run(options.rounds, calls=options.calls)
+    for backend in BACKENDS:
+        columns = times[backend].columns("ms", median="ms")
+        row |= {f"{backend}_{column}": value for column, value in columns.items()}
+    row["speedup"] = times["inductor"].median / times["ollie"].median
+    row["compile_ratio"] = row["ollie_compile_s"] / row["inductor_compile_s"]
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parse(
+        __doc__,
+        models=option(list(GROUPS), choices=[*GROUPS, *ZOO]),
+        rounds=30,
+        calls=option(5, "calls timed together"),
+        training=option(False, "forward and backward"),
+        seconds=option(float("inf"), "no model begins after these"),
+        threads=1,
     )
-    groups = {"vision": list(VISION_AND_AUDIO), "language": list(LANGUAGE)}
-    parser.add_argument("--models", nargs="+", choices=[*groups, *ZOO], default=list(groups))
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--calls", type=int, default=5, help="calls timed together")
-    parser.add_argument("--training", action="store_true", help="forward and backward")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no model begins after these")
-    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    job = "forward and backward" if arguments.training else "forward, no_grad"
-    config = f"fp32, 1 thread, {job}, small random models, default options, medians of {arguments.rounds} "
-    config += f"interleaved rounds of {arguments.calls}, cold compilations"
+    job = "forward and backward" if options.training else "forward, no_grad"
+    config = f"fp32, {job}, small random models, default options, medians, cold compilations; {options}"
     table = Table("ollie_zoo", "A zoo nobody tuned for: OLLIE beside Inductor", config)
-    with torch.no_grad(), cold():
-        for backend in BACKENDS:
-            torch.compile(nn.Conv2d(8, 1, 1), backend=backend)(torch.randn(1, 8, 4, 4))
-    stop = time.perf_counter() + arguments.seconds
-    names = [name for chosen in arguments.models for name in groups.get(chosen, [chosen])]
-    for place, name in enumerate(names):
+    warm_up()
+    stop = time.perf_counter() + options.seconds
+    names = [name for chosen in options.models for name in GROUPS.get(chosen, [chosen])]
+    for number, name in enumerate(names):
         if time.perf_counter() > stop:
-            print("not begun:", *names[place:])
+            print("not begun:", *names[number:])
             break
         try:
-            table.add(name, **compare(name, arguments))
+            table.add(name, **compare(name, options))
         except Exception as fault:  # a row that says so; the others go on
             table.add(name, failed=f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]}")
     table.finish()

@@ -5,34 +5,14 @@
 Best in an environment of its own: airllm's wheel brings a package named `tests`, which hides this project's.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-
-Decoder = Callable[[int], int]
-"""Takes the next token of a text and returns the likeliest to follow it."""
 
 _CONTEXT = 512
-_TENSORS = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def _rotated_in_pairs(weight: Any, heads: int) -> Any:
@@ -43,7 +23,7 @@ def _rotated_in_pairs(weight: Any, heads: int) -> Any:
 
 def write_gguf(directory: Path, path: Path) -> None:
     """A float32 GGUF file, without a tokenizer, of a Llama or Arcee checkpoint in one file."""
-    from gguf import GGUFWriter
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
@@ -60,26 +40,23 @@ def write_gguf(directory: Path, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
+    names = get_tensor_name_map(MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, tensor in load_file(directory / "model.safetensors").items():
-        name, weight = name.removesuffix(".weight"), tensor.float().numpy()
-        if name.startswith("model.layers."):
-            _, _, layer, part = name.split(".", 3)
-            part = _TENSORS[part]
-            if part in heads:
-                weight = _rotated_in_pairs(weight, heads[part])
-            name = f"blk.{layer}.{part}"
-        else:
-            name = _TENSORS[name]
-        writer.add_tensor(f"{name}.weight", weight)
+        theirs, weight = names.get_name(name, try_suffixes=(".weight",)), tensor.float().numpy()
+        for part, count in heads.items():
+            if f".{part}." in theirs:
+                weight = _rotated_in_pairs(weight, count)
+        writer.add_tensor(theirs, weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def llama_cpp(path: Path) -> Decoder:
-    """llama.cpp on a file mapped into memory, one thread, keys and values in float32."""
+def llama_cpp(path: Path) -> Callable[[int], int]:
+    """llama.cpp on a file mapped into memory, one thread, keys and values in float32: given a token of a
+    text, it returns the likeliest to follow."""
     import llama_cpp as library
 
     model = library.Llama(
@@ -95,33 +72,14 @@ def llama_cpp(path: Path) -> Decoder:
 
     def decode(token: int) -> int:
         model.eval([token])
-        logits = library.llama_get_logits_ith(model.ctx, -1)
-        return int(
-            np.ctypeslib.as_array(
-                ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (model.n_vocab(),)
-            ).argmax()
-        )
+        logits = ctypes.cast(library.llama_get_logits_ith(model.ctx, -1), ctypes.POINTER(ctypes.c_float))
+        return int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
 
     return decode
 
 
-def airllm(directory: Path, shards: Path) -> Decoder:
-    """airllm on the CPU, which loads a layer at a time from shards that it writes first."""
+def airllm(directory: Path, shards: Path) -> Any:
+    """airllm's model on the CPU, which loads a layer at a time from shards that it writes first."""
     from airllm import AutoModel
 
-    return transformers_decoder(
-        AutoModel.from_pretrained(str(directory), device="cpu", layer_shards_saving_path=str(shards))
-    )
-
-
-def transformers_decoder(model: Any) -> Decoder:
-    """Any model that is called as transformers' are."""
-    cache: Any = None
-
-    def decode(token: int) -> int:
-        nonlocal cache
-        output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        return int(output.logits[0, -1].argmax())
-
-    return decode
+    return AutoModel.from_pretrained(str(directory), device="cpu", layer_shards_saving_path=str(shards))

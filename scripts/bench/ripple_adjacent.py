@@ -8,127 +8,93 @@ pinned neurons are so much larger. "kept": fewer neurons, what either has to bea
 of what is not pinned, by the models of published drives, without any other cache.
 """
 
-from __future__ import annotations
-
-import math
-import statistics
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from common import Table  # also makes `assets` importable
-from ripple_select import HELD_OUT, rounded
-from ripple_simulate import bundle_bytes, cases, traced
+from common import Table, parse
+from models import language
+from ripple_parts import Masked, sketched
+from ripple_simulate import CASES, traced
 from torch import Tensor
-from torch.nn import functional as F
 
-from ripple_loader.access import cheapest, plan_reads
-from ripple_loader.devices import load_devices
-from ripple_loader.placement import Placed
-from ripple_loader.selection import select_largest, shared_by_neighbours
-from ripple_loader.simulate import Workload, place_all, workload_of
+from ripple_loader.online.selection import select_largest, shared_by_neighbours
+from ripple_loader.storage.collapse import cheapest, plan_reads
+from ripple_loader.storage.devices import load_devices
+from ripple_loader.studies.simulation import place_all
 
+HELD_OUT = (2, 512)  # sequences, tokens
+DEVICES = load_devices()
 PRICED = range(100, 512, 64)  # tokens of each sequence whose reads are planned
-
-
-@dataclass
-class Rule:
-    """How neurons are selected."""
-
-    keep: float = 0.5
-    adjacency: float = 0.0
-    memory_bonus: float = 0.0
-
-
 RULES = {
-    "by themselves": Rule(),
-    "48% kept": Rule(keep=0.48),
-    "46% kept": Rule(keep=0.46),
-    "adjacent, 0.15": Rule(adjacency=0.15),
-    "adjacent, 0.3": Rule(adjacency=0.3),
-    "adjacent, 0.45": Rule(adjacency=0.45),
-    "in memory, 1.5 times": Rule(memory_bonus=0.5),
-    "in memory, twice": Rule(memory_bonus=1.0),
+    "by themselves": {},
+    "48% kept": {"keep": 0.48},
+    "46% kept": {"keep": 0.46},
+    "adjacent, 0.15": {"adjacency": 0.15},
+    "adjacent, 0.3": {"adjacency": 0.3},
+    "adjacent, 0.45": {"adjacency": 0.45},
+    "in memory, 1.5 times": {"memory_bonus": 0.5},
+    "in memory, twice": {"memory_bonus": 1.0},
 }
 
 
 class Layer:
-    """Zeroes what a rule leaves out of an MLP, and prices its reads."""
+    """Masks what a rule leaves out of an MLP, and prices its reads."""
 
-    rule = Rule()
-
-    def __init__(self, mlp: Any, placed: Placed, work: Workload) -> None:
-        self.mlp, self.work, self.hot = mlp, work, placed.hot
+    def __init__(self, mlp: Any, placed: Any, width: int) -> None:
+        self.score, self.width, self.hot = sketched(mlp, 8), width, placed.hot
         self.order = torch.from_numpy(placed.order.copy())
-        self.gate, self.up = (rounded(p.weight, 8) for p in (mlp.gate_proj, mlp.up_proj))
-        self.devices = [(each.model, each.block) for each in load_devices().values()]
-        self.reset()
-        mlp.register_forward_pre_hook(self.remember)
-        mlp.down_proj.register_forward_pre_hook(lambda _, args: (self.masked(args[0]),))
 
-    def reset(self) -> None:
+    def begin(self, keep: float = 0.5, adjacency: float = 0.0, memory_bonus: float = 0.0) -> None:
+        self.keep, self.adjacency, self.memory_bonus = keep, adjacency, memory_bonus
         self.read: list[int] = []
         self.seconds: list[list[float]] = []
 
-    def remember(self, _: Any, args: tuple[Tensor]) -> None:
-        self.x = args[0]
-
-    def masked(self, activation: Tensor) -> Tensor:
-        x_TH, rule = self.x[0], self.rule
-        score_TN = (self.mlp.act_fn(F.linear(x_TH, self.gate)) * F.linear(x_TH, self.up)).abs()[:, self.order]
-        score_TN[:, : self.hot] *= 1 + rule.memory_bonus
-        score_TN = shared_by_neighbours(score_TN, rule.adjacency, self.hot)
-        placed_TN = select_largest(score_TN, rule.keep).mask
-        assert placed_TN is not None
+    def mask(self, x_TH: Tensor, activation_TN: Tensor) -> Tensor:
+        score_TN = self.score(x_TH, activation_TN)[:, self.order]
+        score_TN[:, : self.hot] *= 1 + self.memory_bonus
+        score_TN = shared_by_neighbours(score_TN, self.adjacency, self.hot)
+        placed_TN = select_largest(score_TN, self.keep).mask
         for token in PRICED:
             self.price(np.flatnonzero(placed_TN[token, self.hot :].numpy()))
         mask_TN = torch.zeros_like(placed_TN)
         mask_TN[:, self.order] = placed_TN
-        return activation * mask_TN
+        return mask_TN
 
-    def price(self, places: Any) -> None:
-        self.read.append(len(places))
-        width, seconds = self.work.bundle_bytes, []
-        for model, block in self.devices:
-            plan = plan_reads(places, base=0, width=width, block=block, collapse=cheapest(model))
-            seconds.append(float(model.seconds(len(plan.offsets), plan.size)))
+    def price(self, neurons: Any) -> None:
+        self.read.append(len(neurons))
+        seconds = []
+        for device in DEVICES.values():
+            collapse = cheapest(device.model)
+            plan = plan_reads(neurons, base=0, width=self.width, block=device.block, collapse=collapse)
+            seconds.append(float(device.model.seconds(len(plan.offsets), plan.size)))
         self.seconds.append(seconds)
 
 
 @torch.no_grad()
 def main() -> None:
-    import assets
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    case = cases()["smollm2"]
-    trace, source = traced("smollm2", case)
-    work = workload_of(trace, bundle_bytes(source, "same"), case.replayed)
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir())
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir())
+    parse(__doc__)
+    case = CASES["smollm2"]
+    work, _ = traced("smollm2", case)
+    model, ids = language.load(), language.tokens("held_out", *HELD_OUT)
     placed = place_all(work, "linked", case.config)
-    layers = [Layer(layer.mlp, order, work) for layer, order in zip(model.model.layers, placed, strict=True)]
-    count, length = HELD_OUT
-    text = torch.cat([tokenizer(t, return_tensors="pt").input_ids[0] for t in assets.texts("held_out")])
-    ids = text[: count * length].view(count, length)
+    mlps = [layer.mlp for layer in model.model.layers]
+    masked = Masked(model, [(mlp, mlp.down_proj) for mlp in mlps])
+    layers = [Layer(mlp, order, work.bundle_bytes) for mlp, order in zip(mlps, placed, strict=True)]
     table = Table(
         "ripple_adjacent",
         "Ripple: selecting neurons that lie together or in memory",
-        f"SmolLM2-135M-Instruct, float32, perplexity on {count} x {length} held-out tokens; a tenth of the "
-        f"neurons pinned; read: neurons a token and layer; ms: a token, by published numbers",
+        f"SmolLM2-135M-Instruct, float32, perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens; a "
+        "tenth of the neurons pinned; read: neurons a token and layer; ms: a token, by published numbers",
     )
     for name, rule in RULES.items():
-        Layer.rule = rule
         for layer in layers:
-            layer.reset()
-        loss = statistics.mean(model(row[None], labels=row[None]).loss.item() for row in ids)
-        seconds = sum(np.mean(layer.seconds, 0) for layer in layers)
-        table.add(
-            name,
-            perplexity=math.exp(loss),
-            read=float(np.mean([layer.read for layer in layers])),
-            **{f"{each}_ms": float(ms) for each, ms in zip(load_devices(), seconds * 1e3, strict=True)},
-        )
+            layer.begin(**rule)
+        perplexity = masked.perplexity([layer.mask for layer in layers], ids)
+        read = float(np.mean([layer.read for layer in layers]))
+        ms = 1e3 * sum(np.mean(layer.seconds, 0) for layer in layers)
+        columns = {f"{device}_ms": float(each) for device, each in zip(DEVICES, ms, strict=True)}
+        table.add(name, perplexity=perplexity, read=read, **columns)
     table.finish()
 
 

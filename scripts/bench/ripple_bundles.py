@@ -5,76 +5,48 @@
 Perplexity is of the streamed model on held-out text; the weights beside the sidecar stay as they were.
 """
 
-from __future__ import annotations
-
-import argparse
-import math
-import statistics
-import tempfile
 from pathlib import Path
 
-import torch
-from common import ROOT, Table  # also makes `assets` importable
+from common import Table, assets, option, parse, scratch
+from models import language
+from ripple_parts import streamed
 
-from ripple_loader import ReorderConfig, RippleConfig, reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.sidecar import SIDECAR
+from ripple_loader import ReorderConfig, reorder
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.format.sidecar import Sidecar
 
 BUNDLES = ("same", "float16", "bfloat16", "int8", "int4")
 HELD_OUT = (2, 512)  # sequences, tokens
 BUDGET = "96MiB"
 
 
-@torch.no_grad()
-def main(directory: Path) -> None:
-    import assets
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    count, length = HELD_OUT
-    held_out = torch.cat([tokenizer(t, return_tensors="pt").input_ids[0] for t in assets.texts("held_out")])
-    ids = held_out[: count * length].view(count, length)
-
+def main() -> None:
+    options = parse(__doc__, model=option(Path, "by default SmolLM2 from scripts/assets.py"), threads=1)
+    directory = options.model or assets.model_dir()
+    ids = language.tokens("held_out", *HELD_OUT, folder=directory)
     table = Table(
-        name="ripple_bundles",
-        title=f"Ripple: bundles of {directory.name}",
-        config=f"{directory.name}, DRAM budget {BUDGET}, all neurons kept, perplexity on {count} x {length} "
-        "held-out tokens; KiB: read for each layer and forward call",
+        "ripple_bundles",
+        f"Ripple: bundles of {directory.name}",
+        f"{directory.name}, DRAM budget {BUDGET}, all neurons kept, perplexity on {HELD_OUT[0]} x "
+        f"{HELD_OUT[1]} held-out tokens; KiB: read for each layer and forward call",
     )
-    (ROOT / "out").mkdir(exist_ok=True)
     for bundles in BUNDLES:
-        with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
-            copy, config = (
-                Path(scratch) / "copy",
-                ReorderConfig(placement="identity", tokens=8, bundles=bundles),
-            )
-            reorder(directory, copy, [held_out[:8]], config)
-            model = AutoModelForCausalLM.from_pretrained(
-                copy, quantization_config=RippleConfig(dram_budget=BUDGET)
-            )
-            losses = [model(row[None], labels=row[None]).loss.item() for row in ids]
-            report = model.ripple_report
+        with scratch() as folder:
+            copy = folder / "copy"
+            config = ReorderConfig(placement="identity", tokens=8, bundles=bundles)
+            reorder(directory, copy, [ids[0, :8]], config)
+            model = streamed(copy, dram_budget=BUDGET)
+            perplexity, report = language.perplexity(model, ids), model.ripple_report
             table.add(
                 bundles,
                 sidecar_MiB=(copy / SIDECAR).stat().st_size / 2**20,
-                KiB=report.bytes_read / count / report.layers / 2**10,
+                KiB=report.bytes_read / HELD_OUT[0] / report.layers / 2**10,
                 rounding_error=Sidecar(copy).header.profile.get("rounding_error", 0.0),
-                perplexity=math.exp(statistics.mean(losses)),
+                perplexity=perplexity,
             )
             del model
     table.finish()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, help="by default SmolLM2 from scripts/assets.py")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.model is None:
-        import assets
-
-        arguments.model = assets.model_dir()
-    main(arguments.model)
+    main()

@@ -12,34 +12,25 @@ bundles and recall are exact and have to think the same tokens likeliest. No fil
 start.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import importlib
-import json
 import os
 import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ripple_parts as parts
 import torch
-from common import ROOT, Table  # also makes `assets` importable
-from other_engines import Decoder, airllm, llama_cpp, transformers_decoder, write_gguf
-from ripple_main import accelerate_offload, drop_from_page_cache
+from common import ROOT, Table, assets, option, parse, scratch
+from harness import OwnProcess, Race
+from models import language
+from other_engines import airllm, llama_cpp, write_gguf
 from ripple_memory import CONSTANT, warm_up
-from throttle import limited_memory
 
-from ripple_loader import ReorderConfig, RippleConfig, reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.probe import probe
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader import ReorderConfig
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.storage.probing import probe
 
 WARM_UP, STEP_TOKENS = 32, 8
 COPIES = {
@@ -65,123 +56,73 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
 PEERS = ["accelerate, disk offload", "llama.cpp, mmap", "airllm"]
 
 
-def load(name: str, folder: Path, memory: int) -> tuple[Decoder, Any]:
-    """A contender, and its model if it is one of Ripple's."""
-    from transformers import AutoModelForCausalLM
-
+def load(name: str, folder: Path, memory: int) -> tuple[Callable[[int], int], Any]:
+    """What gives the likeliest token after a token, and the report if it is Ripple."""
     if name == "llama.cpp, mmap":
         return llama_cpp(folder / "model.gguf"), None
     if name == "airllm":
-        return airllm(folder / "model", folder / "shards"), None
+        return parts.Decoder(airllm(folder / "model", folder / "shards")).after, None
     if name == "accelerate, disk offload":
-        return transformers_decoder(accelerate_offload(folder / "model", folder / "offload")), None
+        return parts.Decoder(parts.offloaded(folder / "model", folder / "offload")).after, None
     copy, options = CONTENDERS[name]
     own = sum(path.stat().st_size for path in (folder / copy).glob("*.safetensors"))
     own -= Sidecar(folder / "linked").header.weight_bytes
-    config = RippleConfig(dram_budget=memory - own - CONSTANT, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder / copy, quantization_config=config)
-    return transformers_decoder(model), model
+    model = parts.streamed(folder / copy, dram_budget=memory - own - CONSTANT, **options)
+    return parts.Decoder(model).after, model.ripple_report
 
 
-@torch.no_grad()
-def serve(name: str, folder: Path, memory: int) -> None:
-    """Load one contender under the limit; decode some tokens for each line of stdin, and tell of them."""
+@contextlib.contextmanager
+def contender(name: str, folder: Path, memory: int, tokens: list[int]) -> Iterator[Callable[[], Any]]:
+    """One contender in this process, under the limit: a call decodes the next token, and counts."""
     torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
     warm_up()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # stdout is for the answers
-        if name in PEERS[1:]:
-            importlib.import_module("airllm" if name == "airllm" else "llama_cpp")
-        stack.enter_context(limited_memory(memory))
-        decode, model = load(name, folder, memory)
-        report = model.ripple_report if model else None
-        for line in sys.stdin:
-            if report:
-                report.reset()
-            seconds, likeliest = [], []
-            for token in json.loads(line):
-                start = time.perf_counter()
-                likeliest.append(decode(token))
-                seconds.append(time.perf_counter() - start)
-            found: dict[str, Any] = {"seconds": seconds, "likeliest": likeliest}
-            if report:
-                calls = report.tokens * report.layers
-                found |= {"reads": report.requests / calls, "KiB": report.bytes_read / calls / 2**10}
-                found |= {"hits": report.hits / report.active}
-            print(json.dumps(found), file=sys.__stdout__, flush=True)
+    if name in PEERS[1:]:
+        importlib.import_module("airllm" if name == "airllm" else "llama_cpp")
+    with parts.limited_memory(memory):
+        after, report = load(name, folder, memory)
+        text = iter(tokens)
+        for _ in range(WARM_UP):
+            after(next(text))
+        if report:
+            report.reset()
+        yield lambda: (after(next(text)), parts.counts(report) if report else {})
 
 
-class Contender:
-    """A process that serves one contender."""
-
-    def __init__(self, name: str, folder: Path, memory: int) -> None:
-        self.name = name
-        command = [sys.executable, __file__, "--contender", name, "--folder", str(folder)]
-        self.process = subprocess.Popen(
-            [*command, "--bytes", str(memory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.found: list[dict[str, Any]] = []
-
-    def give(self, tokens: list[int]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(tokens) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with {self.process.wait()}: the limit is too low for it")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-def copies(model: Path, folder: Path) -> None:
-    """The model reordered in each way, from one trace."""
-    import assets
-
-    source, config = open_source(model), COPIES["linked"]
-    trace = folder / "trace"
-    trace_source(source, cut_sequences(source, assets.texts("train"), config), config, trace)
-    for name, each in COPIES.items():
-        reorder(model, folder / name, config=each, trace=trace)
+def make_copies(model: Path, folder: Path) -> None:
+    """The model as each contender reads it, none of it in the page cache."""
+    parts.reordered(model, folder, COPIES)
     shutil.copytree(model, folder / "model")
     write_gguf(model, folder / "model.gguf")
     airllm(folder / "model", folder / "shards")
     probe(folder / "linked").save()
     os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            drop_from_page_cache(path)
+    parts.drop_from_page_cache(*(path for path in folder.rglob("*") if path.is_file()))
 
 
-def main(model: Path, rounds: int, share: float) -> None:
-    import assets
-    from transformers import AutoTokenizer
-
+def main() -> None:
+    options = parse(
+        __doc__,
+        model=option(ROOT / ".cache" / "relu-lm-wide"),
+        rounds=5,
+        memory=option(3.0, "the model is so many times as large"),
+    )
+    model, share, rounds = options.model, options.memory, options.rounds
     text = "".join(assets.texts("held_out"))[:2000]
-    tokens = AutoTokenizer.from_pretrained(model)(text).input_ids
+    tokens = language.tokenizer(model)(text).input_ids
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    (ROOT / "out").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / "out") as scratch:
-        folder = Path(scratch)
-        os.environ["XDG_CACHE_HOME"] = scratch  # the probe is this run's
-        copies(model, folder)
-        running = {name: Contender(name, folder, int(size / share)) for name in (*CONTENDERS, *PEERS)}
-        for each in running.values():
-            each.give(tokens[:WARM_UP])
-        for start in range(WARM_UP, WARM_UP + rounds * STEP_TOKENS, STEP_TOKENS):
-            for each in running.values():
-                each.found.append(each.give(tokens[start : start + STEP_TOKENS]))
-        for each in running.values():
-            each.close()
-    exact = [
-        [token for found in each.found for token in found["likeliest"]]
-        for name, each in running.items()
-        if "int8" not in name and "recall" not in name
-    ]
-    assert all(likeliest == exact[0] for likeliest in exact), "exact contenders differ"
+    with scratch() as folder, contextlib.ExitStack() as stack:
+        os.environ["XDG_CACHE_HOME"] = str(folder)  # the probe is this run's
+        make_copies(model, folder)
+        arguments = folder, int(size / share), tokens
+        running = {}
+        for name in (*CONTENDERS, *PEERS):
+            exact = "int8" not in name and "recall" not in name
+            running[name] = OwnProcess(contender, name, *arguments, exact=exact)
+            stack.callback(running[name].close)
+        race = Race(running, equal=parts.same_token, keep=True)
+        race.run(rounds, samples=STEP_TOKENS)
+    parts.require_same_text(race)
     table = Table(
         "ripple_peers",
         f"Ripple: {model.name}, {size / 1e6:.0f} MB, in {size / share / 1e6:.0f} MB",
@@ -189,31 +130,10 @@ def main(model: Path, rounds: int, share: float) -> None:
         f"batch 1, 1 thread, {rounds} x {STEP_TOKENS} tokens after {WARM_UP}; reads, "
         f"KiB: a token and layer",
     )
-    for name, each in running.items():
-        seconds = [one for found in each.found for one in found["seconds"]]
-        row: dict[str, float | str] = {
-            "tokens_per_s": 1 / statistics.median(seconds),
-            "slowest": 1 / max(seconds),
-        }
-        for metric in ("reads", "KiB", "hits"):
-            if metric in each.found[0]:
-                row[metric] = statistics.mean(found[metric] for found in each.found)
-        table.add(name, **row)
+    for name, times in race.times.items():
+        table.add(name, tokens_per_s=1 / times.median, slowest=1 / max(times.wall), **times.results[-1][1])
     table.finish()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "relu-lm-wide")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", type=float, default=3, help="the model is so many times as large")
-    parser.add_argument("--contender", choices=[*CONTENDERS, *PEERS], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--bytes", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.contender:
-        serve(arguments.contender, arguments.folder, arguments.bytes)
-    else:
-        main(arguments.model, arguments.rounds, arguments.memory)
+    main()

@@ -9,48 +9,36 @@ wide layers quick; its reads beside those of the whole product are what that cos
 neurons in two of 600 groups of uneven frequency, and about 7% of them active.
 """
 
-from __future__ import annotations
-
-import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from common import Table  # also makes `assets` importable
+from common import Table, option, parse
+from harness import Race
+from ripple_parts import trace_of
 
 from ripple_loader import ReorderConfig
-from ripple_loader.coactivation import Activity, coactivation, sampled_tokens
-from ripple_loader.placement import (
-    Order,
-    expected_reads,
-    greedy_linking,
-    hot_neurons,
-    most_active,
-    place,
-    spectral_order,
-)
-from ripple_loader.source import open_source
-from ripple_loader.trace import BitSets, count_uses, cut_sequences, trace_source
-from ripple_loader.two_opt import two_opt
+from ripple_loader.offline.active_sets import BitSets, count_uses
+from ripple_loader.offline.coactivation import coactivation, sampled_tokens
+from ripple_loader.offline.linking import greedy_linking
+from ripple_loader.offline.orders import expected_reads, hot_neurons, most_active
+from ripple_loader.offline.placement import LayerActivity, Order
+from ripple_loader.offline.spectral import spectral_order
+from ripple_loader.offline.two_opt import two_opt
+from ripple_loader.registry import PLACEMENTS
 
 HELD_BACK, PARTNERS, GROUPS = 8, 32, 600
 
 
 def traced(directory: Path, tokens: int, layers: int, active_share: float) -> tuple[list[BitSets], int]:
     """Active sets of some layers of a model, spread over its depth, and its neurons a layer."""
-    import assets
-
-    source = open_source(directory)
-    config = ReorderConfig(tokens=tokens, active_share=active_share)
-    with tempfile.TemporaryDirectory() as scratch:
-        sequences = cut_sequences(source, assets.texts("train"), config)
-        found = trace_source(source, sequences, config, Path(scratch))
-        chosen = np.unique(np.linspace(0, source.layers - 1, layers).astype(int))
-        return [found.sets(layer) for layer in chosen.tolist()], source.neurons
+    with tempfile.TemporaryDirectory() as folder:
+        trace = trace_of(directory, ReorderConfig(tokens=tokens, active_share=active_share), Path(folder))
+        chosen = np.unique(np.linspace(0, trace.description["mlps"] - 1, layers).astype(int))
+        return [trace.sets(layer) for layer in chosen.tolist()], trace.description["neurons"]
 
 
 def synthetic(neurons: int, tokens: int) -> BitSets:
@@ -67,83 +55,84 @@ def synthetic(neurons: int, tokens: int) -> BitSets:
     return np.stack(rows)
 
 
-def linked(sets: BitSets, neurons: int, sample: int | None, *, improve: bool) -> Order:
+def spectral(layer: LayerActivity) -> Order:
+    return spectral_order(layer.graph, layer.linkable)
+
+
+def linked(layer: LayerActivity, sample: int, *, improve: bool) -> Order:
     """Greedy linking of all neurons, with a sample of the tokens proposing partners in its first round."""
-    activity, everyone = Activity(sets, neurons), np.arange(neurons)
-    graph = coactivation(activity, PARTNERS, everyone, sample=sample)
-    order = greedy_linking(activity, everyone, PARTNERS, graph)
-    return two_opt(order, activity, graph) if improve else order
+    graph = coactivation(layer.activity, PARTNERS, layer.linkable, sample=sample)
+    order = greedy_linking(layer.activity, layer.linkable, PARTNERS, graph)
+    return two_opt(order, layer.activity, graph) if improve else order
 
 
-def main(layers: list[BitSets], neurons: int, conditions: str) -> None:
-    whole = len(layers[0])
-    quick = min(sampled_tokens(whole, neurons), whole // 8)
+def orders_of(layer: LayerActivity, quick: int, whole: int) -> dict[str, Callable[[], Order]]:
+    """What makes each contender's order of a layer, each from what nothing was computed for yet."""
 
-    held_back = np.arange(whole) % HELD_BACK == HELD_BACK - 1
-    uses = [count_uses(sets[~held_back], neurons) for sets in layers]
-    hot = hot_neurons(uses, ReorderConfig().hot_share)
+    def placed(name: str) -> Callable[[], Order]:
+        return lambda: PLACEMENTS[name](replace(layer)).order
 
-    def placed(placement: str, **options: bool) -> Callable[[BitSets, int], Order]:
-        config = ReorderConfig(placement=placement, partners=PARTNERS, **options)  # type: ignore[arg-type]
-        return lambda sets, layer: place(sets, neurons, layer, config, hot[layer]).order
-
-    def spectral(sets: BitSets, _: int) -> Order:
-        return spectral_order(coactivation(Activity(sets, neurons), PARTNERS), np.arange(neurons))
-
-    contenders: dict[str, Callable[[BitSets, int], Order]] = {
+    everyone = replace(layer, hot=0)
+    return {
         "identity": placed("identity"),
         "random": placed("random"),
         "frequency": placed("frequency"),
-        "spectral": spectral,
-        "linked, sampled": lambda sets, _: linked(sets, neurons, quick, improve=False),
-        "linked, whole product": lambda sets, _: linked(sets, neurons, whole, improve=False),
-        "linked, sampled, 2-opt": lambda sets, _: linked(sets, neurons, quick, improve=True),
-        "linked, whole product, 2-opt": lambda sets, _: linked(sets, neurons, whole, improve=True),
+        "spectral": lambda: spectral(replace(everyone)),
+        "linked, sampled": lambda: linked(replace(everyone), quick, improve=False),
+        "linked, whole product": lambda: linked(replace(everyone), whole, improve=False),
+        "linked, sampled, 2-opt": lambda: linked(replace(everyone), quick, improve=True),
+        "linked, whole product, 2-opt": lambda: linked(replace(everyone), whole, improve=True),
         "as reorder does it": placed("linked"),
     }
-    table = Table("ripple_placement", "Ripple: orders of a layer's neurons", conditions)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    reads: dict[str, list[float]] = {name: [] for name in contenders}
+
+
+def main() -> None:
+    options = parse(
+        __doc__,
+        model=option(Path, "model directory to trace"),
+        synthetic=option(0, "neurons of a made-up layer instead"),
+        tokens=4096,
+        layers=option(4, "layers of the model to place"),
+        active_share=option(0.25, "where there are no exact zeros"),
+        threads=1,
+    )
+    if options.synthetic:
+        layers, neurons = [synthetic(options.synthetic, options.tokens)], options.synthetic
+    elif options.model:
+        layers, neurons = traced(options.model, options.tokens, options.layers, options.active_share)
+    else:
+        raise SystemExit("ripple_placement: one of --model and --synthetic must be given.")
+    whole = len(layers[0])
+    held_back = np.arange(whole) % HELD_BACK == HELD_BACK - 1
+    uses = [count_uses(sets[~held_back], neurons) for sets in layers]
+    config = ReorderConfig(partners=PARTNERS)
+    hot = hot_neurons(uses, config.hot_share)
+    quick = min(sampled_tokens(whole, neurons), whole // 8)
+    rows: dict[str, list[tuple[float, float]]] = {}
     for layer, sets in enumerate(layers):
         in_memory = most_active(uses[layer], hot[layer])
-        for name, order_of in contenders.items():
-            start = time.process_time()
-            order = order_of(sets[~held_back], layer)
-            seconds[name].append(time.process_time() - start)
-            reads[name].append(expected_reads(sets[held_back], order, in_memory))
-    base = statistics.mean(reads["identity"])
-    for name in contenders:
-        mean = statistics.mean(reads[name])
-        table.add(
-            name, reads=mean, of_identity=mean / base, CPU_seconds_a_layer=statistics.median(seconds[name])
-        )
-    activity = statistics.mean(float(np.unpackbits(sets).mean()) for sets in layers)
-    table.config += f"; {activity:.1%} active; sample of {quick} tokens of {whole - whole // HELD_BACK}"
+        activity = LayerActivity(sets[~held_back], neurons, layer, config, hot[layer])
+        race = Race(orders_of(activity, quick, whole), equal=None, keep=True)
+        # CPU seconds of work that starts from nothing: no untimed calls.
+        for name, (made,) in race.run(1, untimed=0).items():
+            reads = expected_reads(sets[held_back], made.result, in_memory)
+            rows.setdefault(name, []).append((reads, made.process))
+    share = statistics.mean(float(np.unpackbits(sets).mean()) for sets in layers)
+    table = Table(
+        "ripple_placement",
+        "Ripple: orders of a layer's neurons",
+        f"{'synthetic' if options.synthetic else options.model.name}, {len(layers)} layers of {neurons} "
+        f"neurons, {whole} tokens, {PARTNERS} partners, {options.threads} threads; {share:.1%} active; "
+        f"sample of {quick} tokens of {whole - whole // HELD_BACK}",
+    )
+    base = statistics.mean(reads for reads, _ in rows["identity"])
+    for name, each in rows.items():
+        reads, seconds = zip(*each, strict=True)
+        share = statistics.mean(reads) / base
+        cpu = statistics.median(seconds)
+        table.add(name, reads=share * base, of_identity=share, CPU_seconds_a_layer=cpu)
     table.finish()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, help="model directory to trace")
-    parser.add_argument("--synthetic", type=int, help="neurons of a made-up layer instead")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model to place")
-    parser.add_argument("--active-share", type=float, default=0.25, help="where there are no exact zeros")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.synthetic:
-        found, width, what = (
-            [synthetic(arguments.synthetic, arguments.tokens)],
-            arguments.synthetic,
-            "synthetic",
-        )
-    elif arguments.model:
-        found, width = traced(arguments.model, arguments.tokens, arguments.layers, arguments.active_share)
-        what = arguments.model.name
-    else:
-        parser.error("one of --model and --synthetic should be given")
-    described = f"{what}, {len(found)} layers of {width} neurons, {len(found[0])} tokens"
-    main(found, width, f"{described}, {PARTNERS} partners, {arguments.threads} threads")
+    main()

@@ -10,45 +10,33 @@ int8 copy that rules out nothing active. "found": of the active neurons; "comput
 MLPs' outputs, relative; "KiB": held for a layer.
 """
 
-from __future__ import annotations
-
-import argparse
-import math
-import statistics
 import tempfile
-from dataclasses import dataclass
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Table  # also makes `assets` importable
+from common import ROOT, Table, assets, parse
+from models import language
+from ripple_parts import Masked, trace_of
 from torch import Tensor
 from torch.nn import functional as F
 from train_relu_lm import documents
 
 from ripple_loader import ReorderConfig
-from ripple_loader.predictor import Predictor, rank_of
-from ripple_loader.selection import IntegerInputs, margins, sketch_rows
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.format.predictor import Predictor, rank_of
+from ripple_loader.format.sketch import IntegerInputs, sketch_rows
+from ripple_loader.online.selection import margins
 
 LENGTH, SEQUENCES = 256, 8
-RULES: list[tuple[float, float]] = [
+Rule = tuple[float, float] | None
+"""A predictor's share of the weight's bytes and its recall; None is the sketch."""
+RULES: list[Rule] = [
+    None,
     *((0.125, recall) for recall in (0.999, 0.995, 0.99, 0.95, 0.9, 0.8)),
     *((share, 0.99) for share in (0.03, 0.0625, 0.25, 0.5)),
 ]
-
-
-@dataclass
-class Seen:
-    """Counts of one rule over layers and tokens."""
-
-    active: int = 0
-    found: int = 0
-    computed: int = 0
-    neurons: int = 0
-    lost: float = 0.0
-    whole: float = 0.0
 
 
 class Layer:
@@ -57,13 +45,8 @@ class Layer:
     def __init__(self, first: torch.nn.Linear, second: torch.nn.Linear, inputs: Tensor) -> None:
         self.first, self.second, self.inputs = first, second, inputs
         self.bias = first.bias.data if first.bias is not None else torch.zeros(first.out_features)
-        rows, scale, error = map(torch.from_numpy, sketch_rows(first.weight.data))
-        self.sketch, self.scale, self.error = rows, scale, error
+        self.sketch, self.scale, self.error = map(torch.from_numpy, sketch_rows(first.weight.data))
         self.predictors: dict[float, Predictor] = {}
-        self.rule: tuple[float, float] | None = None
-        self.x, self.seen = torch.empty(0), Seen()
-        first.register_forward_pre_hook(lambda _, args: setattr(self, "x", args[0].flatten(0, -2)))
-        second.register_forward_pre_hook(lambda _, args: (self.masked(args[0]),))
 
     def predictor(self, share: float) -> Predictor:
         if share not in self.predictors:
@@ -71,101 +54,83 @@ class Layer:
             self.predictors[share] = Predictor.fit(self.inputs, self.first.weight.data, self.bias, rank)
         return self.predictors[share]
 
-    def selected(self) -> Tensor:
-        if self.rule is None:
-            inputs = IntegerInputs.of(self.x)
-            estimate = torch.empty(len(self.x), len(self.sketch))
+    def selected(self, rule: Rule, x_TH: Tensor) -> Tensor:
+        if rule is None:
+            inputs = IntegerInputs.of(x_TH)
+            estimate = torch.empty(len(x_TH), len(self.sketch))
             inputs.products(self.sketch, estimate)
             return margins(estimate * self.scale + self.bias, self.error, self.scale, inputs) > 0
-        share, recall = self.rule
+        share, recall = rule
         predictor = self.predictor(share)
-        return predictor.estimate(self.x) + self.bias + predictor.deviations(recall) * predictor.deviation > 0
+        return predictor.estimate(x_TH) + self.bias + predictor.deviations(recall) * predictor.deviation > 0
 
-    def masked(self, activation: Tensor) -> Tensor:
-        a_TN, mask_TN = activation.flatten(0, -2), self.selected()
-        active_TN = a_TN != 0
-        seen = self.seen
-        seen.active += int(active_TN.sum())
-        seen.found += int((active_TN & mask_TN).sum())
-        seen.computed += int(mask_TN.sum())
-        seen.neurons += mask_TN.numel()
-        weight = self.second.weight.data
-        seen.lost += F.linear(a_TN * ~mask_TN, weight).square().sum().item()
-        seen.whole += F.linear(a_TN, weight).square().sum().item()
-        return (a_TN * mask_TN).view_as(activation)
+    def mask(self, rule: Rule, seen: Counter[str], x_TH: Tensor, a_TN: Tensor) -> Tensor:
+        mask_TN, active_TN, weight = self.selected(rule, x_TH), a_TN != 0, self.second.weight.data
+        seen.update(
+            active=int(active_TN.sum()),
+            found=int((active_TN & mask_TN).sum()),
+            computed=int(mask_TN.sum()),
+            neurons=mask_TN.numel(),
+            lost=F.linear(a_TN * ~mask_TN, weight).square().sum().item(),
+            whole=F.linear(a_TN, weight).square().sum().item(),
+        )
+        return mask_TN
 
 
-def layers(model: Any, directory: Path, scratch: Path) -> list[Layer]:
+def layers(model: Any, directory: Path) -> list[Layer]:
     """A layer's linears and inputs, from a trace of help topics."""
-    import assets
+    with tempfile.TemporaryDirectory() as folder:
+        trace = trace_of(directory, ReorderConfig(sequence_length=LENGTH), Path(folder))
+        names = ("fc1", "fc2"), ("up_proj", "down_proj")
+        mlps = [(m, each) for m in model.modules() for each in names if hasattr(m, each[0])]
+        pairs = [(getattr(m, first), getattr(m, second)) for m, (first, second) in mlps]
+        return [Layer(*pair, trace.inputs(number)) for number, pair in enumerate(pairs)]
 
-    config = ReorderConfig(sequence_length=LENGTH)
-    source = open_source(directory)
-    trace = trace_source(source, cut_sequences(source, assets.texts("train"), config), config, scratch)
-    ends = [(".fc1", ".fc2"), (".up_proj", ".down_proj")]
-    modules = dict(model.named_modules())
-    pairs = [
-        (module, modules[name.removesuffix(first) + second])
-        for name, module in modules.items()
-        for first, second in ends
-        if name.endswith(first)
-    ]
-    return [Layer(first, second, trace.inputs(number)) for number, (first, second) in enumerate(pairs)]
+
+def described(rule: Rule, first: torch.nn.Linear) -> tuple[str, float]:
+    """A rule's name, and the bytes that it holds for a layer."""
+    if rule is None:
+        return "sketch", first.weight.numel() + 8 * first.out_features
+    rank = rank_of(first.in_features, rule[0])
+    return f"rank {rank}, recall {rule[1]:.1%}", Predictor.size(rank, first.out_features, first.in_features)
 
 
 @torch.no_grad()
-def main(models: list[str]) -> None:
-    import assets
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    code = documents()[1][-12:]
-    for name in models:
+def main() -> None:
+    options = parse(__doc__, models=["relu-lm", "relu-lm-wide"])
+    texts = {"help topics": "".join(assets.texts("held_out")), "Python code": "".join(documents()[1][-12:])}
+    count = SEQUENCES * LENGTH
+    for name in options.models:
         directory = ROOT / ".cache" / name
-        tokenizer, model = (each.from_pretrained(directory) for each in (AutoTokenizer, AutoModelForCausalLM))
-        texts = {"help topics": "".join(assets.texts("held_out")), "Python code": "".join(code)}
-        count = SEQUENCES * LENGTH
-        rows = {
-            text: torch.tensor(tokenizer(found[: 20 * count]).input_ids[:count]).view(-1, 1, LENGTH)
-            for text, found in texts.items()
+        tokenizer, model = language.tokenizer(directory), language.load(directory)
+        ids = {
+            text: torch.tensor(tokenizer(words[: 20 * count]).input_ids[:count]).view(-1, LENGTH)
+            for text, words in texts.items()
         }
-        with tempfile.TemporaryDirectory() as scratch:
-            mlps = layers(model, directory, Path(scratch))
+        mlps = layers(model, directory)
+        masked = Masked(model, [(mlp.first, mlp.second) for mlp in mlps])
         table = Table(
             "ripple_predictors",
             f"Ripple: predictors of {name}",
             f"{name}, trained here, float32; fitted to {len(mlps[0].inputs)} tokens of help topics; "
             f"judged on {count} others and {count} of code",
         )
-        first = mlps[0].first
-        for rule in (None, *RULES):
-            for mlp in mlps:
-                mlp.rule = rule
-            label, held = "sketch", first.weight.numel() + 8 * first.out_features
-            if rule is not None:
-                label = f"rank {rank_of(first.in_features, rule[0])}, recall {rule[1]:.1%}"
-                held = Predictor.size(
-                    rank_of(first.in_features, rule[0]), first.out_features, first.in_features
-                )
-            for text, found in rows.items():
-                seen = Seen()
-                for mlp in mlps:
-                    mlp.seen = seen
-                losses = [model(row, labels=row).loss.item() for row in found]
+        for rule in RULES:
+            label, held = described(rule, mlps[0].first)
+            for text, rows in ids.items():
+                seen: Counter[str] = Counter()
+                perplexity = masked.perplexity([partial(mlp.mask, rule, seen) for mlp in mlps], rows)
                 table.add(
                     f"{label}, {text}",
                     KiB=held / 2**10,
-                    active=seen.active / seen.neurons,
-                    found=seen.found / seen.active,
-                    computed=seen.computed / seen.neurons,
-                    error=(seen.lost / seen.whole) ** 0.5,
-                    perplexity=math.exp(statistics.mean(losses)),
+                    active=seen["active"] / seen["neurons"],
+                    found=seen["found"] / seen["active"],
+                    computed=seen["computed"] / seen["neurons"],
+                    error=(seen["lost"] / seen["whole"]) ** 0.5,
+                    perplexity=perplexity,
                 )
         table.finish()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=["relu-lm", "relu-lm-wide"])
-    main(parser.parse_args().models)
+    main()

@@ -7,32 +7,23 @@ what it is for; "waiting for reads" is what reading takes beyond what it overlap
 to every Python call, so that what is done in Python is less than it says.
 """
 
-from __future__ import annotations
-
-import argparse
 import cProfile
 import pstats
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import Table
+from common import Table, parse
+from ripple_parts import streamed
 
-from ripple_loader import RippleConfig
-
-KINDS = {
+KINDS = {  # by parts of a function's file and name, the first that fits
     "waiting for reads": ("'acquire' of '_thread.lock'",),
     "products": ("torch._C._nn.linear", "matmul", "torch._C.TensorBase.mm", "mm}", "silu"),
     "copies": ("index_select", "copy_", "_store", "numpy.ndarray.copy"),
-    "planning, in numpy": ("access.py", "drive.py", "reader.py", "numpy"),
-    "cache": ("cache.py",),
-    "engine, in Python": ("engine.py", "fetching.py", "streaming.py", "bundles.py", "selection.py"),
+    "planning, in numpy": ("ripple_loader/storage/", "numpy"),
+    "cache": ("ripple_loader/online/cache/",),
+    "engine, in Python": ("ripple_loader/online/", "ripple_loader/model/", "ripple_loader/format/"),
 }
-SETTINGS: dict[str, dict[str, Any]] = {
-    "100%": {},
-    "50% selected": {"keep": 0.5, "strategy": "sparse"},
-    "25% selected": {"keep": 0.25, "strategy": "sparse"},
-}
+SETTINGS = {"100%": {}, "50% selected": {"keep": 0.5}, "25% selected": {"keep": 0.25}}
 
 
 def kind_of(function: tuple[str, int, str]) -> str:
@@ -41,37 +32,30 @@ def kind_of(function: tuple[str, int, str]) -> str:
 
 
 @torch.no_grad()
-def main(copy: Path, tokens: int, dram_budget: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(1)
+def main() -> None:
+    options = parse(__doc__, copy=Path, tokens=20, dram_budget="96MiB", threads=1)
+    if options.copy is None:
+        raise SystemExit("ripple_profile: --copy must name a folder that `ripple reorder` made.")
     table = Table(
         "ripple_profile",
         "Ripple: milliseconds of the main thread a token",
-        f"SmolLM2-135M-Instruct, float32, DRAM budget {dram_budget}, batch 1, {tokens} tokens after 32, "
-        "1 thread, cProfile",
+        f"SmolLM2-135M-Instruct, float32, DRAM budget {options.dram_budget}, batch 1, {options.tokens} "
+        "tokens after 32, 1 thread, cProfile",
     )
-    for name, options in SETTINGS.items():
-        config = RippleConfig(dram_budget=dram_budget, **options)
-        model = AutoModelForCausalLM.from_pretrained(copy, quantization_config=config)
-        ids = torch.arange(100, 132)[None]
-        options = {"do_sample": False, "min_new_tokens": tokens}
-        model.generate(ids, max_new_tokens=tokens, **options)
+    ids, length = torch.arange(100, 132)[None], options.tokens
+    counted = {"do_sample": False, "min_new_tokens": length, "max_new_tokens": length}
+    for name, setting in SETTINGS.items():
+        strategy = {"strategy": "sparse"} if setting else {}
+        model = streamed(options.copy, dram_budget=options.dram_budget, **setting, **strategy)
+        model.generate(ids, **counted)
         profile = cProfile.Profile()
-        profile.runcall(model.generate, ids, max_new_tokens=tokens, **options)
+        profile.runcall(model.generate, ids, **counted)
         row = dict.fromkeys([*KINDS, "the rest"], 0.0)
         for function, (_, _, own, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-            row[kind_of(function)] += 1e3 * own / tokens
+            row[kind_of(function)] += 1e3 * own / length
         table.add(name, **row)
     table.finish()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--copy", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--dram-budget", default="96MiB")
-    arguments = parser.parse_args()
-    main(arguments.copy, arguments.tokens, arguments.dram_budget)
+    main()

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo_trainer import apply_lemo
-from lemo_trainer.architectures import ARCHITECTURES, find_causal_lm
-from lemo_trainer.probe import idle_layers, is_wiring_of
+from lemo_trainer.layers.probe import is_wiring_of
+from lemo_trainer.model.architectures import ARCHITECTURES, find_causal_lm
+from lemo_trainer.model.calls import idle_layers
 
 from .tiny import (
     DROPOUTS,
@@ -109,7 +110,7 @@ REFUSED = {
         lambda: tiny_model("minimax", **EXPERTS, layer_types=["full_attention"] * 3),
         "whose output is not the sum of its input, self_attn and mlp",
     ),
-    "own positions": (lambda: unusual("llama4_text", num_hidden_layers=1), "counts the positions"),
+    "own positions": (lambda: unusual("llama4_text", num_hidden_layers=1), "positions that it counts itself"),
     "encoder": (
         lambda: tiny_model("gpt2", add_cross_attention=True),
         "a causal decoder of text alone, got GPT2LMHeadModel",

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemo_trainer import LemoConfig
-from lemo_trainer.budget import GRID, Budget, LayerThreshold, choose
-from lemo_trainer.plan import Setup, predict
+from lemo_trainer.offline.budget import GRID, Budget, LayerThreshold, choose
+from lemo_trainer.offline.step_cost import Setup, predict
 
 from .tiny import tiny_model
 
@@ -48,7 +48,7 @@ def test_a_choice_meets_the_budget_and_none_that_does_loses_less(drawn, tightnes
 
 def test_a_budget_that_cannot_be_met_names_the_nearest():
     curves = {0: [LayerThreshold(0, 1.0, 0.5, 0.1)], 1: [LayerThreshold(1, 1.0, 0.25, 0.1)]}
-    with pytest.raises(ValueError, match=r"a mean kept share of 30\.0%; the nearest takes .* of 37\.5%"):
+    with pytest.raises(ValueError, match=r"a mean kept share of 30\.0%; the cheapest takes .* of 37\.5%"):
         choose(curves, Budget.of_shares(0.3, 2))
 
 

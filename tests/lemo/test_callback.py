@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from lemo_trainer import LemoCallback, LemoConfig, apply_lemo
-from lemo_trainer.recipe import checkpointing_argument
+from lemo_trainer.compat import checkpointing_argument
 
 from .tiny import lora, tiny_model
 from .training import losses, samples, trainer_for

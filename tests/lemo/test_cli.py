@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lemo_trainer.cli import app
-from lemo_trainer.predictor_files import load_predictors
+from lemo_trainer.informativeness.predictor_files import load_predictors
 
 from .training import save_model_and_text
 
@@ -58,8 +58,8 @@ def test_train_runs_a_recipe_with_overrides(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "./no/such/model"}, "./no/such/model must exist"),
-        ({"train_file": "absent.jsonl"}, "absent.jsonl must exist"),
+        ({"model": "./no/such/model"}, "No such model folder: ./no/such/model"),
+        ({"train_file": "absent.jsonl"}, "No such text file: absent.jsonl"),
         ({"seq_len": 100_000}, "at least `seq_len` 100000 tokens"),
         ({"seq_len": 0}, "`seq_len` must be .*got 0"),
         ({"sequence_len": 5}, "no option 'sequence_len'; the closest are seq_len"),
@@ -86,7 +86,7 @@ def test_a_recipe_without_a_model_or_a_recipe_that_is_not_there(recipe, tmp_path
     result = CliRunner().invoke(app, ["train", "absent.yaml"])
     assert (result.exit_code, result.stderr) == (
         2,
-        "lemo: absent.yaml must be a YAML file, and there is none.\n",
+        "lemo: No such file: absent.yaml (expected a YAML file).\n",
     )
 
 
@@ -109,7 +109,7 @@ def test_inspect_shows_thresholds_in_the_place_of_a_kept_share():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["./nowhere"], "./nowhere must exist"),
+        (["./nowhere"], "No such model folder: ./nowhere"),
         ([str(MODEL), "--block-size", "0"], "`block_size` must be a whole number of at least 1, got 0"),
         ([str(MODEL), "--seq-len", "0"], "`seq_len` must be at least 1, got 0"),
         ([str(MODEL), "--layers", "30"], "from 0 to 29 in this model, got '30'"),
@@ -188,11 +188,11 @@ def test_search_thresholds_writes_a_config(tmp_path):
         (["--mode", "detach"], 'mode="eliminate"'),
         (["--selector", "recency"], "got 'recency'"),
         (["--max-increase", "nan"], "`max_increase` must be a number of nats, got nan"),
-        (["--samples", "100000"], "fewer than 100000"),
+        (["--samples", "100000"], "must hold 100000 samples"),
         (["--max-increase", "-100"], "No layer can leave tokens out within -100.0 nats"),
         (["--fit-share", "0.5", "--fit-flops", "0.5"], "Give one of `fit_share`, `fit_flops`, `fit_memory`"),
         (["--fit-share", "0"], "`fit_share` must be above 0 and at most 1, got 0.0"),
-        (["--fit-share", "0.1"], "the nearest takes a mean kept share of"),
+        (["--fit-share", "0.1"], "the cheapest takes a mean kept share of"),
         (["--fit-share", "0.9", "--kept-shares", "half"], "`kept_shares` must be numbers like"),
         (["--fit-share", "0.9", "--kept-shares", "0.5,1"], "must lie between 0 and 1, got [0.5, 1.0]"),
         (["--fit-share", "0.9", "--max-increase", "-100"], "`max_increase` must be at least"),
@@ -260,7 +260,7 @@ def test_predict_train_runs_in_two_processes(recipe, tmp_path):
         (["--steps", "0"], "`steps` must be at least 1, got 0"),
         (["--seq-len", "15"], "`seq_len` must be at least 16, got 15"),
         (["--held-out", "100000"], "must hold more than the 100000 held-out samples"),
-        (["--data", "absent.txt"], "absent.txt must exist"),
+        (["--data", "absent.txt"], "No such text file: absent.txt"),
     ],
 )
 def test_predict_train_names_what_is_wrong_and_writes_nothing(recipe, tmp_path, options, message):
@@ -281,13 +281,13 @@ def test_predict_train_names_what_is_wrong_and_writes_nothing(recipe, tmp_path, 
 
 def test_search_thresholds_fits_a_budget_and_draws_what_it_kept(monkeypatch, tmp_path):
     from lemo_trainer import LemoConfig
-    from lemo_trainer.plan import StepCost
+    from lemo_trainer.offline.step_cost import StepCost
 
     def predict(setup, lemo, **options):
         assert setup.seq_len == 32
         return StepCost(0, 0, 1.0 if lemo is None else lemo.keep_ratio, 0)
 
-    monkeypatch.setattr("lemo_trainer.budget.predict", predict)
+    monkeypatch.setattr("lemo_trainer.offline.budget.predict", predict)
     save_model_and_text(tmp_path)
     result = search(tmp_path, "--layers", "all", "--fit-flops", "0.9", "--plot", str(tmp_path / "kept.png"))
     assert result.exit_code == 0, result.output
@@ -318,7 +318,7 @@ def test_every_field_of_the_config_is_an_option(command):
 
 
 def test_the_published_recipe_is_valid(monkeypatch):
-    from lemo_trainer.recipe import Recipe
+    from lemo_trainer.commands.recipe import Recipe
 
     monkeypatch.chdir(ROOT)
     recipe = Recipe.from_yaml("configs/lemo/smollm2_lora.yaml")

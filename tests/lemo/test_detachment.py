@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from lemo_trainer import LemoConfig, apply_lemo, detachment, remove_lemo
-from lemo_trainer.architectures import find_causal_lm
-from lemo_trainer.informativeness import attention_function
-from lemo_trainer.masks import attention_interface
+from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.compat import attention_function
+from lemo_trainer.informativeness.selection import select_tokens
+from lemo_trainer.layers import attention_of_rows, detachment
 from lemo_trainer.measure import ActivationBytes, FlopCounter
-from lemo_trainer.probe import layer_arguments, split_arguments
-from lemo_trainer.selection import select_tokens
+from lemo_trainer.model.architectures import find_causal_lm
+from lemo_trainer.model.calls import layer_arguments, split_arguments
+from lemo_trainer.model.capture import dispatching_to
 
 from .tiny import CASES, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
@@ -34,8 +35,8 @@ def reference_forward(architecture, chosen):
         mask, positions, _ = split_arguments(arguments)
         keep = chosen.pop(0)[..., None]
         attention = architecture.attention_of(self)
-        own = attention_interface(attention, attention.config._attn_implementation)
-        with attention_function(attention, "cut"):
+        own = attention_function(attention, attention.config._attn_implementation)
+        with dispatching_to(attention, "cut"):
             update = architecture.attention_branch(
                 self, cut(x, keep), attention_mask=mask, keep=keep, own=own, **positions
             )
@@ -68,7 +69,7 @@ def spy_on_selection(monkeypatch, chosen):
     [*((kind, name, 4) for kind, name in CASES), ("llama", "left", 256), ("gemma3_text", "packed", 256)],
 )
 def test_the_forward_is_exact_and_gradients_equal_those_of_a_cut_reference(monkeypatch, kind, name, rows):
-    monkeypatch.setattr(detachment, "QUERY_ROWS", rows)
+    monkeypatch.setattr(attention_of_rows, "QUERIES_OF_A_PIECE", rows)
     model = tiny_model(kind)
     inputs = batch(name)
     with torch.no_grad():
@@ -129,7 +130,7 @@ def test_the_first_layer_chooses_for_all(monkeypatch):
 
 
 def test_saved_bytes_and_operations_fall_with_the_kept_share(monkeypatch):
-    monkeypatch.setattr("lemo_trainer.checkpointing.NARROW", 4)
+    monkeypatch.setattr("lemo_trainer.layers.checkpointing.NARROW", 4)
     inputs = batch("plain", seq_len=40)
     costs = {}
     for checkpointed in (False, True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from lemo_trainer.recipe import checkpointing_argument
+from lemo_trainer import LemoConfig
+from lemo_trainer.compat import checkpointing_argument
 
 from .several_processes import run
 from .training import losses, save_model_and_text
@@ -24,6 +26,9 @@ FSDP2 = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
 }
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(LemoConfig)}
+EXACT = {f"lemo_{name}": DEFAULTS[name] for name in ("layers", "block_size")}
+EXACT |= {"lemo_mode": "exact", "lemo_segment_tokens": 8}
 RUNS = {
     "ddp, everything": {"lemo_keep_ratio": 1.0},
     "ddp, half": {"lemo_keep_ratio": 0.5, "gradient_accumulation_steps": 2},
@@ -33,6 +38,9 @@ RUNS = {
         "lemo_keep_ratio": 1.0,
         "lemo_layers": "auto",
     },
+    "ddp, exact by segments": EXACT | {"lemo_scheme": "segments", "gradient_accumulation_steps": 2},
+    "ddp, exact by layers": EXACT | {"lemo_scheme": "layers", "lora_r": 2},
+    "fsdp2, exact": EXACT | {"lemo_scheme": "layers", "lemo_boundaries": "disk"},
     "fsdp2, half": {
         "lemo_mode": "eliminate",
         "lemo_keep_ratio": 0.5,
@@ -89,11 +97,14 @@ def launch(runs: list[list[str]]) -> str:
 
 def test_two_processes_train_as_one(tmp_path):
     save_model_and_text(tmp_path)
-    runs = [flags(tmp_path, tmp_path / name, 2, **options) for name, options in RUNS.items()]
-    runs[-1] += ["--fsdp", "full_shard auto_wrap", "--fsdp_config", json.dumps(FSDP2)]
+    sharded = ["--fsdp", "full_shard auto_wrap", "--fsdp_config", json.dumps(FSDP2)]
+    runs = [
+        flags(tmp_path, tmp_path / name, 2, **options) + sharded * name.startswith("fsdp2")
+        for name, options in RUNS.items()
+    ]
     output = launch(runs)
-    assert output.count("layer class: LlamaDecoderLayer") == 6
-    assert output.count("layer class: FSDPLlamaDecoderLayer") == 2
+    assert output.count("layer class: LlamaDecoderLayer") == 10
+    assert output.count("layer class: FSDPLlamaDecoderLayer") == 4
     for name, options in RUNS.items():
         check(name, tmp_path, options)
 

@@ -6,10 +6,11 @@ import types
 import pytest
 import torch
 
-from lemo_trainer import LemoConfig, apply_lemo, elimination, remove_lemo
-from lemo_trainer.architectures import find_causal_lm
-from lemo_trainer.probe import layer_arguments, split_arguments
-from lemo_trainer.selection import select_tokens
+from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.informativeness.selection import select_tokens
+from lemo_trainer.layers import elimination
+from lemo_trainer.model.architectures import find_causal_lm
+from lemo_trainer.model.calls import layer_arguments, split_arguments
 
 from .tiny import CASES, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 

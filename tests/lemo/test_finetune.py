@@ -76,7 +76,7 @@ def test_a_yaml_file_says_the_same_as_flags(monkeypatch, folder, tmp_path):
     [
         (["--lemo", "--lemo_keep_ratio", "2"], "`keep_ratio` must be above 0 and at most 1, got 2.0"),
         (["--lemo_keep_ratio", "0.4"], "`lemo_keep_ratio` must come with `--lemo`"),
-        (["--train_file", "absent.jsonl"], "absent.jsonl must exist"),
+        (["--train_file", "absent.jsonl"], "No such text file: absent.jsonl"),
         (["--seq_len", "100000"], "at least `seq_len` 100000 tokens"),
     ],
 )

@@ -5,17 +5,16 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lemo_trainer import informativeness
-from lemo_trainer.architectures import ARCHITECTURES
-from lemo_trainer.informativeness import (
-    AttentionInputs,
-    attention_inputs,
+from lemo_trainer.informativeness import scores
+from lemo_trainer.informativeness.scores import (
+    attention_map,
     map_scores,
-    mlp_intermediate,
     mlp_scores,
     query_positions,
     score_positions,
 )
+from lemo_trainer.model.architectures import ARCHITECTURES
+from lemo_trainer.model.capture import AttentionInputs, attention_inputs, mlp_intermediate
 
 from .tiny import tiny_model
 
@@ -45,7 +44,7 @@ def inputs(q, k):
 @pytest.mark.parametrize("causal_scores", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 256])
 def test_attention_scores_equal_the_full_map(monkeypatch, seq_len, mask_kind, rows, causal_scores):
-    monkeypatch.setattr(informativeness, "QUERY_ROWS", rows)
+    monkeypatch.setattr(scores, "QUERY_ROWS", rows)
     torch.manual_seed(0)
     q, k = torch.randn(B, H, seq_len, D), torch.randn(B, G, seq_len, D)
     allowed = torch.ones(seq_len, seq_len).tril().bool().repeat(B, 1, 1)
@@ -56,7 +55,7 @@ def test_attention_scores_equal_the_full_map(monkeypatch, seq_len, mask_kind, ro
         mask = allowed[:, None]
         if mask_kind == "additive":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    got = map_scores(inputs(q, k).pooled_map(mask, 8, 8), causal_scores=causal_scores)
+    got = map_scores(attention_map(inputs(q, k), mask, 8, 8), causal_scores=causal_scores)
     if causal_scores:
         block = torch.arange(seq_len) // 8
         allowed = allowed & (block[:, None] == block)
@@ -72,7 +71,7 @@ def test_some_queries_of_a_block_estimate_the_map_from_below(count, seq_len):
     allowed = torch.ones(seq_len, seq_len).tril().bool().repeat(B, 1, 1)
     chosen = torch.zeros(seq_len, 1, dtype=torch.bool)
     chosen[positions] = True
-    got = map_scores(inputs(q, k).pooled_map(None, 8, count))
+    got = map_scores(attention_map(inputs(q, k), None, 8, count))
     torch.testing.assert_close(got, naive_scores(q, k, 0.3, allowed & chosen, 8))
 
 

@@ -13,10 +13,9 @@ from torch import nn
 
 from lemo_trainer import apply_lemo, remove_lemo
 from lemo_trainer.kernels.attention import attend
-from lemo_trainer.kernels.mlp import gated
 from lemo_trainer.kernels.norm import norm_rows
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.norms import recognise
+from lemo_trainer.model.norms import recognise
 
 from . import kernel_cases
 from .tiny import (
@@ -93,30 +92,14 @@ def test_attention_by_positions_equals_dense_attention():
     chosen = torch.stack([query[b, :, index[b]] for b in range(2)])
     got = attend(chosen, key, value, index, scaling=0.3)
     torch.testing.assert_close(got, torch.stack([dense[b, :, index[b]] for b in range(2)]).transpose(1, 2))
-    padding = torch.tensor([[False, False, True], [False, True, True]])
-    got = attend(
-        chosen, key[:, :, :3], value[:, :, :3], index, scaling=0.3, key_positions_BT=index, valid_BT=padding
-    )
-    assert not got[0, :2].any()
-    torch.testing.assert_close(got[0, 2], value[0, :, 2].repeat_interleave(2, 0))
     arguments = (chosen.detach().requires_grad_(), key, value)
     assert torch.autograd.gradcheck(lambda *qkv: attend(*qkv, index, scaling=0.3), arguments, fast_mode=True)
-
-
-def test_gated_has_the_gradients_of_its_formula_and_saves_its_factors():
-    torch.manual_seed(0)
-    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    torch.testing.assert_close(gated(gate, up), nn.functional.silu(gate) * up)
-    assert torch.autograd.gradcheck(gated, (gate, up))
-    with ActivationBytes() as activations:
-        out = gated(gate, up)
-        assert activations.bytes == out.nbytes
 
 
 @pytest.mark.parametrize("mode", ["detach", "eliminate"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_an_mlp_in_segments_gives_the_same_step_with_fewer_bytes(monkeypatch, mode, checkpointed):
-    monkeypatch.setattr("lemo_trainer.checkpointing.NARROW", 4)
+    monkeypatch.setattr("lemo_trainer.layers.checkpointing.NARROW", 4)
     model, inputs = lora(tiny_model(intermediate_size=256), lora_dropout=0.0), batch("left")
     if checkpointed:
         checkpointing(model.get_base_model(), reentrant=False)

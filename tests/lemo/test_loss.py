@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lemo_trainer.loss import segmented_cross_entropy, shift
+from lemo_trainer.head.loss import segmented_cross_entropy, shift
 
 B, S, C, V = 2, 37, 16, 51
 

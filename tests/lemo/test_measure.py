@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lemo_trainer.checkpointing import saving_matmuls
+from lemo_trainer.layers.checkpointing import saving_matmuls
 from lemo_trainer.measure import ActivationBytes, FlopCounter, peak_rss_bytes
 
 

@@ -8,6 +8,7 @@ import torch
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
 from lemo_trainer.measure import ActivationBytes
+from lemo_trainer.session import session_of
 
 from .tiny import CASES, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
@@ -161,7 +162,8 @@ def test_after_removal_a_wrapper_around_the_patch_runs_dense():
 def test_a_wrapper_around_an_earlier_patch_leaves_the_next_one_alone(mode):
     model, inputs = tiny_model(), batch("plain")
     config = LemoConfig(mode=mode, keep_ratio=1.0, block_size=4, loss_segment=16)
-    old = apply_lemo(model, config)
+    apply_lemo(model, config)
+    old = session_of(model)
     wanted = loss_and_gradients(model, inputs)
     patched = model.forward
     model.forward = lambda *args, **kwargs: patched(*args, **kwargs)
@@ -206,7 +208,7 @@ def test_the_report_says_what_was_kept():
     assert report.kept_share == 1.0
     model(**batch("plain"))
     assert (report.seq_len, report.kept_tokens) == (45, 21)
-    report.active = False
+    session_of(model).active = False
     model(**batch("plain"))
     assert report.kept_share == 1.0
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes, FlopCounter
-from lemo_trainer.plan import Setup, StepCost, fit, predict
+from lemo_trainer.offline.step_cost import Setup, StepCost, fit, predict
 
 from .tiny import checkpointing, lora, tiny_model
 

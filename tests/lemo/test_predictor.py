@@ -8,17 +8,19 @@ import torch
 from safetensors.torch import load_file
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
-from lemo_trainer.informativeness import allowed_blocks, map_scores, valid_tokens
-from lemo_trainer.observation import Observer
-from lemo_trainer.predictor import PatternPredictor, PatternPredictors, recall_at_kept
-from lemo_trainer.predictor_files import (
+from lemo_trainer.informativeness.predictor_files import (
     JSON_NAME,
     TENSORS_NAME,
     base_fingerprint,
     load_predictors,
     save_predictors,
 )
-from lemo_trainer.selection import select_tokens
+from lemo_trainer.informativeness.predictors import PatternPredictor, PatternPredictors, recall_at_kept
+from lemo_trainer.informativeness.scores import map_scores
+from lemo_trainer.informativeness.selection import select_tokens
+from lemo_trainer.model.masks import allowed_blocks, valid_tokens
+from lemo_trainer.offline.observation import Observer
+from lemo_trainer.session import session_of
 
 from .tiny import batch, leaving_out, lora, loss_and_gradients, tiny_model
 
@@ -104,14 +106,15 @@ def test_layers_choose_by_the_predicted_scores(tmp_path, mode, kind):
     seen = Observer(model, leaving_out(layers="all"))(inputs)[0]
     report = apply_lemo(model, leaving_out(mode, selector="predictor", predictors=str(tmp_path)))
     chosen = []
-    plan = report.plan
+    session = session_of(model)
+    plan = session.plan
 
     def spy(layer, seq_len):
         made = plan(layer, seq_len)
         object.__setattr__(made, "on_chosen", lambda index: chosen.append(index))
         return made
 
-    report.plan = spy
+    session.plan = spy
     loss_and_gradients(model, inputs)
     scores = map_scores(predictors.pooled_map(0, seen.hidden, seen.mask))
     wanted = select_tokens(scores, valid_tokens(seen.mask), plan(0, seen.hidden.shape[1]), report.config)
@@ -184,7 +187,7 @@ def truncated(folder):
     [
         (corrupt_tensors, "checksum"),
         (truncated, "checksum"),
-        (corrupt_json, "no JSON"),
+        (corrupt_json, "is not valid JSON"),
         (other_format, "format 1, got 9"),
         (without_a_field, "KeyError: 'design'"),
     ],

@@ -7,9 +7,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from lemo_trainer import LemoCallback, LemoConfig
-from lemo_trainer.observation import Observer
-from lemo_trainer.predictor_files import JSON_NAME, TENSORS_NAME, load_predictors
-from lemo_trainer.predictor_training import (
+from lemo_trainer.informativeness.predictor_files import JSON_NAME, TENSORS_NAME, load_predictors
+from lemo_trainer.offline.observation import Observer
+from lemo_trainer.offline.predictor_training import (
     STATE_NAME,
     PredictorTraining,
     measure_recall,

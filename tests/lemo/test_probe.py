@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lemo_trainer import apply_lemo, remove_lemo
-from lemo_trainer.architectures import ARCHITECTURES
+from lemo_trainer.model.architectures import ARCHITECTURES
 
 from .tiny import (
     EXPERTS,
@@ -60,7 +60,7 @@ def test_layers_that_are_no_attention_stay_dense_and_are_named(caplog):
     assert report.patched_layers == (1, 2)
     assert "layers 0 stay dense (Lfm2DecoderLayer, none of whose parts " in str(report)
     assert "conv (Lfm2ShortConv)" in caplog.text
-    assert conv._lemo_layer is None
+    assert conv._lemo_forward is None
     remove_lemo(model)
     with pytest.raises(ValueError, match=r"`layers` must name a layer that can .*got \(0,\).*Lfm2ShortConv"):
         apply_lemo(model, leaving_out(layers=(0,)))

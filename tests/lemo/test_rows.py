@@ -2,13 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from lemo_trainer.rows import (
-    other_positions,
-    take_arguments,
-    take_heads,
-    take_mask,
-    take_queries,
-)
+from lemo_trainer.model.rows import other_positions, take_arguments, take_heads, take_mask, take_queries
 
 
 def test_masks_keep_the_chosen_rows_and_columns():

@@ -8,8 +8,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.informativeness.selectors import selector_for
+from lemo_trainer.layers.segments import choose_segments
 from lemo_trainer.measure import ActivationBytes
-from lemo_trainer.segments import choose_segments
 
 from .tiny import CASES, KINDS, assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
@@ -118,7 +119,7 @@ def test_segments_without_gradient_count_in_the_loss_only():
 @pytest.mark.parametrize("selector", ["random", "recency"])
 def test_choice_of_segments(selector, keep, wanted):
     config = dataclasses.replace(CONFIG, selector=selector, keep_ratio=keep)
-    chosen = choose_segments(75, config, keep)
+    chosen = choose_segments(75, selector_for(config), keep)
     assert (len(chosen), sum(chosen)) == (5, wanted)
     assert selector == "random" or chosen == sorted(chosen)
 

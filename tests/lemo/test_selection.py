@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lemo_trainer import LemoConfig
-from lemo_trainer.selection import BlockPlan, cheap_scores, select_tokens
+from lemo_trainer.informativeness.selection import BlockPlan, select_tokens
 
 UNPROTECTED = LemoConfig(sink_blocks=0, recent_blocks=0)
 
@@ -82,14 +82,3 @@ def test_a_threshold_keeps_what_the_sample_with_the_most_needs():
 def test_nan_scores_are_an_error():
     with pytest.raises(ValueError, match="NaN"):
         select_tokens(torch.tensor([[0.0, torch.nan]]), None, BlockPlan(2, 1, 0, 4), UNPROTECTED)
-
-
-def test_cheap_scores_rank_by_norm_by_place_and_by_chance():
-    plan = BlockPlan(4, 2, 1, 2)
-    x = torch.tensor([3.0, 3, 9, 0, 1, 1, 4, 4, 7]).view(1, 9, 1)
-    valid = torch.ones(1, 9, dtype=torch.bool)
-    valid[:, 6:8] = False
-    assert cheap_scores("norm", x, None, plan).tolist() == [[3, 4.5, 1, 4]]
-    assert cheap_scores("norm", x, valid, plan).tolist() == [[3, 4.5, 1, 0]]
-    assert cheap_scores("recency", x, None, plan).tolist() == [[0, 1, 2, 3]]
-    assert cheap_scores("random", x, None, plan).tolist() != cheap_scores("random", x, None, plan).tolist()

@@ -6,8 +6,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lemo_trainer import LemoConfig, apply_lemo
-from lemo_trainer.rows import flat_rows
-from lemo_trainer.stream import Streams
+from lemo_trainer.layers.stream import Streams
+from lemo_trainer.model.rows import flat_rows
 
 from .tiny import batch, lora, loss_and_gradients, tiny_model
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
-from lemo_trainer.budget import Budget
-from lemo_trainer.thresholds import search_thresholds
+from lemo_trainer.offline.budget import Budget
+from lemo_trainer.offline.thresholds import search_thresholds
 
 from .tiny import batch, tiny_model
 

@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lemo_trainer import LemoCallback, LemoConfig, apply_lemo, remove_lemo
-from lemo_trainer.recipe import checkpointing_argument
+from lemo_trainer.compat import checkpointing_argument
 
 from .tiny import VOCAB, assert_same_step, lora, loss_and_gradients, tiny_model
 from .training import losses, samples, trainer_for, training_arguments
@@ -197,7 +197,7 @@ def test_sft_trainer(tmp_path, packing):
 @pytest.mark.parametrize("config", [LemoConfig(mode="segments"), LemoConfig(label_weights="kept")])
 def test_sft_trainer_refuses_losses_of_lemo_before_a_step(tmp_path, config):
     trainer = sft_trainer(tmp_path, config)
-    with pytest.raises(ValueError, match="TRL makes its own"):
+    with pytest.raises(ValueError, match="compute the loss, and so does TRL"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lemo_trainer import LemoConfig
-from lemo_trainer.architectures import ARCHITECTURES
+from lemo_trainer.model.architectures import ARCHITECTURES
 
 VOCAB = 97
 MODES = ("detach", "eliminate")

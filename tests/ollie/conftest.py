@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ollie_compile import plan
+from ollie_compile import backend
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def fresh(tmp_path, monkeypatch):
     """No graph of an earlier run answers from Inductor's caches: the pass must run."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
-    plan.reset()
+    backend.CONTEXT.reset()
     yield
     torch.compiler.reset()
 
@@ -35,7 +35,7 @@ def always_rewrite(monkeypatch):
     def bound(program, *arguments, **named):
         return 1e-12 * sum(1 for _ in program.scope.scopes())
 
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", bound)
 
 
 @pytest.fixture
@@ -56,3 +56,4 @@ def uncompiled(monkeypatch):
         return original(gm, example_inputs, inner_compile=inner_compile, **named)
 
     monkeypatch.setattr(compile_fx, "compile_fx", compile_graph)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", run)  # of graphs that are frozen

@@ -107,7 +107,7 @@ def check(kernels, device: str) -> None:
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-    from ollie_compile import triton_kernels
+    from ollie_compile.kernels import triton_kernels
 
     check(triton_kernels, "cpu")
     zeros = torch.zeros(1, 2, 3, dtype=torch.float64)

@@ -9,7 +9,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from ollie_compile.expr import Affine, Input, Loop, Read, Scope, parse, quotient, remainder
-from ollie_compile.operators import Convolution, Layout
+from ollie_compile.problems.operators import Convolution, Layout
 
 
 def operator(x: torch.Tensor, weight: torch.Tensor, **settings: Any) -> Convolution:

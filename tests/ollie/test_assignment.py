@@ -4,7 +4,7 @@ import pytest
 
 from ollie_compile import lift
 from ollie_compile.expr import Input, canonical, parse_assignment
-from ollie_compile.verify import check_derivation
+from ollie_compile.search.proof import check_derivation
 
 TENSORS = {
     "A": Input("A", (2, 4, 6)),

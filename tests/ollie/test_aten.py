@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ollie_compile.expr import Input, evaluate
 from ollie_compile.lift.aten import UnliftableError, lift_node
 from ollie_compile.lift.products import elementwise
-from ollie_compile.lower import is_lowerable, programs
+from ollie_compile.lower.layouts import is_lowerable, programs
 
 X, Y, V = torch.randn(2, 6, 7), torch.randn(2, 7, 5), torch.randn(6)
 I1, I2, I3 = torch.randn(2, 4, 9), torch.randn(2, 4, 7, 6), torch.randn(1, 2, 4, 5, 3)

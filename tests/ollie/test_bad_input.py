@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import plan
 from ollie_compile.backend import compile_with
-from ollie_compile.report import Report
+from ollie_compile.plan import candidates
+from ollie_compile.report.report import Report
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
 
@@ -120,7 +120,7 @@ def test_hooks_run_forward_and_backward():
 @pytest.mark.parametrize("crashes", [False, True])
 def test_float64_convolutions_with_freezing(monkeypatch, crashes):
     if crashes:
-        monkeypatch.setattr("torch._inductor.freezing.freeze", lambda *_: 1 / 0)
+        monkeypatch.setattr("ollie_compile.compat.freezing.freeze", lambda *_: 1 / 0)
     net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double().eval(), X.double()
     run, report = compiled(net, freeze=True)
     with torch.no_grad():
@@ -196,9 +196,9 @@ def test_inputs_with_gaps_or_overlaps_are_frozen(x):
 
 
 def test_a_frozen_graph_that_differs_is_said(monkeypatch):
-    from ollie_compile import freezing
+    from ollie_compile.graph import comparing
 
-    monkeypatch.setattr(freezing, "LIMIT", -1.0)
+    monkeypatch.setattr(comparing, "LIMIT", -1.0)
     net, x, report = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), X, Report()
     options = {**QUICK, "freeze": True}
     run = torch.compile(net, backend=lambda *graph: compile_with(*graph, report, options=options))
@@ -211,8 +211,8 @@ def test_out_of_memory_while_measuring_keeps_the_original(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("no memory is left")
 
-    monkeypatch.setattr("ollie_compile.tune.measure", full)
-    monkeypatch.setattr("ollie_compile.tune.compiled", lambda *_, **__: lambda: None)
+    monkeypatch.setattr("ollie_compile.measure.timing.measure", full)
+    monkeypatch.setattr("ollie_compile.measure.calls.compiled", lambda *_, **__: lambda: None)
     run, report = compiled(lambda x: torch.conv2d(x, K), tune="measure")
     with torch.no_grad():
         torch.testing.assert_close(run(X), torch.conv2d(X, K))
@@ -221,6 +221,6 @@ def test_out_of_memory_while_measuring_keeps_the_original(monkeypatch):
 
 
 def test_a_budget_of_0_searches_nothing(monkeypatch):
-    monkeypatch.setattr("ollie_compile.choice.search", lambda *_, **__: pytest.fail("a search began"))
+    monkeypatch.setattr("ollie_compile.plan.preparing.search", lambda *_, **__: pytest.fail("a search began"))
     report = ollie_compile.explain(nn.Conv2d(3, 4, 3), X, budget_s=0)
-    assert [made.reason for _, made in report.plans] == [plan.OUT_OF_TIME]
+    assert [made.reason for _, made in report.plans] == [candidates.OUT_OF_TIME]

@@ -57,7 +57,10 @@ def test_explain_takes_functions_and_hugging_face_folders(recipe, tmp_path, monk
         (["no.such.module:f", "--input-shape", "1"], "The model 'no.such.module:f' names no module"),
         (["torch.nn:Conv2d", "--input-shape", "1"], "it failed: "),
         (["torch.nn:Conv2d"], "`input_shape` must be given for torch.nn:Conv2d"),
-        (["no/such/model"], "The model 'no/such/model' is none: give a recipe"),
+        (
+            ["no/such/model"],
+            "'no/such/model' is not a recipe, a function, or a Hugging Face model: give a recipe",
+        ),
         (["RECIPE", "--mode", "fast"], "`mode` must be one of default"),
         (["RECIPE", "--input-shape", "1x3x6x6"], "for an input of shape [1, 3, 6, 6]; it failed: "),
         (["RECIPE", "--input-shape", "1x-1x6x6"], "`input_shape` must look like 1x3x224x224, got '1x-1x6x6'"),

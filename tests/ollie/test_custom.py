@@ -5,11 +5,12 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch._functorch._aot_autograd.descriptors import PlainAOTOutput, TangentAOTInput
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ollie_compile
-from ollie_compile import plan
-from ollie_compile.passes import DerivationPass
+from ollie_compile import backend
+from ollie_compile.graph.derivation_pass import DerivationPass
 from tests.ollie.test_subprograms import QUICK, derive, equal
 
 A, B = torch.randn(2, 4, 6), torch.randn(2, 6, 5)
@@ -56,10 +57,10 @@ def _cheap(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     monkeypatch.setattr(
-        "ollie_compile.cost.bound_seconds",
+        "ollie_compile.measure.bounds.bound_seconds",
         lambda program, *_, **__: 1e-12 * sum(1 for _ in program.scope.scopes()),
     )
-    monkeypatch.setattr("ollie_compile.plan._plans", {})
+    monkeypatch.setattr(backend.CONTEXT, "plans", {})
 
 
 def test_eager_calls_run_the_function():
@@ -86,7 +87,7 @@ def test_torch_compile_finds_them():
     compiled = torch.compile(lambda a, b: product(a, b), backend="ollie", options=QUICK, dynamic=False)
     with torch.no_grad():
         torch.testing.assert_close(compiled(A, B), A @ B)
-    (made,) = plan._plans.values()
+    (made,) = backend.CONTEXT.plans.values()
     assert made.winner is not None
 
 
@@ -112,7 +113,7 @@ def test_the_same_notation_of_another_function_is_another_operator():
 
 
 def test_what_loses_is_left(monkeypatch):
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_: 1.0)
     report, graph, got, want = derive(Calls(product), A, B)
     assert report.rewritten == 0
     assert "ollie_user.product" in str(graph)
@@ -162,9 +163,11 @@ def test_gradients_are_the_users():
 
 
 def test_training_graphs_keep_them():
-    traced = make_fx(lambda a, b, tangents: (product(a, b), tangents.exp()))(A, B, A)
+    traced = make_fx(lambda a, b, gradient: (product(a, b), gradient.exp()))(A, B, A)
+    *_, gradient = traced.graph.find_nodes(op="placeholder")
+    gradient.meta["desc"] = TangentAOTInput(PlainAOTOutput(0))  # as AOTAutograd describes it
     report = ollie_compile.Report()
-    DerivationPass(ollie_compile.OllieConfig(**QUICK), report, [])(traced.graph)
+    DerivationPass(ollie_compile.OllieConfig(**QUICK), report, backend.CONTEXT, [])(traced.graph)
     assert report.untouched == [("product", "gradients are computed")]
     assert report.others == {"aten.exp.default": 1}
 

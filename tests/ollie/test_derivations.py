@@ -9,8 +9,8 @@ from ollie_compile import lift
 from ollie_compile.expr import Input, Scope, parse
 from ollie_compile.rules.bilinear import TILES
 from ollie_compile.rules.cook_toom import LARGEST, matrices
-from ollie_compile.search import search
-from ollie_compile.verify import check_derivation
+from ollie_compile.search.hybrid import search
+from ollie_compile.search.proof import check_derivation
 
 CASES = yaml.safe_load(Path(__file__).with_name("derivations.yaml").read_text())
 CONSTANTS = {

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import dynamic, plan, polynomials, saved
+from ollie_compile import backend
 from ollie_compile.backend import compile_with
-from ollie_compile.matching import match_matmul
-from ollie_compile.report import Report
+from ollie_compile.plan import saved
+from ollie_compile.problems import dynamic, polynomials
+from ollie_compile.report.report import Report
+from ollie_compile.targets.matmul import match_matmul
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
 
@@ -24,7 +26,7 @@ def products_first(monkeypatch):
     def bound(program, *arguments, **named):
         return 1e-12 * sum(1 for scope in program.scope.scopes() if match_matmul(scope)) or 1.0
 
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", bound)
 
 
 def compiled(net):
@@ -62,7 +64,7 @@ def test_one_graph_serves_batches_and_images_of_many_sizes(net):
 def test_bilinear_forms_serve_all_batches(monkeypatch):
     """Their tiles round sizes of images up, but not the batch."""
     monkeypatch.setattr(
-        "ollie_compile.cost.bound_seconds",
+        "ollie_compile.measure.bounds.bound_seconds",
         lambda program, *_, **__: 1e-12 if program.scope.constants() else 1.0,
     )
     report = Report()
@@ -114,10 +116,10 @@ def test_later_compilations_search_no_more(net, shape, other, monkeypatch, tmp_p
     for again in ("first", "in this process", "in another process"):
         torch._dynamo.reset()
         if again != "first":
-            for search in ("choice.search", "dynamic.derive"):
+            for search in ("plan.preparing.search", "problems.dynamic.derive"):
                 monkeypatch.setattr(f"ollie_compile.{search}", lambda *_, **__: pytest.fail("a search began"))
         if again == "in another process":
-            plan.reset()
+            backend.CONTEXT.reset()
             dynamic._families.cache_clear()
         run, report, _ = compiled(net)
         with torch.no_grad():
@@ -130,14 +132,56 @@ def test_later_compilations_search_no_more(net, shape, other, monkeypatch, tmp_p
 
 def test_calls_as_plain_data_are_the_calls():
     def function(x):
-        return torch.zeros(4, dtype=torch.float64, device="cpu") + x.to(memory_format=torch.contiguous_format)
+        filled = torch.full((4, 1), 2.0, dtype=torch.float64, device="cpu")
+        first, _ = x.split([2, 2])
+        return filled + first.clone(memory_format=torch.contiguous_format)
 
     made = polynomials.record(function, lambda: [torch.empty(4)])
     plain = json.loads(json.dumps(made.plain()))
     assert polynomials.Calls.of(plain) == made
-    plain["calls"][0][0] = "aten.add_.Tensor"
-    with pytest.raises(ValueError, match=r"it calls aten\.add_\.Tensor"):
+    (got,) = polynomials.Calls.of(plain)((), torch.ones(4))
+    torch.testing.assert_close(got, torch.full((4, 2), 3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda call: ["aten.add_.Tensor", *call[1:]], "must be of operators that lowering emits"),
+        (lambda call: ["aten.from_file.default", ["/etc/passwd"], {}], "lowering emits, got 'aten.from_file"),
+        (lambda call: [["aten.mm.default"], *call[1:]], "must be of operators that lowering emits"),
+        (lambda call: [call[0], {"value": 0}, {}], "must be a list and a mapping"),
+        (lambda call: [call[0], [{"value": -1}], {}], "a count must be a whole number, 0 or more, got -1"),
+        (lambda call: [call[0], [{"value": True}], {}], "a count must be a whole number"),
+        (lambda call: [call[0], [{"torch": "torch.load"}], {}], "an argument must be a number"),
+        (lambda call: [call[0], [{"device": "meta"}], {}], "an argument must be a number"),
+        (lambda call: [call[0], [{"terms": [[1, [99]]]}], {}], "an exponent must be 8 or less, got 99"),
+        (
+            lambda call: [call[0], [{"terms": [[1.5, [1]]]}], {}],
+            "a coefficient must be a whole number, got 1.5",
+        ),
+        (lambda call: [call[0], [2**70], {}], "an argument must be a number"),
+        (lambda call: [call[0], [float("nan")], {}], "an argument must be a number"),
+    ],
+)
+def test_calls_that_lowering_does_not_emit_are_refused(change, match):
+    made = polynomials.record(lambda x: x.view(2, 2), lambda: [torch.empty(4)])
+    plain = json.loads(json.dumps(made.plain()))
+    plain["calls"] = [change(plain["calls"][0])]
+    with pytest.raises(ValueError, match=match):
         polynomials.Calls.of(plain)
+
+
+def test_strides_that_leave_a_tensor_are_refused():
+    made = polynomials.record(
+        lambda x: torch.as_strided(x, (4, 1), (1, 7)), lambda: [torch.empty(4, 1)]
+    )  # along a dimension of size 1 any stride will do
+    (got,) = made((), torch.ones(4, 1))
+    assert got.stride() == (1, 7)
+    plain = made.plain()
+    for arguments in ([[4, 1], [5, 1]], [[8, 1], [1, 7]], [[4, 1], [1, 7], 3]):
+        plain["calls"][0][1] = [{"value": 0}, *arguments]
+        with pytest.raises(ValueError, match="as_strided must keep the layout"):
+            polynomials.Calls.of(plain)((), torch.ones(4, 1))
 
 
 def test_polynomials_fit_products_of_sizes_and_refuse_quotients():

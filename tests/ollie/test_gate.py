@@ -1,14 +1,19 @@
 """The choice between a rewritten graph, Inductor's and eager torch."""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import freezing, gate, plan, store
+from ollie_compile import backend, store
+from ollie_compile.compat import freezing as inductor
+from ollie_compile.graph import gate
+from ollie_compile.graph.comparing import copied, copies
+from ollie_compile.measure.machine import Machine
+from ollie_compile.plan.candidates import Plan
+from ollie_compile.plan.planner import Planner
 
 OPTIONS = {"margin": 0.0, "candidates": 1, "budget_s": 1e6}
 pytestmark = pytest.mark.usefixtures("fresh", "uncompiled")
@@ -19,15 +24,17 @@ def seconds(monkeypatch):
     """What is measured: of whole graphs the given seconds, of operators that candidates win."""
     given = {}
 
-    def measured(built, inputs):
+    def measured(built, inputs, machine):
         assert all(torch.is_tensor(value) for value in inputs)
         for call in built.values():
-            call(*map(freezing.real, inputs))
+            call(*copies(inputs))
         return {which: given[which] for which in built}
 
     monkeypatch.setattr(gate, "_measured", measured)
-    monkeypatch.setattr("ollie_compile.tune.measure", lambda calls, stop: [*range(1, len(calls)), 100.0])
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e-12)
+    monkeypatch.setattr(
+        "ollie_compile.measure.timing.measure", lambda calls, *_: [*range(1, len(calls)), 100.0]
+    )
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_, **__: 1e-12)
     return given
 
 
@@ -68,7 +75,7 @@ def test_the_fastest_graph_stays(seconds, times, chosen):
 
 def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
     monkeypatch.setenv(store.FOLDER, str(tmp_path / "plans"))
-    plan.reset()
+    backend.CONTEXT.reset()
     seconds |= {
         gate.REWRITTEN: 2.0,
         gate.INDUCTOR: 1.0,
@@ -78,14 +85,14 @@ def test_the_choice_is_kept_on_disk(seconds, tmp_path, monkeypatch):
     net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
     ollie_compile.explain(net, x, **OPTIONS)
     seconds.clear()  # what is measured now fails
-    plan.reset()
+    backend.CONTEXT.reset()
     report = ollie_compile.explain(net, x, **OPTIONS)
     assert report.notes[-1].endswith("chosen: Inductor")
     assert not report.plans
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options=OPTIONS, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
-    plan.reset()
+    backend.CONTEXT.reset()
 
 
 def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeypatch):
@@ -99,7 +106,7 @@ def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeyp
         return call
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiled)
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e12)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_, **__: 1e12)
     seconds |= {gate.INDUCTOR: 1.0, gate.EAGER: 2.0, gate.INDUCTOR + gate.CONTIGUOUS: 3.0}
     net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
     report = ollie_compile.explain(net, x, **OPTIONS | {"budget_s": gate.LONG_S - 1})
@@ -111,13 +118,17 @@ def test_a_graph_in_which_nothing_is_rewritten_is_compiled_once(seconds, monkeyp
 def test_the_default_budget_is_what_inductor_takes(monkeypatch):
     planned = []
     clock = iter([100.0, 108.0])
-    monkeypatch.setattr(gate, "time", SimpleNamespace(perf_counter=lambda: next(clock, 108.0)))
 
-    def make(operators, config, budget_s, stop):
-        planned.append(config)
-        return {operator: plan.Plan(operator, budget_s) for operator in operators}
+    class Slow(Machine):
+        def now(self):
+            return next(clock, 108.0)
 
-    monkeypatch.setattr(plan, "_make", make)
+    def make(self, operators, deadline):
+        planned.append(self.config)
+        return {operator: Plan(operator, self.budget_s) for operator in operators}
+
+    monkeypatch.setattr(backend.CONTEXT, "machine", Slow())
+    monkeypatch.setattr(Planner, "make", make)
     ollie_compile.explain(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()).eval(), torch.randn(1, 2, 6, 6))
     assert [config.budget_s for config in planned] == [pytest.approx((1 - gate.AGAIN) * 8.0)]
 
@@ -137,11 +148,11 @@ def test_copies_say_where_their_inputs_are_from():
     """Without that a warm start, which compiles Dynamo's graph, finds nothing in Inductor's cache."""
     graphs = []
 
-    def backend(gm, inputs):
-        graphs.extend((gm, freezing.copied(gm)))
+    def compiled(gm, inputs):
+        graphs.extend((gm, copied(gm)))
         return gm
 
-    torch.compile(nn.Linear(2, 3), backend=backend)(torch.randn(1, 2))
+    torch.compile(nn.Linear(2, 3), backend=compiled)(torch.randn(1, 2))
     known, made = ([node._dynamo_source for node in gm.graph.find_nodes(op="placeholder")] for gm in graphs)
     assert len(known) == 3
     assert made == known
@@ -150,24 +161,25 @@ def test_copies_say_where_their_inputs_are_from():
 
 def test_frozen_parameters_leave_the_graph_and_inputs_stay(monkeypatch):
     """Dynamo's own graph keeps its inputs, for it passes them by that graph."""
-    from ollie_compile import freezing
+    seen, graphs = [], []
 
-    seen = []
+    def freeze(gm, inputs, weights, *more):
+        kept, layout = original(gm, inputs, weights, *more)
+        seen.append((len(inputs), len(kept)))
+        return kept, layout
 
-    def hold(gm, inputs):
-        before = len(gm.graph.find_nodes(op="placeholder"))
-        held, left, of_all = original(gm, inputs)
-        seen.append((before, len(gm.graph.find_nodes(op="placeholder")), len(left)))
-        return held, left, of_all
+    def compiled(gm, inputs):
+        graphs.append(gm)
+        return backend.ollie(gm, inputs, options={"budget_s": 0, "freeze": True})
 
-    original = freezing.hold
-    monkeypatch.setattr(freezing, "hold", hold)
+    original = inductor.freeze
+    monkeypatch.setattr(inductor, "freeze", freeze)
     net, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
-    options = {"budget_s": 0, "freeze": True}
     with torch.no_grad():
-        got = torch.compile(net, backend="ollie", options=options, dynamic=False)(x)
+        got = torch.compile(net, backend=compiled, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
-    assert seen == [(3, 3, 1)]
+    assert seen == [(3, 1)]
+    assert [len(gm.graph.find_nodes(op="placeholder")) for gm in graphs] == [3]
 
 
 @pytest.mark.parametrize("rows", [1, gate.FEW_ROWS + 1])

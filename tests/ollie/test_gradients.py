@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from ollie_compile import gradients
 from ollie_compile.backend import compile_with
-from ollie_compile.gradients import Gradient
-from ollie_compile.lower import programs
-from ollie_compile.numeric import check_program
-from ollie_compile.report import Report
-from ollie_compile.search import search
-from ollie_compile.verify import check_notation
+from ollie_compile.lower.layouts import programs
+from ollie_compile.plan.checks import check_notation, check_program
+from ollie_compile.problems import gradients
+from ollie_compile.problems.gradients import Gradient
+from ollie_compile.report.report import Report
+from ollie_compile.search.hybrid import search
 from tests.ollie.strategies import operator
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}

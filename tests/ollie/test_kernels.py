@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from ollie_compile import kernels
+from ollie_compile.kernels import library
 from tests.ollie import kernel_cases
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_kernels_of_cpus_equal_torch(threads):
     with kernel_cases.threads_set(threads):
-        kernel_cases.check(kernels, "cpu")
+        kernel_cases.check(library, "cpu")
 
 
 def test_triton_kernels_equal_torch_under_the_interpreter():
@@ -29,7 +29,7 @@ def test_triton_kernels_equal_torch_under_the_interpreter():
 
 @pytest.mark.gpu
 def test_triton_kernels_equal_torch_on_a_gpu():
-    from ollie_compile import triton_kernels
+    from ollie_compile.kernels import triton_kernels
 
     kernel_cases.check(triton_kernels, "cuda")
 
@@ -37,10 +37,10 @@ def test_triton_kernels_equal_torch_on_a_gpu():
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [
-        (kernels.selective_add, (torch.randn(2, 3, 4, 4, 5, 3), [9, 7], [2, 2], [1, 1], [-1, -1])),
-        (kernels.banded_scores, (torch.randn(2, 7, 4), torch.randn(2, 9, 4), 3, 2, -2)),
-        (kernels.banded_values, (torch.randn(2, 7, 3), torch.randn(2, 9, 4), 2, -2)),
-        (kernels.fold, (torch.randn(2, 12, 6), [4, 3], [2, 2], [1, 1], [1, 1])),
+        (library.selective_add, (torch.randn(2, 3, 4, 4, 5, 3), [9, 7], [2, 2], [1, 1], [-1, -1])),
+        (library.banded_scores, (torch.randn(2, 7, 4), torch.randn(2, 9, 4), 3, 2, -2)),
+        (library.banded_values, (torch.randn(2, 7, 3), torch.randn(2, 9, 4), 2, -2)),
+        (library.fold, (torch.randn(2, 12, 6), [4, 3], [2, 2], [1, 1], [1, 1])),
     ],
     ids=["selective_add", "banded_scores", "banded_values", "fold"],
 )

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import cost, libraries, tune
+from ollie_compile.measure import products, timing
+from ollie_compile.measure.profile import Profile
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -17,13 +18,13 @@ def prefer(monkeypatch):
     def choose(wanted):
         asked = []
 
-        def fastest(offered, kept, margin, what):
+        def fastest(offered, kept, margin, what, profile):
             for call in offered.values():
                 assert torch.is_tensor(call())
             asked.append(tuple(offered))
             return wanted if wanted in offered else kept
 
-        monkeypatch.setattr(libraries, "_fastest", fastest)
+        monkeypatch.setattr(products, "fastest", fastest)
         return asked
 
     return choose
@@ -35,7 +36,7 @@ def _net(bias=True):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("wanted", [libraries.PACKED, libraries.ONEDNN_PACKED, libraries.PLAIN])
+@pytest.mark.parametrize("wanted", [products.PACKED, products.ONEDNN_PACKED, products.PLAIN])
 def test_frozen_products_move(prefer, wanted, bias):
     asked = prefer(wanted)
     net, x = _net(bias).eval(), torch.randn(6, 24)
@@ -43,15 +44,15 @@ def test_frozen_products_move(prefer, wanted, bias):
         options = {"freeze": True, "budget_s": 1}
         got = torch.compile(net, backend="ollie", options=options, fullgraph=True)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
-    assert (libraries.PACKED, libraries.ONEDNN_PACKED, libraries.PLAIN) in asked
+    assert (products.PACKED, products.ONEDNN_PACKED, products.PLAIN) in asked
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_other_products_move_and_the_report_says_so(prefer, bias):
-    asked = prefer(libraries.ONEDNN)
+    asked = prefer(products.ONEDNN)
     net, x = _net(bias).eval(), torch.randn(6, 24)
     report = ollie_compile.explain(net, x, budget_s=1)
-    assert asked == [(libraries.PLAIN, libraries.ONEDNN)] * 2
+    assert asked == [(products.PLAIN, products.ONEDNN)] * 2
     assert any(note.startswith("products are computed by oneDNN") for note in report.notes)
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options={"budget_s": 1})(x)
@@ -59,7 +60,7 @@ def test_other_products_move_and_the_report_says_so(prefer, bias):
 
 
 def test_gradients_flow_through_moved_products(prefer):
-    asked = prefer(libraries.ONEDNN)
+    asked = prefer(products.ONEDNN)
     net, x = _net(), torch.randn(6, 24)
     wanted = torch.autograd.grad(net(x).square().sum(), [*net.parameters()])
     compiled = torch.compile(net, backend="ollie", options={"budget_s": 1})
@@ -72,7 +73,7 @@ def test_gradients_flow_through_moved_products(prefer):
     "options", [{"budget_s": 0}, {"tune": "model"}, {"post_grad_custom_pre_pass": lambda graph: None}]
 )
 def test_nothing_moves_where_nothing_is_measured_and_users_passes_stay(prefer, options):
-    asked = prefer(libraries.ONEDNN)
+    asked = prefer(products.ONEDNN)
     net, x = _net().eval(), torch.randn(6, 24)
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options=options)(x)
@@ -86,7 +87,7 @@ def test_nothing_moves_where_nothing_is_measured_and_users_passes_stay(prefer, o
     ids=["dynamic shapes", "float64"],
 )
 def test_other_shapes_and_dtypes_stay(prefer, x, dynamic):
-    asked = prefer(libraries.ONEDNN)
+    asked = prefer(products.ONEDNN)
     net = _net().eval().to(x.dtype)
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options={"budget_s": 1}, dynamic=dynamic)(x)
@@ -95,14 +96,13 @@ def test_other_shapes_and_dtypes_stay(prefer, x, dynamic):
 
 
 def test_a_library_must_win_by_the_margin_and_is_measured_once(monkeypatch):
-    monkeypatch.setattr(cost.profile, "known", {})
-    monkeypatch.setattr(cost.profile, "changed", set())
+    profile = Profile()
     times = iter([[1.0, 0.97], [1.0, 0.9]])
-    monkeypatch.setattr(tune, "measure", lambda calls, stop: next(times))
-    offered = {libraries.PLAIN: int, libraries.ONEDNN: int}
+    monkeypatch.setattr(timing, "measure", lambda calls, deadline: next(times))
+    offered = {products.PLAIN: int, products.ONEDNN: int}
     for _ in range(2):
-        assert libraries._fastest(offered, libraries.PLAIN, 0.05, "near") == libraries.PLAIN
-        assert libraries._fastest(offered, libraries.PLAIN, 0.05, "far") == libraries.ONEDNN
+        assert products.fastest(offered, products.PLAIN, 0.05, "near", profile) == products.PLAIN
+        assert products.fastest(offered, products.PLAIN, 0.05, "far", profile) == products.ONEDNN
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(5)])
@@ -127,7 +127,7 @@ def test_a_product_that_cannot_be_measured_stays(monkeypatch, caplog):
     def full(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(libraries, "_fastest", full)
+    monkeypatch.setattr(products, "fastest", full)
     net, x = _net().eval(), torch.randn(6, 24)
     with torch.no_grad():
         got = torch.compile(net, backend="ollie", options={"budget_s": 1})(x)

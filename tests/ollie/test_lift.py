@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from ollie_compile import lift
 from ollie_compile.expr import Input, evaluate
-from ollie_compile.lower import is_lowerable, programs
-from ollie_compile.verify import PRIME
+from ollie_compile.lower.layouts import is_lowerable, programs
+from ollie_compile.search.proof import PRIME
 
 CPU = torch.device("cpu")
 X, Y, Z = (Input(name, shape) for name, shape in (("X", (2, 3, 6, 4)), ("Y", (2, 3, 4, 5)), ("Z", (3, 4, 5))))

@@ -4,11 +4,13 @@ import torch
 from hypothesis import example, given, settings
 
 from ollie_compile import lift
-from ollie_compile.eoperators import match_banded, match_selective_add
 from ollie_compile.expr import Input, evaluate
-from ollie_compile.lower import Program, is_lowerable, programs, with_kernels
-from ollie_compile.numeric import check_program, rounding_error
-from ollie_compile.search import search
+from ollie_compile.lower.layouts import is_lowerable, programs, with_kernels
+from ollie_compile.lower.lowering import Program
+from ollie_compile.plan.checks import check_program, rounding_error
+from ollie_compile.search.hybrid import search
+from ollie_compile.targets.banded import match_banded
+from ollie_compile.targets.selective_add import match_selective_add
 from tests.ollie.strategies import convolutions, operator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # naming a device needs none

@@ -3,11 +3,11 @@
 import pytest
 
 from ollie_compile import lift
-from ollie_compile.convolutions import match_convolution
-from ollie_compile.eoperators import match_banded
 from ollie_compile.expr import Input, parse
-from ollie_compile.matching import OUTPUT, Matmul, mapping_table, match_matmul
-from ollie_compile.search import search
+from ollie_compile.search.hybrid import search
+from ollie_compile.targets.banded import match_banded
+from ollie_compile.targets.convolutions import match_convolution
+from ollie_compile.targets.matmul import OUTPUT, Matmul, mapping_table, match_matmul
 
 TENSORS = {
     name: Input(name, shape)

@@ -8,16 +8,17 @@ import torch
 from torch.library import opcheck
 from torch.nn import functional
 
-from ollie_compile import bilinear_kernels, kernels
-from ollie_compile.bilinear import match_bilinear
 from ollie_compile.expr import Constant, Input, parse
-from ollie_compile.lower import Program, programs
-from ollie_compile.matrices import match_transform
-from ollie_compile.numeric import check_program, rounding_error
+from ollie_compile.kernels import cpp_bilinear, library
+from ollie_compile.lower.layouts import programs
+from ollie_compile.lower.lowering import Program
+from ollie_compile.plan.checks import check_program, rounding_error
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import bilinear_decomposition
 from ollie_compile.rules.cook_toom import matrices
-from ollie_compile.search import search
+from ollie_compile.search.hybrid import search
+from ollie_compile.targets.bilinear import match_bilinear
+from ollie_compile.targets.transforms import match_transform
 from tests.ollie.kernel_cases import threads_set
 from tests.ollie.strategies import operator
 
@@ -103,7 +104,7 @@ def test_the_kernel_of_a_bilinear_form_is_its_sums(tiles, channels, features, th
     height, width = 2 * tiles[0] + 1, tiles[1] + 1
     x = torch.randn(3, height, width, *channels)
     weight = torch.randn(1, 3, math.prod(channels), features)
-    packed = bilinear_kernels.packed(weight)
+    packed = cpp_bilinear.packed(weight)
     # Windows of 4 by steps of 2 that begin one place outside, of 3 by steps of 1; the last row is cut off.
     out = (3, 2 * tiles[0] - 1, 2 * tiles[1], features)
     arguments = {
@@ -127,11 +128,11 @@ def test_the_kernel_of_a_bilinear_form_is_its_sums(tiles, channels, features, th
     products = torch.einsum("inpqc,icf->inpqf", moved, weight[0].double()).unflatten(0, (3, 1))
     want = torch.einsum("ka,lb,abnpqf->npkqlf", c, d, products).flatten(1, 2).flatten(2, 3)[:, : out[1]]
     with threads_set(threads):
-        got = kernels.bilinear(x, packed, **arguments)
+        got = library.bilinear(x, packed, **arguments)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
-    exact = kernels.bilinear(x.double(), packed.double(), **arguments)
+    exact = library.bilinear(x.double(), packed.double(), **arguments)
     torch.testing.assert_close(exact, want)
-    opcheck(kernels.bilinear, (x, packed), arguments, test_utils=("test_schema", "test_faketensor"))
+    opcheck(library.bilinear, (x, packed), arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -142,11 +143,11 @@ def test_the_kernel_is_the_sum_it_stands_for(dtype):
     values = [*first.flatten().tolist(), *second.flatten().tolist()]
     steps = [2 * x.stride(1), x.stride(2)]  # the first matrix takes every second plane
     arguments = (x, size, stride, 0, [1, 2], steps, values, [2, 4])
-    got = kernels.transform(*arguments)
+    got = library.transform(*arguments)
     window = x.double()[:, ::2].unfold(2, 4, 2)  # [n, j1, q, c, j2]
     want = torch.einsum("aj,bk,njqck->nabqc", first, second, window)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
-    opcheck(kernels.transform, arguments, test_utils=("test_schema", "test_faketensor"))
+    opcheck(library.transform, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_matrix_is_not_joined_with_one_below_whose_values_go_on_outside():

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import plan
+from ollie_compile import backend
 from ollie_compile.backend import compile_with
 from ollie_compile.config import OllieConfig
-from ollie_compile.operators import Convolution
-from ollie_compile.report import Report
+from ollie_compile.graph.freezing import Freezer
+from ollie_compile.plan import planner
+from ollie_compile.problems.operators import Convolution
+from ollie_compile.report.report import Report
 from tests.ollie.strategies import operator
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "max_depth": 0, "candidates": 1}
@@ -24,8 +26,8 @@ def asked(monkeypatch):
     """What Inductor is asked for; it compiles nothing."""
     patches = {}
 
-    def compile_graph(gm, example_inputs, config_patches):
-        patches.update(config_patches)
+    def compile_graph(gm, example_inputs, config_patches, inner_compile=None):
+        patches.update(config_patches, inner_compile=inner_compile)
         return gm.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_graph)
@@ -43,7 +45,8 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_are_inductors(asked, mode):
     torch.compile(nn.Linear(2, 2), backend="ollie", mode=mode, fullgraph=True)(torch.zeros(1, 2))
-    assert set(asked) == {"joint_custom_pre_pass", "post_grad_custom_pre_pass", "freezing", *MODES[mode]}
+    passes = {"joint_custom_pre_pass", "post_grad_custom_pre_pass"}
+    assert set(asked) == {*passes, "freezing", "inner_compile", *MODES[mode]}
     assert MODES[mode].items() <= asked.items()
 
 
@@ -69,7 +72,7 @@ def test_freezing_by_any_of_its_names(asked, how):
     options = {} if how == "globally" else {how: True}
     with torch.no_grad(), config.patch(freezing=how == "globally"):
         torch.compile(nn.Linear(2, 2), backend="ollie", options=options)(torch.zeros(1, 2))
-    assert asked["freezing"]
+    assert isinstance(asked["inner_compile"].__self__, Freezer)
     assert asked["joint_custom_pre_pass"].config.freeze
 
 
@@ -129,9 +132,9 @@ def test_reset_forgets_plans(always_rewrite, uncompiled):
     net, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         torch.compile(net, backend="ollie", options=QUICK)(x)
-    assert plan._plans
+    assert backend.CONTEXT.plans
     torch._dynamo.reset()
-    assert not plan._plans
+    assert not backend.CONTEXT.plans
 
 
 def test_threads_compile_and_run_side_by_side(always_rewrite, uncompiled):
@@ -176,7 +179,7 @@ def test_portable_programs_are_of_torchs_own_operators(always_rewrite):
     assert configs["joint_custom_pre_pass"].config.portable
     conv = operator(torch.zeros(1, 8, 12, 12), torch.zeros(8, 8, 3, 3), padding=1)
     for portable in (True, False):
-        made = plan.plan(conv, OllieConfig(**QUICK, portable=portable), 10.0)
+        made = planner.plan(conv, OllieConfig(**QUICK, portable=portable), 10.0, backend.CONTEXT)
         assert ({candidate.program.kernels for candidate in made.candidates} == {"aten"}) == portable
 
 

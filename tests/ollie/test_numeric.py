@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ollie_compile.lower import Program
-from ollie_compile.numeric import check_program, reproducer, rounding_error
+from ollie_compile.lower.lowering import Program
+from ollie_compile.plan.checks import check_program, reproducer, rounding_error
 from ollie_compile.rules import simplify
 from ollie_compile.rules.bilinear import bilinear_decomposition
 from tests.ollie.strategies import operator

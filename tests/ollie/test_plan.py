@@ -5,64 +5,88 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ollie_compile import choice, numeric, plan, tune
 from ollie_compile.config import OllieConfig
+from ollie_compile.measure import pace, timing
+from ollie_compile.measure.machine import Machine
+from ollie_compile.plan import candidates, checks, placing, planner, preparing
+from ollie_compile.plan.context import Context
 from tests.ollie.strategies import operator
 
 MODEL = OllieConfig(tune="model", margin=0.0, candidates=3)
 MEASURE = OllieConfig(margin=0.0, candidates=3)
 
 
-class Clock:
-    now = 0.0
+class Still(Machine):
+    """A machine whose clock stands still unless it is moved, and where every candidate seems better.
 
-    def perf_counter(self):
-        return self.now
+    Calls take 1 s, and no call is compiled unless the test says how long that takes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.clock_s = 0.0
+        self.bounding_s = 0.0
+
+    def now(self):
+        return self.clock_s
+
+    def median_seconds(self, call, *, budget_s=0.0):
+        return 1.0
+
+    def bound_seconds(self, program, dtype, device, *, limit=0.0):
+        self.clock_s += self.bounding_s
+        return 1e-12
+
+
+class Compiling(Still):
+    """Compiling takes `seconds`, and every compiled candidate is faster than the original.
+
+    The original takes 1 s; candidates that are only called take `candidate_s`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seconds, self.calls, self.candidate_s = 0.0, 0, 2.0
+        self.times = iter([1.0])
+
+    def called(self, function, inputs, constant):
+        return SimpleNamespace(operators=0)
+
+    def compiled(self, function, inputs, constant):
+        self.clock_s += self.seconds
+        self.calls += 1
+        return lambda: None
+
+    def median_seconds(self, call, *, budget_s=0.0):
+        return next(self.times, self.candidate_s)
+
+    def measure(self, calls, deadline=0.0):
+        return [*range(1, len(calls)), 100.0]
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """Stands still in planning, where every candidate seems better than the original."""
-    clock = Clock()
-    monkeypatch.setattr("ollie_compile.plan.time", clock)
-    monkeypatch.setattr("ollie_compile.choice.time", clock)
-    monkeypatch.setattr("ollie_compile.cost.median_seconds", lambda *_, **__: 1.0)
-    monkeypatch.setattr("ollie_compile.plan._plans", {})
-    monkeypatch.setattr(tune, "pace", tune.Pace())
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e-12)
-    return clock
+def context():
+    return Context(Still())
 
 
 @pytest.fixture
-def check(monkeypatch, clock):
+def check(context):
     """The check of a derivation takes `seconds`."""
     check = SimpleNamespace(seconds=0.0, calls=0)
 
-    def checked(*_):
-        clock.now += check.seconds
-        check.calls += 1
+    class Counted(checks.Checks):
+        def check_derivation(self, derived):
+            self.machine.clock_s += check.seconds
+            check.calls += 1
 
-    monkeypatch.setattr("ollie_compile.choice.check_derivation", checked)
+    context.checks = Counted
     return check
 
 
 @pytest.fixture
-def compiling(monkeypatch, clock):
-    """Compiling takes `seconds`, and every compiled candidate is faster than the original; called ones are
-    not where `called` is above its 1."""
-    compiling = SimpleNamespace(seconds=0.0, calls=0, called=2.0)
-
-    def compiled(*_, **__):
-        clock.now += compiling.seconds
-        compiling.calls += 1
-
-    times = iter([1.0])  # of the original
-
-    monkeypatch.setattr("ollie_compile.cost.median_seconds", lambda *_, **__: next(times, compiling.called))
-    monkeypatch.setattr(tune, "compiled", compiled)
-    monkeypatch.setattr(tune, "called", lambda *_, **__: SimpleNamespace(operators=0))
-    monkeypatch.setattr(tune, "measure", lambda calls, stop: [*range(1, len(calls)), 100.0])
-    return compiling
+def compiling(context):
+    context.machine = Compiling()
+    return context.machine
 
 
 def conv(dtype=torch.float32):
@@ -74,124 +98,121 @@ def rejected(made):
 
 
 @pytest.mark.parametrize("config", [MODEL, MEASURE], ids=["model", "measure"])
-def test_no_check_begins_after_the_budget(check, config):
+def test_no_check_begins_after_the_budget(context, check, config):
     check.seconds = 11.0
-    made = plan.plan(conv(), config, 10.0)
+    made = planner.plan(conv(), config, 10.0, context)
     assert check.calls == 1
-    assert set(rejected(made)) <= {plan.OUT_OF_TIME, choice.LATER, "others need fewer products"}
+    assert set(rejected(made)) <= {candidates.OUT_OF_TIME, placing.LATER, "others need fewer products"}
     assert made.winner is None
-    assert made.reason == plan.OUT_OF_TIME
+    assert made.reason == candidates.OUT_OF_TIME
 
 
-def test_a_check_that_would_not_end_in_time_does_not_begin(check):
+def test_a_check_that_would_not_end_in_time_does_not_begin(context, check):
     check.seconds = 6.0
-    made = plan.plan(conv(), MODEL, 10.0)
+    made = planner.plan(conv(), MODEL, 10.0, context)
     assert check.calls == 1
     assert made.winner is not None
     assert rejected(made).count(None) == 1
-    assert rejected(made).count(plan.OUT_OF_TIME) >= choice.MAX_BOUNDED - 1
+    assert rejected(made).count(candidates.OUT_OF_TIME) >= preparing.MAX_BOUNDED - 1
 
 
-def test_checks_leave_time_to_measure(check, compiling):
+def test_checks_leave_time_to_measure(context, check, compiling):
     check.seconds, compiling.seconds = 2.0, 1.0
-    made = plan.plan(conv(), MEASURE, 10.0)
+    made = planner.plan(conv(), MEASURE, 10.0, context)
     assert check.calls == 3
     assert compiling.calls == 3
     assert made.winner is not None
     assert made.reason == "measured fastest"
 
 
-def test_no_compilation_begins_that_would_not_end_in_time(check, compiling):
+def test_no_compilation_begins_that_would_not_end_in_time(context, check, compiling):
     compiling.seconds = 6.0
-    made = plan.plan(conv(), MEASURE, 13.0)  # the winner is compiled in its graph as well
+    made = planner.plan(conv(), MEASURE, 13.0, context)  # the winner is compiled in its graph as well
     assert compiling.calls == 1
     assert made.winner is not None
     assert made.winner.compile_s == 6.0
-    assert plan.OUT_OF_TIME in rejected(made)
+    assert candidates.OUT_OF_TIME in rejected(made)
 
 
-def test_a_winner_has_time_to_be_compiled_in_all_its_places(check, compiling):
+def test_a_winner_has_time_to_be_compiled_in_all_its_places(context, check, compiling):
     compiling.seconds = 2.0
-    made = plan.plan_all({conv(): 4}, MEASURE, 9.9)[conv()]
+    made = planner.plan_all({conv(): 4}, MEASURE, 9.9, context)[conv()]
     assert compiling.calls == 1  # nothing was known of how long it takes
     assert made.winner is None
-    assert made.reason == plan.OUT_OF_TIME
+    assert made.reason == candidates.OUT_OF_TIME
     assert not made.complete
-    assert plan.plan_all({conv(): 4}, MEASURE, 50.0)[conv()].winner is not None
+    assert planner.plan_all({conv(): 4}, MEASURE, 50.0, context)[conv()].winner is not None
 
 
-def test_what_no_compilation_can_pay_for_does_not_begin(check, compiling):
-    tune.pace.took(2.0, operators=0)
-    made = plan.plan_all({conv(): 4}, MEASURE, 9.9)[conv()]
+def test_what_no_compilation_can_pay_for_does_not_begin(context, check, compiling):
+    compiling.pace.took(2.0, operators=0)
+    made = planner.plan_all({conv(): 4}, MEASURE, 9.9, context)[conv()]
     assert compiling.calls == 0
-    assert made.reason == plan.OUT_OF_TIME
+    assert made.reason == candidates.OUT_OF_TIME
 
 
-def test_a_known_winner_is_left_out_where_it_has_too_many_places(check, compiling):
+def test_a_known_winner_is_left_out_where_it_has_too_many_places(context, check, compiling):
     compiling.seconds = 1.0
-    known = plan.plan(conv(), MEASURE, 20.0)
+    known = planner.plan(conv(), MEASURE, 20.0, context)
     assert known.complete
-    assert plan.plan_all({conv(): 20}, MEASURE, 20.0)[conv()] is known
-    assert plan.plan_all({conv(): 21}, MEASURE, 20.0)[conv()].winner is None
-    assert plan.plan_all({conv(): 1}, MEASURE, 20.0)[conv()] is known
+    assert planner.plan_all({conv(): 20}, MEASURE, 20.0, context)[conv()] is known
+    assert planner.plan_all({conv(): 21}, MEASURE, 20.0, context)[conv()].winner is None
+    assert planner.plan_all({conv(): 1}, MEASURE, 20.0, context)[conv()] is known
 
 
-def test_time_for_what_wins_is_not_given_to_other_operators(monkeypatch, check):
+def test_time_for_what_wins_is_not_given_to_other_operators(context, check):
     small, large = conv(), conv(torch.float64)
     seen = []
 
-    def decide(made, config, stop):
-        seen.append(stop)
-        made.winner = plan.Candidate(None, None, compile_s=0.5)
+    class Winning(planner.Planner):
+        def decide(self, plan, deadline):
+            seen.append(deadline)
+            plan.winner = candidates.Candidate(None, None, compile_s=0.5)
 
-    monkeypatch.setattr(choice, "decide", decide)
-    monkeypatch.setattr("ollie_compile.saved.save", lambda *_: None)
-    plan.plan_all({small: 1, large: 9}, MEASURE, 10.0)
+        def keep(self, plan):
+            pass
+
+    Winning(context, MEASURE, 10.0).plan_all({small: 1, large: 9})
     assert seen == pytest.approx([9.0, 5.5])
 
 
 def test_the_pace_of_compilations_is_that_of_earlier_ones():
-    pace = tune.Pace()
-    unknown = pace.seconds(100)
-    assert unknown == pytest.approx(tune.CANDIDATE_S + 100 * tune.OPERATOR_S)
-    pace.took(3 * unknown, operators=100)
-    assert pace.seconds(200) == pytest.approx(3 * (tune.CANDIDATE_S + 200 * tune.OPERATOR_S))
+    fresh = pace.Pace()
+    unknown = fresh.seconds(100)
+    assert unknown == pytest.approx(pace.ALONE_S + 100 * pace.OPERATOR_S)
+    fresh.took(3 * unknown, operators=100)
+    assert fresh.seconds(200) == pytest.approx(3 * (pace.ALONE_S + 200 * pace.OPERATOR_S))
 
 
-def test_what_is_faster_as_it_is_called_wins_without_time_to_compile(check, compiling):
-    compiling.seconds, compiling.called, check.seconds = 100.0, 0.5, 6.0
-    made = plan.plan(conv(), MEASURE, 10.0)
+def test_what_is_faster_as_it_is_called_wins_without_time_to_compile(context, check, compiling):
+    compiling.seconds, compiling.candidate_s, check.seconds = 100.0, 0.5, 6.0
+    made = planner.plan(conv(), MEASURE, 10.0, context)
     assert check.calls == 1
     assert compiling.calls == 0
     assert made.winner is not None
 
 
-@pytest.mark.parametrize(("step", "share"), [("prepare", plan.PREPARED), ("decide", 1.0)])
-def test_time_goes_to_operators_by_what_they_take_and_then_by_what_they_can_gain(
-    step, share, monkeypatch, check
-):
+@pytest.mark.parametrize(("step", "share"), [("prepare", planner.PREPARED), ("decide", 1.0)])
+def test_time_goes_to_operators_by_what_they_take_and_then_by_what_they_can_gain(context, step, share, check):
     small, large = conv(), conv(torch.float64)
     seen = []
-    monkeypatch.setattr(choice, step, lambda made, config, stop: seen.append((made.operator, stop)))
-    plan.plan_all({small: 1, large: 9}, MEASURE, 10.0)
+    planning = planner.Planner(context, MEASURE, 10.0)
+    setattr(planning, step, lambda plan, deadline: seen.append((plan.operator, deadline)))
+    planning.plan_all({small: 1, large: 9})
     assert [operator for operator, _ in seen] == [large, small]
-    assert [stop for _, stop in seen] == pytest.approx([9.0 * share, 10.0 * share])
+    assert [deadline for _, deadline in seen] == pytest.approx([9.0 * share, 10.0 * share])
 
 
-def test_bounds_leave_time_to_check(monkeypatch, clock, check):
-    def bound(*_, **__):
-        clock.now += 2.0
-        return 1e-12
-
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
-    made = plan.plan(conv(), MODEL, 10.0)
+def test_bounds_leave_time_to_check(context, check):
+    context.machine.bounding_s = 2.0
+    made = planner.plan(conv(), MODEL, 10.0, context)
     assert check.calls == 3
     assert made.winner is not None
-    assert plan.OUT_OF_TIME in rejected(made)
+    assert candidates.OUT_OF_TIME in rejected(made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_exact_result_is_computed_once_for_an_operator(monkeypatch, clock, dtype):
+def test_the_exact_result_is_computed_once_for_an_operator(context, monkeypatch, dtype):
     calls = []
     reference = type(conv()).reference
 
@@ -200,44 +221,45 @@ def test_the_exact_result_is_computed_once_for_an_operator(monkeypatch, clock, d
         return reference(self, *inputs)
 
     monkeypatch.setattr(type(conv()), "reference", counted)
-    made = plan.plan(conv(dtype), MODEL, 10.0)
+    made = planner.plan(conv(dtype), MODEL, 10.0, context)
     assert sum(candidate.error is not None for candidate in made.candidates) >= 3
     assert calls.count(torch.float64) == 1
 
 
 @pytest.mark.parametrize("tune", ["model", "measure"])
-def test_a_plan_cut_by_its_budget_is_kept_for_budgets_no_larger(check, compiling, tune):
+def test_a_plan_cut_by_its_budget_is_kept_for_budgets_no_larger(context, check, compiling, tune):
     config = lambda budget_s: OllieConfig(tune=tune, margin=0.0, budget_s=budget_s)  # noqa: E731
     check.seconds = 11.0
-    cut = plan.plan(conv(), config(10.0), 10.0)
+    cut = planner.plan(conv(), config(10.0), 10.0, context)
     assert not cut.complete
-    assert plan.plan(conv(), config(10.0), 10.001) is cut
-    assert plan.plan(conv(), config(1.0), 1.0) is cut
+    assert planner.plan(conv(), config(10.0), 10.001, context) is cut
+    assert planner.plan(conv(), config(1.0), 1.0, context) is cut
     assert check.calls == 1
-    better = plan.plan(conv(), config(100.0), 100.0)
+    better = planner.plan(conv(), config(100.0), 100.0, context)
     assert better.winner is not None
-    assert plan.plan(conv(), config(1.0), 1.0) is better
+    assert planner.plan(conv(), config(1.0), 1.0, context) is better
 
 
-def test_a_complete_plan_is_kept_for_any_budget_but_none(clock):
-    made = plan.plan(conv(), MODEL, 10.0)
+def test_a_complete_plan_is_kept_for_any_budget_but_none(context):
+    made = planner.plan(conv(), MODEL, 10.0, context)
     assert made.complete
-    assert plan.plan(conv(), MODEL, 1000.0) is made
+    assert planner.plan(conv(), MODEL, 1000.0, context) is made
     none = OllieConfig(tune="model", margin=0.0, candidates=3, budget_s=0)
-    assert plan.plan(conv(), none, 0.0).winner is None
-    assert plan.plan(conv(), MODEL, 10.0) is made
+    assert planner.plan(conv(), none, 0.0, context).winner is None
+    assert planner.plan(conv(), MODEL, 10.0, context) is made
 
 
-@pytest.mark.parametrize(("stop", "rounds"), [(-1.0, tune.FEWEST_ROUNDS), (float("inf"), tune.ROUNDS)])
-def test_measuring_ends_with_the_budget_after_a_few_rounds(monkeypatch, stop, rounds):
-    monkeypatch.setattr(tune, "time", Clock())
-    monkeypatch.setattr(tune, "SAMPLE_S", 0.0)  # one call a sample
+@pytest.mark.parametrize(
+    ("deadline", "rounds"), [(-1.0, timing.FEWEST_ROUNDS), (float("inf"), timing.ROUNDS)]
+)
+def test_measuring_ends_with_the_budget_after_a_few_rounds(deadline, rounds):
     calls = []
-    tune.measure([lambda: calls.append("a"), lambda: calls.append("b")], stop)
+    both = [lambda: calls.append("a"), lambda: calls.append("b")]
+    timing.measure(both, deadline, sample_s=0.0, now=lambda: 0.0)  # one call a sample
     assert calls[4:] == ["a", "b"] * rounds
 
 
 def test_an_exact_result_stands_for_the_one_that_would_be_computed():
-    exact = numeric.exact_results(conv())
+    exact = checks.exact_results(conv())
     assert [result.dtype for result in exact] == [torch.float64]
-    assert numeric.rounding_error(conv(), None, exact) == numeric.rounding_error(conv(), None)
+    assert checks.rounding_error(conv(), None, exact) == checks.rounding_error(conv(), None)

@@ -12,8 +12,8 @@ from ollie_compile.rules.bilinear import bilinear_decomposition, correlations, d
 from ollie_compile.rules.boundary import boundary_tightening
 from ollie_compile.rules.cook_toom import LARGEST, amplification, matrices
 from ollie_compile.rules.substitution import substitute
-from ollie_compile.search import search
-from ollie_compile.verify import check_derivation
+from ollie_compile.search.hybrid import search
+from ollie_compile.search.proof import check_derivation
 from tests.ollie.strategies import KINDS, contractions, convolutions, expressions
 
 

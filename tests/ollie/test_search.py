@@ -8,8 +8,9 @@ import torch
 
 from ollie_compile.expr import Input, canonical, parse
 from ollie_compile.expr.scope import _SCOPES
-from ollie_compile.matching import match_matmul
-from ollie_compile.search import products, search
+from ollie_compile.search.expansion import products
+from ollie_compile.search.hybrid import search
+from ollie_compile.targets.matmul import match_matmul
 from tests.ollie.strategies import operator
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
 import assets
-from ncnn_nets import read, upscaler
-from ollie_small_nets import InverseSTFT
+from models.ncnn import read, upscaler
+from models.small_nets import InverseSTFT
 
 needs_weights = pytest.mark.skipif(
     not (assets.cache_dir() / assets.UPSCALERS / "manifest.json").exists(),

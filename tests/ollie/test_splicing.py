@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ollie_compile import rules
+from ollie_compile import backend, rules
 from ollie_compile.config import OllieConfig
-from ollie_compile.passes import DerivationPass
-from ollie_compile.report import Report
-from ollie_compile.splicing import NOT_SPLICED
+from ollie_compile.graph.derivation_pass import DerivationPass
+from ollie_compile.graph.splicing import NOT_SPLICED
+from ollie_compile.report.report import Report
 
 from .test_subprograms import _fewest_products, derive, equal  # noqa: F401  # a fixture for all tests here
 
@@ -88,7 +88,7 @@ def test_a_known_index_does_not_stand_in_the_way_of_others():
 
 
 def test_a_program_that_gives_another_tensor_leaves_the_graph_as_it_was(monkeypatch):
-    monkeypatch.setattr("ollie_compile.operators.Layout.give", lambda layout, result: result.double())
+    monkeypatch.setattr("ollie_compile.problems.operators.Layout.give", lambda _, result: result.double())
     report, _, got, want = derive(
         Calls(lambda x, w, v: x @ w + x @ v), *[torch.randn(8, 8) for _ in range(3)]
     )
@@ -107,7 +107,7 @@ def test_heads_that_are_merged_are_no_windows():
 
 def test_rules_of_users_have_no_identity_for_caches(monkeypatch):
     monkeypatch.setattr(rules, "EXPLORATIVE", dict(rules.EXPLORATIVE))
-    derivation = DerivationPass(OllieConfig(), Report(), [])
+    derivation = DerivationPass(OllieConfig(), Report(), backend.CONTEXT, [])
     assert derivation.uuid() is not None
     rules.register("mine", lambda scope: iter(()))
     assert derivation.uuid() is None

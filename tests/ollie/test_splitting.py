@@ -14,7 +14,7 @@ from ollie_compile.rules.splitting import (
     split_expression,
 )
 from ollie_compile.rules.substitution import skew, skewing
-from ollie_compile.verify import check_derivation
+from ollie_compile.search.proof import check_derivation
 from tests.ollie.strategies import expressions
 
 TENSORS = {

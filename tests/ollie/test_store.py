@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import ollie_compile
-from ollie_compile import plan, saved, store
+from ollie_compile import backend, store
 from ollie_compile.cli import main
 from ollie_compile.config import OllieConfig
-from ollie_compile.gradients import Gradient
+from ollie_compile.plan import planner, saved
+from ollie_compile.problems.gradients import Gradient
 from tests.ollie.strategies import operator
 
 MODEL = OllieConfig(tune="model", margin=0.0)
@@ -23,9 +24,9 @@ MODEL = OllieConfig(tune="model", margin=0.0)
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OLLIE_CACHE_DIR", str(tmp_path / "plans"))
-    plan.reset()
+    backend.CONTEXT.reset()
     yield tmp_path / "plans"
-    plan.reset()
+    backend.CONTEXT.reset()
 
 
 def conv(**options):
@@ -33,19 +34,21 @@ def conv(**options):
 
 
 def planned(budget_s=60.0):
-    plan.reset()
-    return plan.plan(conv(), MODEL, budget_s)
+    backend.CONTEXT.reset()
+    return planner.plan(conv(), MODEL, budget_s, backend.CONTEXT)
 
 
 @pytest.fixture
 def low_bounds(monkeypatch):
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1e-12)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_, **__: 1e-12)
 
 
 @pytest.fixture
 def no_search(monkeypatch):
     def forbid():
-        monkeypatch.setattr("ollie_compile.choice.search", lambda *_, **__: pytest.fail("a search began"))
+        monkeypatch.setattr(
+            "ollie_compile.plan.preparing.search", lambda *_, **__: pytest.fail("a search began")
+        )
 
     return forbid
 
@@ -66,18 +69,20 @@ def test_a_kept_plan_is_the_plan(folder, low_bounds, no_search):
 def test_plans_of_gradients_are_kept(folder, low_bounds, no_search):
     forward = conv()
     wanted = Gradient(forward=forward, of="input", gradient=forward.output, result=forward.input)
-    made = plan.plan(wanted, MODEL, 60.0)
-    plan.reset()
+    made = planner.plan(wanted, MODEL, 60.0, backend.CONTEXT)
+    backend.CONTEXT.reset()
     no_search()
-    assert plan.plan(wanted, MODEL, 60.0).winner.program == made.winner.program
+    assert planner.plan(wanted, MODEL, 60.0, backend.CONTEXT).winner.program == made.winner.program
 
 
 def test_a_warm_start_neither_searches_nor_measures(folder, fresh, uncompiled, monkeypatch, no_search):
     net, x = nn.Conv2d(4, 2, 3, padding=1).eval(), torch.randn(1, 4, 6, 6)
     first = ollie_compile.explain(net, x, margin=0.0, candidates=1)
     no_search()
-    plan.reset()
-    monkeypatch.setattr("ollie_compile.tune.measure", lambda *_: pytest.fail("something is measured"))
+    backend.CONTEXT.reset()
+    monkeypatch.setattr(
+        "ollie_compile.measure.timing.measure", lambda *_: pytest.fail("something is measured")
+    )
     again = ollie_compile.explain(net, x, margin=0.0, candidates=1)
     assert again.rewritten == first.rewritten
     monkeypatch.undo()
@@ -89,16 +94,17 @@ def test_a_warm_start_neither_searches_nor_measures(folder, fresh, uncompiled, m
         lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: "\0" * len(text),
+        lambda text: "\udcff" * 9,
         lambda text: "[" * 100_000,
         lambda text: json.dumps({"name": "x", "checksum": "y", "content": {}}),
         lambda text: text.replace("rows", "rowz").replace("columns", "rowz").replace("batched", "rowz"),
     ],
-    ids=["empty", "cut", "zeros", "deep", "foreign", "edited"],
+    ids=["empty", "cut", "zeros", "no text", "deep", "foreign", "edited"],
 )
 def test_a_damaged_entry_is_ignored_aloud(folder, low_bounds, caplog, damage):
     made = planned()
     (path,) = folder.glob("*/plan-*.json")
-    path.write_text(damage(path.read_text()))
+    path.write_text(damage(path.read_text()), "utf-8", "surrogateescape")
     with caplog.at_level(logging.WARNING):
         again = planned()
     assert "is ignored" in caplog.text
@@ -123,6 +129,18 @@ def test_a_plan_cut_by_its_budget_serves_no_larger_one(folder, low_bounds, monke
     saved.save(made, MODEL)
     assert saved.load(conv(), MODEL, 5.0) is not None
     assert saved.load(conv(), MODEL, 50.0) is None
+
+
+def test_folders_are_their_users_alone_and_files_are_on_the_disk_before_they_are_seen(folder, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, n=name, f=real: calls.append(n) or f(*given))
+    store.write("plan-aa", {"a": 1})
+    assert calls == ["fsync", "replace"]
+    for place in (folder, folder / "aa"):
+        assert place.stat().st_mode & 0o777 == 0o700
+    assert (folder / "aa" / "plan-aa.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_killed_writer_leaves_no_entry(folder, low_bounds, monkeypatch):
@@ -198,14 +216,23 @@ def test_plans_are_exported_and_imported(folder, low_bounds, no_search, capsys, 
     exported = json.loads(file.read_text())
     ((name, entry),) = exported["plans"].items()
     wrong = json.loads(json.dumps(entry))
-    wrong["winner"]["expression"] = entry["expression"].replace("+ r1 - 1", "+ r1 - 2")
-    exported["plans"] = {name: entry, "plan-1": wrong, "plan-2": {"winner": 3}, "../x": entry}
+    wrong["winner"]["expression"] = entry["winner"]["expression"].replace(
+        "K[f, c, r1, r2]", "K[f, c, r2, r1]"
+    )
+    others = {f"plan-{'1' * 64}": wrong, f"plan-{'2' * 64}": {"winner": 3}, "../x": entry}
+    exported["plans"] = {name: entry, **others}
     file.write_text(json.dumps(exported))
     _, said = run("import", file)
     assert "1 plans taken, 3 refused" in said.out
     assert "its derivation differs" in said.err
+    assert "it is no plan: it must have the fields operator" in said.err
+    assert "refused '../x': its name must be `plan-` and the hash" in said.err
     no_search()
     assert planned().winner.program == made.winner.program
+    code, said = run("import", file.with_name("missing.json"))
+    assert code == 2
+    assert said.err.startswith("ollie: No such file: ")
+    assert said.err.count("\n") == 1
     file.write_text("{}")
     code, said = run("import", file)
     assert code == 2

@@ -9,9 +9,9 @@ from torch import nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ollie_compile import OllieConfig, Report
+from ollie_compile import OllieConfig, Report, backend
 from ollie_compile.expr import Read
-from ollie_compile.passes import DerivationPass
+from ollie_compile.graph.derivation_pass import DerivationPass
 
 QUICK = {"tune": "model", "margin": 0.0, "budget_s": 120, "candidates": 1}
 
@@ -23,8 +23,8 @@ def _fewest_products(monkeypatch):
     def bound(program, *arguments, **named):
         return 1e-12 * sum(1 for scope in program.scope.scopes() if scope.is_contraction)
 
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", bound)
-    monkeypatch.setattr("ollie_compile.plan._plans", {})
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", bound)
+    monkeypatch.setattr(backend.CONTEXT, "plans", {})
 
 
 def derive(module, *inputs, mode="fake", **options):
@@ -39,7 +39,7 @@ def derive(module, *inputs, mode="fake", **options):
     traced = make_fx(call, tracing_mode=mode, decomposition_table=select_decomp_table())(values, *inputs)
     traced.graph.eliminate_dead_code()  # as AOTAutograd does
     report = Report()
-    DerivationPass(OllieConfig(**QUICK | options), report, [])(traced.graph)
+    DerivationPass(OllieConfig(**QUICK | options), report, backend.CONTEXT, [])(traced.graph)
     traced.graph.lint()
     traced.recompile()
     return report, traced.graph, traced(values, *inputs), module(*inputs)
@@ -188,7 +188,7 @@ def test_products_of_windows_are_banded():
 
 
 def test_what_wins_nothing_is_left_and_counted(monkeypatch):
-    monkeypatch.setattr("ollie_compile.cost.bound_seconds", lambda *_, **__: 1.0)
+    monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", lambda *_, **__: 1.0)
     report, graph, got, want = derive(Branches(), torch.randn(1, 8, 5, 5))
     assert report.rewritten == 0
     assert [nodes for nodes, _ in report.plans] == [
@@ -245,7 +245,7 @@ def test_quantized_tensors_stay():
     conv.meta["val"] = torch.randn(1, 3, 6, 6)
     graph.output(conv)
     report = Report()
-    DerivationPass(OllieConfig(**QUICK), report, [])(graph)
+    DerivationPass(OllieConfig(**QUICK), report, backend.CONTEXT, [])(graph)
     assert report.untouched == [("convolution_default", "dtypes torch.float32 and torch.qint8")]
 
 
@@ -302,14 +302,14 @@ def test_long_chains_are_cut():
 
 
 def test_a_fault_in_finding_leaves_the_graph(monkeypatch):
-    monkeypatch.setattr("ollie_compile.subprograms._trees", lambda graph: 1 / 0)
+    monkeypatch.setattr("ollie_compile.problems.subprograms._trees", lambda graph: 1 / 0)
     report, _, got, want = derive(LoRA(), torch.randn(2, 3, 24))
     assert report.untouched == [("subprograms", "finding them failed: division by zero")]
     equal(got, want)
 
 
 def test_a_wrong_candidate_comes_with_a_reproducer(monkeypatch, caplog, capsys):
-    from ollie_compile import choice
+    from ollie_compile.plan import preparing
 
     def search(expression, **limits):
         found = plan_search(expression, **limits)
@@ -319,8 +319,8 @@ def test_a_wrong_candidate_comes_with_a_reproducer(monkeypatch, caplog, capsys):
         found.derivations = [replace(derivation, scope=moved)]
         return found
 
-    plan_search = choice.search
-    monkeypatch.setattr(choice, "search", search)
+    plan_search = preparing.search
+    monkeypatch.setattr(preparing, "search", search)
     with caplog.at_level(logging.ERROR):
         report, _, got, want = derive(Attention(), torch.randn(2, 3, 24))
     assert report.rewritten == 0

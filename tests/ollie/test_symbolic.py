@@ -4,8 +4,8 @@ import pytest
 
 from ollie_compile import lift
 from ollie_compile.expr import Input, parse
-from ollie_compile.symbolic import Size, derive
-from ollie_compile.verify import check_derivation
+from ollie_compile.problems.symbolic import Size, derive
+from ollie_compile.search.proof import check_derivation
 
 
 def convolution(batch: int, size: int):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
-from ollie_zoo_models import LANGUAGE, VISION_AND_AUDIO, ZOO, build, loss
+from models.zoo import LANGUAGE, VISION_AND_AUDIO, ZOO, build, loss
 
 OPTIONS = {"budget_s": 10.0}
 

@@ -150,6 +150,6 @@ def relative_error(got: torch.Tensor, reference: torch.Tensor) -> float:
 
 def least_budget(directory: Path, **options: Any) -> int:
     """The smallest DRAM budget that the loader accepts, as its error names it."""
-    with pytest.raises(ValueError, match="`dram_budget` should be at least") as error:
+    with pytest.raises(ValueError, match="`dram_budget` must be at least") as error:
         load(directory, dram_budget=1, **options)
     return int(re.search(r"at least (\d+) bytes", str(error.value))[1])

@@ -38,10 +38,10 @@ def test_attach_refuses_a_sidecar_of_other_weights(reordered):
 
 @pytest.mark.parametrize("other", ["mistral", "opt"])
 def test_attach_refuses_a_sidecar_of_another_kind_of_model(other, reordered):
-    with pytest.raises(ValueError, match="should fit the model"):
+    with pytest.raises(ValueError, match="must fit the model"):
         attach(make_model("llama"), CONFIG, reordered(other))
 
 
 def test_attach_refuses_a_model_of_another_size(reordered):
-    with pytest.raises(ValueError, match="should fit the model"):
+    with pytest.raises(ValueError, match="must fit the model"):
         attach(make_model("llama", num_hidden_layers=1), CONFIG, reordered("llama"))

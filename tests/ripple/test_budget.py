@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ripple_loader import ReorderConfig, RippleConfig, reorder
-from ripple_loader.budget import allocate
-from ripple_loader.sidecar import SidecarHeader
+from ripple_loader.format.layout import SidecarHeader
+from ripple_loader.online.budget import allocate
 
 from .conftest import make_model, token_ids
 
@@ -61,7 +61,7 @@ import gc, resource, sys, threading, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from ripple_loader import RippleConfig
-from ripple_loader.bundles import Sidecar
+from ripple_loader.format.sidecar import Sidecar
 from ripple_loader.config import parse_size
 
 def status(field):

@@ -10,10 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from ripple_loader.bundles import Sidecar, SidecarWriter, pack_bundles, unpack_bundles
-from ripple_loader.encoding import DTYPES, ENCODINGS
-from ripple_loader.selection import sketch_rows
-from ripple_loader.sidecar import BLOCK, SIDECAR, SidecarHeader, Vectors
+from ripple_loader.checkpoint.shards import DTYPES
+from ripple_loader.format.bundles import pack_bundles, unpack_bundles
+from ripple_loader.format.encoding import ENCODINGS
+from ripple_loader.format.layout import SIDECAR, SidecarHeader, Vectors
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.format.sketch import sketch_rows
+from ripple_loader.format.writer import SidecarWriter
+from ripple_loader.storage.blocks import BLOCK
 
 from .conftest import load
 

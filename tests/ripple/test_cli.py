@@ -6,9 +6,9 @@ import torch
 from typer.testing import CliRunner
 
 from ripple_loader.cli import app
-from ripple_loader.drive import DriveProfile
-from ripple_loader.sidecar import SIDECAR
-from ripple_loader.trace import Trace
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.offline.trace import Trace
+from ripple_loader.storage.drive import DriveProfile
 
 
 class Tokenizer:
@@ -104,9 +104,9 @@ def bad(*arguments):
 
 def test_bad_input_is_one_sentence_and_exit_code_2(saved, reordered, text, tmp_path):
     out, model = tmp_path / "out", saved("llama")
-    assert "nowhere should be a model" in bad("reorder", "nowhere", "--calibration", text, "--out", out)
+    assert "nowhere must be a model" in bad("reorder", "nowhere", "--calibration", text, "--out", out)
     assert "nothing.txt does not exist" in bad("reorder", model, "--calibration", "nothing.txt", "--out", out)
-    assert "`out` should be given" in bad("reorder", model, "--calibration", text)
+    assert "`out` must be given" in bad("reorder", model, "--calibration", text)
     assert "'magic'" in bad("reorder", model, "--calibration", text, "--out", out, "--placement", "magic")
     assert "not exist yet" in bad("reorder", model, "--calibration", text, "--out", tmp_path)
     assert "ripple reorder" in bad("generate", model, "hello")
@@ -118,7 +118,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(saved, reordered, text, tmp_p
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("load: {kep: 0.5}")
     assert "did you mean keep" in bad("generate", reordered("llama"), "hello", "--config", recipe)
-    assert "no such file" in bad("generate", reordered("llama"), "hello", "--config", tmp_path / "no.yaml")
+    assert "No such file" in bad("generate", reordered("llama"), "hello", "--config", tmp_path / "no.yaml")
     text.write_text('{"txt": 1}\n')
     assert "line 1" in bad("reorder", model, "--calibration", text, "--out", out)
     assert not out.exists()
@@ -143,7 +143,7 @@ def test_calibration_from_datasets_and_long_files(saved, tmp_path, monkeypatch):
 
 
 def test_probe(tmp_path, monkeypatch):
-    monkeypatch.setattr("ripple_loader.probe._WRITTEN", 4 << 20)
+    monkeypatch.setattr("ripple_loader.storage.probing._WRITTEN", 4 << 20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     result = run("probe", tmp_path, "--seconds", 0.05)
     assert result.exit_code == 0, result.output

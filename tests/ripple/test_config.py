@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from ripple_loader import ReorderConfig, RippleConfig
 from ripple_loader.config import parse_size
+from ripple_loader.registry import CACHE_POLICIES, PLACEMENTS
 
 
 @settings(deadline=None)
@@ -22,7 +23,7 @@ def test_sizes_with_units(text, size):
 
 @pytest.mark.parametrize("size", [0, -1, "", "many", "5 parsecs", "-3MiB", "0%", "101%", True, None, 1.5e3j])
 def test_sizes_that_are_none(size):
-    with pytest.raises(ValueError, match="`x` should be"):
+    with pytest.raises(ValueError, match="`x` must be"):
         parse_size(size, "x", total=1000)
 
 
@@ -34,7 +35,7 @@ def test_a_share_needs_a_total():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0}, "`keep` should be above 0"),
+        ({"keep": 0}, "`keep` must be above 0"),
         ({"keep": 1.01}, "got 1.01"),
         ({"keep": "half"}, "`keep`"),
         ({"dram_budget": "lots"}, "`dram_budget`.*'lots'"),
@@ -43,7 +44,7 @@ def test_a_share_needs_a_total():
         ({"queue_depth": 0}, "`queue_depth`"),
         ({"strategy": "fast"}, "one of auto, dense, sparse"),
         ({"io_engine": "magic"}, "one of auto, aio, threads"),
-        ({"cache_policy": "magic"}, "one of linked, s3fifo, lru"),
+        ({"cache_policy": "magic"}, f"one of {CACHE_POLICIES.names()}, got 'magic'"),
         ({"quant_method": "gptq"}, "gptq"),
         ({"dram_bugdet": 1}, "no key 'dram_bugdet'; did you mean dram_budget"),
     ],
@@ -56,7 +57,7 @@ def test_bad_loader_options(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "magic"}, "identity, random, frequency, linked"),
+        ({"placement": "magic"}, f"one of {PLACEMENTS.names()}, got 'magic'"),
         ({"active_share": 0.0}, "`active_share`"),
         ({"tokens": 1.5}, "`tokens`"),
         ({"partners": -1}, "got -1"),
@@ -73,7 +74,7 @@ def test_yaml_recipes(tmp_path):
     recipe.write_text("reorder: {model: here, tokens: 64}\nload: {keep: 0.5, dram_budget: 1GiB}\n")
     assert ReorderConfig.from_yaml(recipe) == ReorderConfig(tokens=64)
     assert RippleConfig.from_yaml(recipe) == RippleConfig(keep=0.5, dram_budget="1GiB")
-    for text, message in [("a: {}", "no key 'a'"), ("[1]", "should map"), ("{", "should be YAML")]:
+    for text, message in [("a: {}", "no key 'a'"), ("[1]", "must map"), ("{", "must be YAML")]:
         recipe.write_text(text)
         with pytest.raises(ValueError, match=message):
             RippleConfig.from_yaml(recipe)

@@ -7,12 +7,14 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from ripple_loader import RippleConfig, attach, reorder
-from ripple_loader.engine import Engine
-from ripple_loader.fetching import staging
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.offline.active_sets import unpack
+from ripple_loader.offline.calibration import calibration_sequences, cut_sequences
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.online.scratch import staging
+from ripple_loader.online.selection import Selection
+from ripple_loader.online.selector import Selector
 from ripple_loader.report import RippleReport
-from ripple_loader.selection import Selection
-from ripple_loader.source import open_source
-from ripple_loader.trace import calibration_sequences, cut_sequences, trace_source, unpack
 
 from .conftest import CALIBRATION, SMALL, load, relative_error, token_ids
 
@@ -79,7 +81,7 @@ def test_all_that_meets_the_input_is_brought_to_its_device(name, selected, reord
     def select(self, layer, x_TH, activation):
         return Selection(places, torch.ones(len(x_TH), 96, dtype=torch.bool) if selected else None)
 
-    monkeypatch.setattr(Engine, "select", select)
+    monkeypatch.setattr(Selector, "select", select)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(5, 32, device="cuda")
         assert layer(x).device == x.device

@@ -8,19 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ripple_loader.access import cheapest, plan_reads
-from ripple_loader.drive import (
+from ripple_loader.storage.collapse import cheapest, plan_reads
+from ripple_loader.storage.drive import (
     DEFAULT,
     NORMS,
     DriveModel,
     DriveProfile,
     Measurement,
-    Meter,
     device_of,
     fit,
     profile_path,
 )
-from ripple_loader.probe import SIZES, describe, probe
+from ripple_loader.storage.meter import Meter
+from ripple_loader.storage.probing import SIZES, describe, probe
 
 from .conftest import load, token_ids
 
@@ -172,7 +172,7 @@ def test_a_profile_of_nonsense_is_refused_and_ignored_at_load(text, profile, reo
 
 @torch.no_grad()
 def test_a_probe_is_kept_and_used_at_load(reordered, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ripple_loader.probe._WRITTEN", 4 << 20)
+    monkeypatch.setattr("ripple_loader.storage.probing._WRITTEN", 4 << 20)
     found = probe(tmp_path, seconds=0.05)
     assert list(tmp_path.iterdir()) == []
     assert found.depths == [1, 4, 16, 32, 64]

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ripple_loader.bundles import Sidecar
-from ripple_loader.checkpoint import read_shards
-from ripple_loader.reorder import open_reorderable
-from ripple_loader.verify import verify
+from ripple_loader.checkpoint.shards import read_shards
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.reordering import open_reorderable
+from ripple_loader.offline.verification import verify
 
 from .conftest import load, relative_error, token_ids
 
@@ -113,11 +113,11 @@ def test_experts_stacked_in_a_layout_that_is_not_known_are_refused(saved, tmp_pa
             tensors[name] = tensor.transpose(1, 2).contiguous()
     path.unlink()
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"gate_up_proj in .* should be \(96, 32\).* got \(32, 96\)"):
+    with pytest.raises(ValueError, match=r"gate_up_proj in .* must be \(96, 32\).* got \(32, 96\)"):
         open_reorderable(tmp_path)
 
 
 def test_experts_with_a_gate_of_their_own_kind_are_refused(tmp_path):
     AutoConfig.for_model("gpt_oss", num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="looked for the model type 'gpt_oss' and knows"):
+    with pytest.raises(ValueError, match="a model of type 'gpt_oss' keeps"):
         open_reorderable(tmp_path)

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from ripple_loader import reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.checkpoint import read_shards
-from ripple_loader.sidecar import SIDECAR
-from ripple_loader.trace import Trace
-from ripple_loader.verify import verify
+from ripple_loader.checkpoint.shards import read_shards
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.trace import Trace
+from ripple_loader.offline.verification import verify
 
 from .conftest import CALIBRATION, SMALL, load, relative_error, token_ids
 
@@ -86,7 +86,7 @@ def test_a_fuzzed_weight_file_is_read_within_its_bounds_or_refused(junk, where, 
 @given(text=st.text(max_size=200) | st.builds(lambda name: f'{{"weight_map": {{"a": "{name}"}}}}', st.text()))
 def test_a_fuzzed_index_is_refused(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises((ValueError, FileNotFoundError), match=r"index\.json|should be a whole safetensors"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"index\.json|must be a whole safetensors"):
         read_shards(tmp_path)
 
 
@@ -198,15 +198,15 @@ def test_a_drive_that_becomes_ten_times_slower_changes_no_result(keep, reordered
         return lambda *arguments: time.sleep(seconds) or real(*arguments)
 
     monkeypatch.setattr(os, "preadv", after(2e-4))
-    expected, usual = generated(), max(engine.drive_factors)
+    expected, usual = generated(), max(engine._meter.factors)
     monkeypatch.setattr(os, "preadv", after(1e-2))  # where others are at work, 2e-4 takes longer
     assert torch.equal(generated(), expected)
-    slow = max(engine.drive_factors)
+    slow = max(engine._meter.factors)
     assert slow > 2 * usual
     monkeypatch.setattr(os, "preadv", real)
     for _ in range(3):
         assert torch.equal(generated(), expected)
-    assert max(engine.drive_factors) < slow
+    assert max(engine._meter.factors) < slow
 
 
 INTERRUPTED = """

@@ -1,5 +1,4 @@
 import itertools
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -7,10 +6,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ripple_loader import ReorderConfig
-from ripple_loader.coactivation import Activity, coactivation
-from ripple_loader.config import Placement
-from ripple_loader.placement import expected_reads, greedy_linking, hot_neurons, most_active, place
-from ripple_loader.two_opt import two_opt
+from ripple_loader.offline.coactivation import Activity, coactivation
+from ripple_loader.offline.linking import greedy_linking
+from ripple_loader.offline.orders import expected_reads, hot_neurons, most_active
+from ripple_loader.offline.placement import place
+from ripple_loader.offline.two_opt import two_opt
+from ripple_loader.registry import PLACEMENTS
 
 SETS = st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 1 << 30)).map(
     lambda shape: np.random.default_rng(shape[2]).random((shape[1], shape[0])) < 0.3
@@ -18,7 +19,7 @@ SETS = st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 1 << 30)
 
 
 @settings(max_examples=60, deadline=None)
-@given(SETS, st.sampled_from(get_args(Placement)), st.integers(1, 50), st.sampled_from([0.0, 0.3, 1.0]))
+@given(SETS, st.sampled_from(list(PLACEMENTS)), st.integers(1, 50), st.sampled_from([0.0, 0.3, 1.0]))
 @example(np.array([[False], [True]]), "linked", 1, 1.0)
 @example(np.ones((3, 9), bool), "spectral", 2, 0.3)
 def test_every_placement_is_a_permutation_with_the_hot_neurons_first(active, placement, partners, share):

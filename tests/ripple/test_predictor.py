@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ripple_loader import RippleConfig, reorder
-from ripple_loader.bundles import Sidecar
-from ripple_loader.predictor import Predictor, rank_of
-from ripple_loader.source import open_source
-from ripple_loader.streaming import StreamingMLP
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.format.predictor import Predictor, rank_of
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.model.streaming import StreamingMLP
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
 
 from .conftest import CALIBRATION, SMALL, load, make_model, relative_error, token_ids
 
@@ -161,9 +162,9 @@ def test_refused_where_it_has_no_meaning(saved, reordered, tmp_path):
     with pytest.raises(ValueError, match="reorder the model again with `predictor` above 0"):
         load(tmp_path / "out", recall=0.9)
     for recall in (0, 0.5, 0.9999, 2, "0.9"):
-        with pytest.raises(ValueError, match="`recall` should be 1 or between"):
+        with pytest.raises(ValueError, match="`recall` must be 1 or between"):
             RippleConfig(recall=recall)
-    with pytest.raises(ValueError, match="should not both be below 1"):
+    with pytest.raises(ValueError, match="must not both be below 1"):
         RippleConfig(recall=0.9, keep=0.5)
 
 
@@ -195,7 +196,7 @@ def test_a_model_finds_its_active_neurons_on_what_was_traced(name, saved, tmp_pa
         x = trace.inputs(layer)
         weight = engine.sidecar.bundles(layer).view(torch.float32).view(96, 2, 32)[:, 0]
         active = x @ weight.T + engine.bias(layer, 0) > 0
-        found = engine.select(layer, x, mlp.activation).mask
+        found = engine.selector.select(layer, x, mlp.activation).mask
         assert (found & active).sum() > 0.97 * active.sum()
         assert (found & ~active).sum() < 0.05 * (~active).sum()
 
@@ -207,13 +208,13 @@ def test_an_input_that_is_not_a_number_has_all_neurons_computed(bad, predicting)
     mlp = next(module for module in model.modules() if isinstance(module, StreamingMLP))
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     x[1, 5] = bad
-    assert mlp.backend.select(0, x, mlp.activation).mask.all(1).tolist() == [False, True, False]
+    assert mlp.backend.selector.select(0, x, mlp.activation).mask.all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("strategy", ["sparse", "auto"])
 def test_a_budget_that_is_too_small_is_told_the_least_that_works(strategy, predicting):
     options = {"recall": 0.9, "strategy": strategy}
-    with pytest.raises(ValueError, match="should be at least") as error:
+    with pytest.raises(ValueError, match="must be at least") as error:
         load(predicting("opt"), dram_budget=1, **options)
     least = int(re.search(r"at least (\d+)", str(error.value))[1])
     load(predicting("opt"), dram_budget=least, **options)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from ripple_loader.access import fixed_gap, plan_reads
-from ripple_loader.aio import AsyncReads
-from ripple_loader.quantizer import read_alone
-from ripple_loader.reader import AlignedBuffer, Pipeline, Reader
+from ripple_loader.model.loading import read_alone
 from ripple_loader.report import RippleReport
+from ripple_loader.storage.aio import AsyncReads
+from ripple_loader.storage.blocks import AlignedBuffer
+from ripple_loader.storage.collapse import fixed_gap, plan_reads
+from ripple_loader.storage.pipeline import Pipeline
+from ripple_loader.storage.reader import Reader
 
 from .conftest import load, relative_error, token_ids
 

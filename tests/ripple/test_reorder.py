@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader import ReorderConfig, reorder
-from ripple_loader.atomic import Workspace
-from ripple_loader.bundles import Sidecar, SidecarWriter
-from ripple_loader.verify import verify
+from ripple_loader.files import Workspace
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.format.writer import SidecarWriter
+from ripple_loader.offline.verification import verify
 
 from .conftest import (
     CALIBRATION,
@@ -149,14 +150,14 @@ def run(model, out, **options):
 
 
 def test_missing_model_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere should be a model directory"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere must be a model directory"):
         run(tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_unsupported_architecture(tmp_path):
     config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2, vocab_size=50)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"looked for the model type 'bloom' and knows .*llama"):
+    with pytest.raises(ValueError, match=r"a model of type 'bloom' keeps .*llama"):
         run(tmp_path / "model", tmp_path / "out")
 
 
@@ -192,7 +193,7 @@ def test_truncated_shard(saved, tmp_path):
     shutil.copytree(saved("llama"), tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     os.truncate(path, path.stat().st_size - 10)
-    with pytest.raises(ValueError, match=rf"{path} should be a whole safetensors file"):
+    with pytest.raises(ValueError, match=rf"{path} must be a whole safetensors file"):
         run(tmp_path / "model", tmp_path / "out")
 
 
@@ -200,7 +201,7 @@ def test_truncated_shard(saved, tmp_path):
 def test_an_index_that_points_outside_the_directory(name, saved, tmp_path):
     shutil.copy(saved("llama") / "config.json", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="should name files in its own directory"):
+    with pytest.raises(ValueError, match="must name files in its own directory"):
         run(tmp_path, tmp_path / "out")
 
 
@@ -208,7 +209,7 @@ def test_an_index_that_points_outside_the_directory(name, saved, tmp_path):
 def test_an_index_that_is_none(text, saved, tmp_path):
     shutil.copy(saved("llama") / "config.json", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json should"):
+    with pytest.raises(ValueError, match=r"index\.json must"):
         run(tmp_path, tmp_path / "out")
 
 
@@ -222,7 +223,7 @@ def test_an_index_of_missing_files(saved, tmp_path):
 def test_existing_output_is_left_alone(saved, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "keep").write_text("me")
-    with pytest.raises(FileExistsError, match="out should not exist yet"):
+    with pytest.raises(FileExistsError, match="out must not exist yet"):
         run(saved("llama"), tmp_path / "out")
     assert (tmp_path / "out" / "keep").read_text() == "me"
 
@@ -231,9 +232,9 @@ def test_no_disk_space(saved, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
     monkeypatch.setattr(
-        sys.modules["ripple_loader.reorder"], "trace_source", pytest.fail
+        "ripple_loader.offline.reordering.trace_source", pytest.fail
     )  # it is found before the trace
-    with pytest.raises(OSError, match=r"should have .* MiB free"):
+    with pytest.raises(OSError, match=r"must have .* MiB free"):
         run(saved("llama"), tmp_path / "new" / "out")
     assert not list(tmp_path.iterdir())
 
@@ -260,7 +261,9 @@ def test_a_full_disk_leaves_the_trace_and_no_output(saved, tmp_path, monkeypatch
 KILLED = """
 import sys, time, torch
 from pathlib import Path
-from ripple_loader import ReorderConfig, bundles, reorder, trace
+from ripple_loader import ReorderConfig, reorder
+from ripple_loader.format import writer
+from ripple_loader.offline import trace, writing
 ready = Path(sys.argv[2]).parent / "ready"
 kind, seen = sys.argv[3], []
 def pause(at):
@@ -270,8 +273,8 @@ def pause(at):
         time.sleep(60)
 module, name = {
     "trace": (trace, "save_file"),
-    "weights": (sys.modules["ripple_loader.writing"], "permuted"),
-    "sidecar": (bundles.SidecarWriter, "write_layer"),
+    "weights": (writing, "permuted"),
+    "sidecar": (writer.SidecarWriter, "write_layer"),
 }[kind]
 original = getattr(module, name)
 def paused(*arguments):

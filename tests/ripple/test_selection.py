@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from ripple_loader.selection import IntegerInputs, margins, select_active, shared_by_neighbours
+from ripple_loader.format import sketch as sketch_module
+from ripple_loader.format.sketch import IntegerInputs
+from ripple_loader.online.selection import margins, select_active, shared_by_neighbours
 
 
 @pytest.mark.parametrize(("tokens", "rows", "hidden"), [(1, 1, 1), (1, 5000, 48), (7, 100, 2048)])
@@ -51,7 +53,7 @@ def test_processors_without_integer_units_get_the_same(monkeypatch):
     sketch = torch.randint(-127, 128, (50, 64), dtype=torch.int8)
     found = {}
     for has_units in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has_units=has_units: has_units)
+        monkeypatch.setattr(sketch_module, "has_integer_units", lambda has_units=has_units: has_units)
         found[has_units] = torch.empty(3, 50)
         inputs.products(sketch, found[has_units])
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-2)

@@ -8,14 +8,23 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ripple_loader import ReorderConfig
+from ripple_loader.checkpoint.source import open_source
 from ripple_loader.cli import app
-from ripple_loader.devices import Device, load_devices
-from ripple_loader.drive import DriveProfile, Measurement, device_of
-from ripple_loader.html_report import coactivation_map
-from ripple_loader.placement import Placed
-from ripple_loader.simulate import RIPPLE, STRATEGIES, Strategy, Workload, place_all, replay, summarise
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.placement import Placed
+from ripple_loader.offline.trace import trace_source
+from ripple_loader.storage.devices import Device, load_devices
+from ripple_loader.storage.drive import DriveProfile, Measurement, device_of
+from ripple_loader.studies.html_report import coactivation_map
+from ripple_loader.studies.simulation import (
+    CONTENDERS,
+    RIPPLE,
+    Contender,
+    Workload,
+    place_all,
+    replay,
+    summarise,
+)
 
 from .conftest import CALIBRATION
 
@@ -41,8 +50,8 @@ def identity(work):
 @settings(deadline=None)
 @given(work=ACTIVITY, collapse=st.booleans(), block=st.sampled_from([512, 4096]))
 def test_without_a_cache_the_reads_cover_exactly_the_active_neurons_and_gaps(work, collapse, block):
-    strategy = Strategy(placement="identity", collapse=collapse, shares=False)
-    found = replay(work, strategy, identity(work), DEVICE.model, cache_bytes=0, block=block)
+    contender = Contender(placement="identity", collapse=collapse, shares=False)
+    found = replay(work, contender, identity(work), DEVICE.model, cache_bytes=0, block=block)
     wanted = np.concatenate(work.replayed)
     step, place = np.nonzero(np.unpackbits(wanted, axis=1, count=NEURONS))
     starts = step // work.tokens * work.layer_bytes + place * WIDTH
@@ -62,8 +71,8 @@ def test_without_a_cache_the_reads_cover_exactly_the_active_neurons_and_gaps(wor
 @settings(deadline=None)
 @given(work=ACTIVITY)
 def test_collapsing_never_costs_time(work):
-    without = Strategy(placement="identity", collapse=False, shares=False)
-    with_ = Strategy(placement="identity", shares=False)
+    without = Contender(placement="identity", collapse=False, shares=False)
+    with_ = Contender(placement="identity", shares=False)
     slow, fast = (
         replay(work, one, identity(work), DEVICE.model, cache_bytes=0).seconds(DEVICE.model)
         for one in (without, with_)
@@ -72,21 +81,21 @@ def test_collapsing_never_costs_time(work):
 
 
 @settings(deadline=None)
-@given(work=ACTIVITY, slots=st.integers(0, 130), name=st.sampled_from(sorted(STRATEGIES)))
+@given(work=ACTIVITY, slots=st.integers(0, 130), name=st.sampled_from(sorted(CONTENDERS)))
 def test_no_strategy_finds_more_neurons_than_it_has_memory_for(work, slots, name):
-    strategy = STRATEGIES[name]
-    placed = place_all(work, strategy.placement, ReorderConfig(partners=4))
-    found = replay(work, strategy, placed, DEVICE.model, cache_bytes=slots * WIDTH)
+    contender = CONTENDERS[name]
+    placed = place_all(work, contender.placement, ReorderConfig(partners=4))
+    found = replay(work, contender, placed, DEVICE.model, cache_bytes=slots * WIDTH)
     assert found.hits <= min(found.active, work.tokens * slots)
     if not slots:
         assert not found.hits
-    if slots >= 2 * NEURONS and strategy.dense:
+    if slots >= 2 * NEURONS and contender.dense:
         assert not len(found.lengths)
 
 
 def test_dense_streaming_takes_the_bandwidth():
     work = workload(np.ones((6, NEURONS)))
-    found = replay(work, STRATEGIES["dense"], identity(work), DEVICE.model, cache_bytes=20 * WIDTH)
+    found = replay(work, CONTENDERS["dense"], identity(work), DEVICE.model, cache_bytes=20 * WIDTH)
     row = summarise(found, work.tokens, DEVICE.model)
     whole_blocks = -(-NEURONS * WIDTH // 4096) * 4096 - 10 * WIDTH // 4096 * 4096
     assert math.isclose(row["ms_per_token"], 2 * whole_blocks / 1e9 * 1e3)
@@ -118,22 +127,22 @@ GOOD = {"bandwidth": 1e9, "iops": 1e5, "source": "made up"}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "should be YAML"),
-        ("just words", "should map names of devices"),
-        ("drive: 7", "should map names of devices"),
-        (json.dumps({"drive": {"bandwidth": 1e9}}), "should have iops, source"),
+        ("a: [1", "must be YAML"),
+        ("just words", "must map names of devices"),
+        ("drive: 7", "must map names of devices"),
+        (json.dumps({"drive": {"bandwidth": 1e9}}), "must have iops, source"),
         (json.dumps({"drive": GOOD | {"bandwith": 1}}), "no key 'bandwith'; did you mean bandwidth"),
-        (json.dumps({"drive": GOOD | {"iops": -3}}), "`iops` should be a positive number, got -3"),
+        (json.dumps({"drive": GOOD | {"iops": -3}}), "`iops` must be a positive number, got -3"),
         (
             json.dumps({"drive": GOOD | {"bandwidth": "fast"}}),
-            "`bandwidth` should be a positive number, got 'fast'",
+            "`bandwidth` must be a positive number, got 'fast'",
         ),
         (json.dumps({"drive": GOOD | {"bandwidth": 700}}), "between a block"),
-        (json.dumps({"drive": GOOD | {"latency": 50}}), "`latency` should be seconds"),
-        (json.dumps({"drive": GOOD | {"queue_depth": 0}}), "`queue_depth` should be a whole number"),
-        (json.dumps({"drive": GOOD | {"block": 100}}), "`block` should be 512 or 4096"),
-        (json.dumps({"drive": GOOD | {"source": ""}}), "`source` should be a text"),
-        ("drive: {bandwidth: .nan, iops: 1, source: x}", "`bandwidth` should be a positive number, got nan"),
+        (json.dumps({"drive": GOOD | {"latency": 50}}), "`latency` must be seconds"),
+        (json.dumps({"drive": GOOD | {"queue_depth": 0}}), "`queue_depth` must be a whole number"),
+        (json.dumps({"drive": GOOD | {"block": 100}}), "`block` must be 512 or 4096"),
+        (json.dumps({"drive": GOOD | {"source": ""}}), "`source` must be a text"),
+        ("drive: {bandwidth: .nan, iops: 1, source: x}", "`bandwidth` must be a positive number, got nan"),
     ],
 )
 def test_a_nonsense_file_of_devices_is_refused(text, message, tmp_path):
@@ -173,7 +182,7 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
     assert found["bundle_bytes"] == 2 * 32 * 4
     assert set(found["strategies"]) == set(load_devices())
     for rows in found["strategies"].values():
-        assert set(rows) == set(STRATEGIES)
+        assert set(rows) == set(CONTENDERS)
         assert rows["Ripple"]["ms_per_token"] <= rows["LLM in a Flash"]["ms_per_token"]
 
     timed = [
@@ -191,18 +200,18 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
         assert page.read_text().count("data:image/png;base64,") == plots
     html = page.read_text()
     assert "http" not in html.replace("https://arxiv.org", "")
-    assert all(name in html for name in STRATEGIES)
+    assert all(name in html for name in CONTENDERS)
 
 
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("simulate", ["--device", "floppy"], "`device` should be one of"),
-        ("simulate", ["--tokens", "100000"], "`tokens` should be positive and leave some"),
-        ("simulate", ["--cache", "7"], "`cache` should be a share"),
-        ("simulate", ["--bundles", "int3"], "`bundles` should be one of"),
-        ("simulate", ["--devices", "nowhere.yaml"], "does not exist"),
-        ("report", ["--layer", "9"], "`layer` should be from 0 to 1"),
+        ("simulate", ["--device", "floppy"], "`device` must be one of"),
+        ("simulate", ["--tokens", "100000"], "`tokens` must be positive and leave some"),
+        ("simulate", ["--cache", "7"], "`cache` must be at least 0 and at most 1, got 7"),
+        ("simulate", ["--bundles", "int3"], "`bundles` must be one of"),
+        ("simulate", ["--devices", "nowhere.yaml"], "No such file: nowhere.yaml"),
+        ("report", ["--layer", "9"], "`layer` must be from 0 to 1"),
     ],
 )
 def test_bad_options_are_named(command, options, message, traced):

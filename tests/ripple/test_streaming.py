@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader import RippleConfig, reorder
-from ripple_loader.streaming import StreamingMLP
+from ripple_loader.model.streaming import StreamingMLP
 
 from .conftest import CALIBRATION, MODELS, SMALL, least_budget, load, make_model, relative_error, token_ids
 
@@ -110,7 +110,7 @@ def test_adjacency_selects_neighbours(reordered):
 
 
 def _runs(streaming, row):
-    places = streaming.backend.select(streaming.layer, row, streaming.activation).places
+    places = streaming.backend.selector.select(streaming.layer, row, streaming.activation).places
     return 1 + int((places[1:] - places[:-1] > 1).sum())
 
 
@@ -161,7 +161,7 @@ def test_dict_form_and_config_json(saved, reordered, tmp_path):
 
 def test_backward_is_refused(reordered):
     model, ids = load(reordered("llama")), token_ids()
-    with pytest.raises(RuntimeError, match="should only run forward"):
+    with pytest.raises(RuntimeError, match="must only run forward"):
         model(ids, labels=ids).loss.backward()
 
 

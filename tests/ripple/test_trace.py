@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from ripple_loader import ReorderConfig, reorder
-from ripple_loader.source import open_source
-from ripple_loader.trace import Trace, active_mask, cut_sequences, trace_source, unpack
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.offline.active_sets import active_mask, unpack
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import Trace, trace_source
 
 from .conftest import CALIBRATION, SMALL, make_model
 
@@ -104,8 +106,9 @@ SHARED = """
 import sys, torch
 from pathlib import Path
 from ripple_loader import ReorderConfig
-from ripple_loader import trace as module
-from ripple_loader.source import open_source
+from ripple_loader.offline import trace as module
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.checkpoint.source import open_source
 original = module.save_file
 def noted(tensors, path):
     print("wrote", flush=True)
@@ -113,7 +116,7 @@ def noted(tensors, path):
 module.save_file = noted
 source, config = open_source(Path(sys.argv[1])), ReorderConfig(tokens=256, sequence_length=64)
 calibration = [torch.arange(3, 67) + number for number in range(4)]
-sequences = module.cut_sequences(source, calibration, config)
+sequences = cut_sequences(source, calibration, config)
 module.trace_source(source, sequences, config, Path(sys.argv[2]))
 """
 
@@ -133,8 +136,9 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 from ripple_loader import ReorderConfig
-from ripple_loader.source import open_source
-from ripple_loader.trace import cut_sequences, trace_source
+from ripple_loader.checkpoint.source import open_source
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.trace import trace_source
 def status(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024

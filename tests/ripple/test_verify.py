@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ripple_loader.bundles import Sidecar
-from ripple_loader.verify import verify
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.verification import verify
 
 from .conftest import MODELS
 
@@ -37,14 +37,14 @@ def changed(path, name, change):
 def test_another_original_is_found(saved, reordered, tmp_path):
     shutil.copytree(saved("llama"), tmp_path / "other")
     changed(tmp_path / "other" / "model.safetensors", "model.norm.weight", lambda t: t.add_(1))
-    with pytest.raises(ValueError, match=r"should be made from .*other"):
+    with pytest.raises(ValueError, match=r"must be made from .*other"):
         list(verify(reordered("llama"), tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.1.mlp.up_proj.weight", "should hold the weights of MLP 1"),
+        ("model.layers.1.mlp.up_proj.weight", "must hold the weights of MLP 1"),
         ("model.layers.0.mlp.up_proj.bias", "original's model.layers.0.mlp.up_proj.bias"),
         ("model.layers.0.self_attn.q_proj.weight", "original's model.layers.0.self_attn.q_proj.weight"),
     ],
@@ -55,12 +55,12 @@ def test_changed_weights_are_found_by_their_file_and_by_comparing(
     copy, header = tmp_path / "copy", Sidecar(reordered("llama")).header
     shutil.copytree(reordered("llama"), copy)
     changed(copy / "model.safetensors", name, lambda t: t.view(-1)[-1:].add_(1))
-    with pytest.raises(ValueError, match=r"copy/model\.safetensors should be as `ripple reorder` wrote it"):
+    with pytest.raises(ValueError, match=r"copy/model\.safetensors must be as `ripple reorder` wrote it"):
         list(verify(copy))
 
     def recorded(path):
         return (header.files if path.parent == copy else header.base)[path.name]
 
-    monkeypatch.setattr("ripple_loader.verify.sha256", recorded)
+    monkeypatch.setattr("ripple_loader.offline.verification.sha256", recorded)
     with pytest.raises(ValueError, match=message):
         list(verify(copy, saved("llama")))

@@ -1,0 +1,73 @@
+"""`lemo plan`: what a training step will cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lemo_trainer.commands.options import parse_bytes
+from lemo_trainer.config import LemoConfig
+
+if TYPE_CHECKING:
+    from lemo_trainer.offline.step_cost import Setup
+
+
+def predict_step(
+    name: str,
+    seq_len: int,
+    batch_size: int,
+    lora_rank: int,
+    dtype: str,
+    fit_memory: str | None,
+    fit_flops: float | None,
+    checkpointing: bool,
+    lemo: dict[str, Any],
+) -> None:
+    """Print predicted costs of a step; with a limit, those of the configuration that fits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lemo_trainer.offline.step_cost import check_predictable, fit, predict
+
+    if fit_memory is not None and fit_flops is not None:
+        raise ValueError("Give one of `fit_memory` and `fit_flops`, not both.")
+    config = LemoConfig.from_dict(lemo)
+    check_predictable(config)
+    memory = None if fit_memory is None else parse_bytes(fit_memory)
+    setup = step_setup(name, seq_len, batch_size, lora_rank, dtype)
+    if fit_memory is not None or fit_flops is not None:
+        fitting = fit(setup, config, checkpointing=checkpointing, memory=memory, flops_share=fit_flops)
+        names = ("segment_tokens",) if memory and config.mode == "segments" else ("keep_ratio",)
+        typer.echo(", ".join(f"{field}: {getattr(fitting, field)}" for field in names))
+        config = fitting
+    table = Table(title=f"One step of {batch_size} x {seq_len} tokens, {config.mode}")
+    for column in ("", "saved, MB", "peak, MB", "GFLOP", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for label, with_lemo in (("without LeMo", None), ("LeMo", config)):
+        for suffix, recomputing in (("", False), (" + checkpointing", True)):
+            cost = predict(setup, with_lemo, checkpointing=recomputing)
+            megabytes = (f"{value / 1e6:,.0f}" for value in (cost.saved_bytes, cost.peak_bytes))
+            table.add_row(label + suffix, *megabytes, f"{cost.flops / 1e9:,.0f}", f"{cost.seconds:.2f}")
+    Console().print(table)
+
+
+def step_setup(name: str, seq_len: int, batch_size: int, lora_rank: int, dtype: str) -> Setup:
+    """The run whose steps are predicted, on a GPU if this machine has one."""
+    import torch
+    from transformers import AutoConfig
+
+    from lemo_trainer.files import check_model
+    from lemo_trainer.offline.step_cost import Setup
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {dtype!r}.")
+    check_model(name)
+    return Setup(
+        model_config=AutoConfig.from_pretrained(name),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        lora={"r": lora_rank, "target_modules": "all-linear"} if lora_rank else None,
+        dtype=getattr(torch, dtype),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )

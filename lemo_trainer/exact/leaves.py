@@ -1,0 +1,79 @@
+"""Leaves that stand in for trained parameters while a walk goes backward.
+
+Gradients of several segments are added up in the leaves, outside of the parameters' own graph. The walk then
+returns each sum once, so that hooks on a parameter, DDP and FSDP see one gradient, as without LeMo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+
+def trained_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The distinct parameters of `modules` that require a gradient."""
+    found = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    return list(found.values())
+
+
+class Leaves:
+    """One leaf for each of `parameters`, all of the same memory as the parameter."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._leaves = {id(p): p.detach().requires_grad_() for p in parameters}
+        self._sums: dict[int, Tensor] = {}
+
+    @contextlib.contextmanager
+    def in_place_of_parameters(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside the block, `modules` compute with the leaves."""
+        replaced = [
+            (part._parameters, name, parameter)
+            for module in modules
+            for part in module.modules()
+            for name, parameter in part._parameters.items()
+            if id(parameter) in self._leaves
+        ]
+        own: dict[str, Tensor | None]
+        try:
+            for own, name, parameter in replaced:
+                own[name] = self._leaves[id(parameter)]
+            yield
+        finally:
+            for own, name, parameter in replaced:
+                own[name] = parameter
+
+    def add_up(self) -> None:
+        """Add the gradients of half precision to sums in float32; called after each segment."""
+        for key, leaf in self._leaves.items():
+            if leaf.grad is None or leaf.dtype.itemsize >= 4:
+                continue
+            if key in self._sums:
+                self._sums[key] += leaf.grad
+            else:
+                self._sums[key] = leaf.grad.float()
+            leaf.grad = None
+
+    def gradients(self) -> list[Tensor | None]:
+        """The sums, in the dtype of the parameters; None for a parameter that no segment used."""
+        return [
+            self._sums[key].to(leaf.dtype) if key in self._sums else leaf.grad
+            for key, leaf in self._leaves.items()
+        ]
+
+
+def versions(parameters: Sequence[Tensor]) -> list[int]:
+    """Counts of in-place changes: parameters that changed since would give another gradient."""
+    return [p._version for p in parameters]
+
+
+def check_versions(parameters: Sequence[Tensor], wanted: list[int]) -> None:
+    """Raise RuntimeError if a parameter changed between the forward and the backward pass."""
+    for parameter, version in zip(parameters, wanted, strict=True):
+        if parameter._version != version:
+            raise RuntimeError(
+                f"A parameter of shape {tuple(parameter.shape)} was changed in place between the forward and "
+                "the backward pass, so that its layer cannot be run again as it was; call backward() before "
+                "the optimizer's step."
+            )

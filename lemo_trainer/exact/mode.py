@@ -1,0 +1,194 @@
+"""How the layers of a patched model run in exact mode.
+
+Scheme "layers": each layer is a walk of its own, and its input waits for the backward pass.
+
+Scheme "segments": one walk goes through all layers. The model calls its layers one by one, so all but the
+last hand their input on and note how they were called; the last one walks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lemo_trainer.compat import attention_implementation, is_whole
+from lemo_trainer.config import LemoConfig, Scheme
+from lemo_trainer.exact import recorded
+from lemo_trainer.exact.boundaries import saved_in
+from lemo_trainer.exact.check import Trial, try_layers
+from lemo_trainer.exact.layer import LayerCall, segments_of
+from lemo_trainer.exact.masks import lazy_masks
+from lemo_trainer.exact.replay import ForwardHooks
+from lemo_trainer.exact.walk import Walk, walk_through
+from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
+from lemo_trainer.model.architectures import CausalLM
+from lemo_trainer.model.calls import layer_arguments
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class ExactMode:
+    """What the layers of one model share.
+
+    Args:
+        config: the configuration in force.
+        parts: the model.
+        trial: which of its layers run in segments.
+        only_layers: why the model cannot run by scheme "segments"; empty if it can.
+        notes: what a user should know about it.
+        scheme: of the latest forward pass; None before the first.
+    """
+
+    config: LemoConfig
+    parts: CausalLM
+    trial: Trial
+    only_layers: str
+    notes: list[str] = field(default_factory=list)
+    scheme: Scheme | None = None
+    _running: bool = False
+    _calls: list[LayerCall] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, parts: CausalLM, config: LemoConfig) -> ExactMode:
+        """The mode of the layers of `parts`.
+
+        Raises:
+            ValueError: the scheme asked for needs what they lack.
+        """
+        trial = try_layers(parts, _recomputing(parts.layers[0], config))
+        only_layers = _only_layers(parts, trial)
+        if config.scheme == "segments" and only_layers:
+            raise ValueError(f'scheme="segments" needs {only_layers}; use scheme="layers".')
+        mode = cls(config, parts, trial, only_layers)
+        for reason in dict.fromkeys(trial.uncut.values()):
+            indices = ", ".join(str(index) for index, why in trial.uncut.items() if why == reason)
+            mode.notes.append(f"layers {indices} run over a whole sample at a time ({reason})")
+        return mode
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside the block, the decoder's forward pass is one of exact mode."""
+        implementation = attention_implementation(self.parts.model.config)
+        masks = lazy_masks(implementation) if self.trial.lazy_masks else contextlib.nullcontext()
+        self._running, self._calls = True, []
+        try:
+            with masks:
+                yield
+        finally:
+            self._running, self._calls = False, []
+
+    def run_layer(
+        self, index: int, layer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output of layer number `index`; `forward` is its class's own."""
+        if not self._running:
+            return forward(layer, *args, **kwargs)
+        x_BSD, arguments = layer_arguments(forward, args, kwargs)
+        _check_constants(arguments)
+        call = LayerCall(layer, forward, arguments, x_BSD.shape[1])
+        if index == 0 or self.scheme is None:
+            self.scheme = self._choose(x_BSD)
+        run = self._walk_layer if self.scheme == "layers" else self._walk_all
+        return run(index, call, x_BSD)
+
+    def _choose(self, x_BSD: Tensor) -> Scheme:
+        batch, seq_len = x_BSD.shape[:2]
+        size = self.config.segment_tokens
+        if seq_len <= size:
+            self._note(f"samples of {seq_len} tokens are one segment of {size}: lower `segment_tokens`")
+        if self.config.scheme != "auto" or self.only_layers or self.trial.layer_bytes is None:
+            return "segments" if self.config.scheme == "segments" else "layers"
+        if self._seams():
+            return "layers"
+        bytes_, total = self.trial.layer_bytes, len(self.parts.layers)
+        return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            logger.warning("LeMo, exact: %s.", note)
+
+    def _walk_layer(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
+        whole = index in self.trial.uncut or _counts_from_the_end(call.layer)
+        size = call.seq_len if whole else self.config.segment_tokens
+        walk = Walk([call], segments_of(call.seq_len, size), keep_heads=False, run=operator.call)
+        with saved_in(self.config.boundaries, x_BSD, len(self.parts.layers) - index):
+            return walk_through(walk, x_BSD)
+
+    def _walk_all(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
+        segments = segments_of(call.seq_len, self.config.segment_tokens)
+        run = _recomputing(call.layer, self.config)
+        if len(segments) == 1:
+            return run(functools.partial(call, segment=segments[0]), x_BSD)
+        if index == 0 and (seams := self._seams()):
+            raise ValueError(
+                'scheme="segments" has no hidden states of a whole sample between its layers, got '
+                f'{seams[0]}; use scheme="layers".'
+            )
+        self._calls.append(call)
+        if index < len(self.parts.layers) - 1:
+            return x_BSD
+        assert len(self._calls) == len(self.parts.layers)
+        return walk_through(Walk(self._calls, segments, keep_heads=True, run=run), x_BSD)
+
+    def _seams(self) -> list[str]:
+        """Whoever wants hidden states of a whole sample between two layers, where no layer has made them."""
+        seams = ["`output_hidden_states`"] if recorded.wants_hidden_states() else []
+        seams += ["the adapter of aLoRA"] if any(map(_counts_from_the_end, self.parts.layers)) else []
+        return seams + list(_foreign_hooks(self.parts.layers))
+
+
+def _only_layers(parts: CausalLM, trial: Trial) -> str:
+    """What scheme "segments" needs and this model lacks."""
+    name = type(parts.model).__name__
+    for index, reason in trial.uncut.items():
+        return f"layers that keep keys and values alone, got {name}, whose layer {index} does not ({reason})"
+    if layerdrop := getattr(parts.model.config, "layerdrop", 0):
+        return f"a model that runs all its layers, got {name} with layerdrop {layerdrop}"
+    if not all(weight.is_meta or is_whole(weight) for weight in parts.model.parameters()):
+        return "whole weights, and these are sharded (FSDP, ZeRO-3)"
+    return ""
+
+
+def _foreign_hooks(layers: nn.ModuleList) -> Iterator[str]:
+    """The hooks that are given hidden states between two layers, by name."""
+    last = len(layers) - 1
+    for index, layer in enumerate(layers):
+        seen = [*layer._forward_hooks.values()] * (index < last)
+        seen += [*layer._forward_pre_hooks.values()] * (index > 0)
+        for hook in seen:
+            if not recorded.is_recording(hook):
+                yield f"the hook {getattr(hook, '__qualname__', hook)} on layer {index}"
+
+
+def _counts_from_the_end(layer: nn.Module) -> bool:
+    """Whether PEFT's aLoRA is on for the running forward pass: it counts tokens from a sample's end."""
+    return "alora_offsets" in ForwardHooks([layer]).arguments()
+
+
+def _recomputing(layer: Any, config: LemoConfig) -> Callable[..., Tensor]:
+    """What runs a layer with graph, of which it saves all, or less under checkpointing."""
+    if vars(layer).get("gradient_checkpointing"):
+        return saving_attention if config.save_attention else saving_inputs
+    return saving_matmuls if config.selective_checkpointing else operator.call
+
+
+def _check_constants(arguments: dict[str, Any]) -> None:
+    """Raise ValueError for an argument with a gradient: the walk passes on that of the hidden states only."""
+    for name, value in arguments.items():
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value)):
+            raise ValueError(
+                f'mode="exact" needs layers that get a gradient through their hidden states only, got one '
+                f"through `{name}`; train without LeMo."
+            )

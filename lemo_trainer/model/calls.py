@@ -1,0 +1,71 @@
+"""The arguments of a decoder layer's call, and layers that record theirs instead of computing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+POSITIONS = ("position_ids", "position_embeddings")
+CACHES = ("past_key_values", "layer_past", "use_cache")
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def layer_arguments(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states that a call passes to a layer class's `forward`, and the other arguments by name."""
+    signature = _signature(forward)
+    arguments = dict(signature.bind(None, *args, **kwargs).arguments)
+    _, first, *_, last = signature.parameters.values()
+    if last.kind is last.VAR_KEYWORD:
+        arguments.update(arguments.pop(last.name, {}))
+    del arguments["self"]
+    return arguments.pop(first.name), arguments
+
+
+def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The attention mask, the arguments with one entry a token, and the others but caches and None."""
+    mask = arguments.get("attention_mask")
+    positions = {name: value for name, value in arguments.items() if name in POSITIONS}
+    others = {"attention_mask", *POSITIONS, *CACHES}
+    rest = {name: value for name, value in arguments.items() if name not in others and value is not None}
+    return mask, positions, rest
+
+
+@contextlib.contextmanager
+def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Let layers return their input and append the arguments of each call to the list that this yields."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    own = [vars(layer).get("forward") for layer in layers]
+
+    def idle(layer: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(layer_arguments(type(layer).forward, args, kwargs))
+            return calls[-1][0]
+
+        return forward
+
+    for layer in layers:
+        vars(layer)["forward"] = idle(layer)
+    try:
+        yield calls
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del vars(layer)["forward"]
+            if forward is not None:
+                vars(layer)["forward"] = forward
+
+
+def dry_options(model: Any) -> dict[str, bool]:
+    """Options of a forward with idle layers, which fill no cache and ask no router."""
+    options = {"use_cache": False}
+    if hasattr(model.config, "output_router_logits"):
+        options["output_router_logits"] = False
+    return options

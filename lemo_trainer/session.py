@@ -1,0 +1,166 @@
+"""One application of LeMo to a model: its schedule, the tokens that each training batch keeps, its undo.
+
+`apply_lemo` creates a session and attaches it to the model; `LemoReport` shows it. For each batch, the
+patched layers and the patched causal LM ask the session how much to keep, and report to it the tokens that
+they kept.
+
+Shapes: B batch, S tokens, K kept tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lemo_trainer.compat import unwrap
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.head.loss import IGNORE_INDEX
+from lemo_trainer.informativeness.selection import BlockPlan
+from lemo_trainer.informativeness.selectors import Selector
+from lemo_trainer.layers.segments import choose_segments
+from lemo_trainer.layers.wiring import Wiring
+
+logger = logging.getLogger(__name__)
+
+
+class LemoSession:
+    """The state of one patched model and its training.
+
+    Args:
+        selector: ranks the blocks; its `config` is the configuration in force.
+        model_type: transformers' name of the architecture.
+        total_layers: decoder layers of the model.
+        patched_layers: indices of those that leave tokens out.
+        wiring: how the layers are wired; None for the modes "exact" and "segments", which need not know.
+
+    Attributes:
+        active: False runs dense although patched (warm-up).
+        keep_ratio: share of the tokens to keep at this step of the schedule.
+        thresholds: `config.layer_thresholds`. A search changes the values: 0 makes a layer dense, and a
+            negative one keeps everything but runs the code that leaves tokens out.
+        relative_scores: block scores in means of their sample by layer, collected over batches while a search
+            makes this a dict.
+        seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
+        layer_kept: tokens that each patched layer kept of the last training batch, choice by choice.
+        fused_norms: how many norms of each class LeMo's kernel computes.
+        kernel_backend: what LeMo's kernels are written in on the model's device, "torch" or "triton".
+        logits_made: whether a training batch came without `labels` and computed all its logits.
+        mode_notes: what a user should know about how the mode runs on this model.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        model_type: str,
+        total_layers: int,
+        patched_layers: tuple[int, ...],
+        wiring: Wiring | None = None,
+    ) -> None:
+        self.selector = selector
+        self.config: LemoConfig = selector.config
+        self.model_type = model_type
+        self.total_layers = total_layers
+        self.patched_layers = patched_layers
+        self.wiring = wiring
+        self.active = True
+        self.keep_ratio = self.config.resolved_keep_ratio
+        self.thresholds = self.config.layer_thresholds
+        self.relative_scores: dict[int, list[Tensor]] | None = None
+        self.seq_len = 0
+        self.layer_kept: dict[int, list[int]] = {}
+        self.fused_norms: Counter[str] = Counter()
+        self.kernel_backend = "torch"
+        self.logits_made = False
+        self.mode_notes: list[str] = []
+        self._undo: list[Callable[[], None]] = []
+        self.start_batch(None)
+
+    def on_undo(self, step: Callable[[], None]) -> None:
+        """Remember how to take a patch off again."""
+        self._undo.append(step)
+
+    def undo(self) -> None:
+        """Take all patches off, the last one first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def at_step(self, step: int) -> None:
+        """Follow the schedule: `step` is the number of optimizer steps done."""
+        after = step - self.config.warmup_steps
+        self.active = after >= 0
+        ramp = min(1.0, (after + 1) / (self.config.ramp_steps + 1))
+        self.keep_ratio = 1 - (1 - self.config.resolved_keep_ratio) * ramp
+        self.selector.at_step(step)
+
+    def start_batch(self, labels_BS: Tensor | None) -> None:
+        """Forget the last training batch; `labels_BS` are those of the new one."""
+        self.layer_kept.clear()
+        self._labelled_BS = None
+        if self.config.protect_labels and labels_BS is not None:
+            self._labelled_BS = labels_BS != IGNORE_INDEX
+        self._label_weights: list[Tensor | float] = []
+
+    def choose_segments(self, seq_len: int) -> list[bool]:
+        """Which segments of a training batch carry gradient (`mode="segments"`)."""
+        size, chosen = self.config.segment_tokens, choose_segments(seq_len, self.selector, self.keep_ratio)
+        self.seq_len = seq_len
+        kept = sum(
+            min(size, seq_len - i * size) for i, carries_gradient in enumerate(chosen) if carries_gradient
+        )
+        self.layer_kept.update((layer, [kept]) for layer in self.patched_layers)
+        return chosen
+
+    def plan(self, layer: int, seq_len: int) -> BlockPlan | None:
+        """How many blocks patched layer number `layer` keeps of a training batch; None keeps everything."""
+        self.seq_len = seq_len
+        threshold = self.thresholds.get(layer)
+        plan = BlockPlan.of(seq_len, self.config, self.keep_ratio if threshold is None else 0.0)
+        plan = dataclasses.replace(
+            plan,
+            threshold=threshold,
+            labelled=self._labelled_BS,
+            layer=layer,
+            on_chosen=functools.partial(self._note, layer),
+        )
+        if self.relative_scores is not None:
+            plan = dataclasses.replace(plan, on_scored=self.relative_scores.setdefault(layer, []).append)
+        if self.active and not plan.keeps_all and threshold != 0:
+            return plan
+        self.layer_kept[layer] = [seq_len]
+        self._label_weights.append(1.0)
+        return None
+
+    def label_weights(self) -> Tensor | None:
+        """How much the label that each token predicts weighs in the gradient, [B, S]; None is 1 for all."""
+        if self.config.label_weights == "all" or not self._label_weights:
+            return None
+        counted = self._label_weights[-1:] if self.config.label_weights == "kept" else self._label_weights
+        weight_BS = sum(counted) / len(counted)
+        return weight_BS if isinstance(weight_BS, Tensor) else None
+
+    def warn_of_logits(self) -> None:
+        """Warn once that `loss_segment` saves nothing for batches without labels."""
+        if not self.logits_made:
+            self.logits_made = True
+            logger.warning(
+                "A training batch came without `labels` (label smoothing, a loss function of your own?): all "
+                "its logits are computed at once, so that `loss_segment` saves nothing."
+            )
+
+    def _note(self, layer: int, index_BK: Tensor) -> None:
+        self.layer_kept.setdefault(layer, []).append(index_BK.shape[1])
+        if self.config.label_weights != "all":
+            kept_BS = torch.zeros(len(index_BK), self.seq_len, device=index_BK.device)
+            self._label_weights.append(kept_BS.scatter_(1, index_BK, 1.0))
+
+
+def session_of(model: nn.Module) -> LemoSession | None:
+    """The session of a patched model, plain or wrapped; None for an unpatched one."""
+    session: LemoSession | None = getattr(unwrap(model), "_lemo", None)
+    return session

@@ -1,0 +1,176 @@
+"""A model directory to reorder: its files, and where its MLP tensors lie in them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ripple_loader.checkpoint.shards import DTYPES, Shard, TensorSpot, read_shards
+from ripple_loader.model.architectures import Architecture, Role, architecture_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One linear's weight or bias of one MLP: its location, the MLP's number, the linear."""
+
+    spot: TensorSpot
+    mlp: int
+    linear: str
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A checkpoint to reorder: its files, and where its MLP tensors lie in them.
+
+    Attributes:
+        directory, shards: its files.
+        model_type, architecture: transformers' name of it, and the form that its files have.
+        experts: MLPs of a layer that has experts; None if the model is dense.
+        mlp: for each streamed MLP, the location of its weights by (linear, "weight" or "bias"); experts are
+            in order of their layers.
+        pieces: for each tensor with MLP weights, its parts from front to back: one linear of one MLP, or of
+            each expert of a layer.
+        spots: the location of every tensor.
+    """
+
+    directory: Path
+    shards: list[Shard]
+    model_type: str
+    architecture: Architecture
+    experts: int | None
+    mlp: list[dict[tuple[str, str], TensorSpot]]
+    pieces: dict[str, list[Piece]]
+    spots: dict[str, TensorSpot]
+
+    def part(self, layer: int, role: Role, kind: str) -> Tensor | None:
+        """A projection's weight as (N, H) rows, or its bias; None where it has no bias."""
+        projection = self.architecture.projections[role]
+        spot = self.mlp[layer].get((projection.linear, kind))
+        if spot is None:
+            return None
+        tensor = projection.of(spot.read())
+        return tensor.T if tensor.dim() == 2 and projection.neuron_axis == 1 else tensor
+
+    @functools.cached_property
+    def exact_zeros(self) -> bool:
+        """Whether the activation makes inactive neurons exactly zero; builds the model without weights."""
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.directory)
+            skeleton = AutoModelForCausalLM.from_config(config)
+        return self.architecture.find(skeleton)[0].has_exact_zeros
+
+    @property
+    def down(self) -> TensorSpot:
+        """The first layer's output weight, whose shape and dtype all layers share."""
+        return self.mlp[0][self.architecture.down.linear, "weight"]
+
+    @property
+    def layers(self) -> int:
+        return len(self.mlp)
+
+    @property
+    def neurons(self) -> int:
+        return self.down.shape[self.architecture.down.neuron_axis]
+
+    @property
+    def hidden(self) -> int:
+        return self.down.shape[1 - self.architecture.down.neuron_axis]
+
+
+def open_source(directory: Path) -> SourceModel:
+    """Find a checkpoint's MLP tensors without loading it.
+
+    Raises:
+        FileNotFoundError: the directory or its checkpoint is missing.
+        ValueError: unsupported architecture, quantized or damaged checkpoint, or MLP tensors missing.
+    """
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} must be a model directory, but has no config.json: give the folder "
+            "that `save_pretrained` or `snapshot_download` wrote."
+        )
+    config = AutoConfig.from_pretrained(directory)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = dict(quantization).get("quant_method", "an unnamed method")
+        raise ValueError(
+            f"{directory} must hold plain float weights, but is quantized with {method}: "
+            "reorder the checkpoint from before quantization."
+        )
+    forms = architecture_of(config.model_type).forms()
+    shards = read_shards(directory)
+    spots = {name: spot for shard in shards for name, spot in shard.tensors.items()}
+    architecture = next((form for form in forms if any(map(form.tensor_pattern().match, spots))), forms[0])
+    mlp, pieces, experts = _find_mlps(directory, architecture, config, spots)
+    kinds = {tuple((key, spot.dtype, spot.shape) for key, spot in sorted(m.items())) for m in mlp}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"all MLPs of {directory} must have the same shapes and dtypes, got {len(kinds)} different "
+            "kinds: Ripple cannot stream this model."
+        )
+    source = SourceModel(directory, shards, config.model_type, architecture, experts, mlp, pieces, spots)
+    if source.down.dtype not in DTYPES:
+        raise ValueError(
+            f"MLP weights must be float32, float16 or bfloat16, got {source.down.dtype} in {directory}: "
+            "reorder the checkpoint from before quantization."
+        )
+    _check_shapes(source)
+    return source
+
+
+def _check_shapes(source: SourceModel) -> None:
+    """Refuse projections of other shapes than the MLP's neurons and hidden size, such as transposed ones."""
+    for projection in source.architecture.projections.values():
+        wanted = [source.hidden, source.hidden]
+        wanted[projection.neuron_axis] = source.neurons * (1 if projection.half is None else 2)
+        got = source.mlp[0][projection.linear, "weight"].shape
+        if got != tuple(wanted):
+            raise ValueError(
+                f"the weight of {projection.linear} in {source.directory} must be {tuple(wanted)}, as "
+                f"{source.architecture.down.linear} has it, got {got}: Ripple does not know this form of a "
+                f"{source.model_type}."
+            )
+
+
+def _find_mlps(
+    directory: Path, architecture: Architecture, config: Any, spots: dict[str, TensorSpot]
+) -> tuple[list[dict[tuple[str, str], TensorSpot]], dict[str, list[Piece]], int | None]:
+    """The weights of each MLP to stream, the tensors they lie in, and how many experts a layer has."""
+    pattern = architecture.tensor_pattern()
+    weights: dict[tuple[int, int], dict[tuple[str, str], TensorSpot]] = {}
+    holders: dict[str, list[tuple[tuple[int, int], str, TensorSpot]]] = {}
+    for name, spot in spots.items():
+        if match := pattern.match(name):
+            layer, first, linear, kind = match.groups()
+            for expert, part in enumerate(spot.slices() if architecture.stacked else [spot], int(first or 0)):
+                mlp = int(layer), expert
+                weights.setdefault(mlp, {})[linear, kind or "weight"] = part
+                holders.setdefault(name, []).append((mlp, linear, part))
+    if architecture.expert is None:
+        wanted = [(layer, 0) for layer in range(config.get_text_config().num_hidden_layers)]
+        experts = None
+    else:
+        experts = 1 + max((expert for _, expert in weights), default=0)
+        layers = sorted({layer for layer, _ in weights}) or [0]
+        wanted = [(layer, expert) for layer in layers for expert in range(experts)]
+    for mlp in wanted:
+        for projection in architecture.projections.values():
+            if (projection.linear, "weight") not in weights.get(mlp, {}):
+                where = f"layer {mlp[0]}" + ("" if experts is None else f", expert {mlp[1]}")
+                raise ValueError(
+                    f"{directory} must hold the weight of {projection.linear} of {where}, as a "
+                    f"{config.model_type} does, but no tensor matches {pattern.pattern}: fetch it again."
+                )
+    numbers = {mlp: number for number, mlp in enumerate(wanted)}
+    pieces = {
+        name: [Piece(part, numbers[mlp], linear) for mlp, linear, part in held]
+        for name, held in holders.items()
+        if held[0][0] in numbers
+    }
+    return [weights[mlp] for mlp in wanted], pieces, experts

@@ -1,0 +1,131 @@
+"""Private and version-dependent APIs of torch and transformers that Ripple uses.
+
+Each name says in which version it was seen, its purpose, and what happens if a version lacks it.
+`tests/ripple/test_compat.py` fails when one of them stops holding.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOOKS = ("_process_model_before_weight_loading", "_process_model_after_weight_loading")
+
+
+def _differs(error: ImportError) -> ImportError:
+    version = metadata.version("transformers")
+    return ImportError(
+        f"ripple_loader was written for transformers 5.23, but {version} is installed and differs ({error}): "
+        "install 5.23."
+    )
+
+
+try:
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if missing := [name for name in _HOOKS if not hasattr(HfQuantizer, name)]:
+        raise ImportError(f"`HfQuantizer` has no {' and no '.join(missing)}")
+except ImportError as error:
+    raise _differs(error) from error
+
+__all__ = [
+    "LoadingHooks",
+    "QuantizationConfigMixin",
+    "expect_missing",
+    "has_exact_zeros",
+    "has_integer_units",
+    "integer_product",
+    "register_quantization_config",
+    "register_quantizer",
+]
+
+
+class LoadingHooks(HfQuantizer):
+    """Hooks that `from_pretrained` calls before and after it reads the weights.
+
+    transformers 5.23.0: `HfQuantizer._process_model_before_weight_loading`, with `checkpoint_files`, and
+    `_process_model_after_weight_loading`. They are private, but every quantizer overrides them. If a
+    version lacks them, importing `ripple_loader` fails: otherwise no MLP would be replaced.
+    """
+
+    @abstractmethod
+    def before_weights(self, model: Any, files: list[Path]) -> None:
+        """Change the empty model; `files` are its checkpoint's."""
+
+    @abstractmethod
+    def after_weights(self, model: Any) -> None:
+        """Called once the weights are in memory."""
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self.before_weights(model, [Path(file) for file in checkpoint_files or ()])
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.after_weights(model)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def expect_missing(model: Any, patterns: Iterable[str]) -> None:
+    """Have `from_pretrained` pass over tensors of the checkpoint whose names match, without a warning.
+
+    transformers 5.23.0: `PreTrainedModel._keys_to_ignore_on_load_unexpected`, a set of patterns or None.
+    If a version lacks it, transformers reports the tensors as unexpected and loads all others as before.
+    """
+    known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    model._keys_to_ignore_on_load_unexpected = {*(known or ()), *patterns}
+
+
+def has_exact_zeros(activation: nn.Module) -> bool:
+    """Whether an activation makes inactive neurons exactly zero, so that leaving them out is exact.
+
+    transformers 5.23.0: `transformers.activations.ReLUSquaredActivation`. If a version lacks it, loading
+    or reordering a model fails with an ImportError.
+    """
+    try:
+        from transformers.activations import ReLUSquaredActivation  # brings in Dynamo, so not at import
+    except ImportError as error:
+        raise _differs(error) from error
+
+    return isinstance(activation, (nn.ReLU, ReLUSquaredActivation))
+
+
+@functools.cache
+def has_integer_units() -> bool:
+    """Whether the processor multiplies int8 numbers with units of their own (AVX-512 VNNI).
+
+    torch 2.13.0: `torch.cpu._is_vnni_supported` and `torch._int_mm`. If a version lacks one, products
+    are computed in floats, which is slower, and a warning says so.
+    """
+    if not hasattr(torch.cpu, "_is_vnni_supported") or not hasattr(torch, "_int_mm"):
+        warnings.warn(
+            f"torch {torch.__version__} does not say whether the processor has integer units: ripple_loader "
+            "multiplies sketches as floats, which is slower.",
+            stacklevel=2,
+        )
+        return False
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def integer_product(first_TH: Tensor, second_HR: Tensor) -> Tensor:
+    """The product of two int8 matrices, int32, shape (T, R), where `has_integer_units`.
+
+    torch 2.13.0: `torch._int_mm`.
+    """
+    return torch._int_mm(first_TH, second_HR)

@@ -1,0 +1,236 @@
+"""Where each architecture keeps its MLP neurons: in the module tree and in the checkpoint.
+
+A neuron is one row of the selector (`gate_proj`, or `fc1` where there is no gate), one row of `up_proj` where
+there is one, and one column of `down_proj` / `fc2`. Permuting all of them together leaves the MLP's function
+unchanged. In a mixture of experts each routed expert is an MLP of its own; the router and shared experts stay
+with the model.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ripple_loader.compat import has_exact_zeros
+
+Role = Literal["selector", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of an MLP.
+
+    Attributes:
+        linear: its name in the checkpoint and, but for experts, that of the module that holds it.
+        neuron_axis: axis of the weight along which neurons lie.
+        half: which half of that axis this projection is, where one weight holds two projections.
+    """
+
+    linear: str
+    neuron_axis: int
+    half: Literal[0, 1] | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """This projection's part of a weight or, for a vector, of a bias."""
+        axis = self.neuron_axis if weight.dim() > 1 else 0
+        return weight if self.half is None else weight.chunk(2, axis)[self.half]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to find and run the MLPs of a family of models.
+
+    Attributes:
+        layers: name of the list of layers.
+        mlp: name of the MLP in a layer; "" where its linears lie in the layer itself. In a mixture of experts
+            the name of the module that runs the routed experts, from their stacked weights.
+        selector, up, down: the projections; `up` is None for a plain two-layer MLP.
+        activation: name of the activation module beside the linears.
+        expert: pattern of an expert's name in the checkpoint, with its number as a group; None if dense.
+        stacked: whether the checkpoint holds a layer's experts in one tensor for each linear, expert by
+            expert, without an ending such as ".weight".
+    """
+
+    layers: str
+    mlp: str
+    selector: Projection
+    up: Projection | None
+    down: Projection
+    activation: str
+    expert: str | None = None
+    stacked: bool = False
+
+    def forms(self) -> tuple[Architecture, ...]:
+        """The forms of checkpoints: this entry's and, for experts, the stacked one of transformers 5."""
+        if self.expert is None:
+            return (self,)
+        gate, up = (Projection("gate_up_proj", 0, half=half) for half in (0, 1))
+        return self, replace(self, selector=gate, up=up, down=Projection("down_proj", 1), stacked=True)
+
+    @property
+    def projections(self) -> dict[Role, Projection]:
+        roles: dict[Role, Projection] = {"selector": self.selector, "down": self.down}
+        return roles if self.up is None else {**roles, "up": self.up}
+
+    @property
+    def bundle(self) -> tuple[Role, ...]:
+        """The projections in the order of a bundle's rows; all but the last select."""
+        return ("selector", "down") if self.up is None else ("selector", "up", "down")
+
+    def tensor_pattern(self) -> re.Pattern[str]:
+        """Matches the checkpoint's names of MLP tensors.
+
+        Its groups are the layer, the expert ("" if dense or stacked), the linear, and "weight" or "bias" (""
+        if stacked).
+        """
+        linears = "|".join(sorted({projection.linear for projection in self.projections.values()}))
+        one_expert = None if self.stacked else self.expert
+        inner = one_expert or (re.escape(self.mlp) + "()" if self.mlp else "()")
+        dot = r"\." if self.mlp else ""
+        end = "()" if self.stacked else r"\.(weight|bias)"
+        return re.compile(rf"(?:^|.*\.){self.layers}\.(\d+)\.{inner}{dot}({linears}){end}$")
+
+    def streamed_names(self) -> set[str]:
+        """Patterns of the tensors that a streaming model does not load, as transformers names them."""
+        return {form.tensor_pattern().pattern for form in self.forms()}
+
+    def find(self, model: nn.Module) -> list[MLPSite]:
+        """The modules of `model` to replace, layer by layer."""
+        inner = rf"\.{re.escape(self.mlp)}" if self.mlp else ""
+        container = re.compile(rf"(?:^|.*\.){self.layers}\.\d+{inner}")
+        held = "down_proj" if self.expert is not None else self.down.linear
+        return [
+            MLPSite(name, module, self)
+            for name, module in model.named_modules()
+            if container.fullmatch(name) and hasattr(module, held)
+        ]
+
+
+@dataclass(frozen=True)
+class MLPSite:
+    """One MLP of a model, or one layer's experts: the module that holds its linears, and its dotted name."""
+
+    name: str
+    container: nn.Module
+    architecture: Architecture
+
+    @property
+    def experts(self) -> int | None:
+        """How many MLPs this is as a mixture of experts; None if it is a dense MLP."""
+        return None if self.architecture.expert is None else len(self.container.down_proj)
+
+    def down_weights(self) -> list[Tensor]:
+        """The output weight of each MLP as (N, H) rows."""
+        if self.architecture.expert is not None:
+            return list(self.container.down_proj.transpose(1, 2))
+        down = self.architecture.down
+        return [getattr(self.container, down.linear).weight.movedim(down.neuron_axis, 0)]
+
+    @property
+    def activation(self) -> nn.Module:
+        return getattr(self.container, self.architecture.activation)
+
+    @property
+    def has_exact_zeros(self) -> bool:
+        """Whether the activation makes inactive neurons exactly zero, so that leaving them out is exact."""
+        return has_exact_zeros(self.activation)
+
+    def replace(self, model: nn.Module, streaming: nn.Module) -> None:
+        """Replace the MLP by `streaming`, which is called with the same arguments."""
+        if self.architecture.mlp:
+            parent, _, name = self.name.rpartition(".")
+            setattr(model.get_submodule(parent), name, streaming)
+        else:
+            setattr(self.container, self.architecture.selector.linear, streaming)
+            setattr(self.container, self.architecture.activation, nn.Identity())
+            setattr(self.container, self.architecture.down.linear, nn.Identity())
+
+
+_GATED = Architecture(
+    layers="layers",
+    mlp="mlp",
+    selector=Projection("gate_proj", 0),
+    up=Projection("up_proj", 0),
+    down=Projection("down_proj", 1),
+    activation="act_fn",
+)
+_FUSED = replace(
+    _GATED,
+    selector=Projection("gate_up_proj", 0, half=0),
+    up=Projection("gate_up_proj", 0, half=1),
+    activation="activation_fn",
+)
+_PLAIN = Architecture(
+    layers="layers",
+    mlp="mlp",
+    selector=Projection("fc1", 0),
+    up=None,
+    down=Projection("fc2", 1),
+    activation="activation_fn",
+)
+_UP_DOWN = replace(
+    _PLAIN, selector=Projection("up_proj", 0), down=Projection("down_proj", 1), activation="act_fn"
+)
+_GPT_NEOX = replace(
+    _PLAIN,
+    selector=Projection("dense_h_to_4h", 0),
+    down=Projection("dense_4h_to_h", 1),
+    activation="act",
+)
+_STARCODER2 = replace(_PLAIN, selector=Projection("c_fc", 0), down=Projection("c_proj", 1), activation="act")
+# transformers 5 stacks experts when it loads them; most checkpoints keep each one's linears.
+_EXPERTS = replace(_GATED, mlp="mlp.experts", expert=r"mlp\.experts\.(\d+)")
+_MIXTRAL = replace(
+    _EXPERTS,
+    selector=Projection("w1", 0),
+    up=Projection("w3", 0),
+    down=Projection("w2", 1),
+    expert=r"(?:mlp|block_sparse_moe)\.experts\.(\d+)",
+)
+# GPT-2's Conv1D keeps its weight as (inputs, outputs).
+_GPT2 = replace(_STARCODER2, layers="h", selector=Projection("c_fc", 1), down=Projection("c_proj", 0))
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "arcee": _UP_DOWN,
+    "falcon": replace(_GPT_NEOX, layers="h"),
+    "gemma": _GATED,
+    "gemma2": _GATED,
+    "gemma3": _GATED,
+    "gemma3_text": _GATED,
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "granite": _GATED,
+    "llama": _GATED,
+    "mistral": _GATED,
+    "mixtral": _MIXTRAL,
+    "nemotron": _UP_DOWN,
+    "olmo2": _GATED,
+    "olmoe": _EXPERTS,
+    "opt": replace(_PLAIN, mlp=""),
+    "phi": _PLAIN,
+    "phi3": _FUSED,
+    "qwen2": _GATED,
+    "qwen2_moe": _EXPERTS,
+    "qwen3": _GATED,
+    "qwen3_moe": _EXPERTS,
+    "stablelm": _GATED,
+    "starcoder2": _STARCODER2,
+}
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The entry for a config's `model_type`.
+
+    Raises:
+        ValueError: the type is not in the table.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"Ripple does not know where a model of type {model_type!r} keeps its MLP neurons; it knows "
+            f"{', '.join(sorted(ARCHITECTURES))}. To support it, add an entry to "
+            "ripple_loader.model.architectures.ARCHITECTURES."
+        )
+    return ARCHITECTURES[model_type]

@@ -1,0 +1,97 @@
+"""The offline stage: trace a model, place its neurons, write a streaming copy of its directory."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ripple_loader.checkpoint.source import SourceModel, open_source
+from ripple_loader.config import ReorderConfig
+from ripple_loader.files import Workspace, check_new, check_space, working_on
+from ripple_loader.format.layout import SIDECAR
+from ripple_loader.offline.calibration import cut_sequences
+from ripple_loader.offline.orders import ReorderPlan, plan_orders, predictor_rank
+from ripple_loader.offline.trace import Trace, trace_description, trace_source
+from ripple_loader.offline.writing import output_bytes, write_copy
+
+
+def reorder(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    calibration: Iterable[Any] | None = None,
+    config: ReorderConfig | None = None,
+    *,
+    trace: str | Path | None = None,
+) -> ReorderPlan:
+    """Write a streaming copy of a model: `out_dir` appears whole or not at all.
+
+    After an interruption the next run with the same arguments resumes: it keeps traced sequences, placed MLPs
+    and written weight files.
+
+    Args:
+        model_dir: a causal LM saved as safetensors in float32, float16 or bfloat16.
+        out_dir: a directory that does not exist yet.
+        calibration: texts, rows with a "text" or "input_ids" column, or tensors of token ids.
+        config: how to trace and place.
+        trace: directory of a finished trace of this model, instead of `calibration`.
+
+    Returns:
+        The orders and the expected reads, which are also printed to stderr before anything is written.
+
+    Raises:
+        FileNotFoundError: the model's directory or files are missing.
+        FileExistsError: `out_dir` exists.
+        ValueError: unsupported, quantized or damaged checkpoint, or a trace of another model.
+        OSError: not enough disk space.
+    """
+    config, out = config or ReorderConfig(), Path(out_dir)
+    check_new(out)
+    source = open_reorderable(Path(model_dir))
+    check_space(out, sum(output_bytes(source, config.bundles, predictor_rank(source, config))))
+    if (trace is None) == (calibration is None):
+        got = "neither" if trace is None else "both"
+        raise ValueError(f"one of `calibration` and `trace` must be given, got {got}.")
+    traced = trace_of(source, Path(trace)) if trace is not None else None
+    if traced is not None and predictor_rank(source, config):
+        traced.check_inputs()
+    sequences = cut_sequences(source, calibration, config) if calibration is not None else []
+    with working_on(out) as work:
+        if traced is None:
+            stage = work.stage("trace", trace_description(source, sequences, config))
+            traced = trace_source(source, sequences, config, stage)
+        plan = plan_orders(source, traced, config, work)
+        tqdm.write(
+            "expected reads per token and MLP: {reads_identity:.1f} in the model's order, {reads:.1f} in "
+            "{placement} order; {activity:.1%} of the neurons active, {hot:.1%} hot".format(**plan.profile),
+            file=sys.stderr,
+        )
+        orders = [hashlib.sha256(order.tobytes()).hexdigest() for order in plan.orders]
+        key = [traced.description, config.bundles, plan.hot, plan.rank, orders]
+        write_copy(source, plan, traced, work.stage(Workspace.OUTPUT, key))
+    return plan
+
+
+def open_reorderable(directory: Path) -> SourceModel:
+    """Like `open_source`, but refuses a directory that is reordered already."""
+    source = open_source(directory)
+    if (directory / SIDECAR).exists():
+        raise ValueError(f"{directory} is reordered already: give the original model's directory.")
+    return source
+
+
+def trace_of(source: SourceModel, directory: Path) -> Trace:
+    """Open a finished trace; ValueError if it is of another model."""
+    trace = Trace(directory)
+    expected = trace_description(source, [], ReorderConfig())
+    for name in ("model", "mlps", "neurons"):
+        if trace.description.get(name) != expected[name]:
+            raise ValueError(
+                f"{directory} must be a trace of {source.directory}, but is one of another model: "
+                "trace this model."
+            )
+    return trace

@@ -1,0 +1,131 @@
+"""Prove that a reordered directory is whole and lost nothing of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ripple_loader.checkpoint.shards import DTYPES, sha256
+from ripple_loader.checkpoint.source import SourceModel, open_source
+from ripple_loader.config import ReorderConfig, RippleConfig
+from ripple_loader.format.bundles import pack_bundles
+from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.tracer import Tracer, load_traced
+from ripple_loader.offline.writing import permuted
+
+_TOKENS = 32
+_BUDGET = "256MiB"
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def verify(directory: str | Path, original: str | Path | None = None) -> Iterator[tuple[str, str]]:
+    """Run the checks one by one; yields the name and the result of each that holds.
+
+    Args:
+        directory: a reordered directory.
+        original: the original model; without it only integrity is checked.
+
+    Raises:
+        FileNotFoundError: a directory or file is missing.
+        ValueError: a check fails; names the file and the difference.
+    """
+    sidecar = Sidecar(directory)
+    sidecar.verify()
+    yield "checksums", f"{sidecar.layout.checksums} hold"
+    copy = open_source(Path(directory))
+    for shard in copy.shards:
+        if sha256(shard.path) != sidecar.header.files.get(shard.path.name):
+            raise ValueError(
+                f"{shard.path} must be as `ripple reorder` wrote it, but it was changed or damaged: "
+                "reorder the model again."
+            )
+    yield "files", f"SHA-256 of {len(copy.shards)} weight files as written"
+    orders = [_order(sidecar, layer) for layer in range(sidecar.header.layers)]
+    for layer in range(copy.layers):
+        _check_bundles(sidecar, copy, layer)
+    yield "bundles", f"equal the weights beside them, {copy.layers} layers of {copy.neurons} neurons"
+    if original is None:
+        return
+    source = open_source(Path(original))
+    for shard in source.shards:
+        if sha256(shard.path) != sidecar.header.base.get(shard.path.name):
+            raise ValueError(
+                f"{directory} must be made from {shard.path}, but that file differs from its source."
+            )
+    yield "original", f"SHA-256 of {len(source.shards)} files as recorded"
+    _check_tensors(source, copy, orders)
+    yield "tensors", f"{len(source.spots)} equal the original's, MLPs up to the order of their neurons"
+    rounded = sidecar.header.dtype != source.down.dtype
+    yield from _check_logits(source, copy, sidecar.header.dtype if rounded else None)
+
+
+def _order(sidecar: Sidecar, layer: int) -> Tensor:
+    order = torch.from_numpy(sidecar.permutation(layer)).long()
+    if not torch.equal(order.sort().values, torch.arange(sidecar.header.neurons, device="cpu")):
+        raise ValueError(f"{sidecar.path} must order each neuron of layer {layer} once, but does not.")
+    return order
+
+
+def _check_bundles(sidecar: Sidecar, copy: SourceModel, layer: int) -> None:
+    rows = [copy.part(layer, role, "weight") for role in copy.architecture.bundle]
+    weights = [weight_NH for weight_NH in rows if weight_NH is not None]
+    if not torch.equal(sidecar.bundles(layer), pack_bundles(weights, sidecar.header.encoding)):
+        raise ValueError(f"{sidecar.path} must hold the weights of MLP {layer} beside it, but they differ.")
+
+
+def _check_tensors(source: SourceModel, copy: SourceModel, orders: list[Tensor]) -> None:
+    for name, spot in source.spots.items():
+        if name not in copy.spots:
+            raise ValueError(f"{copy.directory} must hold the tensor {name}, but does not.")
+        if name in source.pieces:
+            same = all(
+                torch.equal(permuted(source, a.spot.read(), a.linear, orders[a.mlp]), b.spot.read())
+                for a, b in zip(source.pieces[name], copy.pieces[name], strict=True)
+            )
+        else:
+            same = all(a == b for a, b in zip(spot.raw_chunks(), copy.spots[name].raw_chunks(), strict=True))
+        if not same:
+            raise ValueError(f"{copy.directory} must hold the original's {name}, but it differs.")
+
+
+def _check_logits(
+    source: SourceModel, copy: SourceModel, rounded_to: str | None
+) -> Iterator[tuple[str, str]]:
+    """Compare the original's logits with those of the copy, from its weight files and from the sidecar.
+
+    No model is ever whole in memory. If the bundles are rounded, the difference of the streamed logits is
+    reported, not checked.
+    """
+    reference = _logits(source)
+    tolerance = _TOLERANCE[DTYPES[source.down.dtype]]
+    for kind, options in {"logits": None, "streamed logits": RippleConfig(dram_budget=_BUDGET)}.items():
+        error = ((_logits(copy, options) - reference).abs().max() / reference.abs().max()).item()
+        if rounded_to is not None and options is not None:
+            yield kind, f"differ by {error:.1e} (relative), because the bundles are rounded to {rounded_to}"
+            continue
+        if not error <= tolerance:
+            raise ValueError(
+                f"the {kind} of {copy.directory} must be within {tolerance:.0e} of the original's, "
+                f"got {error:.1e}."
+            )
+        yield kind, f"within {error:.1e} of the original's (relative, {_TOKENS} random tokens)"
+
+
+@torch.no_grad()
+def _logits(source: SourceModel, config: RippleConfig | None = None) -> Tensor:
+    """Logits of random tokens, float32, streamed by `config` or straight from the weight files."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("cpu"):
+        if config is None:
+            model = load_traced(Tracer(source, ReorderConfig()), torch.device("cpu"))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.directory, dtype="auto", quantization_config=config
+            )
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.get_text_config().vocab_size, (1, _TOKENS), generator=generator)
+        return model(ids).logits.float()

@@ -1,0 +1,1 @@
+"""Models of the tables: networks of papers, the zoo, trained upscalers, and language models."""

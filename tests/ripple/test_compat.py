@@ -1,0 +1,86 @@
+"""Each private API that `ripple_loader.compat` uses still does what it is used for."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+
+from ripple_loader import RippleConfig, compat
+from ripple_loader.loader import RippleQuantizer
+
+from .conftest import load
+
+
+def test_from_pretrained_calls_the_hooks_around_reading_the_weights(reordered, monkeypatch):
+    """Before, with the checkpoint's files and parameters on the meta device; after, with those in memory."""
+    seen = []
+
+    def noted(name, hook):
+        def run(self, model, *arguments):
+            embedding = model.get_input_embeddings().weight
+            seen.append((name, embedding.device.type, *arguments))
+            return hook(self, model, *arguments)
+
+        return run
+
+    for name in ("before_weights", "after_weights"):
+        monkeypatch.setattr(RippleQuantizer, name, noted(name, getattr(RippleQuantizer, name)))
+    load(reordered("llama"))
+    (before, meta, files), (after, device) = seen
+    assert (before, after) == ("before_weights", "after_weights")
+    assert (meta, device) == ("meta", "cpu")
+    assert [Path(file).name for file in files] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", ["_process_model_before_weight_loading", "_process_model_after_weight_loading"]
+)
+def test_a_hook_that_is_gone_is_an_error_at_import(name, monkeypatch):
+    monkeypatch.delattr(HfQuantizer, name)
+    source = Path(compat.__file__).read_text("utf-8")
+    with pytest.raises(ImportError, match=rf"written for transformers 5\.23, .*`HfQuantizer` has no {name}"):
+        exec(compile(source, compat.__file__, "exec"), {"__name__": "ripple_loader.compat"})
+
+
+def test_streamed_tensors_are_not_reported_as_unexpected(reordered):
+    assert hasattr(PreTrainedModel, "_keys_to_ignore_on_load_unexpected")
+    config = RippleConfig(dram_budget="4MiB")
+    _, found = AutoModelForCausalLM.from_pretrained(
+        reordered("llama"), quantization_config=config, output_loading_info=True
+    )
+    assert not found["unexpected_keys"]
+    assert not found["missing_keys"]
+
+
+def test_activations_with_exact_zeros_are_known():
+    from transformers.activations import ACT2FN
+
+    exact = {name for name in ("relu", "relu2", "silu", "gelu") if compat.has_exact_zeros(ACT2FN[name])}
+    assert exact == {"relu", "relu2"}
+    assert not compat.has_exact_zeros(nn.GELU())
+
+
+def test_integer_products_are_those_of_integers():
+    torch.manual_seed(0)
+    first, second = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((3, 64), (64, 40)))
+    assert torch.equal(compat.integer_product(first, second), first.int() @ second.int())
+
+
+def test_integer_units_are_those_that_the_kernel_lists():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert compat.has_integer_units() == ("avx512_vnni" in flags)
+
+
+@pytest.mark.parametrize(("module", "name"), [("torch.cpu", "_is_vnni_supported"), ("torch", "_int_mm")])
+def test_without_integer_products_a_warning_says_that_floats_are_used(module, name, monkeypatch):
+    monkeypatch.delattr(importlib.import_module(module), name)
+    compat.has_integer_units.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="multiplies sketches as floats"):
+            assert not compat.has_integer_units()
+    finally:
+        compat.has_integer_units.cache_clear()
