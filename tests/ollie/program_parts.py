@@ -1,7 +1,7 @@
 """The parts that random programs are made of: layers, results, steps of a session, and ways to compile.
 
-A part is Python source with marks: `{C}` channels, `{H}` half of them, `{D}` dimensions of the image, `{S}` its sizes,
-`{N}` a number that no other part has, and `<a|b|c>`, of which one is drawn.
+A part is Python source with marks: `{C}` channels, `{H}` half of them, `{D}` dimensions of the image, `{S}`
+its sizes, `{N}` a number that no other part has, and `<a|b|c>`, of which one is drawn.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ class Part(NamedTuple):
 
     Attributes:
         kind: the word in `programs.KINDS` that allows the part.
-        body: statements. Of a layer: of `forward`, which read and assign `x` [batch, C, *S]; of a step: of the
-            session.
+        body: statements. A layer's are of `forward`, and read and assign `x` [batch, C, *S]; a step's are of
+            the session.
         init: statements of `__init__` that a layer needs.
         dims: the dimensions of images that a layer serves.
     """
@@ -70,7 +70,8 @@ LAYERS = (
     Part(
         "convolution",
         "x = torch.cat([self.a{N}(x), self.b{N}(x)], 1)",
-        "self.a{N} = nn.Conv{D}d({C}, {H}, 3, padding=1)\nself.b{N} = nn.Conv{D}d({C}, {H}, <1|3>, padding='same')",
+        "self.a{N} = nn.Conv{D}d({C}, {H}, 3, padding=1)\n"
+        "self.b{N} = nn.Conv{D}d({C}, {H}, <1|3>, padding='same')",
     ),
     Part(
         "convolution",
@@ -140,23 +141,52 @@ LAYERS = (
     Part("plain", "x = F.<avg|max>_pool{D}d(x, 3, stride=1, padding=1)"),
     Part("plain", "x = F.interpolate(F.avg_pool{D}d(x, 2), size=x.shape[2:])"),
     Part("plain", "x = x<.flip(1)|.roll(1, -1)|[:, torch.arange({C} - 1, -1, -1)]|.transpose(-1, -2).mT>"),
-    Part("plain", "x = x * torch.sigmoid(self.a{N}(x.mean(-1, keepdim=True)))", "self.a{N} = nn.Conv{D}d({C}, {C}, 1)"),
+    Part(
+        "plain",
+        "x = x * torch.sigmoid(self.a{N}(x.mean(-1, keepdim=True)))",
+        "self.a{N} = nn.Conv{D}d({C}, {C}, 1)",
+    ),
     Part("plain", "x = x.contiguous(memory_format=torch.channels_last)", dims="2"),
-    Part("plain", "x = F.pixel_shuffle(self.a{N}(x), 2)[..., ::2, ::2]", "self.a{N} = nn.Conv2d({C}, 4 * {C}, 1)", dims="2"),
+    Part(
+        "plain",
+        "x = F.pixel_shuffle(self.a{N}(x), 2)[..., ::2, ::2]",
+        "self.a{N} = nn.Conv2d({C}, 4 * {C}, 1)",
+        dims="2",
+    ),
     Part("norm", "x = self.a{N}(x)", "self.a{N} = nn.<GroupNorm(2, {C})|InstanceNorm{D}d({C}, affine=True)>"),
     Part("norm", TOKENS + "t = self.a{N}(t)" + IMAGE, "self.a{N} = nn.<LayerNorm|RMSNorm>({C})"),
-    Part("batch norm", "x = self.b{N}(self.a{N}(x))", "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)\nself.b{N} = nn.BatchNorm{D}d({C})"),
+    Part(
+        "batch norm",
+        "x = self.b{N}(self.a{N}(x))",
+        "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)\nself.b{N} = nn.BatchNorm{D}d({C})",
+    ),
     Part(
         "batch norm",
         "x = F.relu(self.b{N}(self.a{N}(x)) + self.d{N}(self.c{N}(x)))",
         "self.a{N}, self.b{N} = nn.Conv{D}d({C}, {C}, 3, padding=1, bias=False), nn.BatchNorm{D}d({C})\n"
         "self.c{N}, self.d{N} = nn.Conv{D}d({C}, {C}, 1), nn.BatchNorm{D}d({C}, momentum=None)",
     ),
-    Part("dropout", "x = self.b{N}(self.a{N}(x))", "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)\nself.b{N} = nn.Dropout<|{D}d>(<0.5|0.2>)"),
-    Part("sure dropout", "x = F.dropout<|{D}d>(self.a{N}(x), <0.0|1.0>, self.training) + x", "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)"),
+    Part(
+        "dropout",
+        "x = self.b{N}(self.a{N}(x))",
+        "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)\nself.b{N} = nn.Dropout<|{D}d>(<0.5|0.2>)",
+    ),
+    Part(
+        "sure dropout",
+        "x = F.dropout<|{D}d>(self.a{N}(x), <0.0|1.0>, self.training) + x",
+        "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)",
+    ),
     Part("dropout", "x = x + torch.<randn|rand>_like(x) * 0.1"),
-    Part("graph break", "x = self.a{N}(x)\ntorch._dynamo.graph_break()\nx = self.a{N}(x).relu() + x", "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)"),
-    Part("graph break", "x = self.a{N}(x) if x.sum().item() > -1e30 else x", "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)"),
+    Part(
+        "graph break",
+        "x = self.a{N}(x)\ntorch._dynamo.graph_break()\nx = self.a{N}(x).relu() + x",
+        "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)",
+    ),
+    Part(
+        "graph break",
+        "x = self.a{N}(x) if x.sum().item() > -1e30 else x",
+        "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)",
+    ),
     Part(
         "buffer",
         "z = torch.cat([self.h{N}.expand(len(x), *self.h{N}.shape[1:]), x], -1)\n"
@@ -171,7 +201,11 @@ LAYERS = (
         "x = self.a{N}(x) - self.m{N}.view(-1, *[1] * {D})",
         'self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)\nself.register_buffer("m{N}", torch.zeros({C}))',
     ),
-    Part("buffer", "self.m{N} = x.detach().mean()\nx = x - self.m{N}", 'self.register_buffer("m{N}", torch.zeros(()))'),
+    Part(
+        "buffer",
+        "self.m{N} = x.detach().mean()\nx = x - self.m{N}",
+        'self.register_buffer("m{N}", torch.zeros(()))',
+    ),
     Part(
         "parametrization",
         "x = self.a{N}(x)",
@@ -187,7 +221,8 @@ LAYERS = (
         "hook",
         "x = self.a{N}(x)",
         "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)\n"
-        "self.a{N}.register_forward_<hook(lambda module, given, result: result * 0.5)|pre_hook(lambda module, given: (given[0] + 1,))>",
+        "self.a{N}.register_forward_<hook(lambda module, given, result: result *"
+        " 0.5)|pre_hook(lambda module, given: (given[0] + 1,))>",
     ),
     Part(
         "hook",
@@ -205,15 +240,36 @@ LAYERS = (
         "x = F.conv_transpose{D}d(F.relu(self.a{N}(x)), self.a{N}.weight.to(x.dtype), padding=1)",
         "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)",
     ),
-    Part("counter", "self.calls{N} += 1\nx = self.a{N}(x) * <1|self.calls{N}>", "self.calls{N} = 0\nself.a{N} = nn.Conv{D}d({C}, {C}, 1)"),
+    Part(
+        "counter",
+        "self.calls{N} += 1\nx = self.a{N}(x) * <1|self.calls{N}>",
+        "self.calls{N} = 0\nself.a{N} = nn.Conv{D}d({C}, {C}, 1)",
+    ),
     Part("side effect", "x = seen(self.a{N}(x))", "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)"),
-    Part("checkpoint", "x = checkpoint(self.a{N}, x, use_reentrant=False)", "self.a{N} = nn.Sequential(nn.Conv{D}d({C}, {C}, 3, padding=1), nn.ReLU())"),
-    Part("autocast", 'with torch.autocast("cpu", torch.bfloat16):\n    y = self.a{N}(x)\nx = y.to(x.dtype)', "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)"),
-    Part("grad mode", "with torch.no_grad():\n    y = self.a{N}(x)\nx = self.a{N}(x) - y * 0.5", "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)"),
-    Part("functorch", TOKENS + "t = torch.vmap(lambda row: F.linear(row, self.a{N}))(t)" + IMAGE, "self.a{N} = nn.Parameter(torch.randn({C}, {C}) * 0.3)"),
+    Part(
+        "checkpoint",
+        "x = checkpoint(self.a{N}, x, use_reentrant=False)",
+        "self.a{N} = nn.Sequential(nn.Conv{D}d({C}, {C}, 3, padding=1), nn.ReLU())",
+    ),
+    Part(
+        "autocast",
+        'with torch.autocast("cpu", torch.bfloat16):\n    y = self.a{N}(x)\nx = y.to(x.dtype)',
+        "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)",
+    ),
+    Part(
+        "grad mode",
+        "with torch.no_grad():\n    y = self.a{N}(x)\nx = self.a{N}(x) - y * 0.5",
+        "self.a{N} = nn.Conv{D}d({C}, {C}, 3, padding=1)",
+    ),
+    Part(
+        "functorch",
+        TOKENS + "t = torch.vmap(lambda row: F.linear(row, self.a{N}))(t)" + IMAGE,
+        "self.a{N} = nn.Parameter(torch.randn({C}, {C}) * 0.3)",
+    ),
     Part(
         "mutated input",
-        "if not given.requires_grad and 0 not in given.stride():\n    given.<add_(0.5)|mul_(0.9)|clamp_(min=0)>",
+        "if not given.requires_grad and 0 not in given.stride():\n"
+        "    given.<add_(0.5)|mul_(0.9)|clamp_(min=0)>",
     ),
 )
 
@@ -233,18 +289,24 @@ ENTRIES = (
     Part(
         "parameters as arguments",
         "apply = compiled(lambda held, x: torch.func.functional_call(net, held, (x,)))\n"
-        "entry = lambda net: lambda x: apply({**dict(net.named_parameters()), **dict(net.named_buffers())}, x)",
+        "entry = lambda net: lambda x: apply({**dict(net.named_parameters()),"
+        " **dict(net.named_buffers())}, x)",
     ),
 )
 
 INFERENCE = "with torch.<no_grad|no_grad|inference_mode>():\n    yield 'result {N}', run(x)"
 CALLS = (
     Part("plain", INFERENCE),
-    Part("training", "y = run(x)\nbackward(y)\nyield 'result {N}', y\nyield 'gradients {N}', gradients(net, x)\nclear(net, x)"),
+    Part(
+        "training",
+        "y = run(x)\nbackward(y)\nyield 'result {N}', y\nyield 'gradients {N}', gradients(net, x)\n"
+        "clear(net, x)",
+    ),
     Part(
         "training",
         "backward(run(x))\nyield 'gradients {N}', gradients(net, x)\n"
-        "with torch.no_grad():\n    for p in net.parameters():\n        if p.grad is not None:\n            p.sub_(p.grad, alpha=0.1)\n"
+        "with torch.no_grad():\n    for p in net.parameters():\n        if p.grad is not None:\n"
+        "            p.sub_(p.grad, alpha=0.1)\n"
         "clear(net, x)",
     ),
     Part("grad mode", "with torch.set_grad_enabled(<True|False>):\n    yield 'result {N}', run(x)"),
@@ -257,35 +319,73 @@ STEPS = (
     *CALLS,
     Part("plain", "yield 'state {N}', state(net)"),
     Part("grad mode", "for p in list(net.parameters())[::2]:\n    p.requires_grad_(not p.requires_grad)"),
-    Part("grad mode", "x = x.detach().requires_grad_()\nbackward(run(x))\nyield 'gradients {N}', gradients(net, x)\nclear(net, x)"),
-    Part("autocast", "with torch.autocast('cpu', torch.bfloat16):\n    y = run(x)\nbackward(y)\nyield 'result {N}', y\nyield 'gradients {N}', gradients(net, x)\nclear(net, x)"),
+    Part(
+        "grad mode",
+        "x = x.detach().requires_grad_()\nbackward(run(x))\nyield 'gradients {N}', gradients(net, x)\n"
+        "clear(net, x)",
+    ),
+    Part(
+        "autocast",
+        "with torch.autocast('cpu', torch.bfloat16):\n    y = run(x)\nbackward(y)\nyield 'result {N}', y\n"
+        "yield 'gradients {N}', gradients(net, x)\nclear(net, x)",
+    ),
     Part("mode", "net.<train|eval>()"),
     Part("batch", "x = random(<1|3|5>, {C}, *{S}, seed={N})\n" + INFERENCE),
     Part("batch", "x = random(0, {C}, *{S}, seed={N})\n" + INFERENCE),
     Part("layout", "x = random(2, *{S}, {C}, seed={N}).movedim(-1, 1)\n" + INFERENCE),
     Part("layout", "x = random(2, {C}, *{S}, seed={N}, extra=2)[:, <:{C}|1:1 + {C}>]\n" + INFERENCE),
     Part("layout", "x = random(1, {C}, *{S}, seed={N}).expand(3, {C}, *{S})\n" + INFERENCE),
-    Part("dtype", "net, x = net.<double|bfloat16>(), x.<double|bfloat16>()\nx = x.to(next(net.parameters()).dtype)\n" + INFERENCE),
-    Part("optimizer", "optimizer = torch.optim.<SGD(net.parameters(), lr=0.1)|Adam(net.parameters(), lr=0.01)>\nbackward(run(x))\noptimizer.step()\nclear(net, x)\n" + INFERENCE),
+    Part(
+        "dtype",
+        "net, x = net.<double|bfloat16>(), x.<double|bfloat16>()\nx = x.to(next(net.parameters()).dtype)\n"
+        + INFERENCE,
+    ),
+    Part(
+        "optimizer",
+        "optimizer = torch.optim.<SGD(net.parameters(), lr=0.1)|Adam(net.parameters(), lr=0.01)>\n"
+        "backward(run(x))\noptimizer.step()\nclear(net, x)\n" + INFERENCE,
+    ),
     Part("loaded state", "net.load_state_dict(changed(net.state_dict())<|, assign=True>)\n" + INFERENCE),
-    Part("weight written", "with torch.no_grad():\n    for p in list(net.parameters())[::2]:\n        p.mul_(0.5)\n" + INFERENCE),
+    Part(
+        "weight written",
+        "with torch.no_grad():\n    for p in list(net.parameters())[::2]:\n        p.mul_(0.5)\n" + INFERENCE,
+    ),
     Part("new weight", "replace(net, {N}, lambda p: nn.Parameter(p.detach() * 0.5))\n" + INFERENCE),
     Part("data assigned", "for p in list(net.parameters())[::2]:\n    p.data = p.data * 0.5\n" + INFERENCE),
-    Part("new module", "net.blocks[0] = copy.deepcopy(net.blocks[0])\nwith torch.no_grad():\n    for p in net.blocks[0].parameters():\n        p.mul_(0.5)\n" + INFERENCE),
-    Part("instance", "other = make({N})\nother_run = entry(other)\nwith torch.no_grad():\n    yield 'other {N}', other_run(x)\n    yield 'result {N}', run(x)"),
-    Part("instance", "other = make({N})\nother.load_state_dict(net.state_dict())\nwith torch.no_grad():\n    yield 'other {N}', entry(other)(x)"),
+    Part(
+        "new module",
+        "net.blocks[0] = copy.deepcopy(net.blocks[0])\nwith torch.no_grad():\n"
+        "    for p in net.blocks[0].parameters():\n        p.mul_(0.5)\n" + INFERENCE,
+    ),
+    Part(
+        "instance",
+        "other = make({N})\nother_run = entry(other)\nwith torch.no_grad():\n"
+        "    yield 'other {N}', other_run(x)\n    yield 'result {N}', run(x)",
+    ),
+    Part(
+        "instance",
+        "other = make({N})\nother.load_state_dict(net.state_dict())\nwith torch.no_grad():\n"
+        "    yield 'other {N}', entry(other)(x)",
+    ),
     Part(
         "copy",
-        "other = copy.deepcopy(net)\nwith torch.no_grad():\n    for p in other.parameters():\n        p.mul_(1.5)\n"
+        "other = copy.deepcopy(net)\nwith torch.no_grad():\n    for p in other.parameters():\n"
+        "        p.mul_(1.5)\n"
         "    yield 'other {N}', entry(other)(x)\n    yield 'result {N}', run(x)",
     ),
-    Part("result written", "with torch.no_grad():\n    for y in tensors(run(x.clone())):\n        if y.is_floating_point():\n            y.<zero_()|add_(1)>\n    yield 'result {N}', run(x)"),
-    Part("result kept", "with torch.no_grad():\n    first = run(x)\n    run(x + 1)\nyield 'first {N}', first"),
+    Part(
+        "result written",
+        "with torch.no_grad():\n    for y in tensors(run(x.clone())):\n        if y.is_floating_point():\n"
+        "            y.<zero_()|add_(1)>\n    yield 'result {N}', run(x)",
+    ),
+    Part(
+        "result kept", "with torch.no_grad():\n    first = run(x)\n    run(x + 1)\nyield 'first {N}', first"
+    ),
     Part("mutated input", "yield 'input {N}', x"),
     Part("random state", "yield 'random state {N}', torch.rand(3)"),
 )
 
-PREAMBLE = '''
+PREAMBLE = """
 import copy
 
 import torch
@@ -295,6 +395,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+DTYPE = {DTYPE}
 times_seen = []
 
 
@@ -315,12 +416,12 @@ class Symmetric(nn.Module):
 
 def make(seed):
     torch.manual_seed(seed)
-    return Net().eval()
+    return Net().double().eval() if DTYPE == torch.float64 else Net().eval()
 
 
 def random(*shape, seed, extra=0):
     shape = (shape[0], shape[1] + extra, *shape[2:])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
 
 
 def tensors(value):
@@ -330,7 +431,7 @@ def tensors(value):
 def backward(value):
     leaves = [y for y in tensors(value) if y.requires_grad and y.is_floating_point()]
     if leaves:
-        sum(y.float().square().mean() for y in leaves).backward()
+        sum(y.to(DTYPE).square().mean() for y in leaves).backward()
 
 
 def gradients(net, x):
@@ -356,4 +457,4 @@ def replace(net, place, make):
     name = sorted(named)[place % len(named)]
     owner, _, leaf = name.rpartition(".")
     setattr(net.get_submodule(owner), leaf, make(named[name]))
-'''.lstrip()
+""".lstrip()

@@ -1,7 +1,7 @@
 """Random programs: modules, and sessions in which they are compiled, called and changed, as Python source.
 
-A program is drawn from a seed. Its source defines `session(compiled)`, a generator of labelled values: outputs,
-gradients, buffers and counters. With `compiled=lambda f: f` it is the reference, eager torch.
+A program is drawn from a seed. Its source defines `session(compiled)`, a generator of labelled values, which
+are outputs, gradients, buffers and counters. With `compiled=lambda f: f` they are eager torch's.
 """
 
 from __future__ import annotations
@@ -27,8 +27,23 @@ CHANNELS = (4, 4, 4, 6)
 CHOICE = re.compile(r"<([^<>]*\|[^<>]*)>")
 
 # Kernels in C++ take seconds to build, so that few programs may use them.
-FORCED = {"tune": "model", "margin": 0.0, "budget_s": 600, "candidates": 1, "portable": True}
-TIMED = {"budget_s": 600, "candidates": 1, "portable": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "forced": {"tune": "model", "margin": 0.0, "budget_s": 600, "candidates": 1, "portable": True},
+    "timed": {"budget_s": 600, "candidates": 1, "portable": True},
+}
+FURTHER: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"freeze": True},
+    {"freeze": True},
+    {"freeze": True, "portable": False},
+    {"budget_s": 0.3},
+    {"budget_s": 0.3, "freeze": True},
+    {"budget_s": 0},
+    {"budget_s": 0, "freeze": True},
+    {"non_finite": "exact"},
+    {"non_finite": "exact", "freeze": True},
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +54,7 @@ class Program:
         block, outer: layers of `Block`, of which a network has several instances, and of the network itself.
         blocks: the instances of `Block`, as an expression.
         steps: of the session.
+        wide: whether its numbers are float64, so that rounding cannot hide a wrong one.
         named: arguments of `torch.compile` beside the backend.
         style: how it is run, a key of `program_runs.STYLES`.
     """
@@ -52,6 +68,7 @@ class Program:
     result: Part
     entry: Part
     steps: tuple[Part, ...]
+    wide: bool
     named: dict[str, Any]
     style: str
 
@@ -87,7 +104,7 @@ class Program:
         ]
         return "\n\n".join(
             [
-                PREAMBLE,
+                PREAMBLE.replace("{DTYPE}", "torch.float64" if self.wide else "torch.float32"),
                 _module("Block", [], self.block, ["return x"]),
                 _module(
                     "Net",
@@ -157,7 +174,7 @@ class Drawing:
     def program(self) -> Program:
         layers = [self.part(LAYERS) for _ in range(self.choose((2, 2, 3)))]
         cut = self.choose(range(1, len(layers)))
-        style = self.choose(("forced", "timed"))
+        style = self.choose(("forced", "forced", "forced", "timed"))
         return Program(
             seed=self.seed,
             dims=self.dims,
@@ -167,7 +184,8 @@ class Drawing:
             blocks=self.choose(("[Block()]", "[Block(), Block()]", "[Block()] * 2")),
             result=self.part(RESULTS),
             entry=self.part(ENTRIES),
-            steps=tuple(self.part(steps) for steps in [CALLS] + [STEPS] * self.choose((1, 2, 3))),
+            steps=tuple(self.part(steps) for steps in [CALLS] + [STEPS] * self.choose((1, 1, 2))),
+            wide=self.choose((True, False)),
             named=self.named({part.kind for part in layers}, style),
             style=style,
         )
@@ -196,10 +214,8 @@ class Drawing:
 
     def named(self, layers: set[str], style: str) -> dict[str, Any]:
         """Arguments of `torch.compile` beside the backend."""
-        options: dict[str, Any] = dict(FORCED if style == "forced" else TIMED)
-        options["freeze"] = self.choose((True, False))
+        options = OPTIONS[style] | self.choose(FURTHER)
         options["max_depth"] = self.choose((0, 0, 1)) if style == "forced" else 0
-        options |= self.choose(({}, {}, {}, {}, {"portable": False}, {"budget_s": 0} if options["freeze"] else {}))
         if "dropout" in layers:  # Inductor draws other random numbers otherwise
             options["fallback_random"] = True
-        return {"options": options, "dynamic": self.choose((None, None, None, False, False, True))}
+        return {"options": options, "dynamic": self.choose((None, None, False, False, False, True))}
