@@ -11,6 +11,7 @@ error, so must the backend.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from tqdm import tqdm
 
 from ollie_compile.backend import CONTEXT, compile_with
 from ollie_compile.measure.machine import Machine
@@ -168,15 +170,17 @@ def main() -> None:
     )
     parser.add_argument("--operators", nargs="*", default=list(OPERATORS), help="parts of their names")
     parser.add_argument("--dtypes", nargs="*", default=[str(dtype)[6:] for dtype in DTYPES])
-    parser.add_argument("--samples", type=int, default=8, help="at most, of one operator and dtype")
+    parser.add_argument("--samples", type=int, default=1, help="at most, of one operator and dtype")
     parser.add_argument("--backends", nargs="*", default=list(backends()), choices=list(backends()))
     options = parser.parse_args()
     counts = {name: Counts() for name in options.backends}
     dtypes = [getattr(torch, name) for name in options.dtypes]
     operators: Counter[str] = Counter()
-    for name, dtype, call in samples(options.operators, dtypes, options.samples):
-        operators[name.partition(" ")[0]] += 1
-        run(name, dtype, call, counts)
+    chosen = list(samples(options.operators, dtypes, options.samples))
+    with contextlib.suppress(KeyboardInterrupt):  # what has run is counted
+        for name, dtype, call in tqdm(chosen, mininterval=20):
+            run(name, dtype, call, counts)
+            operators[name.partition(" ")[0]] += 1
     print(f"{operators.total()} samples of {len(operators)} operators, torch {torch.__version__}")
     for name, count in counts.items():
         right = count.samples - len(count.wrong)

@@ -109,7 +109,8 @@ class Noise(TorchDispatchMode):
         computes = func.namespace == "aten" and not func.is_view and not func._schema.is_mutable
         if computes and isinstance(result, Tensor) and result.is_floating_point() and result.numel():
             with torch.no_grad():
-                level = ROUNDING.get(result.dtype, torch.finfo(result.dtype).eps / 2) * result.abs().max()
+                low, high = result.aminmax()
+                level = ROUNDING.get(result.dtype, torch.finfo(result.dtype).eps / 2) * max(-low, high)
                 noise = torch.empty(result.shape, dtype=torch.float64).uniform_(
                     -1, 1, generator=self.generator
                 )
