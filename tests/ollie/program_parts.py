@@ -13,7 +13,7 @@ class Part(NamedTuple):
     """Source of one kind.
 
     Attributes:
-        kind: the word in `programs.KINDS` that allows the part.
+        kind: names the feature that a program has by this part.
         body: statements. A layer's are of `forward`, and read and assign `x` [batch, C, *S]; a step's are of
             the session.
         init: statements of `__init__` that a layer needs.
