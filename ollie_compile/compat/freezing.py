@@ -123,7 +123,8 @@ def freeze(
     kept = [value for place, value in enumerate(inputs) if place not in weights]
     gm.graph = fx_graph_cse(gm.graph)
     _separate_scales(gm)
-    freezing_passes(gm, kept)
+    with _float64_unpacked(gm):
+        freezing_passes(gm, kept)
     constant_folding.constant_fold(gm)
     if choose_libraries is not None:
         choose_libraries(gm.graph)
@@ -167,6 +168,27 @@ def _is_dense(value: Any) -> bool:
         type(number) is int for number in (*value.shape, *value.stride())
     )
     return static and torch._prims_common.is_non_overlapping_and_dense_or_false(value)
+
+
+@contextlib.contextmanager
+def _float64_unpacked(gm: fx.GraphModule) -> Iterator[None]:
+    """Hide convolutions in float64 from Inductor, which packs their weights for oneDNN, which reads none."""
+    hidden = [
+        node
+        for node in gm.graph.find_nodes(op="call_function", target=aten.convolution.default)
+        if node.meta["val"].dtype == torch.float64
+    ]
+    for node in hidden:
+        node.target = _convolution
+    try:
+        yield
+    finally:
+        for node in gm.graph.find_nodes(op="call_function", target=_convolution):
+            node.target = aten.convolution.default
+
+
+def _convolution(*arguments: Any) -> Tensor:
+    return aten.convolution.default(*arguments)
 
 
 def _separate_scales(gm: fx.GraphModule) -> None:

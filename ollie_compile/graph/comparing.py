@@ -80,7 +80,7 @@ def check(
         results = pytree.tree_leaves(call(*values))
         return [result for result in (*results, *values) if isinstance(result, Tensor)]
 
-    with outside_compilation():
+    with outside_compilation(autocast=True):
         made = copies(inputs, held)
         try:
             wanted = run(graph)
@@ -88,9 +88,18 @@ def check(
             return
         found = run(compiled)
     for want, got in zip(wanted, found, strict=True):
-        limit = LIMIT if want.dtype.itemsize >= 4 else HALF_LIMIT
+        limit = HALF_LIMIT if want.dtype.itemsize < 4 or _computes_in_half(graph) else LIMIT
         if not want.is_floating_point() or not want.numel() or not want.isfinite().all():
             continue
         wrong = ~((got - want).abs() <= limit * want.abs().max())  # a NaN is no small difference
         if wrong.double().mean() > SHARE:
             raise RuntimeError(f"{wrong.double().mean():.0%} of its results differ from eager's")
+
+
+def _computes_in_half(graph: fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo computes in half precision, such as under autocast."""
+    values = (node.meta.get("example_value") for node in graph.graph.nodes)
+    return any(
+        isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
+        for value in values
+    )

@@ -130,7 +130,7 @@ class _Listing(TorchDispatchMode):
 
 def _dispatched(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     listing = _Listing()
-    with outside_compilation(), torch.random.fork_rng(devices=[]), FakeTensorMode() as mode:
+    with outside_compilation(autocast=True), torch.random.fork_rng(devices=[]), FakeTensorMode() as mode:
         values = tuple(_fake(mode, value) for value in inputs)
         held = {name: _fake(mode, one) for name, one in (*gm.named_parameters(), *gm.named_buffers())}
         with listing:

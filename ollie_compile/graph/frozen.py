@@ -55,7 +55,7 @@ class Frozen:
     def _without_constants(self, values: Sequence[Any]) -> Callable[..., Any]:
         if self._unfrozen is None:
             logger.warning("ollie: a graph is compiled without freezing for weights other than the first")
-            with outside_compilation():
+            with outside_compilation(autocast=True):
                 self._unfrozen = (
                     inductor.compile_unfrozen(copied(self._graph), values, self._options)
                     if self._static

@@ -223,7 +223,7 @@ def _name(
 def _measured(built: dict[str, Compiled], inputs: Sequence[Tensor], machine: Machine) -> dict[str, float]:
     """Seconds of each call on copies of the inputs, which calls may change."""
     held = frozenset().union(*(getattr(call, "held", ()) for call in built.values()))
-    with outside_compilation():
+    with outside_compilation(autocast=True):
         values = copies(inputs, held)
         calls = [functools.partial(call, *values) for call in built.values()]
         return dict(zip(built, machine.measure(calls, machine.now() + MEASURE_S), strict=True))

@@ -1,4 +1,4 @@
-"""Measuring while a compilation is under way: outside its fake tensors, modes and autocast."""
+"""Measuring while a compilation is under way: outside its fake tensors and modes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from ollie_compile.compat import suspended_compilation
 
 
 @contextlib.contextmanager
-def outside_compilation() -> Iterator[None]:
-    """Compute real tensors, without gradients and casts, whatever compilation is under way."""
-    with suspended_compilation(), torch.inference_mode(False), torch.no_grad(), without_autocast():
+def outside_compilation(*, autocast: bool = False) -> Iterator[None]:
+    """Compute real tensors, without gradients, whatever compilation is under way.
+
+    Args:
+        autocast: whether the caller's autocast stays on, which a graph of Dynamo relies on; operators of an
+            aten graph have their casts beside them.
+    """
+    casts = contextlib.nullcontext() if autocast else without_autocast()
+    with suspended_compilation(), torch.inference_mode(False), torch.no_grad(), casts:
         yield
 
 

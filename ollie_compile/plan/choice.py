@@ -24,6 +24,7 @@ from ollie_compile.plan.placing import (
 logger = logging.getLogger(__name__)
 
 COMPARED = 2  # programs as they are called that are timed once more, beside the original
+NOISE = 0.05  # share by which timings of equally fast programs may differ; the lowest bound wins among them
 NO_FASTER = "measured no faster than the original"
 
 
@@ -119,7 +120,10 @@ def _compile(plan: Plan, candidate: Candidate, config: OllieConfig, machine: Mac
 def _compare(
     plan: Plan, config: OllieConfig, machine: Machine, finalists: dict[Candidate, Call], deadline: float
 ) -> None:
-    """Measure the finalists and the original in turn; the fastest wins, if it beats the original enough."""
+    """Measure the finalists and the original in turn.
+
+    Of the fastest, the one with the lowest bound wins, if it beats the original enough.
+    """
     operator = plan.operator
     build = machine.called if is_library_call(operator) else machine.compiled
     originals = [
@@ -136,11 +140,14 @@ def _compare(
     if not faster:
         plan.reason = "the original measured fastest"
         return
-    plan.winner = min(faster, key=lambda candidate: candidate.measured_s or 0.0)
+    # Timings that differ by noise alone must not change the plan from one run to the next.
+    best_s = min(candidate.measured_s or 0.0 for candidate in faster)
+    near = [one for one in faster if (one.measured_s or 0.0) <= best_s * (1 + NOISE)]
+    plan.winner = min(near, key=plan.candidates.index)
     plan.reason = "measured fastest"
     for candidate in faster:
         if candidate is not plan.winner:
-            candidate.rejected = "another candidate measured faster"
+            candidate.rejected = "another candidate measured faster, or as fast with a lower bound"
 
 
 def _take_cheapest(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) -> None:

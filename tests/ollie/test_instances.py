@@ -4,7 +4,6 @@ import copy
 import gc
 import multiprocessing
 import threading
-import warnings
 import weakref
 
 import pytest
@@ -170,11 +169,32 @@ def test_changed_weights_are_seen():
 def test_weights_of_another_dtype():
     net = Net().eval()
     run = compiled(net)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in some versions Inductor cannot freeze convolutions in float64
-        for dtype in (torch.float32, torch.float64, torch.float32):
-            net.to(dtype)
-            agree(run(X.to(dtype)), net(X.to(dtype)))
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        net.to(dtype)
+        agree(run(X.to(dtype)), net(X.to(dtype)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_weights_in_float64(dynamic):
+    """oneDNN computes no convolution in float64, so no weight may be packed for it."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3)).double().eval()
+    run = torch.compile(net, backend="ollie", options={"freeze": True, "budget_s": 0}, dynamic=dynamic)
+    for batch in (2, 3):
+        x = torch.randn(batch, 4, 8, 8, dtype=torch.float64)
+        agree(run(x), net(x))
+
+
+def test_weights_under_autocast():
+    """A graph is compared with eager's result under autocast, and later weights are cast as the first."""
+    nets = [nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)).eval() for _ in range(2)]
+    tied = copy.deepcopy(nets[0])
+    tied[2].bias = nn.Parameter(tied[0].bias[:4])
+    run = compiled(lambda net, x: net(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        for net in (*nets, tied):
+            got, want = run(net, X), net(X)
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
 def test_a_parameter_that_is_deleted_is_missed():

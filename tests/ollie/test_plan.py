@@ -125,6 +125,18 @@ def test_checks_leave_time_to_measure(context, check, compiling):
     assert made.reason == "measured fastest"
 
 
+def test_noise_of_a_few_percent_does_not_change_the_winner(context, check, compiling):
+    winners = set()
+    for first, second in ((1.0, 1.04), (1.04, 1.0), (1.0, 1.0), (1.02, 0.99)):
+        context.reset()
+        compiling.times = iter([1.0])
+        times = [first, second, 1.3, *[100.0] * 9]
+        compiling.measure = lambda calls, deadline, times=times: times[: len(calls)]
+        made = planner.plan(conv(), MEASURE, 10.0, context)
+        winners.add(str(made.winner.program))
+    assert len(winners) == 1
+
+
 def test_no_compilation_begins_that_would_not_end_in_time(context, check, compiling):
     compiling.seconds = 6.0
     made = planner.plan(conv(), MEASURE, 13.0, context)  # the winner is compiled in its graph as well
