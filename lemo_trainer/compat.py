@@ -224,3 +224,25 @@ def calling_handler(callback: Any) -> CallbackHandler | None:
         "the reporting callbacks (TensorBoard, W&B) in front of it."
     )
     return None
+
+
+def calling_trainer(handler: CallbackHandler) -> Any:
+    """The Trainer whose method calls an event of `handler` just now; None outside of a Trainer."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if getattr(caller, "callback_handler", None) is handler and hasattr(caller, "train"):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def is_training(trainer: Any) -> bool:
+    """Whether `train` of this Trainer runs in this thread: the Trainer's own flag stays set by an exception."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        loops = frame.f_code.co_name in ("train", "_inner_training_loop")
+        if loops and frame.f_locals.get("self") is trainer:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -20,6 +20,7 @@ Scheme = Literal["auto", "layers", "segments"]
 Boundaries = Literal["memory", "host", "disk"]
 
 
+NO_CONFIG = '{owner} takes a LemoConfig, such as LemoConfig(mode="detach", keep_ratio=0.5), got {got}.'
 _OF_EXACT = {"mode", "scheme", "boundaries", "segment_tokens", "loss_segment", "save_attention"}
 _OF_EXACT |= {"selective_checkpointing"}
 

@@ -2,7 +2,8 @@
 
 A patched decoder layer becomes an instance of a subclass of its own class (same name, same module), as in
 FSDP2. That works whether the installed transformers wraps `forward` or `__call__` for gradient checkpointing.
-The causal LM gets an instance `forward` with the segment-wise loss.
+The causal LM gets an instance `forward` with the segment-wise loss. Only training passes run patched: in
+training mode, while gradients are recorded, without a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lemo_trainer.compat import (
     checkpointing_function,
     loss_is_made_by_trl,
 )
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.config import NO_CONFIG, LemoConfig
 from lemo_trainer.exact.patch import patch_exact
 from lemo_trainer.head.forward import check_head, forward_with_segmented_loss
 from lemo_trainer.informativeness.selectors import selector_for
@@ -32,12 +33,19 @@ from lemo_trainer.kernels.dispatch import backend
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.layers.detachment import DetachingLayer
 from lemo_trainer.layers.elimination import EliminatingLayer
-from lemo_trainer.layers.segments import SegmentCache, check_batch, check_segments, forward_in_segments
+from lemo_trainer.layers.segments import (
+    NO_LABELS,
+    SegmentCache,
+    check_batch,
+    check_segments,
+    forward_in_segments,
+)
 from lemo_trainer.layers.stream import Streams
 from lemo_trainer.layers.wiring import Wiring, find_wiring
 from lemo_trainer.model.architectures import CausalLM, find_causal_lm
-from lemo_trainer.model.calls import CACHES, layer_arguments, split_arguments
+from lemo_trainer.model.calls import CACHES, bind, layer_arguments, split_arguments
 from lemo_trainer.model.norms import recognised_norms
+from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
 from lemo_trainer.report import LemoReport
 from lemo_trainer.session import LemoSession, session_of
 
@@ -49,21 +57,28 @@ LayerForward = Callable[..., Any]  # the training forward of a layer that leaves
 def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     """Make the training steps of `model` leave uninformative tokens out.
 
-    Evaluation and generation (`model.eval()`) stay dense. In training with labels, and with
-    `config.loss_segment` above 0, the output's `logits` are None; a cache that a training forward returns
-    lacks the layers that left tokens out.
+    Only training passes run patched: in training mode, while gradients are recorded, without a cache.
+    Evaluation, generation and passes under `torch.no_grad()` are the model's own. A copy or a pickle of the
+    patched model is unpatched. In training with labels, and with `config.loss_segment` above 0, the output's
+    `logits` are None.
 
     Args:
         model: a causal LM of a supported architecture, plain or wrapped by PEFT.
         config: the configuration of LeMo.
 
     Raises:
+        TypeError: `config` is not a LemoConfig.
         ValueError: the model is patched already; LeMo does not support its architecture, its attention
             implementation or its head; or the predictors are damaged or belong to another model.
         FileNotFoundError: `selector="predictor"` found no predictors.
     """
+    if not isinstance(config, LemoConfig):
+        raise TypeError(NO_CONFIG.format(owner="apply_lemo(model, config)", got=type(config).__name__))
     parts = find_causal_lm(model)
-    if session_of(parts.model) is not None:
+    session = session_of(parts.model)
+    if session is not None and not session.passes.in_scope():  # the Trainer that it was for has stopped
+        session.undo()
+    elif session is not None:
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
     implementation = attention_implementation(parts.model.config)
     if config.save_attention and implementation != "sdpa":
@@ -82,7 +97,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     session.kernel_backend = backend(parts.model.get_input_embeddings().weight)
     try:
         _patch_layers(parts, layer_forward, session)
-        _patch_causal_lm(parts, session)
+        _patch_forwards(parts, session)
     except BaseException:
         session.undo()
         raise
@@ -168,7 +183,7 @@ def _patch_layers(parts: CausalLM, layer_forward: LayerForward | None, session: 
 
 
 @functools.cache
-def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+def _patched_class(layer_class: Any) -> type[nn.Module]:
     """The subclass of a layer's class whose training forward leaves tokens out.
 
     It checkpoints the chosen rows itself. It therefore hides the layer's `gradient_checkpointing` from
@@ -176,17 +191,11 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
-        run: Callable[..., Any] = operator.call
         session: LemoSession = self._lemo_session
-        config = session.config
-        if self.training and vars(self).get(CHECKPOINTING):
-            if config.save_attention:
-                run = saving_attention
-            else:
-                run = saving_inputs if config.mode == "segments" else checkpointing_function(self)
-        elif self.training and config.selective_checkpointing:
-            run = saving_matmuls
+        run = _recomputation(self, session)
+        if not session.passes.running and run is operator.call:
+            return layer_class.forward(self, *args, **kwargs)
+        hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
         if run is not operator.call:  # a recomputation would fill the model's cache again
             arguments = {
                 name: value
@@ -195,7 +204,7 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
             }
         leave_out: LayerForward | None = self._lemo_forward
         plan = None
-        if self.training and leave_out:
+        if self.training and session.passes.running and leave_out:
             plan = session.plan(self._lemo_index, hidden_states.shape[1])
         if leave_out and plan:
             mask, positions, options = split_arguments(arguments)
@@ -208,84 +217,78 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     def remember(self: nn.Module, value: bool) -> None:
         vars(self)[CHECKPOINTING] = value
 
-    namespace = {
-        "forward": forward,
-        CHECKPOINTING: property(lambda self: False, remember),
-        "__module__": layer_class.__module__,
-        "__qualname__": layer_class.__qualname__,
-    }
-    return type(layer_class.__name__, (layer_class,), namespace)
+    hidden = property(lambda self: False, remember)
+    return subclass_of(layer_class, forward=forward, **{CHECKPOINTING: hidden})
+
+
+def _recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
+    """What runs a layer in the present pass: a kind of checkpointing, or nothing but a call."""
+    config, running = session.config, session.passes.running
+    if not layer.training or not (running or torch.is_grad_enabled()):
+        return operator.call
+    if vars(layer).get(CHECKPOINTING):
+        if running and config.save_attention:
+            return saving_attention
+        return saving_inputs if running and config.mode == "segments" else checkpointing_function(layer)
+    return saving_matmuls if running and config.selective_checkpointing else operator.call
 
 
 def _patch_layer(index: int, layer: Any, layer_forward: LayerForward | None, session: LemoSession) -> None:
-    original = layer.__class__
-    layer._lemo_index, layer._lemo_forward, layer._lemo_session = index, layer_forward, session
-    layer._lemo_norms = {}
-    layer.__class__ = _patched_class(original)
-
-    def undo() -> None:
-        layer.__class__ = original
-        del layer._lemo_index, layer._lemo_forward, layer._lemo_session, layer._lemo_norms
-
-    session.on_undo(undo)
+    attributes = {"_lemo_index": index, "_lemo_forward": layer_forward, "_lemo_session": session}
+    swap_class(layer, _patched_class(layer.__class__), session.on_undo, **attributes, _lemo_norms={})
 
 
-def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
-    model = parts.model
-    own_forward = model.__dict__.get("forward")  # accelerate's mixed precision puts one there
-    forward = model.forward
-    signature = inspect.signature(forward)
+def _patch_forwards(parts: CausalLM, session: LemoSession) -> None:
+    """Patch the causal LM, and the decoder, which a loss outside may call by itself."""
+    if session.config.mode != "segments":
+        run_decoder = functools.partial(_run_decoder, session)
+        patch_forward(parts.decoder, run_decoder, session, session.passes, session.on_undo)
+    train = functools.partial(_train, parts, session)
+    patch_forward(parts.model, train, session, session.passes, session.on_undo)
 
-    def train(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs)
-        session.start_batch(arguments.arguments.get("labels"))
-        if arguments.arguments.get("past_key_values") is not None:
-            raise ValueError("LeMo trains on whole sequences: `past_key_values` must be None, got a cache.")
-        if arguments.arguments.get("labels") is None:
-            session.warn_of_logits()
-            return forward(*args, **kwargs)
-        makes_loss = session.config.mode == "segments" or session.config.label_weights != "all"
-        if makes_loss and loss_is_made_by_trl(arguments.arguments):
-            raise ValueError(
-                'mode="segments" and `label_weights` compute the loss, and so does TRL, from the '
-                'log-probabilities of all tokens; use mode="detach" and label_weights="all", or '
-                "transformers' Trainer."
-            )
-        if session.config.mode == "segments":
-            check_batch(parts, arguments)  # in the warm-up too, so that errors come early
-            if session.active:
-                return forward_in_segments(
-                    parts, with_loss, arguments, session.config.segment_tokens, session.choose_segments
-                )
-        return with_loss(arguments)
 
-    def with_loss(arguments: inspect.BoundArguments) -> Any:
-        if not session.config.loss_segment or loss_is_made_by_trl(arguments.arguments):
-            # TRL's fused head computes its loss in pieces itself
-            return forward(*arguments.args, **arguments.kwargs)
-        return forward_with_segmented_loss(
-            parts, forward, arguments, session.config.loss_segment, session.label_weights
+def _run_decoder(session: LemoSession, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    session.start_batch()
+    return forward(*args, **kwargs)
+
+
+def _train(
+    parts: CausalLM, session: LemoSession, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A training pass of the causal LM, whose own forward is `forward`."""
+    arguments = bind(parts.model, forward, args, kwargs)
+    labels, mode = arguments.arguments.get("labels"), session.config.mode
+    session.labels_BS = labels
+    if labels is None:
+        if mode == "segments":
+            raise ValueError(NO_LABELS)
+        session.warn_of_logits()
+        return forward(*args, **kwargs)
+    makes_loss = mode == "segments" or session.config.label_weights != "all"
+    if makes_loss and loss_is_made_by_trl(arguments.arguments):
+        raise ValueError(
+            'mode="segments" and `label_weights` compute the loss, and so does TRL, from the '
+            'log-probabilities of all tokens; use mode="exact", or mode="detach" with label_weights="all".'
         )
+    with_loss = functools.partial(_with_loss, parts, session, forward)
+    if mode == "segments":
+        check_batch(parts, arguments)  # in the warm-up too, so that errors come early
+        session.start_batch()
+        if session.active:
+            segment = session.config.segment_tokens
+            return forward_in_segments(parts, with_loss, arguments, segment, session.choose_segments)
+    return with_loss(arguments)
 
-    # Inside torch.compile, the training step runs eagerly, and evaluation compiled.
-    train = torch.compiler.disable(train)
 
-    @functools.partial(torch.compiler.disable, recursive=False)
-    @functools.wraps(forward)
-    def lemo_forward(*args: Any, **kwargs: Any) -> Any:
-        # If an earlier apply_lemo's forward is still inside a wrapper, it only passes calls on.
-        run = train if model.training and session_of(model) is session else forward
-        return run(*args, **kwargs)
-
-    model.forward = lemo_forward
-    model._lemo = session
-
-    def undo() -> None:
-        # If other code wrapped lemo_forward since, it stays inside and only passes calls on.
-        if model.__dict__.get("forward") is lemo_forward:
-            del model.forward
-            if own_forward is not None:
-                model.forward = own_forward
-        del model._lemo
-
-    session.on_undo(undo)
+def _with_loss(
+    parts: CausalLM,
+    session: LemoSession,
+    forward: Callable[..., Any],
+    arguments: inspect.BoundArguments,
+) -> Any:
+    if not session.config.loss_segment or loss_is_made_by_trl(arguments.arguments):
+        # TRL's fused head computes its loss in pieces itself
+        return forward(*arguments.args, **arguments.kwargs)
+    return forward_with_segmented_loss(
+        parts, forward, arguments, session.config.loss_segment, session.label_weights
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,8 +31,6 @@ from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, s
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import layer_arguments
 
-logger = logging.getLogger(__name__)
-
 Forward = Callable[..., Any]
 
 
@@ -48,6 +45,7 @@ class ExactMode:
         only_layers: why the model cannot run by scheme "segments"; empty if it can.
         notes: what a user should know about it.
         scheme: of the latest forward pass; None before the first.
+        on_batch: called with the tokens of a sample when a forward pass begins.
     """
 
     config: LemoConfig
@@ -56,6 +54,7 @@ class ExactMode:
     only_layers: str
     notes: list[str] = field(default_factory=list)
     scheme: Scheme | None = None
+    on_batch: Callable[[int], None] = lambda seq_len: None
     _running: bool = False
     _calls: list[LayerCall] = field(default_factory=list)
 
@@ -105,19 +104,13 @@ class ExactMode:
     def _choose(self, x_BSD: Tensor) -> Scheme:
         batch, seq_len = x_BSD.shape[:2]
         size = self.config.segment_tokens
-        if seq_len <= size:
-            self._note(f"samples of {seq_len} tokens are one segment of {size}: lower `segment_tokens`")
+        self.on_batch(seq_len)
         if self.config.scheme != "auto" or self.only_layers or self.trial.layer_bytes is None:
             return "segments" if self.config.scheme == "segments" else "layers"
         if self._seams():
             return "layers"
         bytes_, total = self.trial.layer_bytes, len(self.parts.layers)
         return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
-
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
-            logger.warning("LeMo, exact: %s.", note)
 
     def _walk_layer(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
         whole = index in self.trial.uncut or _counts_from_the_end(call.layer)

@@ -32,6 +32,11 @@ FLOAT16 = (
     'mode="segments" computes its gradients before a loss scaler can scale them: train in bfloat16 or '
     'float32, or use mode="detach".'
 )
+NO_LABELS = (
+    'mode="segments" computes its gradients while the model makes the loss, so that a training pass must '
+    "have `labels`, got none (label smoothing, `compute_loss_func`, a `compute_loss` that pops them, "
+    'TRL\'s preference trainers?); use mode="exact", in which any loss works.'
+)
 Forward = Callable[[inspect.BoundArguments], Any]
 
 

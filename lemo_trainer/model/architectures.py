@@ -224,11 +224,22 @@ REFUSED = {"llama4_text": "its attention scales rows by positions that it counts
 
 @dataclass(frozen=True)
 class CausalLM:
-    """The parts of a causal language model that LeMo works on."""
+    """The parts of a causal language model that LeMo works on.
+
+    Args:
+        model: the whole model.
+        head: its language-model head.
+        layers: its decoder layers.
+    """
 
     model: Any
     head: nn.Module
     layers: nn.ModuleList
+
+    @property
+    def decoder(self) -> Any:
+        """The part that calls the layers."""
+        return next(part for part in self.model.modules() if self.layers in part.children())
 
 
 def find_causal_lm(model: nn.Module) -> CausalLM:
