@@ -30,8 +30,10 @@ class LemoCallback(TrainerCallback):
 
     `report` is the report of the last training; it stays readable after it.
 
-    Each log entry of a training loss gets `lemo_kept_share` and `lemo_patched_layers`, and
-    `lemo_kept_share/layer_N` where the layers differ; the first one after a measured step gets
+    Each log entry of a training loss tells about the last batch: `lemo_tokens` of a sample, its `lemo_blocks`
+    or `lemo_segments`, and `lemo_kept_share`, the share of the tokens that carries gradient in the
+    `lemo_patched_layers` (`lemo_kept_share/layer_N` where the layers differ). A warning comes once if no
+    batch so far was long enough for LeMo to do something. The first entry after a measured step gets
     `lemo_saved_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the progress bar and the
     reporting callbacks (TensorBoard, W&B). `lemo_config.json`, and the predictors of `selector="predictor"`,
     are written into every checkpoint and into the output folder; a resumed run uses those of its checkpoint.
@@ -55,6 +57,7 @@ class LemoCallback(TrainerCallback):
         self.report: LemoReport | None = None
         self._session: LemoSession | None = None
         self._meter: StepMeter | None = None
+        self._new = True
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,7 +75,7 @@ class LemoCallback(TrainerCallback):
         if args.fp16 and self.config.mode == "segments":
             raise ValueError(FLOAT16)
         self.report = apply_lemo(kwargs["model"], self._config_at(Path(args.output_dir), state))
-        self._session = session_of(kwargs["model"])
+        self._session, self._new = session_of(kwargs["model"]), True
         trainer = handler and calling_trainer(handler)
         if self._session is not None and trainer is not None:
             reference = weakref.ref(trainer)
@@ -95,6 +98,13 @@ class LemoCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.stop()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._new and self.report is not None and self.report.seq_len:
+            self._new = False
+            logger.info("LeMo, first step: %s.", self.report.last_batch)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -108,7 +118,12 @@ class LemoCallback(TrainerCallback):
         metrics: dict[str, float] = {
             "lemo_kept_share": round(self.report.kept_share, 4),
             "lemo_patched_layers": len(self.report.patched_layers),
+            "lemo_tokens": self.report.seq_len,
+            "lemo_segments"
+            if self.report.config.mode in ("exact", "segments")
+            else "lemo_blocks": self.report.pieces,
         }
+        self._session.warn_if_idle()
         shares = self.report.layer_shares
         if len(set(shares.values())) > 1:
             metrics |= {f"lemo_kept_share/layer_{i}": round(share, 4) for i, share in shares.items()}
@@ -128,6 +143,8 @@ class LemoCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._save(Path(args.output_dir), state, kwargs["model"])
+        if self._session is not None:
+            self._session.warn_if_idle()
         self.restore(kwargs["model"])
 
     def restore(self, model: nn.Module) -> None:

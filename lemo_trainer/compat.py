@@ -238,7 +238,7 @@ def calling_trainer(handler: CallbackHandler) -> Any:
 
 
 def is_training(trainer: Any) -> bool:
-    """Whether `train` of this Trainer runs in this thread: the Trainer's own flag stays set by an exception."""
+    """Whether `train` of this Trainer runs in this thread; its own flag stays set after an exception."""
     frame = sys._getframe(1)
     while frame is not None:
         loops = frame.f_code.co_name in ("train", "_inner_training_loop")

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from lemo_trainer.exact import recorded
 from lemo_trainer.exact.layer import LayerCall, Segment
-from lemo_trainer.exact.leaves import Leaves, check_versions, trained_parameters, versions
-from lemo_trainer.exact.replay import ForwardHooks, RandomState, present_autocast
+from lemo_trainer.exact.replay import RandomState, present_autocast
 from lemo_trainer.layers.checkpointing import without_graph
+from lemo_trainer.model.hooks import ForwardHooks
+from lemo_trainer.model.leaves import Leaves, check_versions, trained_parameters, versions
 
 Run = Callable[..., Tensor]
 

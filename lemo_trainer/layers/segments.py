@@ -25,8 +25,11 @@ from lemo_trainer.compat import Cache, DynamicLayer, is_whole, uses_causal_lm_lo
 from lemo_trainer.head.loss import IGNORE_INDEX, shift
 from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.checkpointing import without_graph
+from lemo_trainer.measure import are_gradients
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.capture import without_dropout
+from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_embeddings
+from lemo_trainer.model.leaves import Leaves, trained_parameters
 
 FLOAT16 = (
     'mode="segments" computes its gradients before a loss scaler can scale them: train in bfloat16 or '
@@ -87,7 +90,7 @@ class _InSegments(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
+        return None, *(None if saved is None else saved * grad for saved in ctx.saved_tensors)
 
 
 def choose_segments(seq_len: int, selector: Selector, keep_ratio: float) -> list[bool]:
@@ -128,33 +131,30 @@ def forward_in_segments(
 
     def run(parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         total = torch.zeros((), device=labels.device)
-        gradients: list[Tensor | None] = [None] * len(parameters)
+        leaves = Leaves(parameters)
         for number, start in enumerate(range(0, labels.shape[1], segment_tokens)):
             stop = min(start + segment_tokens, labels.shape[1])
             segment = _segment(arguments, start, stop)
             segment.arguments["kwargs"]["shift_labels"] = shift_labels[:, start:stop].contiguous()
             segment.arguments |= {"past_key_values": cache, "use_cache": False}
             if kept[number] and parameters:
-                with torch.enable_grad():
+                with torch.enable_grad(), leaves.in_place_of_parameters([parts.model]):
                     output = forward(segment)
-                new = torch.autograd.grad(output.loss, parameters, allow_unused=True)
-                gradients = [_sum(old, more) for old, more in zip(gradients, new, strict=True)]
+                    output.loss.backward()
+                leaves.add_up()
+                are_gradients(leaves.sums())
             else:
                 with without_graph():
                     output = forward(segment)
             total += output.loss.detach()
             cache.finish_segment()
         outputs.append(output)
-        return total, gradients
+        return total, leaves.gradients()
 
-    trained = [p for p in parts.model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    trained = trained_parameters([parts.model]) if torch.is_grad_enabled() else []
     loss = _InSegments.apply(run, *trained)
     output = type(outputs[0])(loss=loss)
     return output.to_tuple() if return_tuple else output
-
-
-def _sum(old: Tensor | None, more: Tensor | None) -> Tensor | None:
-    return more if old is None else old if more is None else old.add_(more)
 
 
 def _segment(arguments: inspect.BoundArguments, start: int, stop: int) -> inspect.BoundArguments:
@@ -190,11 +190,16 @@ def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
             'mode="segments" does not know packed documents (`position_ids` that start anew); '
             'use mode="detach", or pad instead of packing.'
         )
-    routers = {**given.get("kwargs", {}), **given}.get("output_router_logits")
-    if getattr(parts.model.config, "output_router_logits", False) if routers is None else routers:
+    _check_outputs(parts, {**given.get("kwargs", {}), **given})
+    if hooks := hooks_on_embeddings(parts.model):
         raise ValueError(
-            'mode="segments" has no balancing loss of the experts, which is that of a whole sample, got '
-            'output_router_logits=True; set it to False, or use mode="detach".'
+            'mode="segments" embeds a sample piece by piece, and a hook on the embeddings (NEFTune?) '
+            f'wants it whole, got {", ".join(hooks)}; use mode="exact".'
+        )
+    if any(map(counts_from_the_end, parts.layers)):
+        raise ValueError(
+            'mode="segments" runs a sample piece by piece, and PEFT\'s aLoRA counts tokens from its end; '
+            'use mode="exact", or LoRA.'
         )
     if embeddings is not None and embeddings.requires_grad:
         raise ValueError(
@@ -205,6 +210,24 @@ def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
         torch.get_autocast_dtype(labels.device.type) == torch.float16
     ):
         raise ValueError(FLOAT16)
+
+
+def _check_outputs(parts: CausalLM, given: dict[str, Any]) -> None:
+    def asked_for(name: str) -> bool:
+        value = given.get(name)
+        return bool(getattr(parts.model.config, name, False) if value is None else value)
+
+    if asked_for("output_router_logits"):
+        raise ValueError(
+            'mode="segments" has no balancing loss of the experts, which is that of a whole sample, got '
+            'output_router_logits=True; set it to False, or use mode="exact" or "detach".'
+        )
+    for name in ("output_hidden_states", "output_attentions"):
+        if asked_for(name):
+            raise ValueError(
+                f'mode="segments" keeps no outputs of layers of a whole sample, got {name}=True; leave it '
+                'out, or use mode="detach".'
+            )
 
 
 def check_segments(parts: CausalLM) -> None:
