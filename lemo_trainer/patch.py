@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lemo_trainer.compat import (
     CHECKPOINTING,
@@ -30,6 +30,7 @@ from lemo_trainer.exact.patch import patch_exact
 from lemo_trainer.head.forward import check_head, forward_with_segmented_loss
 from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.kernels.dispatch import backend
+from lemo_trainer.layers.causality import check_causal
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.layers.detachment import DetachingLayer
 from lemo_trainer.layers.elimination import EliminatingLayer
@@ -42,8 +43,9 @@ from lemo_trainer.layers.segments import (
 )
 from lemo_trainer.layers.stream import Streams
 from lemo_trainer.layers.wiring import Wiring, find_wiring
-from lemo_trainer.model.architectures import CausalLM, find_causal_lm
+from lemo_trainer.model.architectures import CausalLM, check_attention, find_causal_lm
 from lemo_trainer.model.calls import CACHES, bind, layer_arguments, split_arguments
+from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_rows
 from lemo_trainer.model.norms import recognised_norms
 from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
 from lemo_trainer.report import LemoReport
@@ -63,7 +65,8 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     `logits` are None.
 
     Args:
-        model: a causal LM of a supported architecture, plain or wrapped by PEFT.
+        model: a causal LM of a supported architecture, plain or wrapped by PEFT. One with another head, for
+            classification or rewards, works in all modes but segments.
         config: the configuration of LeMo.
 
     Raises:
@@ -74,12 +77,13 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     """
     if not isinstance(config, LemoConfig):
         raise TypeError(NO_CONFIG.format(owner="apply_lemo(model, config)", got=type(config).__name__))
-    parts = find_causal_lm(model)
+    parts = find_causal_lm(model, head=False)
     session = session_of(parts.model)
     if session is not None and not session.passes.in_scope():  # the Trainer that it was for has stopped
         session.undo()
     elif session is not None:
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
+    _check_model(parts, config)
     implementation = attention_implementation(parts.model.config)
     if config.save_attention and implementation != "sdpa":
         raise ValueError(
@@ -92,7 +96,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         session, layer_forward = _session_of_segments(parts, config), None
     else:
         session, layer_forward = _session_of_blocks(parts, config)
-    if config.loss_segment:
+    if config.loss_segment and parts.has_head:
         check_head(parts)
     session.kernel_backend = backend(parts.model.get_input_embeddings().weight)
     try:
@@ -111,6 +115,27 @@ def remove_lemo(model: nn.Module) -> None:
     session = session_of(model)
     if session is not None:
         session.undo()
+
+
+def _check_model(parts: CausalLM, config: LemoConfig) -> None:
+    """Raise ValueError for a model or an adapter that the mode cannot serve."""
+    check_attention(parts, config.mode)
+    check_causal(parts)
+    name = type(parts.model).__name__
+    if not parts.has_head:
+        needs_head = {"mode": config.mode == "segments", "protect_labels": config.protect_labels}
+        needs_head["label_weights"] = config.label_weights != "all"
+        for option in (option for option, used in needs_head.items() if used):
+            raise ValueError(
+                f"`{option}`={getattr(config, option)!r} needs a label for each token and a language-model head, "
+                f'which {name} has not; use mode="exact" or "detach" without it.'
+            )
+    adapted = [part for part in parts.model.modules() if "adaption_prompt" in type(part).__module__]
+    if adapted and config.mode != "segments":
+        raise ValueError(
+            f"PEFT's adaption prompt computes attention of its own beside the model's ({name}), of which LeMo "
+            "cannot leave tokens out; train without LeMo, or use another tuner, such as LoRA."
+        )
 
 
 def _session_of_segments(parts: CausalLM, config: LemoConfig) -> LemoSession:
@@ -146,7 +171,7 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
 def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
     total = len(parts.layers)
     session = LemoSession(selector_for(config), parts.model.config.model_type, total, tuple(range(total)))
-    if config.loss_segment:
+    if config.loss_segment and parts.has_head:
         check_head(parts)
     try:
         patch_exact(parts, session)
@@ -161,6 +186,11 @@ def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
 def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int, ...]:
     chosen = tuple(index for index in config.resolve_layers(total) if index not in wiring.dense_layers)
     if not chosen:
+        if config.layers == "auto" and not wiring.dense_layers:
+            raise ValueError(
+                f'`layers` must be "all" for a model of {total} layers: "auto" leaves the first and the last '
+                "ones dense, and there is no other."
+            )
         notes = "; ".join([f"the model has {total}", *wiring.notes(chosen)])
         raise ValueError(
             f"`layers` must name a layer that can leave tokens out, got {config.layers!r}: {notes}."
@@ -192,6 +222,7 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         session: LemoSession = self._lemo_session
+        config = session.config
         run = _recomputation(self, session)
         if not session.passes.running and run is operator.call:
             return layer_class.forward(self, *args, **kwargs)
@@ -207,12 +238,23 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
         if self.training and session.passes.running and leave_out:
             plan = session.plan(self._lemo_index, hidden_states.shape[1])
         if leave_out and plan:
+            if config.mlp_segment and counts_from_the_end(self):
+                raise ValueError(
+                    f"`mlp_segment` must be 0 with PEFT's aLoRA, which counts tokens from a sample's end, got "
+                    f"{config.mlp_segment}."
+                )
             mask, positions, options = split_arguments(arguments)
             try:
                 return leave_out(self, hidden_states, mask, positions, plan, run, **options)
             except ValueError as error:
                 raise ValueError(f"Layer {self._lemo_index}: {error}") from error
-        return run(functools.partial(layer_class.forward, self, **arguments), hidden_states)
+        hooks = hooks_on_rows(self, hidden_states.shape[1])
+
+        def whole(x_BSD: Tensor) -> Any:
+            with hooks(None):
+                return layer_class.forward(self, x_BSD, **arguments)
+
+        return run(whole, hidden_states)
 
     def remember(self: nn.Module, value: bool) -> None:
         vars(self)[CHECKPOINTING] = value
@@ -243,6 +285,8 @@ def _patch_forwards(parts: CausalLM, session: LemoSession) -> None:
     if session.config.mode != "segments":
         run_decoder = functools.partial(_run_decoder, session)
         patch_forward(parts.decoder, run_decoder, session, session.passes, session.on_undo)
+    if parts.model is parts.decoder:
+        return
     train = functools.partial(_train, parts, session)
     patch_forward(parts.model, train, session, session.passes, session.on_undo)
 
@@ -259,6 +303,8 @@ def _train(
     arguments = bind(parts.model, forward, args, kwargs)
     labels, mode = arguments.arguments.get("labels"), session.config.mode
     session.labels_BS = labels
+    if not parts.has_head:
+        return forward(*args, **kwargs)
     if labels is None:
         if mode == "segments":
             raise ValueError(NO_LABELS)
@@ -276,7 +322,9 @@ def _train(
         session.start_batch()
         if session.active:
             segment = session.config.segment_tokens
-            return forward_in_segments(parts, with_loss, arguments, segment, session.choose_segments)
+            return forward_in_segments(
+                parts, with_loss, arguments, segment, session.choose_segments, session.told_of_logits
+            )
     return with_loss(arguments)
 
 
@@ -290,5 +338,10 @@ def _with_loss(
         # TRL's fused head computes its loss in pieces itself
         return forward(*arguments.args, **arguments.kwargs)
     return forward_with_segmented_loss(
-        parts, forward, arguments, session.config.loss_segment, session.label_weights
+        parts,
+        forward,
+        arguments,
+        session.config.loss_segment,
+        session.label_weights,
+        session.told_of_logits,
     )

@@ -60,6 +60,7 @@ class LemoSession:
         passes: tells the training passes, in which the patches act, from all others.
         labels_BS: labels of the training pass that begins, [B, S].
         logits_made: whether a training batch came without `labels` and computed all its logits.
+        told_of_logits: not empty after a warning about `outputs.logits` that were made on demand.
         mode_notes: what a user should know about how the mode runs on this model.
     """
 
@@ -89,6 +90,7 @@ class LemoSession:
         self.fused_norms: Counter[str] = Counter()
         self.kernel_backend = "torch"
         self.logits_made = False
+        self.told_of_logits: list[bool] = []
         self.mode_notes: list[str] = []
         self.passes = Passes()
         self._undo: list[Callable[[], None]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,10 @@ def patch_exact(parts: CausalLM, session: LemoSession) -> None:
         swap_class(layer, patched, session.on_undo, _lemo_mode=mode, _lemo_index=index)
     run_decoder = functools.partial(_run_decoder, mode)
     patch_forward(parts.decoder, run_decoder, session, session.passes, session.on_undo)
+    if not parts.has_head:
+        if parts.model is not parts.decoder:
+            patch_forward(parts.model, operator.call, session, session.passes, session.on_undo)
+        return
     with_loss = functools.partial(_with_segmented_loss, parts, session)
     patch_forward(parts.model, with_loss, session, session.passes, session.on_undo)
 
@@ -62,5 +67,7 @@ def _with_segmented_loss(
     if given.get("labels") is None:
         session.warn_of_logits()
     elif segment and not given.get("kwargs", {}).get("fused_lm_head"):  # TRL's makes its loss in pieces
-        return forward_with_segmented_loss(parts, forward, arguments, segment, lambda: None)
+        return forward_with_segmented_loss(
+            parts, forward, arguments, segment, lambda: None, session.told_of_logits
+        )
     return forward(*args, **kwargs)

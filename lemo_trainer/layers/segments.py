@@ -22,6 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lemo_trainer.compat import Cache, DynamicLayer, is_whole, uses_causal_lm_loss
+from lemo_trainer.head.logits import (
+    LogitsOnDemand,
+    WithoutGradient,
+    logits_maker,
+    with_logits_on_demand,
+)
 from lemo_trainer.head.loss import IGNORE_INDEX, shift
 from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.checkpointing import without_graph
@@ -107,6 +113,7 @@ def forward_in_segments(
     arguments: inspect.BoundArguments,
     segment_tokens: int,
     choose: Callable[[int], list[bool]],
+    told: list[bool],
 ) -> Any:
     """The causal LM's output with its loss, whose gradients are computed before this returns.
 
@@ -115,6 +122,7 @@ def forward_in_segments(
         arguments: those of the whole sample.
         segment_tokens: tokens of a segment.
         choose: maps the tokens of a sample to a list that says of each segment whether it carries gradient.
+        told: see `with_logits_on_demand`.
     """
     given = arguments.arguments
     extra = given.setdefault("kwargs", {})
@@ -128,6 +136,7 @@ def forward_in_segments(
     kept = choose(labels.shape[1])
     cache = SegmentCache()
     outputs: list[Any] = []
+    logits: list[Callable[[], Tensor]] = []
 
     def run(parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         total = torch.zeros((), device=labels.device)
@@ -148,13 +157,30 @@ def forward_in_segments(
                     output = forward(segment)
             total += output.loss.detach()
             cache.finish_segment()
+            logits.append(_detached_logits(output))
         outputs.append(output)
         return total, leaves.gradients()
 
     trained = trained_parameters([parts.model]) if torch.is_grad_enabled() else []
     loss = _InSegments.apply(run, *trained)
-    output = type(outputs[0])(loss=loss)
+
+    def all_logits() -> Tensor:
+        with torch.no_grad():
+            whole = torch.cat([make() for make in logits], 1)
+        result: Tensor = WithoutGradient.apply(whole, loss)
+        return result
+
+    output = with_logits_on_demand(type(outputs[0])(loss=loss), all_logits, told)
     return output.to_tuple() if return_tuple else output
+
+
+def _detached_logits(output: Any) -> Callable[[], Tensor]:
+    """What makes the logits of a segment, without graph."""
+    make = logits_maker(output)
+    if isinstance(make, LogitsOnDemand):
+        return make.detached()
+    made: Tensor = output.logits.detach()  # loss_segment=0
+    return lambda: made
 
 
 def _segment(arguments: inspect.BoundArguments, start: int, stop: int) -> inspect.BoundArguments:

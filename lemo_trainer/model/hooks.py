@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = ["_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"]
 _HOOKS += ["_forward_hooks_with_kwargs", "_forward_hooks_always_called"]
+_CALLED = ("_forward_pre_hooks", "_forward_hooks")  # the other dicts hold flags
+_ALORA = "alora_offsets"  # the argument with which PEFT's aLoRA counts tokens from a sample's end
 _OF_GRADIENTS = ("make_inputs_require_grad", "require_grads")  # enable_input_require_grads, of any library
 
 
@@ -29,6 +32,23 @@ class ForwardHooks:
     @staticmethod
     def _of(part: nn.Module) -> dict[str, Any]:
         return {name: copy.copy(hooks) for name in _HOOKS if (hooks := vars(part)[name])}
+
+    def of_rows(self, index_BK: Tensor, seq_len: int) -> ForwardHooks:
+        """The same hooks for the tokens at ascending positions `index_BK` of samples of `seq_len` tokens.
+
+        PEFT's aLoRA acts on the last tokens of a sample: its count becomes that of the rows among them.
+        """
+        other = copy.copy(self)
+        other._hooks = [
+            {
+                kind: OrderedDict((key, _of_rows(hook, index_BK, seq_len)) for key, hook in hooks.items())
+                if kind in _CALLED
+                else hooks
+                for kind, hooks in kinds.items()
+            }
+            for kinds in self._hooks
+        ]
+        return other
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -52,9 +72,38 @@ class ForwardHooks:
         return {name for hook in hooks for name in getattr(hook, "keywords", ())}
 
 
+def _of_rows(hook: Any, index_BK: Tensor, seq_len: int) -> Any:
+    offsets = getattr(hook, "keywords", {}).get(_ALORA)
+    if offsets is None:
+        return hook
+    of_rows = [
+        None if offset is None else int((index_K >= seq_len - offset).sum()) or None
+        for offset, index_K in zip(offsets, index_BK, strict=True)
+    ]
+    return functools.partial(hook.func, *hook.args, **{**hook.keywords, _ALORA: of_rows})
+
+
+Rows = Callable[[Tensor | None], contextlib.AbstractContextManager[None]]
+
+
+def hooks_on_rows(layer: nn.Module, seq_len: int) -> Rows:
+    """Maps positions [B, K] to a block in which the hooks of `layer` act on these tokens; None is all.
+
+    The block restores hooks of this forward pass too, for a recomputation in the backward pass.
+    """
+    hooks = ForwardHooks([layer])
+    if _ALORA not in hooks.arguments():
+        return lambda index_BK: contextlib.nullcontext()
+
+    def on_rows(index_BK: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        return (hooks if index_BK is None else hooks.of_rows(index_BK, seq_len)).restored()
+
+    return on_rows
+
+
 def counts_from_the_end(layer: nn.Module) -> bool:
     """Whether PEFT's aLoRA is on for the running forward pass: it counts tokens from a sample's end."""
-    return "alora_offsets" in ForwardHooks([layer]).arguments()
+    return _ALORA in ForwardHooks([layer]).arguments()
 
 
 def hooks_on_embeddings(model: Any) -> list[str]:
