@@ -79,6 +79,20 @@ NOT_IN_SDPA = ("softcap", "s_aux", "position_bias", "cache")
 CHECKPOINTING = "gradient_checkpointing"
 
 
+def first_gradients_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass of an autograd function, which refuses to make a graph of itself."""
+
+    def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "LeMo makes first gradients only, got create_graph=True (a gradient penalty, a Hessian); "
+                "train without LeMo."
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in this thread (torch has no public way to ask)."""
     return torch._C._current_graph_task_id() != -1

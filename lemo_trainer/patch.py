@@ -127,14 +127,14 @@ def _check_model(parts: CausalLM, config: LemoConfig) -> None:
         needs_head["label_weights"] = config.label_weights != "all"
         for option in (option for option, used in needs_head.items() if used):
             raise ValueError(
-                f"`{option}`={getattr(config, option)!r} needs a label for each token and a language-model head, "
+                f"`{option}`={getattr(config, option)!r} needs labels of tokens and a language-model head, "
                 f'which {name} has not; use mode="exact" or "detach" without it.'
             )
     adapted = [part for part in parts.model.modules() if "adaption_prompt" in type(part).__module__]
     if adapted and config.mode != "segments":
         raise ValueError(
-            f"PEFT's adaption prompt computes attention of its own beside the model's ({name}), of which LeMo "
-            "cannot leave tokens out; train without LeMo, or use another tuner, such as LoRA."
+            f"PEFT's adaption prompt computes attention of its own beside the model's ({name}), of which "
+            "LeMo cannot leave tokens out; train without LeMo, or use another tuner, such as LoRA."
         )
 
 
@@ -240,7 +240,7 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
         if leave_out and plan:
             if config.mlp_segment and counts_from_the_end(self):
                 raise ValueError(
-                    f"`mlp_segment` must be 0 with PEFT's aLoRA, which counts tokens from a sample's end, got "
+                    f"`mlp_segment` must be 0 with PEFT's aLoRA, which counts tokens from the end, got "
                     f"{config.mlp_segment}."
                 )
             mask, positions, options = split_arguments(arguments)

@@ -169,7 +169,7 @@ class _Walk(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 'mode="exact" makes first gradients only, got create_graph=True (a gradient penalty, a '
-                'Hessian); use mode="detach" with keep_ratio=1, or train without LeMo.'
+                "Hessian); train without LeMo."
             )
         x_BSD, *heads = ctx.saved_tensors
         grad_x_BSD, grads = ctx.walk.backward(x_BSD, heads, gradients, ctx.needs_input_grad[1])

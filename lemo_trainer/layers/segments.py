@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lemo_trainer.compat import Cache, DynamicLayer, is_whole, uses_causal_lm_loss
+from lemo_trainer.compat import Cache, DynamicLayer, first_gradients_only, is_whole, uses_causal_lm_loss
 from lemo_trainer.head.logits import (
     LogitsOnDemand,
     WithoutGradient,
@@ -94,7 +93,7 @@ class _InSegments(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_gradients_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(None if saved is None else saved * grad for saved in ctx.saved_tensors)
 

@@ -269,13 +269,13 @@ def find_causal_lm(model: nn.Module, *, head: bool = True) -> CausalLM:
     transformer = hasattr(model, "get_output_embeddings") and hasattr(config, "num_hidden_layers")
     if config is not None and hasattr(config, "get_text_config") and config.get_text_config() is not config:
         raise ValueError(
-            f"LeMo needs a causal decoder of text alone, got {name}, which reads images or sounds too: train it "
-            "without LeMo, or load its language model alone with AutoModelForCausalLM."
+            f"LeMo needs a causal decoder of text alone, got {name}, which reads more than text: train "
+            "it without LeMo, or load its language model alone with AutoModelForCausalLM."
         )
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(
-            f"LeMo needs a causal decoder of text alone, got {name}, an encoder-decoder: train it without LeMo "
-            "(gradient checkpointing works), or use a decoder-only model."
+            f"LeMo needs a causal decoder of text alone, got {name}, an encoder-decoder: train it without "
+            "LeMo (gradient checkpointing works), or use a decoder-only model."
         )
     if not transformer or (head and model.get_output_embeddings() is None):
         raise ValueError(f"LeMo needs a causal LM of transformers with an output head, got {name}.")
