@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from lemo_trainer.compat import (
@@ -104,7 +105,8 @@ def are_gradients(tensors: Iterable[Tensor | None]) -> None:
 
 
 def _storages(tree: Any) -> dict[StorageWeakRef, int]:
-    storages = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    storages = (leaf.untyped_storage() for leaf in tensors if leaf.layout == torch.strided)
     return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
 
 

@@ -131,7 +131,7 @@ def _check_model(parts: CausalLM, config: LemoConfig) -> None:
                 f'which {name} has not; use mode="exact" or "detach" without it.'
             )
     adapted = [part for part in parts.model.modules() if "adaption_prompt" in type(part).__module__]
-    if adapted and config.mode != "segments":
+    if adapted:
         raise ValueError(
             f"PEFT's adaption prompt computes attention of its own beside the model's ({name}), of which "
             "LeMo cannot leave tokens out; train without LeMo, or use another tuner, such as LoRA."

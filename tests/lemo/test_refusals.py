@@ -116,7 +116,7 @@ def test_segments_take_any_attention_that_a_cache_serves():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft 0.21
-@pytest.mark.parametrize("mode", ["detach", "eliminate", "exact"])
+@modes
 def test_adaption_prompt(mode):
     from peft import AdaptionPromptConfig, get_peft_model
 
