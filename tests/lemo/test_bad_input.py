@@ -42,10 +42,8 @@ class Harness:
 
 
 @modes
-@pytest.mark.parametrize(
-    "error", [RuntimeError("a hook's own"), KeyboardInterrupt(), torch.OutOfMemoryError()]
-)
-@pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.1", "model.layers.1.mlp", "lm_head"])
+@pytest.mark.parametrize("error", [RuntimeError("a hook's own"), KeyboardInterrupt()])
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.1.mlp", "lm_head"])
 def test_an_exception_in_a_forward_hook(mode, part, error):
     def fail(*_):
         raise error
