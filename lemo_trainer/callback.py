@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import types
+import weakref
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lemo_trainer.compat import calling_handler, unwrap
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.compat import calling_handler, calling_trainer, is_training, unwrap
+from lemo_trainer.config import NO_CONFIG, LemoConfig
 from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.layers.segments import FLOAT16
 from lemo_trainer.measure import StepMeter
@@ -24,44 +26,60 @@ CONFIG_NAME = "lemo_config.json"
 
 
 class LemoCallback(TrainerCallback):
-    """Patches the model when training begins and restores it when training ends.
+    """Patches the model when training begins and restores it when training ends, also by an exception.
 
-    Each log entry of a training loss gets `lemo_kept_share` and `lemo_patched_layers`, and
-    `lemo_kept_share/layer_N` where the layers differ; the first one after a measured step gets
+    `report` is the report of the last training; it stays readable after it.
+
+    Each log entry of a training loss tells about the last batch: `lemo_tokens` of a sample, its `lemo_blocks`
+    or `lemo_segments`, and `lemo_kept_share`, the share of the tokens that carries gradient in the
+    `lemo_patched_layers` (`lemo_kept_share/layer_N` where the layers differ). A warning comes once if no
+    batch so far was long enough for LeMo to do something. The first entry after a measured step gets
     `lemo_saved_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the progress bar and the
     reporting callbacks (TensorBoard, W&B). `lemo_config.json`, and the predictors of `selector="predictor"`,
     are written into every checkpoint and into the output folder; a resumed run uses those of its checkpoint.
     With `predictor_refresh` the recall of each layer is logged as `lemo_recall/layer_N`.
 
     Args:
-        config: the configuration of LeMo.
+        config: the configuration of LeMo; None is `LemoConfig()`.
         measure: whether to measure the first optimizer step that leaves tokens out, in this process: the
             bytes that its largest micro-batch saves for the backward pass, and the FLOPs of all its forward
             and backward passes. Only that step is slower.
+
+    Raises:
+        TypeError: `config` is not a LemoConfig.
     """
 
-    def __init__(self, config: LemoConfig, *, measure: bool = False) -> None:
-        self.config = config
+    def __init__(self, config: LemoConfig | None = None, *, measure: bool = False) -> None:
+        if config is not None and not isinstance(config, LemoConfig):
+            raise TypeError(NO_CONFIG.format(owner="LemoCallback", got=repr(config)))
+        self.config = config or LemoConfig()
         self.measure = measure
         self.report: LemoReport | None = None
         self._session: LemoSession | None = None
         self._meter: StepMeter | None = None
+        self._new = True
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _come_first(self)
+        handler = _come_first(self)
+        trainer = handler and calling_trainer(handler)
+        if trainer is not None and "train" not in vars(trainer):
+            trainer.train = types.MethodType(_train_and_restore, trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _come_first(self)  # a callback added after the Trainer was made gets no `on_init_end`
-        if self.report is not None:  # the last train() was interrupted
-            self._restore(kwargs["model"])
+        handler = _come_first(self)  # a callback added after the Trainer was made gets no `on_init_end`
+        self.restore(kwargs["model"])  # the last train() may have been interrupted
         if args.fp16 and self.config.mode == "segments":
             raise ValueError(FLOAT16)
         self.report = apply_lemo(kwargs["model"], self._config_at(Path(args.output_dir), state))
-        self._session = session_of(kwargs["model"])
+        self._session, self._new = session_of(kwargs["model"]), True
+        trainer = handler and calling_trainer(handler)
+        if self._session is not None and trainer is not None:
+            reference = weakref.ref(trainer)
+            self._session.passes.in_scope = lambda: is_training(reference())
         if args.torch_compile:
             logger.warning("`torch_compile` compiles evaluation only: LeMo's training steps run eagerly.")
         self._meter = StepMeter() if self.measure else None
@@ -80,6 +98,13 @@ class LemoCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.stop()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._new and self.report is not None and self.report.seq_len:
+            self._new = False
+            logger.info("LeMo, first step: %s.", self.report.last_batch)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -93,7 +118,12 @@ class LemoCallback(TrainerCallback):
         metrics: dict[str, float] = {
             "lemo_kept_share": round(self.report.kept_share, 4),
             "lemo_patched_layers": len(self.report.patched_layers),
+            "lemo_tokens": self.report.seq_len,
+            "lemo_segments"
+            if self.report.config.mode in ("exact", "segments")
+            else "lemo_blocks": self.report.pieces,
         }
+        self._session.warn_if_idle()
         shares = self.report.layer_shares
         if len(set(shares.values())) > 1:
             metrics |= {f"lemo_kept_share/layer_{i}": round(share, 4) for i, share in shares.items()}
@@ -113,13 +143,17 @@ class LemoCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._save(Path(args.output_dir), state, kwargs["model"])
-        self._restore(kwargs["model"])
+        if self._session is not None:
+            self._session.warn_if_idle()
+        self.restore(kwargs["model"])
 
-    def _restore(self, model: nn.Module) -> None:
+    def restore(self, model: nn.Module) -> None:
+        """Take this callback's patch off `model`; without one, nothing happens."""
         if self._meter is not None:
             self._meter.stop()
-        remove_lemo(model)
-        self.report = self._session = None
+        if self._session is not None and session_of(model) is self._session:
+            remove_lemo(model)
+        self._session = self._meter = None
 
     def _config_at(self, output_dir: Path, state: TrainerState) -> LemoConfig:
         """The configuration, which a selector may point to its files in the checkpoint of a resumed run."""
@@ -139,9 +173,24 @@ def _checkpoint(output_dir: Path, state: TrainerState) -> Path:
     return output_dir / f"checkpoint-{state.global_step}"
 
 
-def _come_first(callback: TrainerCallback) -> None:
-    """Move `callback` in front of the reporting callbacks, which otherwise would not see its metrics."""
+def _come_first(callback: TrainerCallback) -> Any:
+    """Move `callback` in front of the reporting callbacks, which otherwise would not see its metrics.
+
+    Returns:
+        The handler that calls it; None if there is none.
+    """
     handler = calling_handler(callback)
     if handler is not None:
         handler.remove_callback(callback)
         handler.callbacks.insert(0, callback)
+    return handler
+
+
+def _train_and_restore(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """`trainer.train`, behind which no model stays patched: a Trainer has no event for exceptions."""
+    try:
+        return type(trainer).train(trainer, *args, **kwargs)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, LemoCallback):
+                callback.restore(trainer.model)

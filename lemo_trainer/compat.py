@@ -79,6 +79,20 @@ NOT_IN_SDPA = ("softcap", "s_aux", "position_bias", "cache")
 CHECKPOINTING = "gradient_checkpointing"
 
 
+def first_gradients_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass of an autograd function, which refuses to make a graph of itself."""
+
+    def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "LeMo makes first gradients only, got create_graph=True (a gradient penalty, a Hessian); "
+                "train without LeMo."
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in this thread (torch has no public way to ask)."""
     return torch._C._current_graph_task_id() != -1
@@ -224,3 +238,25 @@ def calling_handler(callback: Any) -> CallbackHandler | None:
         "the reporting callbacks (TensorBoard, W&B) in front of it."
     )
     return None
+
+
+def calling_trainer(handler: CallbackHandler) -> Any:
+    """The Trainer whose method calls an event of `handler` just now; None outside of a Trainer."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if getattr(caller, "callback_handler", None) is handler and hasattr(caller, "train"):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def is_training(trainer: Any) -> bool:
+    """Whether `train` of this Trainer runs in this thread; its own flag stays set after an exception."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        loops = frame.f_code.co_name in ("train", "_inner_training_loop")
+        if loops and frame.f_locals.get("self") is trainer:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

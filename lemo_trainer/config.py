@@ -20,6 +20,15 @@ Scheme = Literal["auto", "layers", "segments"]
 Boundaries = Literal["memory", "host", "disk"]
 
 
+NO_CONFIG = '{owner} takes a LemoConfig, such as LemoConfig(mode="detach", keep_ratio=0.5), got {got}.'
+# Options that some modes do not read; in those they must keep their defaults.
+_BLOCKS = ("detach", "eliminate")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "segment_tokens": ("exact", "segments"),
+    "mlp_score_tokens": ("eliminate",),
+    **dict.fromkeys(("block_size", "sink_blocks", "recent_blocks"), _BLOCKS),
+    **dict.fromkeys(("causal_scores", "attention_score_tokens", "fused_kernels"), _BLOCKS),
+}
 _OF_EXACT = {"mode", "scheme", "boundaries", "segment_tokens", "loss_segment", "save_attention"}
 _OF_EXACT |= {"selective_checkpointing"}
 
@@ -126,6 +135,17 @@ class LemoConfig:
     selective_checkpointing: bool = True
     fused_kernels: bool = True
 
+    def __new__(cls, *args: Any, **values: Any) -> LemoConfig:
+        if args:
+            raise TypeError(
+                f'LemoConfig takes options by name, such as LemoConfig(mode="segments"), got {args[0]!r}.'
+            )
+        try:
+            check_keys(values, [field.name for field in dataclasses.fields(cls)], "LemoConfig")
+        except ValueError as error:
+            raise TypeError(str(error)) from None
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         choices = {
             "mode": get_args(Mode),
@@ -176,6 +196,7 @@ class LemoConfig:
         if self.mode == "segments":
             self._check_segments()
         self._check_exact()
+        self._check_mode_reads()
         object.__setattr__(self, "thresholds", _write_thresholds(_parse_thresholds(self.thresholds)))
         for name in ("shared_blocks", "ramp_steps"):
             if self.thresholds and getattr(self, name):
@@ -212,6 +233,16 @@ class LemoConfig:
                         f'`{name}` must be left out unless `selector` is "{owner}", got '
                         f"{getattr(self, name)!r} with {self.selector!r}."
                     )
+
+    def _check_mode_reads(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, modes in _READ_BY.items():
+            value = getattr(self, name)
+            if value != defaults[name] and self.mode in (*_BLOCKS, "segments") and self.mode not in modes:
+                raise ValueError(
+                    f'`{name}` must be left out with mode="{self.mode}", which does not read it '
+                    f"({' and '.join(modes)} do{'es' * (len(modes) == 1)}), got {value!r}."
+                )
 
     def _check_exact(self) -> None:
         if self.mode != "exact":

@@ -6,10 +6,11 @@ import contextlib
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from lemo_trainer.compat import (
@@ -31,8 +32,10 @@ class ActivationBytes(TorchDispatchMode):
     It counts living storages. Hooks on saved tensors would miss those that selective checkpointing caches.
 
     Attributes:
-        saved_bytes: the most bytes alive when a backward pass began, that is, saved for it. Under gradient
-            checkpointing these are the layers' inputs; `peak_bytes` includes their recomputation.
+        saved_bytes: the most bytes alive when a backward pass began, that is, saved for it; gradients of
+            parameters from an earlier segment of the same sample do not count (`are_gradients`). Under
+            gradient checkpointing these are the layers' inputs; `peak_bytes` includes their recomputation.
+        backward_passes: how many began.
         peak_bytes: the most bytes alive at one time.
         phase: a name for the current part of the step, which the caller may set.
         peaks: the most bytes alive at one time in each phase.
@@ -41,16 +44,19 @@ class ActivationBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.saved_bytes = 0
+        self.backward_passes = 0
         self.phase = ""
         self.peaks: Counter[str] = Counter()
         self._backward = False
+        self._gradients: set[StorageWeakRef] = set()
         self._allocated: dict[StorageWeakRef, int] = {}
         self._upper_bound = 0  # of the bytes alive: the last count plus all allocated since
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         backward = in_backward()
         if backward and not self._backward:
-            self.saved_bytes = max(self.saved_bytes, self.bytes)
+            self.backward_passes += 1
+            self.saved_bytes = max(self.saved_bytes, self.bytes - self._bytes_of_gradients())
         self._backward = backward
         out = func(*args, **(kwargs or {}))
         outputs = _storages(out)
@@ -60,6 +66,22 @@ class ActivationBytes(TorchDispatchMode):
         if self._upper_bound > self.peaks[self.phase]:
             self.peaks[self.phase] = max(self.peaks[self.phase], self.bytes)
         return out
+
+    def __enter__(self) -> Self:
+        _counting.append(self)
+        entered: Self = super().__enter__()
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _counting.remove(self)
+
+    def _bytes_of_gradients(self) -> int:
+        return sum(self._allocated.get(ref, 0) for ref in self._gradients)
+
+    def forget(self) -> None:
+        """Leave out of later counts what is alive now."""
+        self._allocated.clear()
 
     @property
     def peak_bytes(self) -> int:
@@ -73,8 +95,18 @@ class ActivationBytes(TorchDispatchMode):
         return self._upper_bound
 
 
+_counting: list[ActivationBytes] = []
+
+
+def are_gradients(tensors: Iterable[Tensor | None]) -> None:
+    """Tell those who count activations that these are gradients of parameters."""
+    for activations in _counting:
+        activations._gradients.update(*(_storages(tensor) for tensor in tensors))
+
+
 def _storages(tree: Any) -> dict[StorageWeakRef, int]:
-    storages = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    storages = (leaf.untyped_storage() for leaf in tensors if leaf.layout == torch.strided)
     return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
 
 
@@ -144,7 +176,8 @@ class StepMeter:
     """Measures one optimizer step, between two events of the Trainer.
 
     Attributes:
-        saved_bytes: the most bytes that a forward pass allocated and that were alive at its end.
+        saved_bytes: the most bytes that waited for a backward pass in one micro-batch
+            (`ActivationBytes.saved_bytes`).
         flops: floating-point operations of the forward and backward passes.
         done: whether the step has been measured.
     """
@@ -160,14 +193,18 @@ class StepMeter:
             return
         saved = self._contexts.enter_context(ActivationBytes())
         counter = self._contexts.enter_context(FlopCounter())
+        before = 0
 
-        def read(*_: Any) -> None:
-            self.saved_bytes = max(self.saved_bytes, saved.bytes)
+        def begin(*_: Any) -> None:
+            nonlocal before
+            if saved.backward_passes > before:  # gradients of the last micro-batch are not activations
+                before = saved.backward_passes
+                saved.forget()
 
         def finish() -> None:
-            self.flops, self.done = counter.flops, True
+            self.saved_bytes, self.flops, self.done = saved.saved_bytes, counter.flops, True
 
-        self._contexts.callback(model.register_forward_hook(read).remove)
+        self._contexts.callback(model.register_forward_pre_hook(begin).remove)
         self._contexts.callback(finish)
 
     def stop(self) -> None:

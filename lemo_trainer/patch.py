@@ -2,7 +2,8 @@
 
 A patched decoder layer becomes an instance of a subclass of its own class (same name, same module), as in
 FSDP2. That works whether the installed transformers wraps `forward` or `__call__` for gradient checkpointing.
-The causal LM gets an instance `forward` with the segment-wise loss.
+The causal LM gets an instance `forward` with the segment-wise loss. Only training passes run patched: in
+training mode, while gradients are recorded, without a cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lemo_trainer.compat import (
     CHECKPOINTING,
@@ -24,20 +25,29 @@ from lemo_trainer.compat import (
     checkpointing_function,
     loss_is_made_by_trl,
 )
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.config import NO_CONFIG, LemoConfig
 from lemo_trainer.exact.patch import patch_exact
 from lemo_trainer.head.forward import check_head, forward_with_segmented_loss
 from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.kernels.dispatch import backend
+from lemo_trainer.layers.causality import check_causal
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.layers.detachment import DetachingLayer
 from lemo_trainer.layers.elimination import EliminatingLayer
-from lemo_trainer.layers.segments import SegmentCache, check_batch, check_segments, forward_in_segments
+from lemo_trainer.layers.segments import (
+    NO_LABELS,
+    SegmentCache,
+    check_batch,
+    check_segments,
+    forward_in_segments,
+)
 from lemo_trainer.layers.stream import Streams
 from lemo_trainer.layers.wiring import Wiring, find_wiring
-from lemo_trainer.model.architectures import CausalLM, find_causal_lm
-from lemo_trainer.model.calls import CACHES, layer_arguments, split_arguments
+from lemo_trainer.model.architectures import CausalLM, check_attention, find_causal_lm
+from lemo_trainer.model.calls import CACHES, bind, layer_arguments, split_arguments
+from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_rows
 from lemo_trainer.model.norms import recognised_norms
+from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
 from lemo_trainer.report import LemoReport
 from lemo_trainer.session import LemoSession, session_of
 
@@ -49,22 +59,31 @@ LayerForward = Callable[..., Any]  # the training forward of a layer that leaves
 def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     """Make the training steps of `model` leave uninformative tokens out.
 
-    Evaluation and generation (`model.eval()`) stay dense. In training with labels, and with
-    `config.loss_segment` above 0, the output's `logits` are None; a cache that a training forward returns
-    lacks the layers that left tokens out.
+    Only training passes run patched: in training mode, while gradients are recorded, without a cache.
+    Evaluation, generation and passes under `torch.no_grad()` are the model's own. A copy or a pickle of the
+    patched model is unpatched. In training with labels, and with `config.loss_segment` above 0, the output's
+    `logits` are None.
 
     Args:
-        model: a causal LM of a supported architecture, plain or wrapped by PEFT.
+        model: a causal LM of a supported architecture, plain or wrapped by PEFT. One with another head, for
+            classification or rewards, works in all modes but segments.
         config: the configuration of LeMo.
 
     Raises:
+        TypeError: `config` is not a LemoConfig.
         ValueError: the model is patched already; LeMo does not support its architecture, its attention
             implementation or its head; or the predictors are damaged or belong to another model.
         FileNotFoundError: `selector="predictor"` found no predictors.
     """
-    parts = find_causal_lm(model)
-    if session_of(parts.model) is not None:
+    if not isinstance(config, LemoConfig):
+        raise TypeError(NO_CONFIG.format(owner="apply_lemo(model, config)", got=type(config).__name__))
+    parts = find_causal_lm(model, head=False)
+    session = session_of(parts.model)
+    if session is not None and not session.passes.in_scope():  # the Trainer that it was for has stopped
+        session.undo()
+    elif session is not None:
         raise ValueError("This model is patched by LeMo already; call remove_lemo(model) first.")
+    _check_model(parts, config)
     implementation = attention_implementation(parts.model.config)
     if config.save_attention and implementation != "sdpa":
         raise ValueError(
@@ -77,12 +96,12 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
         session, layer_forward = _session_of_segments(parts, config), None
     else:
         session, layer_forward = _session_of_blocks(parts, config)
-    if config.loss_segment:
+    if config.loss_segment and parts.has_head:
         check_head(parts)
     session.kernel_backend = backend(parts.model.get_input_embeddings().weight)
     try:
         _patch_layers(parts, layer_forward, session)
-        _patch_causal_lm(parts, session)
+        _patch_forwards(parts, session)
     except BaseException:
         session.undo()
         raise
@@ -96,6 +115,27 @@ def remove_lemo(model: nn.Module) -> None:
     session = session_of(model)
     if session is not None:
         session.undo()
+
+
+def _check_model(parts: CausalLM, config: LemoConfig) -> None:
+    """Raise ValueError for a model or an adapter that the mode cannot serve."""
+    check_attention(parts, config.mode)
+    check_causal(parts)
+    name = type(parts.model).__name__
+    if not parts.has_head:
+        needs_head = {"mode": config.mode == "segments", "protect_labels": config.protect_labels}
+        needs_head["label_weights"] = config.label_weights != "all"
+        for option in (option for option, used in needs_head.items() if used):
+            raise ValueError(
+                f"`{option}`={getattr(config, option)!r} needs labels of tokens and a language-model head, "
+                f'which {name} has not; use mode="exact" or "detach" without it.'
+            )
+    adapted = [part for part in parts.model.modules() if "adaption_prompt" in type(part).__module__]
+    if adapted:
+        raise ValueError(
+            f"PEFT's adaption prompt computes attention of its own beside the model's ({name}), of which "
+            "LeMo cannot leave tokens out; train without LeMo, or use another tuner, such as LoRA."
+        )
 
 
 def _session_of_segments(parts: CausalLM, config: LemoConfig) -> LemoSession:
@@ -131,7 +171,7 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
 def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
     total = len(parts.layers)
     session = LemoSession(selector_for(config), parts.model.config.model_type, total, tuple(range(total)))
-    if config.loss_segment:
+    if config.loss_segment and parts.has_head:
         check_head(parts)
     try:
         patch_exact(parts, session)
@@ -146,6 +186,11 @@ def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
 def _chosen_layers(wiring: Wiring, config: LemoConfig, total: int) -> tuple[int, ...]:
     chosen = tuple(index for index in config.resolve_layers(total) if index not in wiring.dense_layers)
     if not chosen:
+        if config.layers == "auto" and not wiring.dense_layers:
+            raise ValueError(
+                f'`layers` must be "all" for a model of {total} layers: "auto" leaves the first and the last '
+                "ones dense, and there is no other."
+            )
         notes = "; ".join([f"the model has {total}", *wiring.notes(chosen)])
         raise ValueError(
             f"`layers` must name a layer that can leave tokens out, got {config.layers!r}: {notes}."
@@ -168,7 +213,7 @@ def _patch_layers(parts: CausalLM, layer_forward: LayerForward | None, session: 
 
 
 @functools.cache
-def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+def _patched_class(layer_class: Any) -> type[nn.Module]:
     """The subclass of a layer's class whose training forward leaves tokens out.
 
     It checkpoints the chosen rows itself. It therefore hides the layer's `gradient_checkpointing` from
@@ -176,17 +221,12 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
-        run: Callable[..., Any] = operator.call
         session: LemoSession = self._lemo_session
         config = session.config
-        if self.training and vars(self).get(CHECKPOINTING):
-            if config.save_attention:
-                run = saving_attention
-            else:
-                run = saving_inputs if config.mode == "segments" else checkpointing_function(self)
-        elif self.training and config.selective_checkpointing:
-            run = saving_matmuls
+        run = _recomputation(self, session)
+        if not session.passes.running and run is operator.call:
+            return layer_class.forward(self, *args, **kwargs)
+        hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
         if run is not operator.call:  # a recomputation would fill the model's cache again
             arguments = {
                 name: value
@@ -195,97 +235,113 @@ def _patched_class(layer_class: type[nn.Module]) -> type[nn.Module]:
             }
         leave_out: LayerForward | None = self._lemo_forward
         plan = None
-        if self.training and leave_out:
+        if self.training and session.passes.running and leave_out:
             plan = session.plan(self._lemo_index, hidden_states.shape[1])
         if leave_out and plan:
+            if config.mlp_segment and counts_from_the_end(self):
+                raise ValueError(
+                    f"`mlp_segment` must be 0 with PEFT's aLoRA, which counts tokens from the end, got "
+                    f"{config.mlp_segment}."
+                )
             mask, positions, options = split_arguments(arguments)
             try:
                 return leave_out(self, hidden_states, mask, positions, plan, run, **options)
             except ValueError as error:
                 raise ValueError(f"Layer {self._lemo_index}: {error}") from error
-        return run(functools.partial(layer_class.forward, self, **arguments), hidden_states)
+        hooks = hooks_on_rows(self, hidden_states.shape[1])
+
+        def whole(x_BSD: Tensor) -> Any:
+            with hooks(None):
+                return layer_class.forward(self, x_BSD, **arguments)
+
+        return run(whole, hidden_states)
 
     def remember(self: nn.Module, value: bool) -> None:
         vars(self)[CHECKPOINTING] = value
 
-    namespace = {
-        "forward": forward,
-        CHECKPOINTING: property(lambda self: False, remember),
-        "__module__": layer_class.__module__,
-        "__qualname__": layer_class.__qualname__,
-    }
-    return type(layer_class.__name__, (layer_class,), namespace)
+    hidden = property(lambda self: False, remember)
+    return subclass_of(layer_class, forward=forward, **{CHECKPOINTING: hidden})
+
+
+def _recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
+    """What runs a layer in the present pass: a kind of checkpointing, or nothing but a call."""
+    config, running = session.config, session.passes.running
+    if not layer.training or not (running or torch.is_grad_enabled()):
+        return operator.call
+    if vars(layer).get(CHECKPOINTING):
+        if running and config.save_attention:
+            return saving_attention
+        return saving_inputs if running and config.mode == "segments" else checkpointing_function(layer)
+    return saving_matmuls if running and config.selective_checkpointing else operator.call
 
 
 def _patch_layer(index: int, layer: Any, layer_forward: LayerForward | None, session: LemoSession) -> None:
-    original = layer.__class__
-    layer._lemo_index, layer._lemo_forward, layer._lemo_session = index, layer_forward, session
-    layer._lemo_norms = {}
-    layer.__class__ = _patched_class(original)
-
-    def undo() -> None:
-        layer.__class__ = original
-        del layer._lemo_index, layer._lemo_forward, layer._lemo_session, layer._lemo_norms
-
-    session.on_undo(undo)
+    attributes = {"_lemo_index": index, "_lemo_forward": layer_forward, "_lemo_session": session}
+    swap_class(layer, _patched_class(layer.__class__), session.on_undo, **attributes, _lemo_norms={})
 
 
-def _patch_causal_lm(parts: CausalLM, session: LemoSession) -> None:
-    model = parts.model
-    own_forward = model.__dict__.get("forward")  # accelerate's mixed precision puts one there
-    forward = model.forward
-    signature = inspect.signature(forward)
+def _patch_forwards(parts: CausalLM, session: LemoSession) -> None:
+    """Patch the causal LM, and the decoder, which a loss outside may call by itself."""
+    if session.config.mode != "segments":
+        run_decoder = functools.partial(_run_decoder, session)
+        patch_forward(parts.decoder, run_decoder, session, session.passes, session.on_undo)
+    if parts.model is parts.decoder:
+        return
+    train = functools.partial(_train, parts, session)
+    patch_forward(parts.model, train, session, session.passes, session.on_undo)
 
-    def train(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs)
-        session.start_batch(arguments.arguments.get("labels"))
-        if arguments.arguments.get("past_key_values") is not None:
-            raise ValueError("LeMo trains on whole sequences: `past_key_values` must be None, got a cache.")
-        if arguments.arguments.get("labels") is None:
-            session.warn_of_logits()
-            return forward(*args, **kwargs)
-        makes_loss = session.config.mode == "segments" or session.config.label_weights != "all"
-        if makes_loss and loss_is_made_by_trl(arguments.arguments):
-            raise ValueError(
-                'mode="segments" and `label_weights` compute the loss, and so does TRL, from the '
-                'log-probabilities of all tokens; use mode="detach" and label_weights="all", or '
-                "transformers' Trainer."
-            )
-        if session.config.mode == "segments":
-            check_batch(parts, arguments)  # in the warm-up too, so that errors come early
-            if session.active:
-                return forward_in_segments(
-                    parts, with_loss, arguments, session.config.segment_tokens, session.choose_segments
-                )
-        return with_loss(arguments)
 
-    def with_loss(arguments: inspect.BoundArguments) -> Any:
-        if not session.config.loss_segment or loss_is_made_by_trl(arguments.arguments):
-            # TRL's fused head computes its loss in pieces itself
-            return forward(*arguments.args, **arguments.kwargs)
-        return forward_with_segmented_loss(
-            parts, forward, arguments, session.config.loss_segment, session.label_weights
+def _run_decoder(session: LemoSession, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    session.start_batch()
+    return forward(*args, **kwargs)
+
+
+def _train(
+    parts: CausalLM, session: LemoSession, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A training pass of the causal LM, whose own forward is `forward`."""
+    arguments = bind(parts.model, forward, args, kwargs)
+    labels, mode = arguments.arguments.get("labels"), session.config.mode
+    session.labels_BS = labels
+    if not parts.has_head:
+        return forward(*args, **kwargs)
+    if labels is None:
+        if mode == "segments":
+            raise ValueError(NO_LABELS)
+        session.warn_of_logits()
+        return forward(*args, **kwargs)
+    makes_loss = mode == "segments" or session.config.label_weights != "all"
+    if makes_loss and loss_is_made_by_trl(arguments.arguments):
+        raise ValueError(
+            'mode="segments" and `label_weights` compute the loss, and so does TRL, from the '
+            'log-probabilities of all tokens; use mode="exact", or mode="detach" with label_weights="all".'
         )
+    with_loss = functools.partial(_with_loss, parts, session, forward)
+    if mode == "segments":
+        check_batch(parts, arguments)  # in the warm-up too, so that errors come early
+        session.start_batch()
+        if session.active:
+            segment = session.config.segment_tokens
+            return forward_in_segments(
+                parts, with_loss, arguments, segment, session.choose_segments, session.told_of_logits
+            )
+    return with_loss(arguments)
 
-    # Inside torch.compile, the training step runs eagerly, and evaluation compiled.
-    train = torch.compiler.disable(train)
 
-    @functools.partial(torch.compiler.disable, recursive=False)
-    @functools.wraps(forward)
-    def lemo_forward(*args: Any, **kwargs: Any) -> Any:
-        # If an earlier apply_lemo's forward is still inside a wrapper, it only passes calls on.
-        run = train if model.training and session_of(model) is session else forward
-        return run(*args, **kwargs)
-
-    model.forward = lemo_forward
-    model._lemo = session
-
-    def undo() -> None:
-        # If other code wrapped lemo_forward since, it stays inside and only passes calls on.
-        if model.__dict__.get("forward") is lemo_forward:
-            del model.forward
-            if own_forward is not None:
-                model.forward = own_forward
-        del model._lemo
-
-    session.on_undo(undo)
+def _with_loss(
+    parts: CausalLM,
+    session: LemoSession,
+    forward: Callable[..., Any],
+    arguments: inspect.BoundArguments,
+) -> Any:
+    if not session.config.loss_segment or loss_is_made_by_trl(arguments.arguments):
+        # TRL's fused head computes its loss in pieces itself
+        return forward(*arguments.args, **arguments.kwargs)
+    return forward_with_segmented_loss(
+        parts,
+        forward,
+        arguments,
+        session.config.loss_segment,
+        session.label_weights,
+        session.told_of_logits,
+    )

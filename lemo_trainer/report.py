@@ -93,6 +93,23 @@ class LemoReport:
         return {layer: statistics.mean(kept) / self.seq_len for layer, kept in kept_by_layer}
 
     @property
+    def pieces(self) -> int:
+        """Blocks (segments, in exact mode and under `mode="segments"`) of a sample of that batch."""
+        return self._session.pieces
+
+    @property
+    def last_batch(self) -> str:
+        """One sentence about the last training batch."""
+        config = self.config
+        cut = config.mode in ("exact", "segments")
+        kind, size = ("segments", config.segment_tokens) if cut else ("blocks", config.block_size)
+        share = "carry gradient" if config.mode != "eliminate" else "are computed"
+        return (
+            f"samples of {self.seq_len:,} tokens in {self.pieces} {kind} of {size}; "
+            f"{self.kept_share:.0%} of the tokens {share} in a patched layer"
+        )
+
+    @property
     def kernels(self) -> str:
         """Which of LeMo's own kernels the patched layers call; the rest is the model's own code."""
         if self.config.mode in ("exact", "segments"):

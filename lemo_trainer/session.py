@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -25,8 +26,11 @@ from lemo_trainer.informativeness.selection import BlockPlan
 from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.segments import choose_segments
 from lemo_trainer.layers.wiring import Wiring
+from lemo_trainer.model.patching import Passes
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = 8  # batches after which a loop without a callback is told that LeMo does nothing
 
 
 class LemoSession:
@@ -47,10 +51,16 @@ class LemoSession:
         relative_scores: block scores in means of their sample by layer, collected over batches while a search
             makes this a dict.
         seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
+        pieces: blocks or segments of such a sample, the last of which may be shorter.
+        batches: training batches so far, without those of the warm-up.
+        working_batches: those of them that were long enough to leave something out, or to be cut.
         layer_kept: tokens that each patched layer kept of the last training batch, choice by choice.
         fused_norms: how many norms of each class LeMo's kernel computes.
         kernel_backend: what LeMo's kernels are written in on the model's device, "torch" or "triton".
+        passes: tells the training passes, in which the patches act, from all others.
+        labels_BS: labels of the training pass that begins, [B, S].
         logits_made: whether a training batch came without `labels` and computed all its logits.
+        told_of_logits: not empty after a warning about `outputs.logits` that were made on demand.
         mode_notes: what a user should know about how the mode runs on this model.
     """
 
@@ -73,13 +83,19 @@ class LemoSession:
         self.thresholds = self.config.layer_thresholds
         self.relative_scores: dict[int, list[Tensor]] | None = None
         self.seq_len = 0
+        self.pieces = 0
+        self.batches = self.working_batches = 0
+        self._warned_idle = False
         self.layer_kept: dict[int, list[int]] = {}
         self.fused_norms: Counter[str] = Counter()
         self.kernel_backend = "torch"
         self.logits_made = False
+        self.told_of_logits: list[bool] = []
         self.mode_notes: list[str] = []
+        self.passes = Passes()
         self._undo: list[Callable[[], None]] = []
-        self.start_batch(None)
+        self.labels_BS: Tensor | None = None
+        self.start_batch()
 
     def on_undo(self, step: Callable[[], None]) -> None:
         """Remember how to take a patch off again."""
@@ -98,9 +114,10 @@ class LemoSession:
         self.keep_ratio = 1 - (1 - self.config.resolved_keep_ratio) * ramp
         self.selector.at_step(step)
 
-    def start_batch(self, labels_BS: Tensor | None) -> None:
-        """Forget the last training batch; `labels_BS` are those of the new one."""
+    def start_batch(self) -> None:
+        """Forget the last training batch; the new one has the labels in `labels_BS`, if the model got any."""
         self.layer_kept.clear()
+        labels_BS, self.labels_BS = self.labels_BS, None
         self._labelled_BS = None
         if self.config.protect_labels and labels_BS is not None:
             self._labelled_BS = labels_BS != IGNORE_INDEX
@@ -108,17 +125,22 @@ class LemoSession:
 
     def choose_segments(self, seq_len: int) -> list[bool]:
         """Which segments of a training batch carry gradient (`mode="segments"`)."""
-        size, chosen = self.config.segment_tokens, choose_segments(seq_len, self.selector, self.keep_ratio)
-        self.seq_len = seq_len
-        kept = sum(
-            min(size, seq_len - i * size) for i, carries_gradient in enumerate(chosen) if carries_gradient
-        )
-        self.layer_kept.update((layer, [kept]) for layer in self.patched_layers)
+        chosen = choose_segments(seq_len, self.selector, self.keep_ratio)
+        self.note_segments(seq_len, chosen)
         return chosen
+
+    def note_segments(self, seq_len: int, chosen: list[bool] | None = None) -> None:
+        """Note the tokens of a sample, and which of its segments carry gradient; None is all of them."""
+        size = self.config.segment_tokens
+        sizes = [min(size, seq_len - start) for start in range(0, seq_len, size)]
+        kept = sum(itertools.compress(sizes, chosen or itertools.repeat(True)))
+        self.seq_len, self.pieces = seq_len, len(sizes)
+        self.layer_kept = {layer: [kept] for layer in self.patched_layers}
+        self._note_work(len(sizes) > 1)
 
     def plan(self, layer: int, seq_len: int) -> BlockPlan | None:
         """How many blocks patched layer number `layer` keeps of a training batch; None keeps everything."""
-        self.seq_len = seq_len
+        self.seq_len, self.pieces = seq_len, -(-seq_len // self.config.block_size)
         threshold = self.thresholds.get(layer)
         plan = BlockPlan.of(seq_len, self.config, self.keep_ratio if threshold is None else 0.0)
         plan = dataclasses.replace(
@@ -130,11 +152,40 @@ class LemoSession:
         )
         if self.relative_scores is not None:
             plan = dataclasses.replace(plan, on_scored=self.relative_scores.setdefault(layer, []).append)
+        if self.active and layer == self.patched_layers[0]:
+            self._note_work(not plan.keeps_all)
         if self.active and not plan.keeps_all and threshold != 0:
             return plan
         self.layer_kept[layer] = [seq_len]
         self._label_weights.append(1.0)
         return None
+
+    def _note_work(self, works: bool) -> None:
+        self.batches += 1
+        self.working_batches += works
+        if self.batches == PATIENCE:
+            self.warn_if_idle()
+
+    def warn_if_idle(self) -> None:
+        """Warn once if every training batch so far was too short for LeMo to have something to do."""
+        if not self.batches or self.working_batches or self._warned_idle:
+            return
+        by_blocks = self.config.mode not in ("exact", "segments")
+        if by_blocks and self.config.resolved_keep_ratio == 1 and not self.thresholds:
+            return  # as it was asked for
+        self._warned_idle = True
+        option = "block_size" if by_blocks else "segment_tokens"
+        extra = " (or `sink_blocks` and `recent_blocks`, which are always kept)" if by_blocks else ""
+        logger.warning(
+            "LeMo has had nothing to do in %d training batches: samples of %d tokens are too short for "
+            "%s=%d. Lower `%s`%s, or give longer samples.",
+            self.batches,
+            self.seq_len,
+            option,
+            getattr(self.config, option),
+            option,
+            extra,
+        )
 
     def label_weights(self) -> Tensor | None:
         """How much the label that each token predicts weighs in the gradient, [B, S]; None is 1 for all."""

@@ -84,7 +84,7 @@ def _try(parts: CausalLM, run: Run, lazy: bool) -> Trial:
 
 def _calls(parts: CausalLM, padding: int, lazy: bool) -> list[tuple[Tensor, dict[str, Any]]]:
     """The arguments of each layer for two samples of eight tokens, the first `padding` of which are none."""
-    model = parts.model
+    model = parts.model if parts.has_head else parts.decoder
     tokens = torch.arange(1, TOKENS + 1, device=model.get_input_embeddings().weight.device).expand(2, -1)
     inputs = {"input_ids": tokens}
     if padding:

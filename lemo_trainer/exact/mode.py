@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,13 +25,11 @@ from lemo_trainer.exact.boundaries import saved_in
 from lemo_trainer.exact.check import Trial, try_layers
 from lemo_trainer.exact.layer import LayerCall, segments_of
 from lemo_trainer.exact.masks import lazy_masks
-from lemo_trainer.exact.replay import ForwardHooks
 from lemo_trainer.exact.walk import Walk, walk_through
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import layer_arguments
-
-logger = logging.getLogger(__name__)
+from lemo_trainer.model.hooks import counts_from_the_end
 
 Forward = Callable[..., Any]
 
@@ -48,6 +45,7 @@ class ExactMode:
         only_layers: why the model cannot run by scheme "segments"; empty if it can.
         notes: what a user should know about it.
         scheme: of the latest forward pass; None before the first.
+        on_batch: called with the tokens of a sample when a forward pass begins.
     """
 
     config: LemoConfig
@@ -56,6 +54,7 @@ class ExactMode:
     only_layers: str
     notes: list[str] = field(default_factory=list)
     scheme: Scheme | None = None
+    on_batch: Callable[[int], None] = lambda seq_len: None
     _running: bool = False
     _calls: list[LayerCall] = field(default_factory=list)
 
@@ -105,8 +104,7 @@ class ExactMode:
     def _choose(self, x_BSD: Tensor) -> Scheme:
         batch, seq_len = x_BSD.shape[:2]
         size = self.config.segment_tokens
-        if seq_len <= size:
-            self._note(f"samples of {seq_len} tokens are one segment of {size}: lower `segment_tokens`")
+        self.on_batch(seq_len)
         if self.config.scheme != "auto" or self.only_layers or self.trial.layer_bytes is None:
             return "segments" if self.config.scheme == "segments" else "layers"
         if self._seams():
@@ -114,13 +112,8 @@ class ExactMode:
         bytes_, total = self.trial.layer_bytes, len(self.parts.layers)
         return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
 
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
-            logger.warning("LeMo, exact: %s.", note)
-
     def _walk_layer(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
-        whole = index in self.trial.uncut or _counts_from_the_end(call.layer)
+        whole = index in self.trial.uncut or counts_from_the_end(call.layer)
         size = call.seq_len if whole else self.config.segment_tokens
         walk = Walk([call], segments_of(call.seq_len, size), keep_heads=False, run=operator.call)
         with saved_in(self.config.boundaries, x_BSD, len(self.parts.layers) - index):
@@ -145,7 +138,7 @@ class ExactMode:
     def _seams(self) -> list[str]:
         """Whoever wants hidden states of a whole sample between two layers, where no layer has made them."""
         seams = ["`output_hidden_states`"] if recorded.wants_hidden_states() else []
-        seams += ["the adapter of aLoRA"] if any(map(_counts_from_the_end, self.parts.layers)) else []
+        seams += ["the adapter of aLoRA"] if any(map(counts_from_the_end, self.parts.layers)) else []
         return seams + list(_foreign_hooks(self.parts.layers))
 
 
@@ -170,11 +163,6 @@ def _foreign_hooks(layers: nn.ModuleList) -> Iterator[str]:
         for hook in seen:
             if not recorded.is_recording(hook):
                 yield f"the hook {getattr(hook, '__qualname__', hook)} on layer {index}"
-
-
-def _counts_from_the_end(layer: nn.Module) -> bool:
-    """Whether PEFT's aLoRA is on for the running forward pass: it counts tokens from a sample's end."""
-    return "alora_offsets" in ForwardHooks([layer]).arguments()
 
 
 def _recomputing(layer: Any, config: LemoConfig) -> Callable[..., Tensor]:

@@ -1,26 +1,20 @@
-"""Exact mode on a model's layers, and off again.
-
-A patched module becomes an instance of a subclass of its own class, with the same name. It runs the model's
-own code unless a training forward pass records gradients and fills no cache. Copies and pickles of it are
-of its own class: unpatched, and complete.
-"""
+"""Exact mode on a model's layers, and off again."""
 
 from __future__ import annotations
 
 import functools
-import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from lemo_trainer.exact.mode import ExactMode
 from lemo_trainer.head.forward import forward_with_segmented_loss
 from lemo_trainer.model.architectures import CausalLM
+from lemo_trainer.model.calls import bind
+from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
 from lemo_trainer.session import LemoSession
-
-_OURS = "_lemo"  # what the names of all our attributes begin with
 
 
 def patch_exact(parts: CausalLM, session: LemoSession) -> None:
@@ -31,42 +25,18 @@ def patch_exact(parts: CausalLM, session: LemoSession) -> None:
     """
     mode = ExactMode.of(parts, session.config)
     session.mode_notes = mode.notes
+    mode.on_batch = session.note_segments
     for index, layer in enumerate(parts.layers):
-        _swap_class(layer, _exact_layer(layer.__class__), session, _lemo_mode=mode, _lemo_index=index)
-    decoder = next(part for part in parts.model.modules() if parts.layers in part.children())
-    _patch_forward(decoder, functools.partial(_run_decoder, mode), session)
-    _patch_forward(parts.model, functools.partial(_with_segmented_loss, parts, session), session)
-
-
-def _swap_class(module: Any, patched: type[nn.Module], session: LemoSession, **attributes: Any) -> None:
-    original = module.__class__
-    vars(module).update(attributes)
-    module.__class__ = patched
-
-    def undo() -> None:
-        module.__class__ = original
-        for name in attributes:
-            del vars(module)[name]
-
-    session.on_undo(undo)
-
-
-def _own_copies(original: type[nn.Module]) -> dict[str, Any]:
-    """What makes copies and pickles of a patched module instances of `original`."""
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        parent: Any = super(type(self), self)
-        _, _, state, *rest = parent.__reduce_ex__(protocol)
-        state = {name: value for name, value in state.items() if not name.startswith(_OURS)}
-        if "_lemo_own_forward" in vars(self):
-            del state["forward"]
-            if self._lemo_own_forward is not None:
-                state["forward"] = self._lemo_own_forward
-        # the usual way, copyreg.__newobj__, insists on the object's own class
-        return (object.__new__, (original,), state, *rest)
-
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return {"__reduce_ex__": reduce, **names}
+        patched = _exact_layer(layer.__class__)
+        swap_class(layer, patched, session.on_undo, _lemo_mode=mode, _lemo_index=index)
+    run_decoder = functools.partial(_run_decoder, mode)
+    patch_forward(parts.decoder, run_decoder, session, session.passes, session.on_undo)
+    if not parts.has_head:
+        if parts.model is not parts.decoder:
+            patch_forward(parts.model, operator.call, session, session.passes, session.on_undo)
+        return
+    with_loss = functools.partial(_with_segmented_loss, parts, session)
+    patch_forward(parts.model, with_loss, session, session.passes, session.on_undo)
 
 
 @functools.cache
@@ -79,44 +49,7 @@ def _exact_layer(original: Any) -> type[nn.Module]:
         vars(self)["gradient_checkpointing"] = value
 
     hidden = property(lambda self: False, remember)  # transformers would checkpoint the walk once more
-    namespace = {"forward": forward, "gradient_checkpointing": hidden, **_own_copies(original)}
-    return type(original.__name__, (original,), namespace)
-
-
-@functools.cache
-def _copied_clean(original: Any) -> type[nn.Module]:
-    return type(original.__name__, (original,), _own_copies(original))
-
-
-def _patch_forward(module: Any, patched: Callable[..., Any], session: LemoSession) -> None:
-    """Let `patched(forward, ...)` run training forward passes that record gradients, without a cache."""
-    own_forward = vars(module).get("forward")  # accelerate's mixed precision puts one there
-    forward = module.forward
-    signature = inspect.signature(forward)
-    patched = torch.compiler.disable(patched)  # inside torch.compile, the training step runs eagerly
-
-    @functools.partial(torch.compiler.disable, recursive=False)
-    @functools.wraps(forward)
-    def lemo_forward(*args: Any, **kwargs: Any) -> Any:
-        # One that remove_lemo left inside somebody's wrapper hands every call on.
-        if getattr(module, "_lemo", None) is session and module.training and torch.is_grad_enabled():
-            given = {**signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
-            if given.get("past_key_values") is None and not given.get("use_cache"):
-                return patched(forward, *args, **kwargs)
-        return forward(*args, **kwargs)
-
-    module.forward = lemo_forward
-    _swap_class(
-        module, _copied_clean(module.__class__), session, _lemo=session, _lemo_own_forward=own_forward
-    )
-
-    def undo() -> None:
-        if vars(module).get("forward") is lemo_forward:
-            del module.forward
-            if own_forward is not None:
-                module.forward = own_forward
-
-    session.on_undo(undo)
+    return subclass_of(original, forward=forward, gradient_checkpointing=hidden)
 
 
 def _run_decoder(mode: ExactMode, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,10 +62,12 @@ def _with_segmented_loss(
     parts: CausalLM, session: LemoSession, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """The causal LM's own forward, with its loss made of a few tokens at a time where it makes one."""
-    arguments = inspect.signature(forward).bind(*args, **kwargs)
+    arguments = bind(parts.model, forward, args, kwargs)
     segment, given = session.config.loss_segment, arguments.arguments
     if given.get("labels") is None:
         session.warn_of_logits()
     elif segment and not given.get("kwargs", {}).get("fused_lm_head"):  # TRL's makes its loss in pieces
-        return forward_with_segmented_loss(parts, forward, arguments, segment, lambda: None)
+        return forward_with_segmented_loss(
+            parts, forward, arguments, segment, lambda: None, session.told_of_logits
+        )
     return forward(*args, **kwargs)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from lemo_trainer.exact import recorded
 from lemo_trainer.exact.layer import LayerCall, Segment
-from lemo_trainer.exact.leaves import Leaves, check_versions, trained_parameters, versions
-from lemo_trainer.exact.replay import ForwardHooks, RandomState, present_autocast
+from lemo_trainer.exact.replay import RandomState, present_autocast
 from lemo_trainer.layers.checkpointing import without_graph
+from lemo_trainer.model.hooks import ForwardHooks
+from lemo_trainer.model.leaves import Leaves, check_versions, trained_parameters, versions
 
 Run = Callable[..., Tensor]
 
@@ -168,7 +169,7 @@ class _Walk(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 'mode="exact" makes first gradients only, got create_graph=True (a gradient penalty, a '
-                'Hessian); use mode="detach" with keep_ratio=1, or train without LeMo.'
+                "Hessian); train without LeMo."
             )
         x_BSD, *heads = ctx.saved_tensors
         grad_x_BSD, grads = ctx.walk.backward(x_BSD, heads, gradients, ctx.needs_input_grad[1])

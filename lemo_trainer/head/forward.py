@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo_trainer.compat import is_whole, loss_function, uses_causal_lm_loss
+from lemo_trainer.head.logits import LogitsOnDemand, logit_scale, with_logits_on_demand
 from lemo_trainer.head.loss import IGNORE_INDEX, segmented_cross_entropy, shift
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import dry_options, idle_layers
@@ -64,7 +65,7 @@ def _segmented_loss(
             weights_N=None if weights_BS is None else weights_BS.flatten(),
             segment=segment,
             num_items=num_items_in_batch,
-            scale=getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
+            scale=logit_scale(config),
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
@@ -82,10 +83,12 @@ def forward_with_segmented_loss(
     arguments: inspect.BoundArguments,
     segment: int,
     label_weights: Callable[[], Tensor | None],
+    told: list[bool],
 ) -> Any:
-    """The model's own `forward` on `arguments`, with the segment-wise loss and without logits.
+    """The model's own `forward` on `arguments`, with the segment-wise loss and logits on demand.
 
     Args:
+        told: see `with_logits_on_demand`.
         segment: labelled tokens that go through the head at a time.
         label_weights: called after the layers; returns the weight in the gradient of the label that each
             token predicts, [B, S], or None for 1.
@@ -102,7 +105,8 @@ def forward_with_segmented_loss(
             f"{type(parts.model).__name__} by one with a loss of its own; with `use_liger_kernel`, "
             'liger_kernel_config={"fused_linear_cross_entropy": False} keeps the head.'
         )
-    output = type(output)(**{**output, "logits": None})
+    if seen:
+        output = with_logits_on_demand(output, LogitsOnDemand(parts, seen[0]), told)
     return output.to_tuple() if return_tuple else output
 
 

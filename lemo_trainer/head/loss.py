@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from lemo_trainer.compat import first_gradients_only
 
 IGNORE_INDEX = -100
 
@@ -83,7 +84,7 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
         return total / denominator
 
     @staticmethod
-    @once_differentiable
+    @first_gradients_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_dtype, weight_dtype = ctx.dtypes
         grad_hidden, grad_weight, grad_bias = (

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lemo_trainer.compat import first_gradients_only
 from lemo_trainer.kernels import torch_norm
 from lemo_trainer.kernels.dispatch import runs_triton
 
@@ -48,7 +48,7 @@ class _NormRows(torch.autograd.Function):
         return y.unflatten(0, (len(x_BSD), -1))
 
     @staticmethod
-    @once_differentiable
+    @first_gradients_only
     def backward(ctx: Any, grad_BKD: Tensor) -> tuple[Tensor | None, ...]:
         x_BSD, rows, weight_D, bias_D, mean, rstd = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = _implementation(x_BSD).backward(

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lemo_trainer.compat import first_gradients_only
 from lemo_trainer.kernels import torch_rows
 from lemo_trainer.kernels.dispatch import runs_triton
 
@@ -52,7 +52,7 @@ class _Take(torch.autograd.Function):
         return x_BSD, gather(x_BSD, rows)
 
     @staticmethod
-    @once_differentiable
+    @first_gradients_only
     def backward(ctx: Any, grad_BSD: Tensor, grad_BKD: Tensor | None) -> tuple[Tensor, None]:
         if grad_BKD is not None:
             scatter_add_(grad_BSD, grad_BKD, *ctx.saved_tensors)
@@ -71,7 +71,7 @@ class _Add(torch.autograd.Function):
         return x_BSD
 
     @staticmethod
-    @once_differentiable
+    @first_gradients_only
     def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, Tensor | None, None]:
         if not ctx.needs_input_grad[1]:
             return grad_BSD, None, None

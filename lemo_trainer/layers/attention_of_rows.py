@@ -18,6 +18,7 @@ from lemo_trainer.compat import attention_function, attention_implementation
 from lemo_trainer.kernels.attention import attend, fits
 from lemo_trainer.model.architectures import Architecture
 from lemo_trainer.model.capture import AttentionInputs, attention_inputs, dispatching_to
+from lemo_trainer.model.hooks import Rows
 from lemo_trainer.model.masks import masked_attention
 from lemo_trainer.model.rows import take_arguments, take_queries
 
@@ -52,6 +53,7 @@ class AttentionOfRows:
         positions: the layer's arguments with one entry a token.
         options: its other arguments.
         fused: whether LeMo's kernel may take the place of SDPA.
+        hooks: lets the layer's hooks act on some rows.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class AttentionOfRows:
         options: dict[str, Any],
         *,
         fused: bool,
+        hooks: Rows,
     ) -> None:
+        self.hooks = hooks
         self.architecture, self.layer = architecture, layer
         self.positions, self.options = positions, options
         self.attention: Any = architecture.attention_of(layer)
@@ -74,8 +78,11 @@ class AttentionOfRows:
     def project(self, x_BTD: Tensor, index_BT: Tensor | None = None) -> AttentionInputs:
         """Queries, keys and values of the rows at positions `index_BT`; None is all rows."""
         positions = self.positions if index_BT is None else take_arguments(self.positions, index_BT)
-        source = self.architecture.attention_input(self.layer, x_BTD)
-        return attention_inputs(self.attention, source, attention_mask=self.mask, **positions, **self.options)
+        with self.hooks(index_BT):
+            source = self.architecture.attention_input(self.layer, x_BTD)
+            return attention_inputs(
+                self.attention, source, attention_mask=self.mask, **positions, **self.options
+            )
 
     def attend(
         self, query_BHTd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, index_BT: Tensor, **options: Any
@@ -103,7 +110,7 @@ class AttentionOfRows:
         Args:
             attend: gets the rows' queries, keys and values and the attention's options; returns the heads.
         """
-        with dispatching_to(self.attention, _GIVEN):
+        with dispatching_to(self.attention, _GIVEN), self.hooks(index_BT):
             return self.architecture.attention_branch(
                 self.layer,
                 x_BTD,
@@ -117,4 +124,5 @@ class AttentionOfRows:
         """The same update from heads that are known already."""
         if self.architecture.output is None:
             return self.update(x_BTD, index_BT, lambda *qkv, **options: heads_BTHd)
-        return self.architecture.finish_attention(self.layer, x_BTD, heads_BTHd)
+        with self.hooks(index_BT):
+            return self.architecture.finish_attention(self.layer, x_BTD, heads_BTHd)

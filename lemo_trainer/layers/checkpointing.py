@@ -48,8 +48,22 @@ def saving_attention(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
 
 def _checkpoint_selectively(saved: Any, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     contexts = functools.partial(create_selective_checkpoint_contexts, saved)
-    output: Tensor = checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    once = functools.partial(_once_backward, function)
+    output: Tensor = checkpoint(once, *args, use_reentrant=False, context_fn=contexts)
     return output
+
+
+def _once_backward(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        if "backward an extra time" not in str(error):
+            raise
+        raise RuntimeError(
+            "A second backward pass through the same graph (retain_graph=True) needs "
+            "selective_checkpointing=False and save_attention=False: torch's selective checkpointing keeps "
+            "results for one only."
+        ) from error
 
 
 def saving_inputs(function: Callable[..., Tensor], *args: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from lemo_trainer.layers.checkpointing import in_segments, without_graph
 from lemo_trainer.layers.stream import Stream, Streams
 from lemo_trainer.model.architectures import Architecture
 from lemo_trainer.model.capture import AttentionInputs, without_dropout
+from lemo_trainer.model.hooks import Rows, hooks_on_rows
 from lemo_trainer.model.masks import valid_tokens
 from lemo_trainer.model.rows import flat_rows, merge_heads, other_positions
 
@@ -66,8 +67,15 @@ class DetachingLayer:
     ) -> Tensor:
         """The layer's output [B, S, D]; the arguments are those of `EliminatingLayer`."""
         architecture, seq_len = self.architecture, x_BSD.shape[1]
+        hooks = hooks_on_rows(layer, seq_len)
         attention = AttentionOfRows(
-            architecture, layer, attention_mask, positions, kwargs, fused=self.config.fused_kernels
+            architecture,
+            layer,
+            attention_mask,
+            positions,
+            kwargs,
+            fused=self.config.fused_kernels,
+            hooks=hooks,
         )
         with without_graph():
             index_BK, everything = self._select(layer, x_BSD, attention, plan)
@@ -80,7 +88,7 @@ class DetachingLayer:
         stream = self.streams.enter(layer, x_BSD)
         rows = flat_rows(index_BK, seq_len)
         x_BKD = stream.take(rows)
-        finish = functools.partial(self._with_mlp, layer)
+        finish = functools.partial(self._with_mlp, layer, hooks, index_BK)
         chosen = _ChosenRows(attention, index_BK, rest_BR, None if self.config.mlp_segment else finish)
         update = run(chosen, x_BKD, rest.key, rest.value)
         if self.config.mlp_segment:  # its recomputation is its own
@@ -91,33 +99,41 @@ class DetachingLayer:
                 rest.query, *keys_and_values, rest_BR, scaling=rest.scaling, **rest.options
             )
             del keys_and_values
-            constant = finish(x_BRD, attention.update_from_heads(x_BRD, rest_BR, heads))
+            update_of_rest = attention.update_from_heads(x_BRD, rest_BR, heads)
+            constant = self._with_mlp(layer, hooks, rest_BR, x_BRD, update_of_rest)
 
         updates = [(constant, rest_rows), (update, rows)]
         dense, parallel = architecture.has_dense_mlp(layer), architecture.is_parallel(layer)
         if dense and parallel:
-            updates.append(self._dense_mlp_update(layer, stream, run))
+            updates.append(self._dense_mlp_update(layer, stream, run, hooks))
         for each in updates:
             stream.add(*each)
         if dense and not parallel:
-            stream.add(*self._dense_mlp_update(layer, stream, run))
+            stream.add(*self._dense_mlp_update(layer, stream, run, hooks))
         return self.streams.leave(layer, stream)
 
-    def _with_mlp(self, layer: nn.Module, x: Tensor, update: Tensor) -> Tensor:
-        """The layer's update of rows `x` from that of its attention."""
+    def _with_mlp(self, layer: nn.Module, hooks: Rows, index: Tensor, x: Tensor, update: Tensor) -> Tensor:
+        """The layer's update of rows `x` at positions `index` from that of its attention."""
         if self.architecture.has_dense_mlp(layer):
             return update
         source = x if self.architecture.is_parallel(layer) else x + update
         mlp = functools.partial(self.architecture.mlp_branch, layer)
         segment = self.config.mlp_segment
-        return update + (in_segments(mlp, source, segment) if segment else mlp(source))
+        if segment:
+            return update + in_segments(mlp, source, segment)
+        with hooks(index):
+            return update + mlp(source)
 
     def _dense_mlp_update(
-        self, layer: nn.Module, stream: Stream, run: Callable[..., Tensor]
+        self, layer: nn.Module, stream: Stream, run: Callable[..., Tensor], hooks: Rows
     ) -> tuple[Tensor, Tensor]:
         """The output of an MLP that works on all rows, from the stream as it is now, and the rows."""
         every_row = torch.arange(stream.x_BSD[..., 0].numel(), device=stream.x_BSD.device)
-        mlp = functools.partial(self.architecture.mlp_branch, layer)
+
+        def mlp(x: Tensor) -> Tensor:
+            with hooks(None):
+                return self.architecture.mlp_branch(layer, x)
+
         return run(mlp, stream.take(every_row)), every_row
 
     def _select(

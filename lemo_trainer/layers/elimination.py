@@ -23,6 +23,7 @@ from lemo_trainer.layers.checkpointing import in_segments, without_graph
 from lemo_trainer.layers.stream import Stream, Streams
 from lemo_trainer.model.architectures import Architecture
 from lemo_trainer.model.capture import AttentionInputs, attention_inputs, dispatching_to, mlp_intermediate
+from lemo_trainer.model.hooks import Rows, hooks_on_rows
 from lemo_trainer.model.masks import masked_attention, valid_tokens
 from lemo_trainer.model.rows import flat_rows, take_arguments, take_mask
 
@@ -64,6 +65,7 @@ class EliminatingLayer:
         architecture = self.architecture
         attention = architecture.attention_of(layer)
         implementation, mask = masked_attention(attention, attention_mask)
+        hooks = hooks_on_rows(layer, x_BSD.shape[1])
 
         def project() -> AttentionInputs:
             source = architecture.attention_input(layer, x_BSD)
@@ -76,25 +78,36 @@ class EliminatingLayer:
         kept = {"attention_mask": take_mask(mask, index_BK), **take_arguments(positions, index_BK)}
 
         def attention_branch(x: Tensor, rows: Tensor | None = None) -> Tensor:
-            with dispatching_to(attention, implementation):
+            with dispatching_to(attention, implementation), hooks(index_BK):
                 return architecture.attention_branch(layer, x, rows, **kept, **kwargs)
 
         stream = self.streams.enter(layer, x_BSD)
         rows = flat_rows(index_BK, x_BSD.shape[1])
         updates = [(_on_rows(attention_branch, stream, rows, run), rows)]
         if architecture.is_parallel(layer):
-            updates.append(self._mlp_update(layer, stream, mask, plan, run))
+            updates.append(self._mlp_update(layer, stream, mask, plan, run, hooks))
         for update in updates:
             stream.add(*update)
         if not architecture.is_parallel(layer):
-            stream.add(*self._mlp_update(layer, stream, mask, plan, run))
+            stream.add(*self._mlp_update(layer, stream, mask, plan, run, hooks))
         return self.streams.leave(layer, stream)
 
     def _mlp_update(
-        self, layer: Any, stream: Stream, mask: Tensor | None, plan: BlockPlan, run: Callable[..., Tensor]
+        self,
+        layer: Any,
+        stream: Stream,
+        mask: Tensor | None,
+        plan: BlockPlan,
+        run: Callable[..., Tensor],
+        hooks: Rows,
     ) -> tuple[Tensor, Tensor]:
         """The MLP's output and its rows, which it chooses from the stream as it is now."""
-        mlp = functools.partial(self.architecture.mlp_branch, layer)
+        index_BK: Tensor | None = None  # all rows
+
+        def mlp(x: Tensor, rows: Tensor | None = None) -> Tensor:
+            with hooks(index_BK):
+                return self.architecture.mlp_branch(layer, x, rows)
+
         if self.architecture.has_dense_mlp(layer):
             every_row = torch.arange(stream.x_BSD[..., 0].numel(), device=stream.x_BSD.device)
             return _on_rows(mlp, stream, every_row, run), every_row

@@ -19,18 +19,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lemo_trainer.compat import Cache, DynamicLayer, is_whole, uses_causal_lm_loss
+from lemo_trainer.compat import Cache, DynamicLayer, first_gradients_only, is_whole, uses_causal_lm_loss
+from lemo_trainer.head.logits import (
+    LogitsOnDemand,
+    WithoutGradient,
+    logits_maker,
+    with_logits_on_demand,
+)
 from lemo_trainer.head.loss import IGNORE_INDEX, shift
 from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.checkpointing import without_graph
+from lemo_trainer.measure import are_gradients
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.capture import without_dropout
+from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_embeddings
+from lemo_trainer.model.leaves import Leaves, trained_parameters
 
 FLOAT16 = (
     'mode="segments" computes its gradients before a loss scaler can scale them: train in bfloat16 or '
     'float32, or use mode="detach".'
+)
+NO_LABELS = (
+    'mode="segments" computes its gradients while the model makes the loss, so that a training pass must '
+    "have `labels`, got none (label smoothing, `compute_loss_func`, a `compute_loss` that pops them, "
+    'TRL\'s preference trainers?); use mode="exact", in which any loss works.'
 )
 Forward = Callable[[inspect.BoundArguments], Any]
 
@@ -80,9 +93,9 @@ class _InSegments(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_gradients_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
+        return None, *(None if saved is None else saved * grad for saved in ctx.saved_tensors)
 
 
 def choose_segments(seq_len: int, selector: Selector, keep_ratio: float) -> list[bool]:
@@ -99,6 +112,7 @@ def forward_in_segments(
     arguments: inspect.BoundArguments,
     segment_tokens: int,
     choose: Callable[[int], list[bool]],
+    told: list[bool],
 ) -> Any:
     """The causal LM's output with its loss, whose gradients are computed before this returns.
 
@@ -107,6 +121,7 @@ def forward_in_segments(
         arguments: those of the whole sample.
         segment_tokens: tokens of a segment.
         choose: maps the tokens of a sample to a list that says of each segment whether it carries gradient.
+        told: see `with_logits_on_demand`.
     """
     given = arguments.arguments
     extra = given.setdefault("kwargs", {})
@@ -120,36 +135,51 @@ def forward_in_segments(
     kept = choose(labels.shape[1])
     cache = SegmentCache()
     outputs: list[Any] = []
+    logits: list[Callable[[], Tensor]] = []
 
     def run(parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         total = torch.zeros((), device=labels.device)
-        gradients: list[Tensor | None] = [None] * len(parameters)
+        leaves = Leaves(parameters)
         for number, start in enumerate(range(0, labels.shape[1], segment_tokens)):
             stop = min(start + segment_tokens, labels.shape[1])
             segment = _segment(arguments, start, stop)
             segment.arguments["kwargs"]["shift_labels"] = shift_labels[:, start:stop].contiguous()
             segment.arguments |= {"past_key_values": cache, "use_cache": False}
             if kept[number] and parameters:
-                with torch.enable_grad():
+                with torch.enable_grad(), leaves.in_place_of_parameters([parts.model]):
                     output = forward(segment)
-                new = torch.autograd.grad(output.loss, parameters, allow_unused=True)
-                gradients = [_sum(old, more) for old, more in zip(gradients, new, strict=True)]
+                    output.loss.backward()
+                leaves.add_up()
+                are_gradients(leaves.sums())
             else:
                 with without_graph():
                     output = forward(segment)
             total += output.loss.detach()
             cache.finish_segment()
+            logits.append(_detached_logits(output))
         outputs.append(output)
-        return total, gradients
+        return total, leaves.gradients()
 
-    trained = [p for p in parts.model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    trained = trained_parameters([parts.model]) if torch.is_grad_enabled() else []
     loss = _InSegments.apply(run, *trained)
-    output = type(outputs[0])(loss=loss)
+
+    def all_logits() -> Tensor:
+        with torch.no_grad():
+            whole = torch.cat([make() for make in logits], 1)
+        result: Tensor = WithoutGradient.apply(whole, loss)
+        return result
+
+    output = with_logits_on_demand(type(outputs[0])(loss=loss), all_logits, told)
     return output.to_tuple() if return_tuple else output
 
 
-def _sum(old: Tensor | None, more: Tensor | None) -> Tensor | None:
-    return more if old is None else old if more is None else old.add_(more)
+def _detached_logits(output: Any) -> Callable[[], Tensor]:
+    """What makes the logits of a segment, without graph."""
+    make = logits_maker(output)
+    if isinstance(make, LogitsOnDemand):
+        return make.detached()
+    made: Tensor = output.logits.detach()  # loss_segment=0
+    return lambda: made
 
 
 def _segment(arguments: inspect.BoundArguments, start: int, stop: int) -> inspect.BoundArguments:
@@ -185,11 +215,16 @@ def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
             'mode="segments" does not know packed documents (`position_ids` that start anew); '
             'use mode="detach", or pad instead of packing.'
         )
-    routers = {**given.get("kwargs", {}), **given}.get("output_router_logits")
-    if getattr(parts.model.config, "output_router_logits", False) if routers is None else routers:
+    _check_outputs(parts, {**given.get("kwargs", {}), **given})
+    if hooks := hooks_on_embeddings(parts.model):
         raise ValueError(
-            'mode="segments" has no balancing loss of the experts, which is that of a whole sample, got '
-            'output_router_logits=True; set it to False, or use mode="detach".'
+            'mode="segments" embeds a sample piece by piece, and a hook on the embeddings (NEFTune?) '
+            f'wants it whole, got {", ".join(hooks)}; use mode="exact".'
+        )
+    if any(map(counts_from_the_end, parts.layers)):
+        raise ValueError(
+            'mode="segments" runs a sample piece by piece, and PEFT\'s aLoRA counts tokens from its end; '
+            'use mode="exact", or LoRA.'
         )
     if embeddings is not None and embeddings.requires_grad:
         raise ValueError(
@@ -200,6 +235,24 @@ def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
         torch.get_autocast_dtype(labels.device.type) == torch.float16
     ):
         raise ValueError(FLOAT16)
+
+
+def _check_outputs(parts: CausalLM, given: dict[str, Any]) -> None:
+    def asked_for(name: str) -> bool:
+        value = given.get(name)
+        return bool(getattr(parts.model.config, name, False) if value is None else value)
+
+    if asked_for("output_router_logits"):
+        raise ValueError(
+            'mode="segments" has no balancing loss of the experts, which is that of a whole sample, got '
+            'output_router_logits=True; set it to False, or use mode="exact" or "detach".'
+        )
+    for name in ("output_hidden_states", "output_attentions"):
+        if asked_for(name):
+            raise ValueError(
+                f'mode="segments" keeps no outputs of layers of a whole sample, got {name}=True; leave it '
+                'out, or use mode="detach".'
+            )
 
 
 def check_segments(parts: CausalLM) -> None:

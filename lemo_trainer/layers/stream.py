@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from lemo_trainer.compat import has_forward_hooks, has_forward_pre_hooks
+from lemo_trainer.compat import first_gradients_only, has_forward_hooks, has_forward_pre_hooks
 from lemo_trainer.kernels.rows import add_rows, take_rows
 
 
@@ -41,7 +40,7 @@ class _Release(torch.autograd.Function):
         return x_BSD
 
     @staticmethod
-    @once_differentiable
+    @first_gradients_only
     def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, None]:
         owned = ctx.seam.adopted and grad_BSD.is_contiguous()
         return grad_BSD if owned else grad_BSD.clone(memory_format=torch.contiguous_format), None

@@ -222,17 +222,42 @@ ARCHITECTURES: dict[str, Architecture] = {
 REFUSED = {"llama4_text": "its attention scales rows by positions that it counts itself"}
 
 
+NOT_CAUSAL = (
+    "LeMo needs a causal decoder, got {name}, in which tokens attend to later ones (an encoder): train it "
+    "without LeMo."
+)
+
+
 @dataclass(frozen=True)
 class CausalLM:
-    """The parts of a causal language model that LeMo works on."""
+    """The parts of a causal language model that LeMo works on.
+
+    Args:
+        model: the whole model.
+        head: its language-model head; None for a model with another head, or with none.
+        layers: its decoder layers.
+    """
 
     model: Any
-    head: nn.Module
+    head: Any
     layers: nn.ModuleList
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it has a language-model head."""
+        return self.head is not None
 
-def find_causal_lm(model: nn.Module) -> CausalLM:
+    @property
+    def decoder(self) -> Any:
+        """The part that calls the layers."""
+        return next(part for part in self.model.modules() if self.layers in part.children())
+
+
+def find_causal_lm(model: nn.Module, *, head: bool = True) -> CausalLM:
     """Find the parts of `model`, plain or wrapped.
+
+    Args:
+        head: whether it must have a language-model head; else any other head will do, and none.
 
     Raises:
         ValueError: the model is not a text-only causal LM of transformers, or its attention implementation is
@@ -241,12 +266,21 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
     model = unwrap(model)
     config: Any = getattr(model, "config", None)
     name = f"{type(model).__name__} with config.model_type {getattr(config, 'model_type', None)!r}"
-    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+    transformer = hasattr(model, "get_output_embeddings") and hasattr(config, "num_hidden_layers")
+    if config is not None and hasattr(config, "get_text_config") and config.get_text_config() is not config:
+        raise ValueError(
+            f"LeMo needs a causal decoder of text alone, got {name}, which reads more than text: train "
+            "it without LeMo, or load its language model alone with AutoModelForCausalLM."
+        )
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            f"LeMo needs a causal decoder of text alone, got {name}, an encoder-decoder: train it without "
+            "LeMo (gradient checkpointing works), or use a decoder-only model."
+        )
+    if not transformer or (head and model.get_output_embeddings() is None):
         raise ValueError(f"LeMo needs a causal LM of transformers with an output head, got {name}.")
-    multimodal = config.get_text_config() is not config
-    flags = ("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention")
-    if multimodal or any(getattr(config, flag, False) for flag in flags):
-        raise ValueError(f"LeMo needs a causal decoder of text alone, got {name}.")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(NOT_CAUSAL.format(name=name))
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
     layers = next((part for part in lists if len(part) == config.num_hidden_layers), None)
     if layers is None:
@@ -255,11 +289,19 @@ def find_causal_lm(model: nn.Module) -> CausalLM:
             f"LeMo looked in {name} for a list of {config.num_hidden_layers} decoder layers and found lists "
             f"of these lengths: {lengths}."
         )
-    implementation = attention_implementation(config)
-    if implementation not in ATTENTION_IMPLEMENTATIONS:
-        raise ValueError(
-            f"LeMo works with attn_implementation {', '.join(ATTENTION_IMPLEMENTATIONS)}, got "
-            f"{implementation!r}, which takes no mask of chosen tokens; load the model with "
-            "attn_implementation='sdpa'."
-        )
-    return CausalLM(model, model.get_output_embeddings(), layers)
+    parts = CausalLM(model, model.get_output_embeddings(), layers)
+    if head:
+        check_attention(parts, "detach")
+    return parts
+
+
+def check_attention(parts: CausalLM, mode: str) -> None:
+    """Raise ValueError for an attention implementation that `mode` cannot serve."""
+    implementation = attention_implementation(parts.model.config)
+    if implementation in ATTENTION_IMPLEMENTATIONS or mode == "segments":
+        return  # segments call the model as it is, with a cache
+    why = "does not run a segment at a time" if mode == "exact" else "takes no mask of chosen tokens"
+    raise ValueError(
+        f'mode="{mode}" works with attn_implementation {", ".join(ATTENTION_IMPLEMENTATIONS)}, got '
+        f"{implementation!r}, which {why}; load the model with attn_implementation='sdpa'."
+    )

@@ -17,6 +17,17 @@ CACHES = ("past_key_values", "layer_past", "use_cache")
 _signature = functools.cache(inspect.signature)
 
 
+def bind(module: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> inspect.BoundArguments:
+    """The arguments of a call of a module's `forward` by name.
+
+    A wrapper (*args, **kwargs) around it has no names: then they are those of the module's class.
+    """
+    signature = inspect.signature(forward)
+    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+        signature = inspect.signature(type(module).forward.__get__(module))
+    return signature.bind(*args, **kwargs)
+
+
 def layer_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:

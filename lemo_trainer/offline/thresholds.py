@@ -89,6 +89,7 @@ class _HeldOutLoss:
         assert session is not None
         self.model, self.batches, self.progress = model, batches, progress
         self.report, self.session = report, session
+        session.passes.without_gradient = True
 
     def __call__(self, thresholds: Mapping[int, float]) -> tuple[float, dict[int, float]]:
         """The loss and the kept shares by layer; layers without a threshold are dense."""

@@ -11,8 +11,9 @@ from transformers import TrainerCallback
 
 from lemo_trainer import LemoCallback, LemoConfig, apply_lemo
 from lemo_trainer.compat import checkpointing_argument
+from lemo_trainer.measure import ActivationBytes
 
-from .tiny import lora, tiny_model
+from .tiny import assert_same_step, lora, loss_and_gradients, tiny_model
 from .training import losses, samples, trainer_for
 
 CONFIG = LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16)
@@ -213,3 +214,122 @@ def test_a_model_that_somebody_patched_is_refused(tmp_path):
     apply_lemo(model, CONFIG)
     with pytest.raises(ValueError, match="already"):
         trainer_for(model, tmp_path, [LemoCallback(CONFIG)]).train()
+
+
+MODES = {
+    "detach": LemoConfig(mode="detach", keep_ratio=0.5, block_size=4, layers="all"),
+    "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all"),
+    "segments": LemoConfig(mode="segments", segment_tokens=8),
+    "exact": LemoConfig(mode="exact", segment_tokens=8),
+}
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+class Raise(TrainerCallback):
+    """Raises at an event of the Trainer."""
+
+    def __init__(self, event, error):
+        setattr(self, event, self.fail)
+        self.error = error
+
+    def fail(self, *args, **kwargs):
+        raise self.error
+
+
+@modes
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_log", "on_epoch_begin"])
+def test_any_exit_restores_the_model(tmp_path, mode, event):
+    model = lora(tiny_model())
+    before = [type(part) for part in model.modules()]
+    callback = LemoCallback(MODES[mode], measure=True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(model, tmp_path, [callback, Raise(event, KeyboardInterrupt)]).train()
+    assert [type(part) for part in model.modules()] == before
+    assert "forward" not in vars(model.get_base_model())
+    assert callback.report is not None
+
+
+@modes
+def test_after_an_interrupt_a_callback_that_was_added_later_is_out_of_force(tmp_path, mode):
+    """Such a callback hears of no Trainer before `train`; the patch ends with that call all the same."""
+    sample = {name: values[None] for name, values in samples(1)[0].items()}
+    model = tiny_model()
+    trainer = trainer_for(model, tmp_path, [])
+    trainer.add_callback(LemoCallback(MODES[mode]))
+    trainer.add_callback(Raise("on_step_begin", KeyboardInterrupt))
+    wanted = loss_and_gradients(model, sample)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert_same_step(loss_and_gradients(model, sample), wanted, rtol=0, atol=0)
+    trainer_for(model, tmp_path, [LemoCallback(MODES[mode])], max_steps=1).train()
+    assert "forward" not in vars(model)
+
+
+def test_the_report_is_readable_after_training(tmp_path):
+    callback = LemoCallback(CONFIG)
+    trainer_for(tiny_model(), tmp_path, [callback], max_steps=1).train()
+    assert (callback.report.seq_len, callback.report.pieces, callback.report.kept_share) == (32, 8, 0.5)
+    assert callback.report.last_batch == (
+        "samples of 32 tokens in 8 blocks of 4; 50% of the tokens are computed in a patched layer"
+    )
+
+
+@modes
+def test_the_log_says_what_a_batch_was_cut_into(tmp_path, mode, caplog):
+    caplog.set_level("INFO", "lemo_trainer")
+    trainer = trainer_for(tiny_model(), tmp_path, [LemoCallback(MODES[mode])], max_steps=2)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    pieces = ("lemo_segments", 4) if mode in ("segments", "exact") else ("lemo_blocks", 8)
+    assert (entry["lemo_tokens"], entry[pieces[0]]) == (32, pieces[1])
+    assert caplog.text.count("LeMo, first step: samples of 32 tokens in") == 1
+
+
+@modes
+def test_one_warning_when_samples_are_too_short(tmp_path, mode, caplog):
+    config = LemoConfig(mode=mode)
+    trainer = trainer_for(tiny_model(), tmp_path, [LemoCallback(config)])
+    trainer.train()
+    option = "segment_tokens" if mode in ("segments", "exact") else "block_size"
+    assert caplog.text.count("LeMo has had nothing to do") == 1
+    assert f"Lower `{option}`" in caplog.text
+    caplog.clear()
+    trainer_for(tiny_model(), tmp_path, [LemoCallback(MODES[mode])]).train()
+    assert "nothing to do" not in caplog.text
+
+
+def test_a_loop_without_a_callback_is_told_after_some_batches(caplog):
+    model = tiny_model()
+    apply_lemo(model, LemoConfig(mode="segments"))
+    sample = {name: values[None] for name, values in samples(1)[0].items()}
+    for batches in range(1, 10):
+        model(**sample).loss.backward()
+        assert ("nothing to do" in caplog.text) == (batches >= 8)
+
+
+@modes
+def test_the_logged_bytes_are_those_that_activation_bytes_measures(tmp_path, mode):
+    config = MODES[mode]
+    model = lora(tiny_model())
+    trainer = trainer_for(
+        model, tmp_path, [LemoCallback(config, measure=True)], data=samples(2), gradient_accumulation_steps=2
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]["lemo_saved_bytes"]
+    inputs = {name: torch.stack([sample[name] for sample in samples(2)]) for name in ("input_ids", "labels")}
+    apply_lemo(model, config)
+    with ActivationBytes() as activations:
+        model(**inputs, num_items_in_batch=torch.tensor(59)).loss.backward()
+    assert logged == pytest.approx(activations.saved_bytes, abs=64)
+
+
+@pytest.mark.parametrize("given", ["segments", {"mode": "segments"}, 0.5])
+def test_a_callback_without_a_config_says_at_once_what_it_takes(given):
+    with pytest.raises(TypeError, match=r"LemoCallback takes a LemoConfig, such as LemoConfig\(mode="):
+        LemoCallback(given)
+
+
+def test_the_class_alone_is_a_callback_with_defaults(tmp_path):
+    trainer = trainer_for(tiny_model(), tmp_path, [LemoCallback], max_steps=1)
+    trainer.train()
+    assert "lemo_kept_share" in trainer.state.log_history[0]

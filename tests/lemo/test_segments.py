@@ -206,3 +206,70 @@ def test_a_loss_of_its_own_is_refused():
     model.loss_function = lambda **kwargs: None
     with pytest.raises(ValueError, match="ForCausalLMLoss"):
         apply_lemo(model, dataclasses.replace(CONFIG, loss_segment=0))
+
+
+def test_hooks_on_a_parameter_run_once():
+    model, inputs = tiny_model(), batch("plain")
+    apply_lemo(model, CONFIG)
+    _, wanted = loss_and_gradients(model, inputs)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight, calls = model.get_parameter(name), []
+    weight.register_hook(lambda grad: grad * 3)
+    weight.register_post_accumulate_grad_hook(calls.append)
+    _, got = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(got[name], 3 * wanted[name])
+    assert len(calls) == 1
+
+
+def test_a_graph_that_is_retained_goes_backward_twice():
+    model, inputs = tiny_model(), batch("plain")
+    apply_lemo(model, CONFIG)
+    _, wanted = loss_and_gradients(model, inputs)
+    model.zero_grad()
+    loss = model(**inputs).loss
+    (loss * 3).backward(retain_graph=True)
+    (loss * 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name] * 5)
+
+
+@pytest.mark.parametrize("how", ["argument", "config"])
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_outputs_of_layers_are_refused(name, how):
+    model, inputs = tiny_model(implementation="eager"), batch("plain")
+    apply_lemo(model, CONFIG)
+    if how == "config":
+        setattr(model.config, name, True)
+    with pytest.raises(ValueError, match=f"{name}=True"):
+        model(**inputs, **({name: True} if how == "argument" else {}))
+
+
+def test_hooks_on_the_embeddings_are_refused_but_those_of_gradients():
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model, inputs = tiny_model(), batch("plain")
+    apply_lemo(model, CONFIG)
+    wanted = loss_and_gradients(model, inputs)
+    model.enable_input_require_grads()
+    assert_same_step(loss_and_gradients(model, inputs), wanted)
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    embeddings.register_forward_hook(neftune_post_forward_hook)
+    with pytest.raises(ValueError, match="neftune_post_forward_hook"):
+        model(**inputs)
+
+
+def test_alora_is_refused_by_name():
+    model = lora(tiny_model(), alora_invocation_tokens=[5, 6], target_modules=["q_proj"])
+    inputs = batch("plain")
+    inputs["input_ids"][:, 20:22] = torch.tensor([5, 6])
+    apply_lemo(model, CONFIG)
+    with pytest.raises(ValueError, match="aLoRA"):
+        model(**inputs)
+
+
+def test_a_training_pass_without_labels_is_refused():
+    model, inputs = tiny_model(), batch("plain")
+    apply_lemo(model, CONFIG)
+    with pytest.raises(ValueError, match=r'must have `labels`, got none .*mode="exact"'):
+        model(**{**inputs, "labels": None})

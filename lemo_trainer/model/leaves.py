@@ -55,6 +55,10 @@ class Leaves:
                 self._sums[key] = leaf.grad.float()
             leaf.grad = None
 
+    def sums(self) -> list[Tensor | None]:
+        """The gradients so far, as they are kept."""
+        return [*self._sums.values(), *(leaf.grad for leaf in self._leaves.values())]
+
     def gradients(self) -> list[Tensor | None]:
         """The sums, in the dtype of the parameters; None for a parameter that no segment used."""
         return [

@@ -1,0 +1,183 @@
+"""Exchanges the class and the `forward` of a model's parts for a while, and gives them back.
+
+A patched module becomes an instance of a subclass of its own class, with the same name, as in FSDP2. Copies
+and pickles of it are of its own class: unpatched, and complete.
+
+A patched `forward` runs the patch in training passes only: in training mode, while gradients are recorded,
+without a cache of keys and values, and inside the scope that the patch was made for. Every other call is
+the model's own code: evaluation, generation, a reference pass under `torch.no_grad()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lemo_trainer.model.calls import bind
+
+logger = logging.getLogger(__name__)
+
+OURS = "_lemo"  # what the names of all our attributes begin with
+SESSION = "_lemo"
+_ENTRY = "_lemo_entry"  # the patched forward that is in force
+_OWN_FORWARD = "_lemo_own_forward"  # an instance's forward from before; accelerate puts one there
+_PREFIX_TUNING = (
+    "LeMo leaves a cache alone, and this one has keys and values with a gradient (PEFT's prefix tuning or "
+    "P-tuning v2): the gradient would reach them without LeMo only. Train without LeMo, or use another "
+    "tuner, such as LoRA."
+)
+
+
+class Passes:
+    """Tells the training passes that a patch is for from all others.
+
+    Attributes:
+        running: whether such a pass is running now; None between passes.
+        in_scope: whether the patch is in force; a callback lets it end with `Trainer.train`.
+        without_gradient: whether passes that record no gradients count too, as in a search of thresholds.
+        with_cache: whether a training pass came with a cache, and so ran unpatched.
+    """
+
+    def __init__(self) -> None:
+        self.running: bool | None = None
+        self.in_scope: Callable[[], bool] = lambda: True
+        self.without_gradient = False
+        self.with_cache = False
+
+    @contextlib.contextmanager
+    def entering(self, module: nn.Module, given: dict[str, Any]) -> Iterator[bool]:
+        """Yields whether the call of `module` with arguments `given` runs patched.
+
+        The outermost patched module decides for all inside it.
+        """
+        if self.running is not None:
+            yield self.running
+            return
+        recording = torch.is_grad_enabled() or self.without_gradient
+        self.running = module.training and recording and self.in_scope() and not self._has_cache(given)
+        try:
+            yield self.running
+        finally:
+            self.running = None
+
+    def _has_cache(self, given: dict[str, Any]) -> bool:
+        cache = given.get("past_key_values")
+        if cache is None and not given.get("use_cache"):
+            return False
+        if cache is not None and any(head.requires_grad for head in _heads(cache)):
+            raise ValueError(_PREFIX_TUNING)
+        if not self.with_cache:
+            self.with_cache = True
+            logger.warning(
+                "A training pass with a cache (`past_key_values` or use_cache=True) runs without LeMo, which "
+                "trains on whole sequences: leave both out."
+            )
+        return True
+
+
+def _heads(cache: Any) -> list[Tensor]:
+    layers = getattr(cache, "layers", None)
+    parts = (
+        cache if layers is None else [(getattr(x, "keys", None), getattr(x, "values", None)) for x in layers]
+    )
+    return [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor)]
+
+
+def swap_class(
+    module: Any, patched: type[nn.Module], on_undo: Callable[[Callable[[], None]], None], **attributes: Any
+) -> None:
+    """Make `module` an instance of `patched`, with more attributes, until it is undone."""
+    original = module.__class__
+    vars(module).update(attributes)
+    module.__class__ = patched
+
+    def undo() -> None:
+        module.__class__ = original
+        for name in attributes:
+            del vars(module)[name]
+
+    on_undo(undo)
+
+
+def subclass_of(original: Any, **namespace: Any) -> type[nn.Module]:
+    """A subclass of the same name, whose copies and pickles are instances of `original`."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        parent: Any = super(type(self), self)
+        _, _, state, *rest = parent.__reduce_ex__(protocol)
+        state = {name: value for name, value in state.items() if not name.startswith(OURS)}
+        if (entry := vars(self).get(_ENTRY)) and _function_of(state.get("forward")) is entry:
+            del state["forward"]
+            if vars(self)[_OWN_FORWARD] is not None:
+                state["forward"] = vars(self)[_OWN_FORWARD]
+        # the usual way, copyreg.__newobj__, insists on the object's own class
+        return (object.__new__, (original,), state, *rest)
+
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (original,), {"__reduce_ex__": reduce, **names, **namespace})
+
+
+_copied_clean = functools.cache(subclass_of)
+
+
+def patch_forward(
+    module: Any,
+    patched: Callable[..., Any],
+    session: Any,
+    passes: Passes,
+    on_undo: Callable[[Callable[[], None]], None],
+) -> None:
+    """Let `patched(forward, *args, **kwargs)` run the training passes of `module`.
+
+    Args:
+        patched: gets the module's own forward and the arguments of the call.
+        session: what the module remembers as its session.
+        passes: tells which calls are training passes.
+        on_undo: called with what takes the patch off again.
+    """
+    own_forward = vars(module).get("forward")
+    below = module.forward
+    own_method = getattr(below, "__self__", None) is module
+    signature = inspect.signature(below)
+    patched = torch.compiler.disable(patched)  # inside torch.compile, the training step runs eagerly
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    @functools.wraps(below)
+    def lemo_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A copy runs its own code, and so does a module that remove_lemo left inside somebody's wrapper.
+        forward = below.__func__.__get__(self) if own_method else below
+        if vars(self).get(_ENTRY) is not entry:
+            return forward(*args, **kwargs)
+        given = bind(self, forward, args, kwargs).arguments if args else kwargs
+        with passes.entering(self, given) as running:
+            run = functools.partial(patched, forward) if running else forward
+            return run(*args, **kwargs)
+
+    entry = lemo_forward
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    entry.__signature__ = signature.replace(parameters=[this, *signature.parameters.values()])
+    module.forward = types.MethodType(entry, module)
+    attributes = {SESSION: session, _ENTRY: entry, _OWN_FORWARD: own_forward}
+    swap_class(module, _copied_clean(module.__class__), on_undo, **attributes)
+
+    def undo() -> None:
+        # If other code wrapped the patch since, it stays inside and only passes calls on.
+        if _function_of(vars(module).get("forward")) is entry:
+            del module.forward
+            if own_forward is not None:
+                module.forward = own_forward
+
+    on_undo(undo)
+
+
+def _function_of(method: Any) -> Any:
+    return getattr(method, "__func__", method)

@@ -1,0 +1,150 @@
+"""The patch acts in training passes of one model only: nowhere else, and on no copy."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.session import session_of
+
+from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
+
+CONFIGS = {
+    "detach": LemoConfig(mode="detach", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16),
+    "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16),
+    "segments": LemoConfig(mode="segments", segment_tokens=16, loss_segment=16),
+    "exact": LemoConfig(mode="exact", segment_tokens=16, loss_segment=16),
+}
+modes = pytest.mark.parametrize("mode", CONFIGS)
+
+
+@modes
+def test_a_pass_without_gradients_is_dense(mode):
+    model, inputs = tiny_model(), batch("left")
+    with torch.no_grad():
+        wanted = model(**inputs)
+        apply_lemo(model, CONFIGS[mode])
+        got = model(**inputs)
+    assert torch.equal(got.logits, wanted.logits)
+    assert torch.equal(got.loss, wanted.loss)
+
+
+@modes
+def test_a_disabled_adapter_is_a_dense_reference(mode):
+    """As in the KL terms of TRL's trainers."""
+    model, inputs = lora(tiny_model()), batch("left")
+    with torch.no_grad(), model.disable_adapter():
+        wanted = model(**inputs).logits
+    apply_lemo(model, CONFIGS[mode])
+    model(**inputs).loss.backward()
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, wanted)
+
+
+@modes
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_generation_in_train_mode_is_that_of_the_plain_model(mode, recomputing):
+    model = tiny_model()
+    prompt = batch("plain")["input_ids"][:, :8]
+    wanted = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    if recomputing:
+        checkpointing(model, reentrant=False)
+    apply_lemo(model, CONFIGS[mode])
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), wanted)
+    model(**batch("plain")).loss.backward()
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), wanted)
+
+
+@modes
+def test_a_training_pass_with_a_cache_is_dense_and_says_so_once(mode, caplog):
+    model, inputs = tiny_model(), batch("plain")
+    wanted = loss_and_gradients(model, {**inputs, "use_cache": True})
+    apply_lemo(model, CONFIGS[mode])
+    for _ in range(2):
+        assert_same_step(loss_and_gradients(model, {**inputs, "use_cache": True}), wanted)
+    assert caplog.text.count("runs without LeMo") == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft 0.21
+@modes
+def test_keys_and_values_with_a_gradient_are_refused_as_prefix_tuning(mode):
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    apply_lemo(model, CONFIGS[mode])
+    with pytest.raises(ValueError, match="prefix tuning"):
+        model.train()(**batch("left"))
+
+
+@modes
+def test_copies_and_pickles_are_models_of_their_own(mode):
+    model, inputs = lora(tiny_model()), batch("left")
+    wanted = loss_and_gradients(model, inputs)
+    report = apply_lemo(model, CONFIGS[mode])
+    model(**inputs).loss.backward()
+    model.zero_grad()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+    kept = report.kept_tokens
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    for other in copies:
+        assert_same_step(loss_and_gradients(other, inputs), wanted)
+        assert not [name for part in other.modules() for name in vars(part) if "lemo" in name]
+        assert session_of(other) is None
+    assert report.kept_tokens == kept
+
+
+@modes
+def test_a_copy_can_be_patched_and_restored_alone(mode):
+    model, inputs = tiny_model(), batch("left")
+    wanted = loss_and_gradients(model, inputs)
+    apply_lemo(model, CONFIGS[mode])
+    other = copy.deepcopy(model)
+    got = loss_and_gradients(model, inputs)
+    apply_lemo(other, CONFIGS[mode])
+    assert_same_step(loss_and_gradients(other, inputs), got)
+    remove_lemo(other)
+    assert_same_step(loss_and_gradients(other, inputs), wanted)
+    assert_same_step(loss_and_gradients(model, inputs), got)
+
+
+@modes
+def test_a_copy_of_a_model_that_somebody_wrapped_is_its_own(mode):
+    """accelerate's mixed precision wraps `forward` as a method of the model."""
+    from accelerate import Accelerator
+
+    model, inputs = tiny_model(), batch("left")
+    apply_lemo(model, CONFIGS[mode])
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    wanted = model.eval()(**inputs).logits
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(other(**inputs).logits, wanted)
+
+
+@modes
+def test_everything_is_restored(mode):
+    model = lora(tiny_model())
+    before = [(type(part), sorted(vars(part))) for part in model.modules()]
+    apply_lemo(model, CONFIGS[mode])
+    model(**batch("left")).loss.backward()
+    remove_lemo(model)
+    assert [(type(part), sorted(vars(part))) for part in model.modules()] == before
+
+
+@pytest.mark.parametrize("mode", ["detach", "eliminate", "exact"])
+def test_a_decoder_that_is_called_by_itself_is_patched_too(mode):
+    """As TRL's and Liger's losses call it."""
+    model, ids = tiny_model(), batch("plain")["input_ids"]
+    report = apply_lemo(model, CONFIGS[mode])
+    model.model(input_ids=ids).last_hidden_state.sum().backward()
+    assert report.seq_len == 45
