@@ -91,7 +91,7 @@ def test_training_makes_no_logits_unless_asked():
     inputs = batch("plain")
     apply_lemo(model, CONFIG)
     output = model(**inputs)
-    assert "logits" not in output.keys()
+    assert "logits" not in output
     assert output["loss"] is output[0] is output.loss
     assert model(**inputs, return_dict=False)[0].ndim == 0
     labels = inputs.pop("labels")
