@@ -92,7 +92,11 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
     Raises:
         ValueError: the sidecar was made for another kind or size of model.
     """
+    from ripple_loader.model.streaming import is_streamed
+
     header = sidecar.header
+    if is_streamed(model):
+        raise ValueError("a model must be attached once, but its MLPs are streamed already: load it anew.")
     sites = architecture_of(model.config.model_type).find(model)
     wanted = (header.model_type, header.layers, header.experts, (header.neurons, header.hidden))
     count = sum(site.experts or 1 for site in sites)

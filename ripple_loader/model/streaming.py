@@ -116,6 +116,11 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
+def is_streamed(model: nn.Module) -> bool:
+    """Whether MLPs of a model are streamed already."""
+    return any(isinstance(module, StreamingMLP | StreamingExperts) for module in model.modules())
+
+
 def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
     """Replace the MLPs of a model."""
     for number, site in enumerate(sites):

@@ -96,6 +96,7 @@ class Engine:
     def begin(self, tokens: int) -> None:
         """Count the tokens of a new forward call."""
         with self._lock:
+            self.report.calls += 1
             self.report.tokens += tokens
             self._fetcher.pause()
 

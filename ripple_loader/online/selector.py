@@ -97,7 +97,7 @@ class Selector:
     def _estimate(self, layer: int, inputs: IntegerInputs) -> list[Tensor]:
         """The selecting projections by the sketch: S tensors, float32, shape (T, N)."""
         S, N = self._header.rows - 1, self._header.neurons
-        estimate = torch.empty(len(inputs.norm), S * N, device="cpu")
+        estimate = torch.empty(len(inputs.norm), S * N, dtype=torch.float32, device="cpu")
         if layer < len(self._sketches):
             inputs.products(self._sketches[layer], estimate)
         else:

@@ -182,6 +182,19 @@ def test_a_sidecar_beside_other_weights_is_refused(reordered, tmp_path):
         load(tmp_path)
 
 
+@torch.no_grad()
+def test_the_summary_counts_what_a_forward_call_reads(reordered):
+    """A prompt reads each neuron once, whatever its number of tokens."""
+    model = load(reordered("llama"))
+    for ids in (token_ids(24), token_ids(8), token_ids(1)):
+        model(ids)
+    report = model.ripple_report
+    assert (report.calls, report.tokens) == (3, 33)
+    assert "33 tokens in 3 forward calls; per call and layer 96 neurons" in report.summary()
+    report.reset()
+    assert (report.calls, report.tokens) == (0, 0)
+
+
 def test_a_directory_without_sidecar_is_refused(saved):
     with pytest.raises(FileNotFoundError, match="ripple reorder"):
         load(saved("llama"))
