@@ -59,7 +59,7 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
         FileNotFoundError: the directory has no sidecar.
         ValueError: the sidecar was made from other weights, or the budget is too small.
     """
-    from ripple_loader.model.streaming import stream
+    from ripple_loader.model.streaming import loaded, stream
 
     sidecar = Sidecar(directory or model.config.name_or_path)
     sites = matching_sites(model, sidecar)
@@ -75,6 +75,7 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
     del weights
     engine = Engine(sidecar, config, next(model.parameters()).dtype)
     stream(model, sites, engine)
+    loaded(model)
     model.ripple_report = engine.report
     return engine.report
 

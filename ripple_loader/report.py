@@ -68,6 +68,8 @@ class RippleReport:
 
     def fall_back(self, what: str, *, stacklevel: int = 2) -> None:
         """Record and warn of something done differently from the configuration, `stacklevel` frames up."""
+        if what in self.fallbacks:
+            return
         self.fallbacks.append(what)
         warnings.warn(what, stacklevel=stacklevel + 1)
 
@@ -81,8 +83,8 @@ class RippleReport:
         """One line for people."""
         per = max(1, self.calls * self.layers)
         return (
-            f"{self.resident_bytes / 2**20:.1f} of {self.budget / 2**20:.1f} MiB held; {self.tokens} tokens in "
-            f"{self.calls} forward calls; per call and layer "
+            f"{self.resident_bytes / 2**20:.1f} of {self.budget / 2**20:.1f} MiB held; {self.tokens} tokens "
+            f"in {self.calls} forward calls; per call and layer "
             f"{self.active / per:.0f} neurons, {self.requests / per:.1f} reads, "
             f"{self.bytes_read / per / 2**10:.0f} KiB; {self.hits / max(1, self.active):.1%} cache hits"
         )

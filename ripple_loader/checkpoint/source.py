@@ -97,8 +97,8 @@ def open_source(directory: Path) -> SourceModel:
         )
     config = AutoConfig.from_pretrained(directory)
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = dict(quantization).get("quant_method", "an unnamed method")
+    method = dict(quantization or {}).get("quant_method", "an unnamed method")
+    if quantization is not None and method != "ripple":  # that is no quantization, see `RippleConfig`
         raise ValueError(
             f"{directory} must hold plain float weights, but is quantized with {method}: "
             "reorder the checkpoint from before quantization."

@@ -159,17 +159,6 @@ def test_dict_form_and_config_json(saved, reordered, tmp_path):
     assert model.ripple_report.budget == 1 << 20
 
 
-def test_backward_is_refused(reordered):
-    model, ids = load(reordered("llama")), token_ids()
-    with pytest.raises(RuntimeError, match="must only run forward"):
-        model(ids, labels=ids).loss.backward()
-
-
-def test_saving_is_refused(reordered, tmp_path):
-    with pytest.raises(ValueError, match="ripple"):
-        load(reordered("llama")).save_pretrained(tmp_path)
-
-
 def test_a_sidecar_beside_other_weights_is_refused(reordered, tmp_path):
     for file in reordered("llama").iterdir():
         (tmp_path / file.name).symlink_to(file)
