@@ -213,9 +213,9 @@ class StreamingExperts(nn.Module):
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         """The experts' weights by the checkpoint's names: one tensor for each linear, or stacked."""
-        layer = prefix.removesuffix(f"{self.name}.")
+        _, _, inner = self.name.rpartition(".")
         stored = self.backend.stored_as(self.first, self.experts)
-        return {layer + name: tensor for name, tensor in stored.items()}
+        return {prefix + name.partition(f"{inner}.")[2]: tensor for name, tensor in stored.items()}
 
 
 class _StreamedMLP(torch.autograd.Function):

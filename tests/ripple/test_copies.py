@@ -22,6 +22,8 @@ CASTS = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-5}
 @pytest.mark.parametrize("name", NAMES)
 def test_casts_after_loading_and_back(name, dtype, reordered):
     stock, ids = AutoModelForCausalLM.from_pretrained(reordered(name)), token_ids(batch=2)
+    if name == "mixtral":
+        stock.set_experts_implementation("eager")  # the other one has no float64
     before = stock(ids).logits
     attached = AutoModelForCausalLM.from_pretrained(reordered(name))
     attach(attached, RippleConfig(dram_budget="1MiB"))
@@ -42,10 +44,10 @@ def test_a_copy_opens_the_directory_again(name, clone, reordered):
     other = clone(model)
     assert other.ripple_report is not model.ripple_report
     assert other.ripple_report.calls == 0
-    assert torch.equal(other(ids).logits, expected)
+    assert relative_error(other(ids).logits, expected) < 1e-6
     assert other.ripple_report.calls == 1
     del model
-    assert torch.equal(other(ids).logits, expected)
+    assert relative_error(other(ids).logits, expected) < 1e-6
     assert other.ripple_report.strategy == "sparse, as `strategy` says"
 
 
@@ -99,7 +101,7 @@ class Scored(torch.utils.data.Dataset):
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader(start, reordered):
     scored = Scored(load(reordered("llama")))
-    expected = torch.stack(list(scored))
+    expected = torch.stack([scored[number] for number in range(6)])
     loader = DataLoader(scored, batch_size=2, num_workers=2, multiprocessing_context=start, timeout=120)
     assert relative_error(torch.cat(list(loader)), expected) < 1e-5
 
@@ -114,10 +116,8 @@ def test_gradients_pass_through_streamed_mlps(name, reordered):
         grads = []
         for one in (stock, model):
             one.requires_grad_(True).zero_grad()
-            one.train()
             one(ids, labels=ids).loss.backward()
             grads.append({key: weight.grad for key, weight in one.named_parameters()})
-            one.eval()
         assert any("attn" in key or "attention" in key for key in grads[1])
         for key, grad in grads[1].items():
             torch.testing.assert_close(grad, grads[0][key], rtol=1e-4, atol=1e-5, msg=key)
@@ -137,7 +137,10 @@ def test_gradient_checkpointing(reordered):
         model.model.layers.requires_grad_(True)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Later versions of transformers have renamed it.
+            name = "activation_checkpointing_enable"
+            enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         model(ids, labels=ids, use_cache=False).loss.backward()
         grads.append(model.model.layers[0].self_attn.q_proj.weight.grad)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)

@@ -51,7 +51,7 @@ def test_the_state_dict_is_the_stock_models(name, reordered, tmp_path):
 def test_other_weights_are_not_loaded_without_a_word(name, strict, reordered):
     model = load(reordered(name))
     state = model.state_dict()
-    key = next(key for key in state if "layers.1" in key and "mlp" in key and "gate." not in key)
+    key = next(key for key in state if "layers.1" in key and key.endswith(("down_proj.weight", "w2.weight")))
     state[key] = state[key] + 1
     with pytest.raises(RuntimeError, match=r"must be the weight that Ripple streams, but differs"):
         model.load_state_dict(state, strict=strict)
