@@ -14,7 +14,7 @@ class RippleReport:
         directory: where the neurons are streamed from.
         layers, neurons: layers with streamed MLPs, neurons in each MLP (or expert).
         budget: the DRAM budget in bytes.
-        resident: bytes held by kind: buffers, vectors, predictors, sketch, index, cache.
+        resident: bytes held by kind: buffers, vectors, predictors, checksums, sketch, index, cache.
         cache_slots: neurons that fit into the cache of each MLP.
         pinned: hot neurons that stay in the cache, over all MLPs.
         fallbacks: everything done differently from the configuration, with the reason.
