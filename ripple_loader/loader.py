@@ -98,6 +98,12 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
     header = sidecar.header
     if is_streamed(model):
         raise ValueError("a model must be attached once, but its MLPs are streamed already: load it anew.")
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
+        raise ValueError(
+            f"a model must be streamed before its adapters are added, but {adapted[0]} is adapted already: "
+            "attach the base model, then load the adapter."
+        )
     sites = architecture_of(model.config.model_type).find(model)
     wanted = (header.model_type, header.layers, header.experts, (header.neurons, header.hidden))
     count = sum(site.experts or 1 for site in sites)
