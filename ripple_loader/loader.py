@@ -16,7 +16,7 @@ from ripple_loader.compat import register_quantization_config, register_quantize
 from ripple_loader.config import RippleConfig
 from ripple_loader.format.encoding import FloatEncoding
 from ripple_loader.format.sidecar import Sidecar
-from ripple_loader.model.architectures import MLPSite, architecture_of
+from ripple_loader.model.architectures import MLPSite, architecture_of, check_decoder
 from ripple_loader.model.loading import StreamingQuantizer
 from ripple_loader.online.engine import Engine
 from ripple_loader.report import RippleReport
@@ -104,6 +104,7 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
             f"a model must be streamed before its adapters are added, but {adapted[0]} is adapted already: "
             "attach the base model, then load the adapter."
         )
+    check_decoder(model.config)
     sites = architecture_of(model.config.model_type).find(model)
     wanted = (header.model_type, header.layers, header.experts, (header.neurons, header.hidden))
     count = sum(site.experts or 1 for site in sites)

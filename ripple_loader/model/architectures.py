@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -236,6 +236,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": _GATED,
     "starcoder2": _STARCODER2,
 }
+
+
+def check_decoder(config: Any) -> None:
+    """ValueError for the config of an encoder-decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"Ripple streams models that have a decoder only, but {config.model_type} is an encoder-decoder: "
+            "load it without Ripple."
+        )
 
 
 def architecture_of(model_type: str) -> Architecture:

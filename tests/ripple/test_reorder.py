@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 from ripple_loader import ReorderConfig, reorder
 from ripple_loader.files import Workspace
@@ -387,3 +387,23 @@ def test_rounded_bundles_are_compared_with_the_stock_model_of_rounded_weights(
         reorder(saved(name), tmp_path / name, CALIBRATION, dataclasses.replace(SMALL, bundles=bundles))
     assert len(seen) == 10
     assert max(seen) < 1e-5
+
+
+def test_a_model_without_a_tokenizer_is_told_so(saved, tmp_path):
+    with pytest.raises(ValueError, match="must hold a tokenizer to read texts with"):
+        reorder(saved("llama"), tmp_path / "out", ["some text"], SMALL)
+
+
+def test_a_model_with_code_of_its_own_is_refused(saved, tmp_path):
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must be a model of transformers' own, but runs code"):
+        reorder(tmp_path / "model", tmp_path / "out", CALIBRATION, SMALL)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="but t5 is an encoder-decoder"):
+        reorder(tmp_path, tmp_path / "out", CALIBRATION, SMALL)
