@@ -5,6 +5,7 @@ Import this file only when a model is loaded, because transformers' `Conv1D` bri
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,9 @@ class WeightStore(Protocol):
 
     def permutation(self, layer: int) -> Tensor:
         """The model's own index of the neuron at each place, int64, shape (N,)."""
+
+    def is_own(self, directory: str) -> bool:
+        """Whether a directory holds the weight files that are streamed, in their order of neurons."""
 
 
 class StreamedWeight(Tensor):
@@ -59,10 +63,15 @@ class Streamed(nn.Module):
         projections: the parts of the MLP that it holds: two where gate and up are one linear.
         original: the linear that it replaces.
         adapts: whether the MLP adds the products of adapters on this linear.
+        is_down: whether neurons are its inputs.
+
+    Attributes:
+        model: the whole model, once it is loaded; a copy does not know it.
     """
 
     in_features: int
     out_features: int
+    model: weakref.ref[nn.Module] | None = None
 
     def __init__(
         self,
@@ -72,8 +81,10 @@ class Streamed(nn.Module):
         original: nn.Module,
         *,
         adapts: bool,
+        is_down: bool,
     ) -> None:
         nn.Module.__init__(self)
+        self.is_down = is_down
         self.store, self.layer, self.projections, self.adapts = store, layer, projections, adapts
         weight = original.weight
         self.shape = weight.shape
@@ -100,6 +111,23 @@ class Streamed(nn.Module):
             "with or changed: load the model without `quantization_config` for that."
         )
         return StreamedWeight(reason, self.shape, self._like)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": None}
+
+    def is_of_copy(self, adapter: str) -> bool:
+        """Whether an adapter was made for the streamed directory, so that it has the order of its neurons."""
+        model = self.model() if self.model is not None else None
+        config = getattr(model, "peft_config", {}).get(adapter)
+        base = getattr(config, "base_model_name_or_path", None)
+        return base is not None and self.store.is_own(base)
+
+    def in_original_order(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """An adapter's product whose neurons are in the order of the weight files, in the original's."""
+        places = self.store.permutation(self.layer).to(a.device).argsort()
+        if self.is_down:
+            return a[:, places], b
+        return a, b.unflatten(0, (-1, len(places)))[:, places].flatten(0, 1)
 
     def merge(self, name: str, a: Tensor, b: Tensor) -> None:
         """Keep an adapter's product in this linear: a (r, inputs), b (outputs, r) with its scale."""

@@ -40,8 +40,25 @@ class StreamedLora(LoraLinear):
         while self.merged_adapters:
             self.base_layer.unmerge(self.merged_adapters.pop())
 
+    def _is_of_copy(self, name: str) -> bool:
+        orders: dict[str, bool] = self.__dict__.setdefault("of_copy", {})
+        if name not in orders:
+            orders[name] = self.base_layer.is_of_copy(name)
+        return orders[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        for name in self.lora_A:
+            self._is_of_copy(name)  # which a copy could not find out
+        return self.__dict__
+
     def _product(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
+        """a, and b with its scale, their neurons in the original's order."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
+        return self.base_layer.in_original_order(a, b) if self._is_of_copy(name) else (a, b)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.__dict__.get("of_copy", {}).pop(adapter_name, None)
 
     def active(self) -> list[tuple[Tensor, Tensor, float]]:
         """The adapters that act and are not merged: a, b with its scale, and the share to drop."""

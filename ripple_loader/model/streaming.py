@@ -9,6 +9,7 @@ Dimension key: T tokens, H hidden, N neurons, K experts a token is routed to.
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -269,7 +270,14 @@ def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
             continue
         inside = bool(site.architecture.mlp)
         linears = [
-            streamed_linear(linear, backend, number, projections, adapts=inside)
+            streamed_linear(
+                linear,
+                backend,
+                number,
+                projections,
+                adapts=inside,
+                is_down=projections == [site.architecture.down],
+            )
             for linear, projections in site.linears()
         ]
         architecture = site.architecture
@@ -288,3 +296,5 @@ def loaded(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Streamed | StreamingExperts):
             module.loaded = True
+        if isinstance(module, Streamed):
+            module.model = weakref.ref(model)

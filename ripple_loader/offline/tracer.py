@@ -53,6 +53,10 @@ class Tracer:
         """Nothing, as `stored`."""
         return {}
 
+    def is_own(self, directory: str) -> bool:
+        """No: a model that is traced has no adapters."""
+        return False
+
     def permutation(self, layer: int) -> Tensor:
         """The checkpoint's own order."""
         return torch.arange(self.source.neurons)

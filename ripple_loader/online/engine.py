@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from ripple_loader.checkpoint.mapped import StoredWeights
 from ripple_loader.config import RippleConfig
-from ripple_loader.format.layout import Vectors
+from ripple_loader.format.layout import SIDECAR, Vectors
 from ripple_loader.format.sidecar import Sidecar
 from ripple_loader.model.lowrank import LowRank, added_to, tensors_of, with_tensors
 from ripple_loader.online.budget import BUFFERS, allocate, needs_sketch
@@ -185,6 +186,12 @@ class Engine:
         if layer not in self._places:
             self._places[layer] = torch.from_numpy(self.sidecar.permutation(layer)).long()
         return self._places[layer]
+
+    def is_own(self, directory: str) -> bool:
+        """Whether a directory holds the weight files that are streamed, here or copied."""
+        if not (Path(directory) / SIDECAR).is_file():
+            return False
+        return Sidecar(directory).header.files == self.header.files
 
     @property
     def _stored(self) -> StoredWeights:

@@ -1,5 +1,6 @@
 """PEFT's adapters on a streamed model: they act as on the stock one, or are refused by name."""
 
+import copy
 import dataclasses
 
 import peft
@@ -227,3 +228,21 @@ def test_lora_on_rounded_bundles(saved, tmp_path):
     stock, folder = adapted(saved, "llama", tmp_path)
     model = PeftModel.from_pretrained(load(tmp_path / "out"), folder).eval()
     assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_an_adapter_of_the_copy_has_the_copys_order(name, reordered, tmp_path):
+    """The base that an adapter names says which order of neurons it has, also after a copy and a merge."""
+    stock, folder = adapted(reordered, name, tmp_path)
+    ids = token_ids()
+    model = PeftModel.from_pretrained(load(reordered(name)), folder).eval()
+    wanted = stock(ids).logits
+    assert relative_error(copy.deepcopy(model)(ids).logits, wanted) < 1e-5
+    assert relative_error(model(ids).logits, wanted) < 1e-5
+    whole = model.merge_and_unload()
+    assert relative_error(whole(ids).logits, wanted) < 1e-5
+    whole.save_pretrained(tmp_path / "merged")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative_error(written(ids).logits, wanted) < 1e-5
