@@ -160,6 +160,16 @@ def trace(
         typer.echo(paths["out"])
 
 
+def _check_traced(trace: str | None, options: dict[str, Any]) -> None:
+    """ValueError for options of a trace beside a finished one."""
+    given = [name for name, value in options.items() if value is not None]
+    if trace is not None and given:
+        raise ValueError(
+            f"`{given[0]}` must not be given beside `trace`, because the trace has its own: leave one of "
+            "them out."
+        )
+
+
 @app.command(
     epilog="Examples:\n\n"
     "ripple reorder SmolLM2-135M-Instruct --calibration train.jsonl --out out/smollm2\n\n"
@@ -200,6 +210,8 @@ def reorder(
     with _user_errors():
         from ripple_loader.offline.reordering import reorder as run
 
+        of_a_trace = ("tokens", "sequence_length", "active", "active_share")
+        _check_traced(trace, {name: given[name] for name in of_a_trace})
         settings, paths = _settings(given.pop("config"), given, ("model", "out"))
         texts = None if paths["calibration"] is None else _calibration(paths["calibration"])
         run(paths["model"], paths["out"], texts, settings, trace=paths["trace"])
@@ -243,6 +255,9 @@ def generate(
         bool | None, typer.Option(help="Read ahead the neurons that the next layer will probably select.")
     ] = None,
     cache_policy: Annotated[str | None, typer.Option(help=f"{CACHE_POLICIES.names()}.")] = None,
+    check_reads: Annotated[
+        bool | None, typer.Option(help="Check the checksums of what is read as it is read.")
+    ] = None,
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
 ) -> None:
     """Generate text, greedily, with the MLPs streamed from disk; a line of numbers goes to stderr."""
@@ -264,6 +279,7 @@ def generate(
                 "strategy": strategy,
                 "prefetch": prefetch,
                 "cache_policy": cache_policy,
+                "check_reads": check_reads,
                 "verify": verify,
             },
         )
@@ -273,12 +289,13 @@ def generate(
 def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> None:
     import time
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    from ripple_loader.checkpoint.source import load_tokenizer
     from ripple_loader.format.sidecar import Sidecar
 
     Sidecar(directory)  # report its errors before transformers reports its own
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(Path(directory))
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
     inputs = tokenizer(prompt, return_tensors="pt")
     start = time.perf_counter()

@@ -73,13 +73,27 @@ class LoadingHooks(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.after_weights(model)
+        _not_quantized(model)
 
     def is_serializable(self) -> bool:
-        return False
+        return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True
+
+
+def _not_quantized(model: Any) -> None:
+    """Have transformers treat a loaded model as one of plain floats, which it is.
+
+    transformers 5.23.0: `is_quantized`, `quantization_method` and `config.quantization_config`, by which
+    casts, `Trainer` and saving refuse quantized models. `hf_quantizer` stays: it keeps `generate` from
+    compiling. If a version lacks one of them, nothing refuses by it.
+    """
+    model.is_quantized = False
+    for owner, name in ((model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
 
 
 def expect_missing(model: Any, patterns: Iterable[str]) -> None:

@@ -182,6 +182,7 @@ class RippleConfig(QuantizationConfigMixin):
             "auto" is "aio" where the kernel and the file system have it.
         cache_policy: policy of the neuron cache. "linked" is S3-FIFO that seldom admits long runs; "s3fifo"
             and "lru" admit every neuron that is read.
+        check_reads: check the checksums of what is read as it is read.
         verify: check every checksum of the sidecar before loading (reads it once).
     """
 
@@ -197,6 +198,7 @@ class RippleConfig(QuantizationConfigMixin):
     queue_depth: int = 32
     io_engine: IOEngine = "auto"
     cache_policy: str = "linked"
+    check_reads: bool = True
     verify: bool = False
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
         FileNotFoundError: the directory has no sidecar.
         ValueError: the sidecar was made from other weights, or the budget is too small.
     """
-    from ripple_loader.model.streaming import stream
+    from ripple_loader.model.streaming import loaded, stream
 
     sidecar = Sidecar(directory or model.config.name_or_path)
     sites = matching_sites(model, sidecar)
@@ -76,6 +76,7 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
     del weights
     engine = Engine(sidecar, config, next(model.parameters()).dtype)
     stream(model, sites, engine)
+    loaded(model)
     model.ripple_report = engine.report
     return engine.report
 
@@ -93,7 +94,17 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
     Raises:
         ValueError: the sidecar was made for another kind or size of model.
     """
+    from ripple_loader.model.streaming import is_streamed
+
     header = sidecar.header
+    if is_streamed(model):
+        raise ValueError("a model must be attached once, but its MLPs are streamed already: load it anew.")
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
+        raise ValueError(
+            f"a model must be streamed before its adapters are added, but {adapted[0]} is adapted already: "
+            "attach the base model, then load the adapter."
+        )
     sites = architecture_of(model.config).find(model)
     wanted = (header.model_type, header.layers, header.experts, (header.neurons, header.hidden))
     count = sum(site.experts or 1 for site in sites)

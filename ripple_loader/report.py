@@ -14,13 +14,14 @@ class RippleReport:
         directory: where the neurons are streamed from.
         layers, neurons: layers with streamed MLPs, neurons in each MLP (or expert).
         budget: the DRAM budget in bytes.
-        resident: bytes held by kind: buffers, vectors, predictors, sketch, index, cache.
+        resident: bytes held by kind: buffers, vectors, predictors, checksums, sketch, index, cache.
         cache_slots: neurons that fit into the cache of each MLP.
         pinned: hot neurons that stay in the cache, over all MLPs.
         fallbacks: everything done differently from the configuration, with the reason.
         drive: the cost model that reads are planned with, and its source.
         strategy: whether neurons are selected or all read, and why.
-        tokens: tokens computed.
+        calls: forward calls of the model.
+        tokens: tokens computed, of prompts as well.
         active: neurons computed, summed over layers and forward calls.
         hits, misses: computed neurons that were in the cache, or were read.
         evictions: neurons dropped from the cache.
@@ -41,6 +42,7 @@ class RippleReport:
     fallbacks: list[str] = field(default_factory=list)
     drive: str = ""
     strategy: str = ""
+    calls: int = 0
     tokens: int = 0
     active: int = 0
     hits: int = 0
@@ -66,20 +68,23 @@ class RippleReport:
 
     def fall_back(self, what: str, *, stacklevel: int = 2) -> None:
         """Record and warn of something done differently from the configuration, `stacklevel` frames up."""
+        if what in self.fallbacks:
+            return
         self.fallbacks.append(what)
         warnings.warn(what, stacklevel=stacklevel + 1)
 
     def reset(self) -> None:
         """Set the counters to zero."""
         names = [one.name for one in fields(self)]
-        for counter in names[names.index("tokens") :]:
+        for counter in names[names.index("calls") :]:
             setattr(self, counter, 0)
 
     def summary(self) -> str:
         """One line for people."""
-        per = max(1, self.tokens * self.layers)
+        per = max(1, self.calls * self.layers)
         return (
-            f"{self.resident_bytes / 2**20:.1f} of {self.budget / 2**20:.1f} MiB held; per token and layer "
+            f"{self.resident_bytes / 2**20:.1f} of {self.budget / 2**20:.1f} MiB held; {self.tokens} tokens "
+            f"in {self.calls} forward calls; per call and layer "
             f"{self.active / per:.0f} neurons, {self.requests / per:.1f} reads, "
             f"{self.bytes_read / per / 2**10:.0f} KiB; {self.hits / max(1, self.active):.1%} cache hits"
         )

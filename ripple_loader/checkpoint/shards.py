@@ -20,6 +20,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX = "model.safetensors.index.json"
 _COPY_CHUNK = 16 << 20
 _SAMPLED_BYTES = 4096
+_FEWEST_SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,34 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(paths: list[Path]) -> str:
-    """A cheap SHA-256 of a checkpoint: the first 4096 bytes of every tensor, with names, types and shapes.
+def stamp(path: Path) -> list[int]:
+    """Size in bytes, time of modification in nanoseconds, and inode of a file: they change when it does."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
-    It tells checkpoints with different weights apart without reading them whole; it does not depend on how
-    the tensors are spread over files.
+
+def fingerprint(paths: list[Path]) -> str:
+    """A cheap SHA-256 of a checkpoint: samples of every tensor, with names, types and shapes.
+
+    The samples are 4096 bytes of every MiB, at least the first, middle and last of each tensor. They tell
+    checkpoints with different weights apart without reading them whole; the result does not depend on how the
+    tensors are spread over files.
     """
     spots = {name: spot for path in paths for name, spot in read_shard(path).tensors.items()}
     digest = hashlib.sha256()
     for name, spot in sorted(spots.items()):
         digest.update(f"{name} {spot.dtype} {spot.shape} ".encode())
+        size = spot.stop - spot.start
         with spot.path.open("rb") as file:
-            file.seek(spot.start)
-            digest.update(file.read(min(_SAMPLED_BYTES, spot.stop - spot.start)))
+            for offset in _sampled(size):
+                file.seek(spot.start + offset)
+                digest.update(file.read(min(_SAMPLED_BYTES, size - offset)))
     return digest.hexdigest()
+
+
+def _sampled(size: int) -> list[int]:
+    """The offsets of the samples of a tensor of `size` bytes."""
+    count = max(_FEWEST_SAMPLES, size >> 20)
+    if size <= count * _SAMPLED_BYTES:
+        return list(range(0, size, _SAMPLED_BYTES))
+    return np.linspace(0, size - _SAMPLED_BYTES, count).astype(int).tolist()

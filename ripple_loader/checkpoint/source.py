@@ -96,10 +96,10 @@ def open_source(directory: Path) -> SourceModel:
             f"{directory} must be a model directory, but has no config.json: give the folder "
             "that `save_pretrained` or `snapshot_download` wrote."
         )
-    config = AutoConfig.from_pretrained(directory)
+    config = _read_config(directory)
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = dict(quantization).get("quant_method", "an unnamed method")
+    method = dict(quantization or {}).get("quant_method", "an unnamed method")
+    if quantization is not None and method != "ripple":  # that is no quantization, see `RippleConfig`
         raise ValueError(
             f"{directory} must hold plain float weights, but is quantized with {method}: "
             "reorder the checkpoint from before quantization."
@@ -123,6 +123,37 @@ def open_source(directory: Path) -> SourceModel:
         )
     _check_shapes(source)
     return source
+
+
+def _read_config(directory: Path) -> Any:
+    """A model's config; ValueError where the model is not one of transformers' own."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{directory} must be a model of transformers' own, but runs code from its directory (`auto_map` "
+            "in config.json), which Ripple does not: convert it to a class of transformers."
+        ) from None
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """A directory's tokenizer.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, ImportError, TypeError, AttributeError) as error:
+        kind = type(error).__name__
+        raise ValueError(
+            f"{directory} must hold a tokenizer to read texts with, but none could be loaded ({kind}): "
+            "copy the tokenizer's files there, or give token ids instead of texts."
+        ) from None
 
 
 def _check_shapes(source: SourceModel) -> None:

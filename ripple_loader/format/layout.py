@@ -9,6 +9,7 @@ weights. Its sections are byte tensors that start and end on a 4096-byte boundar
     layers.I.vectors      float32 biases and sketch scales, see `Vectors`
     layers.I.permutation  int32: the model's own index of the neuron at each place
     layers.I.predictor    of ReLU models: predicts their active neurons, see `predictor.Predictor`
+    layers.I.checks       uint32: CRC-32C of each bundle and of each section before, see `checks.LayerChecks`
     checksums             uint32: CRC-32 of the container's header, then of each MiB of the sections before
 
 I counts the streamed MLPs: the layers, or, in a mixture of experts, the experts of the first layer that has
@@ -28,12 +29,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ripple_loader.format.checks import LayerChecks
 from ripple_loader.format.encoding import ENCODINGS, Encoding
 from ripple_loader.format.predictor import Predictor
 from ripple_loader.storage.blocks import align
 
 SIDECAR = "neurons.ripple"
-VERSION = 4
+VERSION = 5
 CHECKSUM_CHUNK = 1 << 20
 
 Array = npt.NDArray[Any]
@@ -53,6 +55,7 @@ class SidecarHeader:
         hot: for each MLP, how many of its first places hold neurons that stay in memory.
         checkpoint: fingerprint of the weight files beside the sidecar.
         files: SHA-256 of each of these weight files.
+        stamps: size in bytes, time of modification in ns, and inode of each of these weight files.
         base: SHA-256 of each weight file of the model that was reordered.
         rank: of the predictors; 0 in a sidecar without predictors.
         profile: figures of the order: placement, calibration tokens, activity, expected reads.
@@ -70,6 +73,7 @@ class SidecarHeader:
     checkpoint: str
     files: dict[str, str]
     base: dict[str, str]
+    stamps: dict[str, list[int]] = field(default_factory=dict)
     experts: int | None = None
     rank: int = 0
     profile: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +121,7 @@ class SidecarHeader:
             "vectors": 4 * Vectors.size(self.rows, self.neurons, self.hidden),
             "permutation": 4 * self.neurons,
             "predictor": Predictor.size(self.rank, self.neurons, self.hidden),
+            "checks": LayerChecks.size(self.neurons),
         }
         return {kind: size for kind, size in sizes.items() if size}
 

@@ -69,7 +69,7 @@ class Predictor:
         x_MH = x_MH[x_MH.isfinite().all(1)]
         x_MH = x_MH[:: -(-len(x_MH) // _MOST_TOKENS)] if len(x_MH) else x_MH
         held_out = torch.arange(len(x_MH), device="cpu") % _CALIBRATED_EVERY == _CALIBRATED_EVERY - 1
-        basis_KH = torch.zeros(rank, x_MH.shape[1], device="cpu")
+        basis_KH = torch.zeros(rank, x_MH.shape[1], dtype=torch.float32, device="cpu")
         singular = torch.linalg.svd(x_MH[~held_out], full_matrices=False).Vh[:rank]
         basis_KH[: len(singular)] = singular
         rows, scale, _ = map(torch.from_numpy, sketch_rows(weight_NH @ basis_KH.T))
@@ -77,8 +77,8 @@ class Predictor:
         exact_MN = x_MH[held_out] @ weight_NH.T + bias_N
         active_MN = exact_MN > 0
         if len(exact_MN) < _FEWEST_HELD_OUT or not active_MN.any():
-            unknown = torch.full((len(MISSES),), torch.inf, device="cpu")
-            return cls(basis_KH, rows, scale, torch.ones(len(rows), device="cpu"), unknown)
+            unknown = torch.full((len(MISSES),), torch.inf, dtype=torch.float32, device="cpu")
+            return cls(basis_KH, rows, scale, torch.ones_like(bias_N), unknown)
         error_MN = estimate_MN - exact_MN
         deviation_N = (
             error_MN.square().mean(0).sqrt().clamp_min(_LEAST_DEVIATION * float(exact_MN.abs().amax()))
@@ -112,6 +112,6 @@ class Predictor:
 
 
 def _products(x_TH: Tensor, basis_KH: Tensor, rows_NK: Tensor, scale_N: Tensor) -> Tensor:
-    product_TN = torch.empty(len(x_TH), len(rows_NK), device="cpu")
+    product_TN = torch.empty(len(x_TH), len(rows_NK), dtype=torch.float32, device="cpu")
     IntegerInputs.of(x_TH @ basis_KH.T).products(rows_NK, product_TN)
     return product_TN.mul_(scale_N)

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from crc32c import crc32c
 from torch import Tensor
 
-from ripple_loader.checkpoint.shards import fingerprint, read_shards
+from ripple_loader.checkpoint.shards import fingerprint, read_shards, sha256, stamp
 from ripple_loader.config import check_keys
 from ripple_loader.format.bundles import unpack_bundles
+from ripple_loader.format.checks import SECTIONS, LayerChecks
 from ripple_loader.format.layout import CHECKSUM_CHUNK, SIDECAR, VERSION, Array, SidecarHeader, Vectors
 from ripple_loader.format.predictor import Predictor
 
@@ -80,33 +82,51 @@ class Sidecar:
         """Byte offset and unpadded size of a layer's section."""
         return self.layout.offsets[f"layers.{layer}.{kind}"], self.header.section_bytes()[kind]
 
+    def _read(self, layer: int, kind: str) -> Array:
+        """A whole section, uint8, after its checksum was checked."""
+        offset, size = self.section(layer, kind)
+        data = np.fromfile(self.path, np.uint8, size, offset=offset)
+        if kind in SECTIONS and crc32c(data.data) != self.checks(layer).sections[kind]:
+            raise self.damaged(layer, kind)
+        return data
+
+    def damaged(self, layer: int, kind: str, skip: int = 0) -> ValueError:
+        """The error for a section whose bytes from `skip` on do not match their checksum."""
+        offset = self.section(layer, kind)[0] + skip
+        return self._damaged(offset, f"the {kind} of MLP {layer} do not match their checksum")
+
+    def checks(self, layer: int) -> LayerChecks:
+        """The checksums of a layer."""
+        checks = LayerChecks.unpack(self._read(layer, "checks").tobytes())
+        if checks is None:
+            raise self.damaged(layer, "checks")
+        return checks
+
     def permutation(self, layer: int) -> Array:
         """int32, shape (N,): the model's own index of the neuron at each place."""
-        offset, _ = self.section(layer, "permutation")
-        return np.fromfile(self.path, "<i4", self.header.neurons, offset=offset)
+        return self._read(layer, "permutation").view("<i4")
 
     def vectors(self, layer: int) -> Vectors:
         """The small numbers of a layer."""
-        offset, size = self.section(layer, "vectors")
-        data = np.fromfile(self.path, np.uint8, size, offset=offset)
+        data = self._read(layer, "vectors")
         return Vectors.unpack(data.data, self.header.rows, self.header.neurons, self.header.hidden)
 
     def predictor(self, layer: int) -> Predictor:
         """A layer's predictor, of a sidecar whose header has a rank."""
-        header, (offset, size) = self.header, self.section(layer, "predictor")
-        data = np.fromfile(self.path, np.uint8, size, offset=offset)
+        header, data = self.header, self._read(layer, "predictor")
         return Predictor.unpack(torch.from_numpy(data), header.rank, header.neurons, header.hidden)
 
     def bundles(self, layer: int) -> Tensor:
         """The bundles of a layer as they are stored: uint8, shape (N, bytes of a bundle)."""
-        offset, size = self.section(layer, "bundles")
-        data = np.fromfile(self.path, np.uint8, size, offset=offset)
-        return torch.from_numpy(data).view(self.header.neurons, -1)
+        return torch.from_numpy(self._read(layer, "bundles")).view(self.header.neurons, -1)
 
     def bundle(self, layer: int, place: int) -> Tensor:
         """One neuron's bundle in float32, shape (R, H)."""
-        offset = self.section(layer, "bundles")[0] + place * self.header.bundle_bytes
+        skip = place * self.header.bundle_bytes
+        offset = self.section(layer, "bundles")[0] + skip
         data = np.fromfile(self.path, np.uint8, self.header.bundle_bytes, offset=offset)
+        if crc32c(data.data) != self.checks(layer).bundles[place]:
+            raise self.damaged(layer, "bundles", skip)
         return unpack_bundles(torch.from_numpy(data)[None], self.header, torch.float32)[0]
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
@@ -124,9 +144,26 @@ class Sidecar:
                 raise self._damaged(offset, f"the next {len(data)} bytes do not match their checksum")
 
     def check_weights(self, files: list[Path] | None = None) -> None:
-        """Check that the sidecar belongs to the weight files, by default those beside it."""
+        """Check that the sidecar belongs to the weight files, by default those beside it.
+
+        Files with the size, time of modification and inode that were recorded are those that were written.
+        One that was changed since is compared by its SHA-256; copies are compared by samples of every tensor.
+        """
         files = files or [shard.path for shard in read_shards(self.path.parent)]
-        if fingerprint(files) != self.header.checkpoint:
+        stamps = {file.name: stamp(file) for file in files}
+        recorded = self.header.stamps
+        if stamps == recorded:
+            return
+        changed = [
+            file
+            for file in files
+            if stamps[file.name] != recorded.get(file.name)
+            and stamps[file.name][-1:] == recorded.get(file.name, [])[-1:]
+        ]
+        if (
+            any(sha256(file) != self.header.files.get(file.name) for file in changed)
+            or fingerprint(files) != self.header.checkpoint
+        ):
             raise ValueError(
                 f"{self.path} must lie beside the weights that it was written with, but those of "
                 f"{files[0].parent} differ: reorder that model again."

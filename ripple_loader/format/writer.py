@@ -13,9 +13,11 @@ from typing import Self
 
 import numpy as np
 import torch
+from crc32c import crc32c
 from torch import Tensor
 
 from ripple_loader.format.bundles import pack_bundles, unpack_bundles
+from ripple_loader.format.checks import LayerChecks, numbers_of
 from ripple_loader.format.layout import CHECKSUM_CHUNK, Array, SidecarHeader, Vectors
 from ripple_loader.format.predictor import Predictor
 from ripple_loader.format.sketch import sketch_rows
@@ -68,27 +70,33 @@ class SidecarWriter:
             permutation_N: the model's own index of the neuron at each place.
             inputs_MH: some of its inputs, which its predictor is fitted to if the header has a rank.
         """
+        self._crcs: dict[str, int] = {}
         N, H, S = self.header.neurons, self.header.hidden, self.header.rows - 1
         bundles = pack_bundles(rows_RNH, self.header.encoding)
         self._write(bundles.numpy())
+        starts = np.arange(N) * bundles.shape[1]
+        numbers = numbers_of(memoryview(bundles.numpy()).cast("B"), starts, bundles.shape[1])
         # The sketch is of the decoded bundles, so that its error bound holds for the weights that compute.
         stored_NRH = unpack_bundles(bundles, self.header, torch.float32)
         sketches, scales, errors = zip(*(sketch_rows(stored_NRH[:, row]) for row in range(S)), strict=True)
-        self._write(np.stack(sketches))
+        self._write(np.stack(sketches), "sketch")
         bias_SN = [biases[row].float().numpy() if row in biases else np.zeros(N) for row in range(S)]
         down_bias_H = biases[S].float().numpy() if S in biases else np.zeros(H)
         vectors = Vectors(np.stack(bias_SN), down_bias_H, np.stack(scales), np.stack(errors))
-        self._write(np.frombuffer(vectors.pack(), np.uint8))
-        self._write(permutation_N.astype("<i4"))
+        self._write(np.frombuffer(vectors.pack(), np.uint8), "vectors")
+        self._write(permutation_N.astype("<i4"), "permutation")
         if self.header.rank:
             assert inputs_MH is not None
             bias_N = torch.from_numpy(bias_SN[0]).float()
             predictor = Predictor.fit(inputs_MH, stored_NRH[:, 0], bias_N, self.header.rank)
-            self._write(np.frombuffer(predictor.pack(), np.uint8))
+            self._write(np.frombuffer(predictor.pack(), np.uint8), "predictor")
+        self._write(np.frombuffer(LayerChecks(numbers, self._crcs).pack(), np.uint8))
 
-    def _write(self, array: Array) -> None:
-        """Append one section, padded to a block."""
+    def _write(self, array: Array, kind: str = "") -> None:
+        """Append one section, padded to a block; its CRC-32C is noted by its kind."""
         data = np.ascontiguousarray(array).data.cast("B")
+        if kind:
+            self._crcs[kind] = crc32c(data)
         for part in (data, memoryview(bytes(align(len(data)) - len(data)))):
             self._file.write(part)
             while len(part):

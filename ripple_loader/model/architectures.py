@@ -9,6 +9,7 @@ with the model.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -138,15 +139,31 @@ class MLPSite:
         """Whether the activation makes inactive neurons exactly zero, so that leaving them out is exact."""
         return has_exact_zeros(self.activation)
 
-    def replace(self, model: nn.Module, streaming: nn.Module) -> None:
-        """Replace the MLP by `streaming`, which is called with the same arguments."""
+    def linears(self) -> list[tuple[nn.Module, list[Projection]]]:
+        """The linears of a dense MLP, each with the projections that it holds."""
+        held: dict[str, list[Projection]] = {}
+        for role in self.architecture.bundle:
+            projection = self.architecture.projections[role]
+            held.setdefault(projection.linear, []).append(projection)
+        return [(getattr(self.container, name), projections) for name, projections in held.items()]
+
+    def replace(
+        self, model: nn.Module, streaming: nn.Module, linears: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Replace the MLP by `streaming`, which is called with the same arguments.
+
+        Args:
+            model: the model that it belongs to.
+            streaming: computes the MLP.
+            linears: hand their input on; they replace linears that lie in the layer itself.
+        """
         if self.architecture.mlp:
             parent, _, name = self.name.rpartition(".")
             setattr(model.get_submodule(parent), name, streaming)
-        else:
-            setattr(self.container, self.architecture.selector.linear, streaming)
-            setattr(self.container, self.architecture.activation, nn.Identity())
-            setattr(self.container, self.architecture.down.linear, nn.Identity())
+            return
+        setattr(self.container, self.architecture.activation, streaming)
+        for name, linear in (linears or {}).items():
+            setattr(self.container, name, linear)
 
 
 _GATED = Architecture(

@@ -53,6 +53,9 @@ class StreamingQuantizer(LoadingHooks):
         expect_missing(model, sites[0].architecture.streamed_names())
 
     def after_weights(self, model: Any) -> None:
+        from ripple_loader.model.streaming import loaded
+
+        loaded(model)
         for parameter in model.parameters():
             if parameter.device.type == "cpu":
                 read_alone(parameter)

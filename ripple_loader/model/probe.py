@@ -37,8 +37,13 @@ def architecture_of(config: Any) -> Architecture:
         config: transformers' configuration of the model.
 
     Raises:
-        ValueError: the table has no entry and the probe finds no MLPs that Ripple can stream.
+        ValueError: an encoder-decoder; or the table has no entry and the probe finds no MLPs to stream.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"Ripple streams models that have a decoder only, but {config.model_type} is an encoder-decoder: "
+            "load it without Ripple."
+        )
     if config.model_type in ARCHITECTURES:
         return ARCHITECTURES[config.model_type]
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)

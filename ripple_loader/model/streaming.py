@@ -3,57 +3,136 @@
 They are opaque to torch.compile: a compiled model has a graph break at each. Import this file only when a
 model is loaded, because `torch.compiler.disable` imports Dynamo.
 
-Dimension key: T tokens, H hidden, K experts a token is routed to.
+Dimension key: T tokens, H hidden, N neurons, K experts a token is routed to.
 """
 
 from __future__ import annotations
 
+import sys
+import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from ripple_loader.model.architectures import MLPSite
+from ripple_loader.model.architectures import MLPSite, Projection
+from ripple_loader.model.linears import Streamed, WeightStore, refuse_others, streamed_linear
+from ripple_loader.model.lowrank import LowRank, tensors_of, with_tensors
 
 
-class Backend(Protocol):
+class Backend(WeightStore, Protocol):
     """Computes the streamed MLPs of a model, numbered as they run: `online.engine.Engine` or the tracer."""
 
-    def compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
+    def compute(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        activation: nn.Module,
+        following: int | None,
+        low_rank: tuple[LowRank, ...] = (),
+    ) -> Tensor:
         """An MLP's output for T tokens; `following` is the MLP that runs next, if it is known."""
+
+    def gradients(
+        self, layer: int, x_TH: Tensor, activation: nn.Module, low_rank: tuple[LowRank, ...], grad_TH: Tensor
+    ) -> list[Tensor]:
+        """Gradients of the input and of the tensors of `low_rank`, given that of the output."""
 
     def begin(self, tokens: int) -> None:
         """Called when a forward call of `tokens` tokens reaches the first streamed layer."""
 
+    def stored_as(self, first: int, count: int) -> dict[str, Tensor]:
+        """The tensors of some MLPs by the checkpoint's own names, from behind the layer's number."""
+
 
 class StreamingMLP(nn.Module):
     """Computes an MLP with neurons that are not parameters.
+
+    Its linears are modules without weights, which LoRA may wrap.
 
     Args:
         backend: shared by all layers of a model.
         layer: which MLP this is.
         following: the MLP that runs after it.
         activation: the model's own.
+        rows: the linear of each row of a bundle, by name, with its part of the linear.
+        linears: the streamed linears; empty where they lie in the layer itself.
     """
 
-    def __init__(self, backend: Backend, layer: int, following: int, activation: nn.Module) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        layer: int,
+        following: int,
+        activation: nn.Module,
+        rows: list[Projection],
+        linears: list[Streamed],
+    ) -> None:
         super().__init__()
         self.backend, self.layer, self.following, self.activation = backend, layer, following, activation
+        self.rows, self.names = rows, [linear.name for linear in linears]
+        for linear in linears:
+            setattr(self, linear.name, linear)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        wrapped = name in self.__dict__.get("names", ()) and not isinstance(value, Streamed)
+        if wrapped and isinstance(value, nn.Module):
+            _accept(value)
+        super().__setattr__(name, value)
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states to hidden states, shape (..., H), for inference only."""
-        return _InferenceOnly.apply(hidden_states, self)
+        """Hidden states to hidden states, shape (..., H)."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        low_rank = self._low_rank(x_TH)
+        y_TH: Tensor = _StreamedMLP.apply(x_TH, self, low_rank, *tensors_of(low_rank))
+        return y_TH.view(hidden_states.shape)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}"
 
-    def compute(self, hidden_states: Tensor) -> Tensor:
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+    def _low_rank(self, x_TH: Tensor) -> tuple[LowRank, ...]:
+        """All adapters on the linears, their neurons in placement order."""
+        found = []
+        for row, projection in enumerate(self.rows if self.names else ()):
+            linear = getattr(self, projection.linear)
+            streamed = linear if isinstance(linear, Streamed) else linear.base_layer
+            pairs = [(a, b, 0.0) for a, b in streamed.merged_pairs()]
+            pairs += [] if linear is streamed else linear.active()
+            found += [self._placed(row, projection, *pair, x_TH) for pair in pairs]
+        return tuple(found)
+
+    def _placed(
+        self, row: int, projection: Projection, a: Tensor, b: Tensor, dropout: float, x_TH: Tensor
+    ) -> LowRank:
+        places = self.backend.permutation(self.layer).to(a.device)
+        if row == len(self.rows) - 1:
+            a = a[:, places]
+        else:
+            b = (b if projection.half is None else b.chunk(2)[projection.half])[places]
+        keep = None
+        if dropout:
+            keep = F.dropout(torch.ones(len(x_TH), a.shape[1], dtype=a.dtype, device=a.device), dropout)
+        return LowRank(row, a, b, keep)
+
+    def compute(self, x_TH: Tensor, low_rank: tuple[LowRank, ...]) -> Tensor:
         if self.layer == 0:
             self.backend.begin(len(x_TH))
-        y_TH = self.backend.compute(self.layer, x_TH, self.activation, self.following)
-        return y_TH.view(hidden_states.shape)
+        return self.backend.compute(self.layer, x_TH, self.activation, self.following, low_rank)
+
+
+def _accept(module: nn.Module) -> None:
+    """Let a module that wraps a streamed linear belong to its MLP; ValueError unless it is LoRA."""
+    if "peft" not in sys.modules:
+        raise ValueError(
+            f"{type(module).__name__} must not replace a linear of an MLP that is streamed by Ripple: load "
+            "the model without `quantization_config` for that."
+        )
+    from ripple_loader.model.lora import accept
+
+    accept(module)
 
 
 class StreamingExperts(nn.Module):
@@ -64,31 +143,37 @@ class StreamingExperts(nn.Module):
         first: number of the layer's first expert among all streamed MLPs.
         experts: how many experts the layer has.
         activation: the model's own.
+        name: of this module in its layer.
     """
 
-    def __init__(self, backend: Backend, first: int, experts: int, activation: nn.Module) -> None:
+    def __init__(self, backend: Backend, first: int, experts: int, activation: nn.Module, name: str) -> None:
         super().__init__()
         self.backend, self.first, self.experts, self.activation = backend, first, experts, activation
+        self.name, self.loaded = name, False
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum of the routed experts' outputs, shape (T, H), for inference only.
+        """Sum of the routed experts' outputs, shape (T, H).
 
         Args:
             hidden_states: shape (T, H).
             top_k_index: the experts of each token, shape (T, K); numbers from `experts` on are no expert.
             top_k_weights: the factor of each of their outputs, shape (T, K).
         """
-        return _InferenceOnly.apply(hidden_states, self, top_k_index, top_k_weights)
+        return _StreamedExperts.apply(hidden_states, top_k_weights, top_k_index, self)
 
     def extra_repr(self) -> str:
         return f"first={self.first}, experts={self.experts}"
+
+    def routed(self, index_TK: Tensor) -> list[int]:
+        """The experts that tokens are routed to, ascending."""
+        return [expert for expert in index_TK.unique().tolist() if expert < self.experts]
 
     def compute(self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if self.first == 0:
             self.backend.begin(len(x_TH))
         y_TH = torch.zeros_like(x_TH)
-        routed = [expert for expert in index_TK.unique().tolist() if expert < self.experts]
+        routed = self.routed(index_TK)
         for expert, following in zip(routed, [*routed[1:], None], strict=True):
             tokens, rank = torch.where(index_TK == expert)
             out = self.backend.compute(
@@ -100,28 +185,116 @@ class StreamingExperts(nn.Module):
             y_TH.index_add_(0, tokens, (out * weights_TK[tokens, rank, None]).to(y_TH.dtype))
         return y_TH
 
+    def gradients(
+        self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, grad_TH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the input and of the experts' factors."""
+        grad_x_TH, grad_weights_TK = torch.zeros_like(x_TH), torch.zeros_like(weights_TK)
+        for expert in self.routed(index_TK):
+            tokens, rank = torch.where(index_TK == expert)
+            grad_out = grad_TH[tokens] * weights_TK[tokens, rank, None]
+            arguments = self.first + expert, x_TH[tokens], self.activation
+            (grad,) = self.backend.gradients(*arguments, (), grad_out.to(x_TH.dtype))
+            grad_x_TH.index_add_(0, tokens, grad.to(x_TH.dtype))
+            out = self.backend.compute(*arguments, None)
+            grad_weights_TK[tokens, rank] = (grad_TH[tokens] * out).sum(1).to(weights_TK.dtype)
+        return grad_x_TH, grad_weights_TK
 
-class _InferenceOnly(torch.autograd.Function):
-    """Refuses a backward pass, which would need weights that are no longer in memory."""
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.loaded:
+            destination.update(self._tensors(prefix))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        *_, errors = arguments
+        own = self._tensors(prefix)
+        given = {
+            name: tensor for name, tensor in state_dict.items() if name in own or name.startswith(prefix)
+        }
+        refuse_others(given, own, "", errors)
+
+    def _tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The experts' weights by the checkpoint's names: one tensor for each linear, or stacked."""
+        _, _, inner = self.name.rpartition(".")
+        stored = self.backend.stored_as(self.first, self.experts)
+        return {prefix + name.partition(f"{inner}.")[2]: tensor for name, tensor in stored.items()}
+
+
+class _StreamedMLP(torch.autograd.Function):
+    """Streams the neurons once for the output, and once more for the gradients of what comes before."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, module: Any, *more: Tensor) -> Tensor:
-        return module.compute(hidden_states, *more)
+    def forward(
+        ctx: Any, x_TH: Tensor, module: StreamingMLP, low_rank: tuple[LowRank, ...], *tensors: Tensor
+    ) -> Tensor:
+        ctx.module, ctx.low_rank = module, low_rank
+        ctx.save_for_backward(x_TH, *tensors)
+        return module.compute(x_TH, low_rank)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            "a model streamed by Ripple must only run forward, but backward was called: "
-            "load it without `quantization_config` to train it."
-        )
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> Any:
+        x_TH, *tensors = ctx.saved_tensors
+        low_rank, module = with_tensors(ctx.low_rank, tensors), ctx.module
+        arguments = module.layer, x_TH, module.activation, low_rank, grad_TH
+        first, *others = module.backend.gradients(*arguments)
+        return first, None, None, *others
+
+
+class _StreamedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: Tensor, weights_TK: Tensor, index_TK: Tensor, module: StreamingExperts
+    ) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x_TH, index_TK, weights_TK)
+        return module.compute(x_TH, index_TK, weights_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> Any:
+        return *ctx.module.gradients(*ctx.saved_tensors, grad_TH), None, None
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether MLPs of a model are streamed already."""
+    return any(isinstance(module, StreamingMLP | StreamingExperts) for module in model.modules())
 
 
 def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
     """Replace the MLPs of a model."""
     for number, site in enumerate(sites):
-        module: nn.Module
         if site.experts is not None:
-            module = StreamingExperts(backend, number * site.experts, site.experts, site.activation)
-        else:
-            module = StreamingMLP(backend, number, (number + 1) % len(sites), site.activation)
-        site.replace(model, module)
+            first, name = number * site.experts, site.architecture.mlp
+            experts = StreamingExperts(backend, first, site.experts, site.activation, name)
+            site.replace(model, experts)
+            continue
+        inside = bool(site.architecture.mlp)
+        linears = [
+            streamed_linear(
+                linear,
+                backend,
+                number,
+                projections,
+                adapts=inside,
+                is_down=projections == [site.architecture.down],
+            )
+            for linear, projections in site.linears()
+        ]
+        architecture = site.architecture
+        rows = [architecture.projections[role] for role in architecture.bundle]
+        following = (number + 1) % len(sites)
+        mlp = StreamingMLP(backend, number, following, site.activation, rows, linears if inside else [])
+        site.replace(model, mlp, {linear.name: linear for linear in linears})
+
+
+def loaded(model: nn.Module) -> None:
+    """From now on the streamed weights belong to the model's state dict; its parameters are frozen.
+
+    Gradients pass through streamed MLPs, which do not train: only what the user asks for should.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Streamed | StreamingExperts):
+            module.loaded = True
+        if isinstance(module, Streamed):
+            module.model = weakref.ref(model)

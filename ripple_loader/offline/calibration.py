@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ripple_loader.checkpoint.source import SourceModel
+from ripple_loader.checkpoint.source import SourceModel, load_tokenizer
 from ripple_loader.config import ReorderConfig
 
 
@@ -60,7 +60,5 @@ def _token_ids(item: Any, tokenizer: Callable[[], Any]) -> Tensor:
 
 def cut_sequences(source: SourceModel, calibration: Iterable[Any], config: ReorderConfig) -> list[Tensor]:
     """The calibration set as token ids, by the model's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = functools.cache(lambda: AutoTokenizer.from_pretrained(source.directory))
+    tokenizer = functools.cache(lambda: load_tokenizer(source.directory))
     return list(calibration_sequences(calibration, tokenizer, config.tokens, config.sequence_length))

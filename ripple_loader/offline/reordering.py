@@ -17,6 +17,7 @@ from ripple_loader.format.layout import SIDECAR
 from ripple_loader.offline.calibration import cut_sequences
 from ripple_loader.offline.orders import ReorderPlan, plan_orders, predictor_rank
 from ripple_loader.offline.trace import Trace, trace_description, trace_source
+from ripple_loader.offline.verification import check_copy
 from ripple_loader.offline.writing import output_bytes, write_copy
 
 
@@ -46,7 +47,8 @@ def reorder(
     Raises:
         FileNotFoundError: the model's directory or files are missing.
         FileExistsError: `out_dir` exists.
-        ValueError: unsupported, quantized or damaged checkpoint, or a trace of another model.
+        ValueError: unsupported, quantized or damaged checkpoint, a trace of another model, or a copy that
+            computes other logits than the model.
         OSError: not enough disk space.
     """
     config, out = config or ReorderConfig(), Path(out_dir)
@@ -72,7 +74,9 @@ def reorder(
         )
         orders = [hashlib.sha256(order.tobytes()).hexdigest() for order in plan.orders]
         key = [traced.description, config.bundles, plan.hot, plan.rank, orders]
-        write_copy(source, plan, traced, work.stage(Workspace.OUTPUT, key))
+        output = work.stage(Workspace.OUTPUT, key)
+        write_copy(source, plan, traced, output)
+        check_copy(source, output)
     return plan
 
 

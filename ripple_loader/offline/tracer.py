@@ -20,6 +20,7 @@ from ripple_loader.compat import QuantizationConfigMixin, register_quantization_
 from ripple_loader.config import ReorderConfig
 from ripple_loader.model.architectures import MLPSite
 from ripple_loader.model.loading import StreamingQuantizer
+from ripple_loader.model.lowrank import LowRank
 from ripple_loader.offline.active_sets import active_mask
 
 if TYPE_CHECKING:
@@ -41,7 +42,33 @@ class Tracer:
     def begin(self, tokens: int) -> None:
         pass
 
-    def compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
+    def gradients(self, *_: Any) -> list[Tensor]:
+        raise RuntimeError("a model that is traced must only run forward, but backward was called.")
+
+    def stored(self, layer: int) -> dict[tuple[str, str], Tensor]:
+        """Nothing: a model that is traced is never saved."""
+        return {}
+
+    def stored_as(self, first: int, count: int) -> dict[str, Tensor]:
+        """Nothing, as `stored`."""
+        return {}
+
+    def is_own(self, directory: str) -> bool:
+        """No: a model that is traced has no adapters."""
+        return False
+
+    def permutation(self, layer: int) -> Tensor:
+        """The checkpoint's own order."""
+        return torch.arange(self.source.neurons)
+
+    def compute(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        activation: nn.Module,
+        following: int | None,
+        low_rank: tuple[LowRank, ...] = (),
+    ) -> Tensor:
         *selecting, down = self.source.architecture.bundle
         factors = [F.linear(x_TH, *self._part(layer, role, x_TH)) for role in selecting]
         a_TN = activation(factors[0])

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ripple_loader.checkpoint.shards import DTYPES, sha256
 from ripple_loader.checkpoint.source import SourceModel, open_source
-from ripple_loader.config import ReorderConfig, RippleConfig
+from ripple_loader.config import RippleConfig
 from ripple_loader.format.bundles import pack_bundles
 from ripple_loader.format.sidecar import Sidecar
-from ripple_loader.offline.tracer import Tracer, load_traced
+from ripple_loader.offline.reference import bundled, load_reference
 from ripple_loader.offline.writing import permuted
 
 _TOKENS = 32
 _BUDGET = "256MiB"
+_COPY_TOLERANCE = 1e-3
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -99,11 +101,15 @@ def _check_logits(
     No model is ever whole in memory. If the bundles are rounded, the difference of the streamed logits is
     reported, not checked.
     """
-    reference = _logits(source)
+    reference = _logits(load_reference(source))
     tolerance = _TOLERANCE[DTYPES[source.down.dtype]]
-    for kind, options in {"logits": None, "streamed logits": RippleConfig(dram_budget=_BUDGET)}.items():
-        error = ((_logits(copy, options) - reference).abs().max() / reference.abs().max()).item()
-        if rounded_to is not None and options is not None:
+    loaders = {
+        "logits": lambda: load_reference(copy),
+        "streamed logits": lambda: _streamed(copy.directory, "auto"),
+    }
+    for kind, load in loaders.items():
+        error = _difference(_logits(load()), reference)
+        if rounded_to is not None and kind == "streamed logits":
             yield kind, f"differ by {error:.1e} (relative), because the bundles are rounded to {rounded_to}"
             continue
         if not error <= tolerance:
@@ -114,18 +120,49 @@ def _check_logits(
         yield kind, f"within {error:.1e} of the original's (relative, {_TOKENS} random tokens)"
 
 
-@torch.no_grad()
-def _logits(source: SourceModel, config: RippleConfig | None = None) -> Tensor:
-    """Logits of random tokens, float32, streamed by `config` or straight from the weight files."""
+def check_copy(source: SourceModel, directory: Path) -> None:
+    """Compare the logits of a few tokens: the stock model's with the copy's, from its files and streamed.
+
+    Computed in float32, so that rounding cannot hide or feign a difference, with one layer's MLP in memory.
+
+    Raises:
+        ValueError: the copy computes something else.
+    """
+    copy, sidecar = open_source(directory), Sidecar(directory)
+    reference = _logits(load_reference(source, dtype=torch.float32))
+    stored = _logits(load_reference(copy, dtype=torch.float32))
+    rounded = sidecar.header.dtype != source.down.dtype
+    wanted = reference
+    if rounded:
+        wanted = _logits(load_reference(copy, bundled(sidecar, copy), dtype=torch.float32))
+    streamed = _logits(_streamed(directory, torch.float32))
+    for kind, got, expected in (("files", stored, reference), ("sidecar", streamed, wanted)):
+        error = _difference(got, expected)
+        if not error <= _COPY_TOLERANCE:
+            raise ValueError(
+                f"the {source.model_type} must compute the same from the {kind} of the copy, but its logits "
+                f"differ by {error:.1e} (relative): the entry in ripple_loader.model.architectures does "
+                "not describe its MLPs."
+            )
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value; values that are not finite must be equal."""
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    scale = expected[expected.isfinite()].abs().amax() if expected.isfinite().any() else 1.0
+    return float(torch.where(same, 0.0, (got - expected).abs() / scale).amax())
+
+
+def _streamed(directory: Path, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with torch.device("cpu"):
-        if config is None:
-            model = load_traced(Tracer(source, ReorderConfig()), torch.device("cpu"))
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.directory, dtype="auto", quantization_config=config
-            )
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.get_text_config().vocab_size, (1, _TOKENS), generator=generator)
-        return model(ids).logits.float()
+    config = RippleConfig(dram_budget=_BUDGET)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=config)
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    """Logits of random tokens, float32."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.get_text_config().vocab_size
+    return model(torch.randint(size, (1, _TOKENS), generator=generator)).logits.float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ripple_loader.checkpoint.shards import Shard, TensorSpot, fingerprint, sha256
+from ripple_loader.checkpoint.shards import Shard, TensorSpot, fingerprint, sha256, stamp
 from ripple_loader.checkpoint.source import SourceModel
 from ripple_loader.files import LEFTOVERS, check_space, whole_file
 from ripple_loader.format.encoding import ENCODINGS, Encoding, rounding_error
@@ -59,6 +60,7 @@ def write_copy(source: SourceModel, plan: ReorderPlan, trace: Trace, out: Path) 
             base[path.name], files[path.name] = _write_shard(source, plan, shard, path, bar)
         checkpoint = fingerprint([out / name for name in files])
         header = _sidecar_header(source, plan, checkpoint=checkpoint, files=files, base=base)
+        header = replace(header, stamps={name: stamp(out / name) for name in files})
         with whole_file(out / SIDECAR) as partial, SidecarWriter(partial, header) as writer:
             for layer, order in enumerate(plan.orders):
                 inputs = trace.inputs(layer) if plan.rank else None

@@ -96,7 +96,8 @@ def allocate(
     converted = 0 if header.encoding.stores(dtype) else decoded
     rank = rank_in_use(header, config)
     predictors = header.layers * Predictor.size(rank, header.neurons, header.hidden)
-    affordable = (budget - vectors - predictors - align(converted)) // _BUFFER_SHARE
+    checksums = 4 * header.layers * header.neurons if config.check_reads else 0
+    affordable = (budget - vectors - predictors - checksums - align(converted)) // _BUFFER_SHARE
     buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest, affordable)))
     rows = min(header.neurons, max(1, buffer // max(header.bundle_bytes, decoded)))
     scratch = align(rows * header.bundle_bytes) + align(rows * converted)
@@ -105,6 +106,7 @@ def allocate(
         "buffers": BUFFERS * buffer + scratch,
         "vectors": vectors,
         "predictors": predictors * selecting,
+        "checksums": checksums,
         "sketch": 0,
         "index": 0,
         "cache": 0,

@@ -6,17 +6,23 @@ Dimension key: T tokens, N neurons, U of them in a batch, H hidden.
 from __future__ import annotations
 
 import functools
+import os
 import threading
+import weakref
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ripple_loader.checkpoint.mapped import StoredWeights
 from ripple_loader.config import RippleConfig
-from ripple_loader.format.layout import Vectors
+from ripple_loader.format.layout import SIDECAR, Vectors
 from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.model.lowrank import LowRank, added_to, tensors_of, with_tensors
 from ripple_loader.online.budget import BUFFERS, allocate, needs_sketch
 from ripple_loader.online.fetching import Batch, Fetcher
 from ripple_loader.online.pace import Pace, measure_pace
@@ -30,53 +36,128 @@ from ripple_loader.storage.meter import Meter
 from ripple_loader.storage.probing import known_drive
 from ripple_loader.storage.reader import Reader
 
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in _ENGINES:
+        engine.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 
 class Engine:
     """Everything that the streaming MLPs of one model share; computes one MLP at a time.
 
+    A copy, by `copy.deepcopy` or pickle, opens the directory again, with a budget of its own. So does a
+    forked child, when it computes for the first time, because threads and the kernel's queues stay with the
+    parent.
+
     Args:
         sidecar: the neurons to stream.
         config: the budget and how to spend it.
-        dtype: the model's.
+        dtype: the model's; inputs of another dtype are computed with in theirs from then on.
 
     Raises:
         ValueError: the budget is too small, or the sidecar is damaged.
     """
 
     def __init__(self, sidecar: Sidecar, config: RippleConfig, dtype: torch.dtype) -> None:
-        header = sidecar.header
-        self.sidecar, self.config, self.header = sidecar, config, header
-        self._lock = threading.Lock()
-        self._unfinished = False  # true while computing, and after an error or Ctrl-C
-        self._foreseen: tuple[int, Places] | None = None
         if config.verify:
             sidecar.verify()
-        allocation = allocate(header, config, dtype)
-        self.report = RippleReport(
+        report = RippleReport(
             directory=str(sidecar.path.parent),
-            layers=header.layers // (header.experts or 1),
-            neurons=header.neurons,
-            budget=allocation.budget,
+            layers=sidecar.header.layers // (sidecar.header.experts or 1),
+            neurons=sidecar.header.neurons,
+            budget=0,
         )
-        reader = Reader(sidecar.path, config.queue_depth, self.report, config.io_engine)
+        self._begin(sidecar, config, dtype, report, None)
+
+    def _begin(
+        self,
+        sidecar: Sidecar,
+        config: RippleConfig,
+        dtype: torch.dtype,
+        report: RippleReport,
+        strategy: tuple[bool, str] | None,
+    ) -> None:
+        self.sidecar, self.config, self.header, self.report = sidecar, config, sidecar.header, report
+        self._strategy = strategy
+        self._lock = threading.Lock()
+        self._unfinished = False  # true while computing, and after an error or Ctrl-C
+        self._weights: StoredWeights | None = None
+        self._open(dtype)
+        self.report.reset()
+        _ENGINES.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "directory": self.sidecar.path.parent,
+            "header": self.header,
+            "config": self.config,
+            "dtype": self._dtype,
+            "report": self.report,
+            "strategy": self._strategy,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sidecar = Sidecar(state["directory"])
+        if sidecar.header != state["header"]:
+            raise ValueError(f"{sidecar.path} must be as it was when the model was copied, but was replaced.")
+        self._begin(sidecar, state["config"], state["dtype"], state["report"], state["strategy"])
+
+    def after_fork(self) -> None:
+        """In a forked child: no thread that held the lock runs here, and the reader is the parent's."""
+        self._lock = threading.Lock()
+        self._stale = True
+
+    @torch.inference_mode(False)
+    def _open(self, dtype: torch.dtype) -> None:
+        """Take the memory, the threads and the file, after giving up those held before."""
+        header, config = self.header, self.config
+        for held in ("_fetcher", "selector", "_meter", "_vectors"):
+            self.__dict__.pop(held, None)
+        self._dtype, self._stale, self._unfinished = dtype, False, False
+        self._foreseen: tuple[int, Places] | None = None
+        self._places: dict[int, Tensor] = {}
+        allocation = allocate(header, config, dtype)
+        self.report.budget, self.report.pinned = allocation.budget, 0
+        reader = Reader(self.sidecar.path, config.queue_depth, self.report, config.io_engine)
         with torch.device("cpu"):  # transformers calls this with the meta device as default
             buffers = [AlignedBuffer(allocation.buffer) for _ in range(BUFFERS)]
             drive = known_drive(reader)
-            undecided = config.strategy == "auto" and needs_sketch(header, config)
+            undecided = self._strategy is None and config.strategy == "auto" and needs_sketch(header, config)
             pace = measure_pace(header, allocation, dtype, buffers) if undecided else Pace()
-            selects, reason = decide(header, config, dtype, drive, pace, block=reader.block)
+            if self._strategy is None:  # a copy must select as the original does
+                self._strategy = decide(header, config, dtype, drive, pace, block=reader.block)
+            selects, reason = self._strategy
             self.allocation = allocate(header, config, dtype, selective=selects)
             self._describe(drive.summary(), reason)
             self._meter = reader.meter = Meter(drive)
             self._fetcher = Fetcher(
-                sidecar, config, self.allocation, dtype, reader, buffers, self._meter, pace, whole=not selects
+                self.sidecar,
+                config,
+                self.allocation,
+                dtype,
+                reader,
+                buffers,
+                self._meter,
+                pace,
+                whole=not selects,
             )
-            self._vectors = [sidecar.vectors(layer) for layer in range(header.layers)]
+            self._vectors = [self.sidecar.vectors(layer) for layer in range(header.layers)]
             self._biased = [bool(vectors.bias.any()) for vectors in self._vectors]
             self.selector = Selector(
-                sidecar, config, self.allocation, self._vectors, self._fetcher, selects=selects
+                self.sidecar, config, self.allocation, self._vectors, self._fetcher, selects=selects
             )
-        self.report.reset()
+
+    def _ready(self, dtype: torch.dtype) -> None:
+        """Open anew in a forked child, and for inputs of another dtype; recover after an error."""
+        if self._stale or dtype != self._dtype:
+            self._open(dtype)
+        elif self._unfinished:
+            self._fetcher.reset()
 
     def _describe(self, drive: str, strategy: str) -> None:
         """Record the memory held and the decisions in the report."""
@@ -96,10 +177,45 @@ class Engine:
     def begin(self, tokens: int) -> None:
         """Count the tokens of a new forward call."""
         with self._lock:
+            self.report.calls += 1
             self.report.tokens += tokens
             self._fetcher.pause()
 
-    def compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
+    def permutation(self, layer: int) -> Tensor:
+        """The model's own index of the neuron at each place, int64, shape (N,); held from then on."""
+        if layer not in self._places:
+            self._places[layer] = torch.from_numpy(self.sidecar.permutation(layer)).long()
+        return self._places[layer]
+
+    def is_own(self, directory: str) -> bool:
+        """Whether a directory holds the weight files that are streamed, here or copied."""
+        if not (Path(directory) / SIDECAR).is_file():
+            return False
+        return Sidecar(directory).header.files == self.header.files
+
+    @property
+    def _stored(self) -> StoredWeights:
+        if self._weights is None:
+            self.sidecar.check_weights()
+            self._weights = StoredWeights(self.sidecar.path.parent)
+        return self._weights
+
+    def stored(self, layer: int) -> dict[tuple[str, str], Tensor]:
+        """The weights of an MLP, mapped from the directory's weight files."""
+        return self._stored.linears(layer)
+
+    def stored_as(self, first: int, count: int) -> dict[str, Tensor]:
+        """The tensors of some MLPs by the checkpoint's own names, from behind the layer's number."""
+        return self._stored.named(first, count)
+
+    def compute(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        activation: nn.Module,
+        following: int | None,
+        low_rank: tuple[LowRank, ...] = (),
+    ) -> Tensor:
         """An MLP's output for T tokens, shape (T, H), batch by batch of neurons as they arrive.
 
         Args:
@@ -107,37 +223,78 @@ class Engine:
             x_TH: its input.
             activation: the model's own.
             following: the MLP that runs next, if it is known; its reads start while this one computes.
+            low_rank: additions to its projections.
         """
         with self._lock:
-            if self._unfinished:
-                self._fetcher.reset()
+            self._ready(x_TH.dtype)
             self._unfinished = True
-            y_TH = self._compute(layer, x_TH, activation, following)
+            y_TH = self._compute(layer, x_TH, activation, following, low_rank)
             self._unfinished = False
             return y_TH
 
-    def _compute(self, layer: int, x_TH: Tensor, activation: nn.Module, following: int | None) -> Tensor:
-        selection = self.selector.select(layer, x_TH, activation)
+    def _compute(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        activation: nn.Module,
+        following: int | None,
+        low_rank: tuple[LowRank, ...],
+    ) -> Tensor:
+        selection = self.selector.select(layer, x_TH, activation, low_rank)
         self._count_foreseen(layer, selection.places)
         then = functools.partial(self._look_ahead, layer, following, selection, x_TH, activation)
-        y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
+        y_TH = torch.zeros_like(x_TH, dtype=_summed_in(x_TH))
         with closing(self._fetcher.fetch(layer, selection.places, then)) as batches:
             for batch in batches:
-                y_TH += self._product(layer, batch, selection, x_TH, activation)
+                y_TH += self._product(layer, batch, selection, x_TH, activation, low_rank)
         return (y_TH + self.bias(layer, self.header.rows - 1).to(y_TH.device)).to(x_TH.dtype)
 
+    def gradients(
+        self, layer: int, x_TH: Tensor, activation: nn.Module, low_rank: tuple[LowRank, ...], grad_TH: Tensor
+    ) -> list[Tensor]:
+        """Gradients of an MLP's input and of the tensors of `low_rank`; streams the neurons once more.
+
+        Args:
+            layer: which MLP.
+            x_TH: its input, for which the same neurons are selected as before.
+            activation: the model's own.
+            low_rank: additions to its projections.
+            grad_TH: the gradient of its output.
+        """
+        with self._lock:
+            self._ready(x_TH.dtype)
+            self._unfinished = True
+            selection = self.selector.select(layer, x_TH, activation, low_rank)
+            leaves = [leaf.detach().requires_grad_() for leaf in (x_TH, *tensors_of(low_rank))]
+            x_leaf, additions = leaves[0], with_tensors(low_rank, leaves[1:])
+            sums = [torch.zeros_like(leaf, dtype=_summed_in(leaf)) for leaf in leaves]
+            with closing(self._fetcher.fetch(layer, selection.places)) as batches:
+                for batch in batches:
+                    with torch.enable_grad():
+                        y_TH = self._product(layer, batch, selection, x_leaf, activation, additions)
+                    parts = torch.autograd.grad(y_TH, leaves, grad_TH.to(y_TH.dtype), allow_unused=True)
+                    for total, part in zip(sums, parts, strict=True):
+                        if part is not None:
+                            total += part
+            self._unfinished = False
+            return [total.to(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
+
     def _product(
-        self, layer: int, batch: Batch, selection: Selection, x_TH: Tensor, activation: nn.Module
+        self,
+        layer: int,
+        batch: Batch,
+        selection: Selection,
+        x_TH: Tensor,
+        activation: nn.Module,
+        low_rank: tuple[LowRank, ...],
     ) -> Tensor:
         """The contribution of a batch of neurons to the output, shape (T, H)."""
         *selecting, down_UH = batch.rows.to(x_TH.device).unbind(1)
         places = torch.from_numpy(batch.places)
-        factors = [
-            F.linear(x_TH, weight_UH, self.bias(layer, row)[places].to(x_TH))
-            if self._biased[layer]
-            else F.linear(x_TH, weight_UH)
-            for row, weight_UH in enumerate(selecting)
-        ]
+        factors = []
+        for row, weight_UH in enumerate(selecting):
+            bias_U = self.bias(layer, row)[places].to(x_TH) if self._biased[layer] else None
+            factors.append(added_to(F.linear(x_TH, weight_UH, bias_U), row, low_rank, x_TH, places))
         a_TU = activation(factors[0])
         for factor_TU in factors[1:]:
             a_TU = a_TU * factor_TU
@@ -145,7 +302,11 @@ class Engine:
             a_TU = a_TU * torch.from_numpy(batch.wanted).to(a_TU.device)
         if selection.mask is not None and len(x_TH) > 1:
             a_TU = a_TU * selection.mask[:, places].to(a_TU.device)
-        return a_TU @ down_UH
+        y_TH = a_TU @ down_UH
+        for addition in low_rank:
+            if addition.row == self.header.rows - 1:
+                y_TH = y_TH + addition.of_neurons(a_TU, places)
+        return y_TH
 
     def _look_ahead(
         self, layer: int, following: int | None, selection: Selection, x_TH: Tensor, activation: nn.Module
@@ -171,3 +332,8 @@ class Engine:
             self.report.asked += len(places)
             self.report.foreseen += len(np.intersect1d(places, self._foreseen[1], assume_unique=True))
         self._foreseen = None
+
+
+def _summed_in(tensor: Tensor) -> torch.dtype:
+    """The dtype to add up parts of a tensor in."""
+    return torch.promote_types(tensor.dtype, torch.float32)

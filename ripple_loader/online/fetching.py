@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from crc32c import crc32c
 from torch import Tensor
 
 from ripple_loader.config import RippleConfig, parse_size
+from ripple_loader.format.checks import SECTIONS, numbers_of
 from ripple_loader.format.sidecar import Sidecar
 from ripple_loader.online.budget import BUFFERS, Allocation
 from ripple_loader.online.cache import Slots
@@ -92,6 +94,9 @@ class Fetcher:
         self._drained, self._idle = 0.0, 0.0
         self._scratch = Scratch(self.header, allocation, dtype, self.report)
         self._cached = CachedNeurons(self.header, allocation, config.cache_policy, whole=whole)
+        self._checks = [
+            sidecar.checks(layer) for layer in range(self.header.layers if config.check_reads else 0)
+        ]
         for layer, pinned in enumerate(self._cached.pinned):
             self._pin(layer, pinned)
 
@@ -106,16 +111,37 @@ class Fetcher:
         """Read the neurons of an MLP that stay in memory into their slots."""
         self.report.pinned += min(pinned, self.header.hot[layer])
         for plan, buffer in self.read(layer, "bundles", np.arange(pinned), self.header.bundle_bytes):
+            self._check(layer, plan.places, plan.spots, buffer)
             self._cached.store(layer, plan.places, plan.spots, buffer)
 
     def read(
         self, layer: int, kind: str, places: Places, width: int
     ) -> Generator[tuple[ReadPlan, AlignedBuffer], None, None]:
-        """Read rows of a section, in order; each batch is valid until the next. Close the generator."""
+        """Read rows of a section, in order; each batch is valid until the next. Close the generator.
+
+        A section that is checked as a whole, such as a sketch, must be read whole; a wrong checksum shows at
+        the end.
+        """
         self.drop_ahead()
         ticket = self._pipeline.add(self._plans(layer, kind, places, width, 0.0, 0.0))
+        number = 0
         with self._dropping(ticket):
-            yield from self._pipeline.take(ticket)
+            for plan, buffer in self._pipeline.take(ticket):
+                first = int(plan.spots[0])
+                if kind in SECTIONS and self._checks:
+                    number = crc32c(buffer.memory[first : first + width * len(plan.places)], number)
+                yield plan, buffer
+        if kind in SECTIONS and self._checks and number != self._checks[layer].sections[kind]:
+            raise self._sidecar.damaged(layer, kind)
+
+    def _check(self, layer: int, places: Places, spots: Places, buffer: AlignedBuffer) -> None:
+        """ValueError if bundles in a buffer do not match their checksums."""
+        if not self._checks:
+            return
+        width = self.header.bundle_bytes
+        wrong = numbers_of(buffer.memory, spots, width) != self._checks[layer].bundles[places]
+        if wrong.any():
+            raise self._sidecar.damaged(layer, "bundles", int(places[wrong][0]) * width)
 
     @contextmanager
     def _dropping(self, *tickets: Ticket) -> Iterator[None]:
@@ -247,17 +273,20 @@ class Fetcher:
             self.report.read_in_vain += int(len(wanted) - wanted.sum())
             if wanted.any():
                 places, spots = plan.places[wanted], plan.spots[wanted]
-                yield from self._from_buffer(plan, places, spots, buffer)
+                yield from self._from_buffer(layer, plan, places, spots, buffer)
                 self.report.evictions += self._cached.admit(layer, places, spots, buffer)
 
     def _from_buffer(
-        self, plan: ReadPlan, places: Places, spots: Places, buffer: AlignedBuffer
+        self, layer: int, plan: ReadPlan, places: Places, spots: Places, buffer: AlignedBuffer
     ) -> Iterator[Batch]:
         """Some neurons of a buffer; with those between them where one read brought all in order."""
         span = int(places[-1] - places[0]) + 1
         if len(plan.offsets) == 1 and span <= 2 * len(places):
+            among = np.arange(span)
+            self._check(layer, places[0] + among, spots[0] + among * self.header.bundle_bytes, buffer)
             yield from self._as_it_lies(places, int(spots[0]), buffer)
             return
+        self._check(layer, places, spots, buffer)
         everywhere = _bundles_at_every_byte(buffer, self.header.bundle_bytes)
         count = self._scratch.rows_at_once(len(places), copied=True)
         for start in range(0, len(places), count):

@@ -54,13 +54,13 @@ def measure_pace(
     width_K = allocation.rank or H
     sketched = allocation.buffer // width_K
     integers = buffers[2].bytes[: width_K * sketched].view(torch.int8).view(sketched, width_K)
-    estimates = torch.empty(1, sketched)
+    estimates = torch.empty(1, sketched, dtype=torch.float32)
 
     def compute() -> Tensor:
         *selecting, down_UH = unpack_bundles(stored, header, dtype).unbind(1)
         return sum((F.linear(x_1H, weight_UH) for weight_UH in selecting), torch.zeros(())) @ down_UH
 
-    basis_KH = torch.zeros(allocation.rank, H, device="cpu")
+    basis_KH = torch.zeros(allocation.rank, H, dtype=torch.float32, device="cpu")
 
     def select() -> None:
         x = x_1H.float() @ basis_KH.T if allocation.rank else x_1H.float()

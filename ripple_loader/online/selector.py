@@ -16,6 +16,7 @@ from ripple_loader.config import RippleConfig
 from ripple_loader.format.layout import Vectors
 from ripple_loader.format.sidecar import Sidecar
 from ripple_loader.format.sketch import IntegerInputs
+from ripple_loader.model.lowrank import LowRank
 from ripple_loader.online.budget import Allocation
 from ripple_loader.online.fetching import Fetcher
 from ripple_loader.online.selection import (
@@ -29,6 +30,8 @@ from ripple_loader.online.selection import (
 )
 from ripple_loader.storage.blocks import AlignedBuffer
 from ripple_loader.storage.collapse import ReadPlan
+
+_ADDITIONS_ROUNDING = 1e-5  # relative; a ReLU's bound must hold for low-rank additions as well
 
 
 class Selector:
@@ -70,24 +73,33 @@ class Selector:
         """The number of MLPs, from the first, whose sketches or predictors are in memory."""
         return max(len(self._sketches), len(self._predictors))
 
-    def select(self, layer: int, x_TH: Tensor, activation: nn.Module) -> Selection:
+    def select(
+        self, layer: int, x_TH: Tensor, activation: nn.Module, low_rank: tuple[LowRank, ...] = ()
+    ) -> Selection:
         """Select the neurons of a layer for some tokens, by `RippleConfig.keep` or `recall`."""
         if not self.selects:
             return select_all(self._header.neurons)
-        score_TN = self.scores(layer, x_TH, activation)
+        score_TN = self.scores(layer, x_TH, activation, low_rank)
         if self._config.keep < 1:
             return select_largest(score_TN, self._config.keep)
         return select_active(score_TN, certain=not self._predictors)
 
-    def scores(self, layer: int, x_TH: Tensor, activation: nn.Module) -> Tensor:
+    @torch.no_grad()
+    def scores(
+        self, layer: int, x_TH: Tensor, activation: nn.Module, low_rank: tuple[LowRank, ...] = ()
+    ) -> Tensor:
         """Scores to select by, shape (T, N): estimated contributions, or bounds of a ReLU's input."""
         vectors = self._vectors[layer]
         if self._predictors:
             predictor, deviations = self._predictors[layer], self._deviations[layer]
             likely_TN = predictor.estimate(x_TH.float().cpu()).add_(torch.from_numpy(vectors.bias[0]))
+            likely_TN = _with_additions(likely_TN, 0, low_rank, x_TH)
             return likely_TN.add_(predictor.deviation, alpha=deviations)
         inputs = IntegerInputs.of(x_TH.float().cpu())
-        estimates = self._estimate(layer, inputs)
+        estimates = [
+            _with_additions(estimate_TN, row, low_rank, x_TH)
+            for row, estimate_TN in enumerate(self._estimate(layer, inputs))
+        ]
         if self._config.keep < 1:
             score_TN = contributions(estimates, activation)
             return shared_by_neighbours(score_TN, self._config.adjacency, self._header.hot[layer])
@@ -97,7 +109,7 @@ class Selector:
     def _estimate(self, layer: int, inputs: IntegerInputs) -> list[Tensor]:
         """The selecting projections by the sketch: S tensors, float32, shape (T, N)."""
         S, N = self._header.rows - 1, self._header.neurons
-        estimate = torch.empty(len(inputs.norm), S * N, device="cpu")
+        estimate = torch.empty(len(inputs.norm), S * N, dtype=torch.float32, device="cpu")
         if layer < len(self._sketches):
             inputs.products(self._sketches[layer], estimate)
         else:
@@ -124,3 +136,12 @@ class Selector:
     def _sketch_rows(self, plan: ReadPlan, buffer: AlignedBuffer) -> Tensor:
         shape = (len(plan.places), self._header.hidden)
         return buffer.bytes.view(torch.int8).as_strided(shape, (self._header.hidden, 1), int(plan.spots[0]))
+
+
+def _with_additions(estimate_TN: Tensor, row: int, low_rank: tuple[LowRank, ...], x_TH: Tensor) -> Tensor:
+    """An estimated projection with its low-rank additions, which are exact up to float32's rounding."""
+    for addition in low_rank:
+        if addition.row == row:
+            added_TN = addition.on_neurons(x_TH).float().cpu()
+            estimate_TN = estimate_TN + added_TN + _ADDITIONS_ROUNDING * added_TN.abs()
+    return estimate_TN

@@ -28,6 +28,8 @@ from ripple_loader.files import whole_file
 Array = npt.NDArray[Any]
 NORMS = (1.0, 2.0, math.inf)
 PROFILE_VERSION = 1
+DOUBTFUL = 0.3
+"""A fit with a larger relative error (root mean square) is told of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +74,17 @@ class DriveModel:
         parts = (requests * self.request_seconds, size * self.byte_seconds)
         return np.maximum(self.latency, _norm(*parts, self.norm))
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the fit is so bad that something else must have used the drive."""
+        return self.error > DOUBTFUL
+
     def summary(self) -> str:
         """One line for people."""
+        doubt = f", whose fit is off by {self.error:.0%}" if self.doubtful else ""
         return (
             f"{1e-6 / self.byte_seconds:,.0f} MB/s and {1 / self.request_seconds:,.0f} requests/s with "
-            f"{self.depth} in flight ({self.source})"
+            f"{self.depth} in flight ({self.source}{doubt})"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ripple_loader.storage.blocks import AlignedBuffer
 from ripple_loader.storage.collapse import ReadPlan
 from ripple_loader.storage.drive import (
     DEFAULT,
+    DOUBTFUL,
     DriveModel,
     DriveProfile,
     Measurement,
@@ -75,7 +77,7 @@ def _probed_file(path: Path) -> Iterator[Path]:
         yield path
         return
     directory = path if path.is_dir() else path.parent
-    if not directory.is_dir():
+    if not path.exists():
         raise FileNotFoundError(
             f"`path` must be a file or directory of the drive, but {path} does not exist."
         )
@@ -147,6 +149,13 @@ def describe(profile: DriveProfile) -> None:
     table.add_row("p", *(f"{model.norm:g}" for model in models.values()))
     table.add_row("fit error", *(f"{model.error:.0%}" for model in models.values()))
     Console().print(table)
+    doubtful = [f"{depth} in flight ({model.error:.0%})" for depth, model in models.items() if model.doubtful]
+    if doubtful:
+        print(
+            f"the fit is off by more than {DOUBTFUL:.0%} with {', '.join(doubtful)}: other work may have "
+            "used the drive; probe again when it is idle, for longer with `--seconds 10`.",
+            file=sys.stderr,
+        )
 
 
 def known_drive(reader: Reader) -> DriveModel:

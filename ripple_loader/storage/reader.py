@@ -121,7 +121,9 @@ class Reader:
 
     def _start_threads(self) -> None:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ripple-read")
-        self._finalizer = weakref.finalize(self, _release, self._pool, self._queues, self._descriptor)
+        self._finalizer = weakref.finalize(
+            self, _release, self._pool, self._queues, self._descriptor, os.getpid()
+        )
 
     def restart(self) -> None:
         """Wait for all submitted reads, even those of an interrupted call, and start new threads."""
@@ -229,7 +231,10 @@ def _open_direct(path: Path) -> tuple[int, int, str | None]:
     return os.open(path, os.O_RDONLY), BLOCK, refusal
 
 
-def _release(pool: ThreadPoolExecutor, queues: deque[AsyncReads], descriptor: int) -> None:
+def _release(pool: ThreadPoolExecutor, queues: deque[AsyncReads], descriptor: int, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child has a descriptor of its own, but neither threads nor queues
+        os.close(descriptor)
+        return
     pool.shutdown(wait=False)  # this may run in one of its own threads
     for queue in queues:
         queue.close()

@@ -15,9 +15,20 @@ from ripple_loader.registry import BUNDLES
 Model = Annotated[str, typer.Argument(help="The model's directory, as it was traced.")]
 TraceOption = Annotated[str, typer.Option("--trace", help="Directory that `ripple trace` wrote for it.")]
 Devices = Annotated[str | None, typer.Option(help="YAML file of devices instead of the package's.")]
-Cache = Annotated[float, typer.Option(help="Memory for neurons, as a share of all of them.")]
+Cache = Annotated[str, typer.Option(help='Memory for neurons, as a share of all of them: 0.25 or "25%".')]
 Replayed = Annotated[int, typer.Option(help="Tokens at the end of the trace to replay.")]
 Bundles = Annotated[str, typer.Option(help=f"Stored as one of: {BUNDLES.names()}.")]
+
+
+def _share(text: str) -> float:
+    """A share given as a number or in percent."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        raise ValueError(f'`cache` must be a share such as 0.25 or "25%", got {text!r}.') from None
+    check_share(share, "cache", zero=True)
+    return share
 
 
 def _workload(model: str, trace: str, bundles: str, tokens: int) -> Any:
@@ -50,7 +61,7 @@ def simulate(
         list[str] | None, typer.Option(help="Name of a device; without it all of them.")
     ] = None,
     devices: Devices = None,
-    cache: Cache = 0.1,
+    cache: Cache = "10%",
     tokens: Replayed = 512,
     bundles: Bundles = "same",
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
@@ -61,16 +72,16 @@ def simulate(
 
     from ripple_loader.studies.simulation import place_contenders, replay_contenders, summarise
 
-    check_share(cache, "cache", zero=True)
+    cache_share = _share(cache)
     chosen = _devices(devices, device)
     workload = _workload(model, trace, bundles, tokens)
     placed = place_contenders(workload)
-    results: dict[str, Any] = {"cache": cache, "tokens": tokens, "bundle_bytes": workload.bundle_bytes}
+    results: dict[str, Any] = {"cache": cache_share, "tokens": tokens, "bundle_bytes": workload.bundle_bytes}
     results["devices"] = {one.name: asdict(one) for one in chosen}
     results["strategies"] = {one.name: {} for one in chosen}
     for one in chosen:
         rows = results["strategies"][one.name]
-        for name, replayed in replay_contenders(workload, placed, one, cache_share=cache).items():
+        for name, replayed in replay_contenders(workload, placed, one, cache_share=cache_share).items():
             rows[name] = summarise(replayed, tokens, one.model)
         table = Table(title=f"{one.name}: {one.description}", caption=one.source)
         table.add_column("")
@@ -90,7 +101,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("ripple.html"),
     device: Annotated[str, typer.Option(help="The device that reads are priced for.")] = "ufs-4.0",
     devices: Devices = None,
-    cache: Cache = 0.1,
+    cache: Cache = "10%",
     tokens: Replayed = 512,
     bundles: Bundles = "same",
     layer: Annotated[int, typer.Option(help="The MLP that the heat maps show.")] = 0,
@@ -101,14 +112,14 @@ def report(
     from ripple_loader.studies.html_report import check_requirements, make_report
 
     check_requirements()
-    check_share(cache, "cache", zero=True)
+    cache_share = _share(cache)
     (chosen,) = _devices(devices, [device])
     probed = profile_path(device_of(Path(trace)))
     page = make_report(
         Path(model).name,
         _workload(model, trace, bundles, tokens),
         chosen,
-        cache_share=cache,
+        cache_share=cache_share,
         layer=layer,
         probe=DriveProfile.load(probed) if probed.exists() else None,
     )

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 
 from ripple_loader import RippleConfig, attach
 
-from .conftest import MODELS, make_model, relative_error, token_ids
+from .conftest import MODELS, load, make_model, relative_error, token_ids
 
 CONFIG = RippleConfig(dram_budget="1MiB")
 
@@ -45,3 +45,12 @@ def test_attach_refuses_a_sidecar_of_another_kind_of_model(other, reordered):
 def test_attach_refuses_a_model_of_another_size(reordered):
     with pytest.raises(ValueError, match="must fit the model"):
         attach(make_model("llama", num_hidden_layers=1), CONFIG, reordered("llama"))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_a_model_is_attached_once(name, reordered):
+    attached = AutoModelForCausalLM.from_pretrained(reordered(name))
+    attach(attached, CONFIG)
+    for model in (attached, load(reordered(name))):
+        with pytest.raises(ValueError, match="streamed already"):
+            attach(model, CONFIG, reordered(name))

@@ -71,6 +71,15 @@ def test_trace_then_reorder(saved, text, tmp_path):
     assert "differs in tokens" in bad(
         "trace", saved("llama"), "--calibration", text, "--out", traced, "--tokens", 65, "--active", "energy"
     ).replace("sequences, ", "")
+    for option in (
+        ("--tokens", 32),
+        ("--sequence-length", 8),
+        ("--active", "top_k"),
+        ("--active-share", 0.2),
+    ):
+        name = option[0].removeprefix("--").replace("-", "_")
+        error = bad("reorder", saved("llama"), "--trace", traced, "--out", tmp_path / "b", *option)
+        assert f"`{name}` must not be given beside `trace`" in error
     next(traced.glob("sequence*")).unlink()
     assert "1 are missing" in bad("reorder", saved("llama"), "--trace", traced, "--out", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.jsonl", "trace"]
@@ -152,3 +161,5 @@ def test_probe(tmp_path, monkeypatch):
     assert DriveProfile.load(kept).depths == [1, 4, 16, 32, 64]
     assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
     assert "does not exist" in bad("probe", tmp_path / "no" / "where")
+    monkeypatch.chdir(tmp_path)
+    assert "nope does not exist" in bad("probe", "nope")

@@ -17,7 +17,7 @@ from .conftest import load
 
 def test_from_pretrained_calls_the_hooks_around_reading_the_weights(reordered, monkeypatch):
     """Before, with the checkpoint's files and parameters on the meta device; after, with those in memory."""
-    seen = []
+    seen, directory = [], reordered("llama")
 
     def noted(name, hook):
         def run(self, model, *arguments):
@@ -29,7 +29,7 @@ def test_from_pretrained_calls_the_hooks_around_reading_the_weights(reordered, m
 
     for name in ("before_weights", "after_weights"):
         monkeypatch.setattr(RippleQuantizer, name, noted(name, getattr(RippleQuantizer, name)))
-    load(reordered("llama"))
+    load(directory)
     (before, meta, files), (after, device) = seen
     assert (before, after) == ("before_weights", "after_weights")
     assert (meta, device) == ("meta", "cpu")

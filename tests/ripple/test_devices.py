@@ -22,7 +22,7 @@ NAMES = ["llama", "opt", "mixtral"]
 
 
 def first_layer(name, model):
-    return model.model.decoder.layers[0].fc1 if name == "opt" else model.model.layers[0].mlp
+    return model.model.decoder.layers[0].activation_fn if name == "opt" else model.model.layers[0].mlp
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_all_that_meets_the_input_is_brought_to_its_device(name, selected, reord
     layer = first_layer(name, load(reordered(name), dram_budget="200KiB", buffer=1 << 14))
     places = np.arange(0, 40, 2) if selected else np.arange(96)
 
-    def select(self, layer, x_TH, activation):
+    def select(self, layer, x_TH, activation, low_rank):
         return Selection(places, torch.ones(len(x_TH), 96, dtype=torch.bool) if selected else None)
 
     monkeypatch.setattr(Selector, "select", select)

@@ -202,3 +202,19 @@ def test_a_strategy_that_is_cheaper_is_taken_and_said(saved, reordered):
     assert model.ripple_report.resident["sketch"] == 0
     exact = load(reordered("llama"), dram_budget="60KiB")
     assert torch.equal(model(token_ids()).logits, exact(token_ids()).logits)
+
+
+def test_a_bad_fit_is_told_of(capsys):
+    """Reads that took longer with more in flight fit no model."""
+    times = {(4096, 4): 1.0, (8192, 4): 0.01, (4096, 32): 0.01, (8192, 32): 0.02}
+    measurements = [
+        Measurement(size=size, depth=depth, requests=10, seconds=seconds)
+        for (size, depth), seconds in times.items()
+    ]
+    profile = DriveProfile(device="d", date="2026-01-01", direct=True, measurements=measurements)
+    assert profile.at(4).doubtful
+    assert not profile.at(32).doubtful
+    assert "whose fit is off by" in profile.at(4).summary()
+    assert "fit" not in profile.at(32).summary()
+    describe(profile)
+    assert "the fit is off by more than 30% with 4 in flight" in capsys.readouterr().err

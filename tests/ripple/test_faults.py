@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ripple_loader import reorder
@@ -117,6 +118,91 @@ def traced(saved, tmp_path_factory):
     out = tmp_path_factory.mktemp("traced")
     trace(saved("llama"), out)
     return out
+
+
+SECTIONS = ["bundles", "sketch", "vectors", "permutation", "predictor", "checks"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SECTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [{"strategy": "dense"}, {}, {"dram_budget": "60KiB", "buffer": 1 << 14}, {"recall": 0.9}],
+    ids=lambda options: ",".join(options) or "sparse",
+)
+@pytest.mark.filterwarnings("ignore:2 of 2 MLPs compute all neurons")
+def test_damage_to_what_is_read_is_found_when_it_is_read(kind, options, reordered, tmp_path):
+    """Wherever the flipped bit lies, nothing is computed with it: it is not read, or its place is named."""
+    directory, ids = reordered("opt"), token_ids()
+    sidecar = Sidecar(directory)
+    expected = load(directory, **options)(ids).logits
+    path = linked_copy(directory, tmp_path / "copy", SIDECAR)
+    intact, refused = path.read_bytes(), 0
+    for layer in range(2):
+        start, size = sidecar.section(layer, kind)
+        for share in (0.01, 0.4, 0.99):
+            data = bytearray(intact)
+            data[start + int(share * size)] ^= 0x40
+            path.write_bytes(data)
+            try:
+                got = load(tmp_path / "copy", **options)(ids).logits
+            except ValueError as error:
+                message, refused = str(error), refused + 1
+                assert f"{path} is damaged at byte" in message
+                damaged = int(message.split("at byte ")[1].split(":")[0])
+                assert start <= damaged <= start + int(share * size)
+            else:
+                assert relative_error(got, expected) < 1e-6
+    read = {
+        "sketch": "recall" not in options and options.get("strategy") != "dense",
+        "predictor": "recall" in options,
+        "permutation": False,
+    }
+    assert refused == (6 if read.get(kind, True) else 0)
+
+
+def test_reads_are_not_checked_without_the_option(reordered, tmp_path):
+    path = linked_copy(reordered("llama"), tmp_path / "copy", SIDECAR)
+    start, size = Sidecar(tmp_path / "copy").section(0, "bundles")
+    with path.open("r+b") as file:
+        file.seek(start + size // 2)
+        file.write(b"damaged")
+    model = load(tmp_path / "copy", check_reads=False)
+    assert model(token_ids()).logits.shape == (1, 24, 120)
+    assert model.ripple_report.resident["checksums"] == 0
+    with pytest.raises(ValueError, match="bundles of MLP 0 do not match"):
+        load(tmp_path / "copy")(token_ids())
+
+
+def _edit(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("linear", ["gate_proj", "up_proj", "down_proj"])
+def test_weights_edited_after_the_first_block_are_noticed(linear, reordered, tmp_path):
+    shutil.copytree(reordered("llama"), tmp_path / "copy")
+    path, name = tmp_path / "copy" / "model.safetensors", f"model.layers.1.mlp.{linear}.weight"
+    load(tmp_path / "copy")  # a copy as it is
+    _edit(path, lambda tensors: tensors[name].mul_(1.01))
+    with pytest.raises(ValueError, match=r"those of .* differ"):
+        load(tmp_path / "copy")
+
+
+def test_one_byte_edited_in_place_is_noticed(saved, tmp_path):
+    reorder(saved("llama"), tmp_path / "out", CALIBRATION, SMALL)
+    path = tmp_path / "out" / "model.safetensors"
+    os.utime(path)
+    load(tmp_path / "out")  # touched, but the same
+    spot = read_shards(tmp_path / "out")[0].tensors["model.layers.1.mlp.up_proj.weight"]
+    with path.open("r+b") as file:
+        file.seek(spot.start + 5001)
+        byte = file.read(1)[0]
+        file.seek(spot.start + 5001)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(ValueError, match=r"those of .* differ"):
+        load(tmp_path / "out")
 
 
 @torch.no_grad()

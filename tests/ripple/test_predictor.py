@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from ripple_loader import RippleConfig, reorder
 from ripple_loader.checkpoint.source import open_source
@@ -113,6 +114,17 @@ def test_a_model_comes_closer_with_more_recall(name, predicting):
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5
     assert computed[0] < computed[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["auto", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_predictors_of_half_precision_checkpoints(dtype, strategy, saved, tmp_path):
+    reorder(saved("opt", dtype), tmp_path / "out", MORE, replace(SMALL, tokens=1024))
+    model = load(tmp_path / "out", recall=0.999, strategy=strategy)
+    reference = AutoModelForCausalLM.from_pretrained(saved("opt", dtype), dtype=dtype)(token_ids()).logits
+    assert model.dtype == dtype
+    assert relative_error(model(token_ids()).logits, reference) < 0.1
 
 
 @torch.no_grad()

@@ -15,16 +15,19 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 from ripple_loader import ReorderConfig, reorder
 from ripple_loader.files import Workspace
 from ripple_loader.format.sidecar import Sidecar
 from ripple_loader.format.writer import SidecarWriter
+from ripple_loader.model.architectures import ARCHITECTURES
+from ripple_loader.offline import verification
 from ripple_loader.offline.verification import verify
 
 from .conftest import (
     CALIBRATION,
+    GROUPED,
     MODELS,
     SMALL,
     least_budget,
@@ -355,3 +358,52 @@ def test_other_placements(placement, saved, tmp_path):
     run(saved("opt"), tmp_path / "out", config=ReorderConfig(placement=placement, tokens=64))
     original, copy = (AutoModelForCausalLM.from_pretrained(d) for d in (saved("opt"), tmp_path / "out"))
     assert relative_error(copy(token_ids()).logits, original(token_ids()).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entry"), [("apertus", "arcee"), ("bitnet", "llama"), ("cohere", "opt")]
+)
+def test_an_entry_that_does_not_fit_is_refused_before_the_copy_has_its_name(
+    model_type, entry, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(MODELS, model_type, {"model_type": model_type, **GROUPED})
+    monkeypatch.setitem(ARCHITECTURES, model_type, ARCHITECTURES[entry])
+    make_model(model_type).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"the apertus must compute the same|must hold the weight|ffn_sub_norm|differ"
+    ):
+        reorder(tmp_path / "model", tmp_path / "out", CALIBRATION, SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bundles", ["int8", "float16"])
+def test_rounded_bundles_are_compared_with_the_stock_model_of_rounded_weights(
+    bundles, saved, tmp_path, monkeypatch
+):
+    seen = []
+    real = verification._difference
+    monkeypatch.setattr(verification, "_difference", lambda *pair: seen.append(real(*pair)) or seen[-1])
+    for name in ("llama", "gpt2", "phi3", "opt", "mixtral"):
+        reorder(saved(name), tmp_path / name, CALIBRATION, dataclasses.replace(SMALL, bundles=bundles))
+    assert len(seen) == 10
+    assert max(seen) < 1e-5
+
+
+def test_a_model_without_a_tokenizer_is_told_so(saved, tmp_path):
+    with pytest.raises(ValueError, match="must hold a tokenizer to read texts with"):
+        reorder(saved("llama"), tmp_path / "out", ["some text"], SMALL)
+
+
+def test_a_model_with_code_of_its_own_is_refused(saved, tmp_path):
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must be a model of transformers' own, but runs code"):
+        reorder(tmp_path / "model", tmp_path / "out", CALIBRATION, SMALL)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="but t5 is an encoder-decoder"):
+        reorder(tmp_path, tmp_path / "out", CALIBRATION, SMALL)

@@ -209,6 +209,8 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
         ("simulate", ["--device", "floppy"], "`device` must be one of"),
         ("simulate", ["--tokens", "100000"], "`tokens` must be positive and leave some"),
         ("simulate", ["--cache", "7"], "`cache` must be at least 0 and at most 1, got 7"),
+        ("simulate", ["--cache", "some"], "`cache` must be a share such as"),
+        ("simulate", ["--cache", "101%"], "`cache` must be at least 0 and at most 1, got 1.01"),
         ("simulate", ["--bundles", "int3"], "`bundles` must be one of"),
         ("simulate", ["--devices", "nowhere.yaml"], "No such file: nowhere.yaml"),
         ("report", ["--layer", "9"], "`layer` must be from 0 to 1"),
@@ -229,3 +231,15 @@ def test_a_missing_library_is_named(traced, monkeypatch, tmp_path):
     run = CliRunner().invoke(app, ["report", model, "--trace", trace, "--out", str(tmp_path / "x.html")])
     assert run.exit_code == 2
     assert "jinja2 is missing: pip install" in run.output
+
+
+def test_the_cache_in_percent(traced, tmp_path):
+    model, trace = traced
+    written = []
+    for number, cache in enumerate(("0.25", "25%")):
+        out = tmp_path / f"{number}.json"
+        options = ["--device", "ufs-4.0", "--tokens", "64", "--json", str(out), "--cache", cache]
+        run = CliRunner().invoke(app, ["simulate", model, "--trace", trace, *options])
+        assert run.exit_code == 0, run.output
+        written.append(out.read_text())
+    assert written[0] == written[1]

@@ -159,17 +159,6 @@ def test_dict_form_and_config_json(saved, reordered, tmp_path):
     assert model.ripple_report.budget == 1 << 20
 
 
-def test_backward_is_refused(reordered):
-    model, ids = load(reordered("llama")), token_ids()
-    with pytest.raises(RuntimeError, match="must only run forward"):
-        model(ids, labels=ids).loss.backward()
-
-
-def test_saving_is_refused(reordered, tmp_path):
-    with pytest.raises(ValueError, match="ripple"):
-        load(reordered("llama")).save_pretrained(tmp_path)
-
-
 def test_a_sidecar_beside_other_weights_is_refused(reordered, tmp_path):
     for file in reordered("llama").iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -180,6 +169,19 @@ def test_a_sidecar_beside_other_weights_is_refused(reordered, tmp_path):
     os.replace(tmp_path / "tuned" / "model.safetensors", tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"those of .* differ"):
         load(tmp_path)
+
+
+@torch.no_grad()
+def test_the_summary_counts_what_a_forward_call_reads(reordered):
+    """A prompt reads each neuron once, whatever its number of tokens."""
+    model = load(reordered("llama"))
+    for ids in (token_ids(24), token_ids(8), token_ids(1)):
+        model(ids)
+    report = model.ripple_report
+    assert (report.calls, report.tokens) == (3, 33)
+    assert "33 tokens in 3 forward calls; per call and layer 96 neurons" in report.summary()
+    report.reset()
+    assert (report.calls, report.tokens) == (0, 0)
 
 
 def test_a_directory_without_sidecar_is_refused(saved):
