@@ -14,6 +14,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class LemoSession:
         fused_norms: how many norms of each class LeMo's kernel computes.
         kernel_backend: what LeMo's kernels are written in on the model's device, "torch" or "triton".
         logits_made: whether a training batch came without `labels` and computed all its logits.
+        choice: what `mode="auto"` chose for the longest batch so far (`exact.auto.Choice`); None before the
+            first, and in other modes.
         mode_notes: what a user should know about how the mode runs on this model.
     """
 
@@ -78,8 +81,16 @@ class LemoSession:
         self.kernel_backend = "torch"
         self.logits_made = False
         self.mode_notes: list[str] = []
+        self.choice: Any = None
         self._undo: list[Callable[[], None]] = []
         self.start_batch(None)
+
+    def become(self, other: LemoSession) -> None:
+        """Go on as `other`, which patched nothing yet; this session's own patches are off."""
+        assert not self._undo
+        choice, notes = self.choice, self.mode_notes
+        vars(self).update(vars(other))
+        self.choice, self.mode_notes = choice, notes
 
     def on_undo(self, step: Callable[[], None]) -> None:
         """Remember how to take a patch off again."""

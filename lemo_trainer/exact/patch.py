@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo_trainer.exact.auto import AutoChoice, batch_shape
 from lemo_trainer.exact.mode import ExactMode
+from lemo_trainer.exact.ways import Detached
 from lemo_trainer.head.forward import forward_with_segmented_loss
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.session import LemoSession
@@ -23,8 +25,11 @@ from lemo_trainer.session import LemoSession
 _OURS = "_lemo"  # what the names of all our attributes begin with
 
 
-def patch_exact(parts: CausalLM, session: LemoSession) -> None:
+def patch_exact(parts: CausalLM, session: LemoSession, leave: Callable[[float], None] | None = None) -> None:
     """Let training forward passes of `parts` run in exact mode; `session.undo` takes it off again.
+
+    Args:
+        leave: under `mode="auto"`, puts mode "detach" with this kept share on in place of exact mode.
 
     Raises:
         ValueError: the layers cannot run so, by what they are or by the scheme asked for.
@@ -35,7 +40,11 @@ def patch_exact(parts: CausalLM, session: LemoSession) -> None:
         _swap_class(layer, _exact_layer(layer.__class__), session, _lemo_mode=mode, _lemo_index=index)
     decoder = next(part for part in parts.model.modules() if parts.layers in part.children())
     _patch_forward(decoder, functools.partial(_run_decoder, mode), session)
-    _patch_forward(parts.model, functools.partial(_with_segmented_loss, parts, session), session)
+    run_model = functools.partial(_with_segmented_loss, parts, session)
+    if mode.auto is not None:
+        assert leave is not None
+        run_model = functools.partial(_choosing, mode.auto, leave, run_model, parts, session)
+    _patch_forward(parts.model, run_model, session)
 
 
 def _swap_class(module: Any, patched: type[nn.Module], session: LemoSession, **attributes: Any) -> None:
@@ -71,6 +80,7 @@ def _own_copies(original: type[nn.Module]) -> dict[str, Any]:
 
 @functools.cache
 def _exact_layer(original: Any) -> type[nn.Module]:
+    @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         mode: ExactMode = self._lemo_mode
         return mode.run_layer(self._lemo_index, self, original.forward, args, kwargs)
@@ -123,6 +133,35 @@ def _run_decoder(mode: ExactMode, forward: Callable[..., Any], *args: Any, **kwa
     """The decoder's own forward, without the cache that it would fill where its config says so."""
     with mode.running():
         return forward(*args, **{**kwargs, "use_cache": False})
+
+
+def _choosing(
+    auto: AutoChoice,
+    leave: Callable[[float], None],
+    run: Callable[..., Any],
+    parts: CausalLM,
+    session: LemoSession,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The causal LM's forward in the way that `auto` chooses for this batch."""
+    if session.config.mode != "auto":  # left for another mode, and still inside somebody's wrapper
+        return forward(*args, **kwargs)
+    signature = inspect.signature(forward)
+
+    def count(**inputs: Any) -> Any:
+        loss = forward_with_segmented_loss
+        segment = session.config.loss_segment
+        if not segment:
+            return forward(**inputs)
+        return loss(parts, forward, signature.bind(**inputs), segment, lambda: None)
+
+    session.choice = auto.of_batch(count, *batch_shape(signature.bind(*args, **kwargs).arguments))
+    if isinstance(session.choice.way, Detached):
+        leave(session.choice.way.keep_ratio)
+        return parts.model.forward(*args, **kwargs)
+    return run(forward, *args, **kwargs)
 
 
 def _with_segmented_loss(
