@@ -231,7 +231,11 @@ class LemoConfig:
     def _beyond(self, known: set[str]) -> list[str]:
         """The options that are given, but not in `known`."""
         fields = dataclasses.fields(self)
-        return [each.name for each in fields if each.name not in known and getattr(self, each.name) != each.default]
+        return [
+            each.name
+            for each in fields
+            if each.name not in known and getattr(self, each.name) != each.default
+        ]
 
     def _check_auto(self) -> None:
         if not _is_number(self.speed) or not 1 <= self.speed < math.inf:

@@ -160,7 +160,9 @@ class AutoChoice:
             )
         return self._smallest(chosen, table, state, batch_size, seq_len)
 
-    def _smallest(self, chosen: Any, table: list[WayCost], state: float, batch_size: int, seq_len: int) -> Choice:
+    def _smallest(
+        self, chosen: Any, table: list[WayCost], state: float, batch_size: int, seq_len: int
+    ) -> Choice:
         """The way with the lowest peak, where nothing fits what is free; an error under a given `memory`."""
         smallest = min(table, key=lambda cost: cost.peak)
         text = (

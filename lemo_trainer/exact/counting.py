@@ -130,7 +130,12 @@ class StepParts:
 
 
 def count_step(
-    parts: CausalLM, head_forward: Callable[..., Any], batch: int, seq_len: int, sizes: tuple[int, ...], uncut: set[int]
+    parts: CausalLM,
+    head_forward: Callable[..., Any],
+    batch: int,
+    seq_len: int,
+    sizes: tuple[int, ...],
+    uncut: set[int],
 ) -> StepParts:
     """Count a step of `parts`.
 
@@ -161,7 +166,9 @@ def count_step(
     except CannotCountError:
         raise
     except Exception as error:
-        raise CannotCountError(f"it does not run on fake tensors ({type(error).__name__}: {error})") from error
+        raise CannotCountError(
+            f"it does not run on fake tensors ({type(error).__name__}: {error})"
+        ) from error
     return StepParts(batch, seq_len, head, tuple(counted))
 
 
@@ -176,7 +183,9 @@ def _count_head(
     with idle_layers(parts.layers) as calls, last, made, WorkCounter() as work:
         loss = forward(input_ids=tokens, labels=tokens, **dry_options(parts.model)).loss
         loss.backward()
-    cost = HeadCost(made.saved_bytes, made.peaks["head"], made.peaks["end"], Work(work.flops, work.bytes, work.calls))
+    cost = HeadCost(
+        made.saved_bytes, made.peaks["head"], made.peaks["end"], Work(work.flops, work.bytes, work.calls)
+    )
     return cost, calls, seen[0]
 
 
@@ -214,7 +223,9 @@ def _count_kind(
     for size in sizes:
         for recompute, run in ((False, _called), (True, saving_matmuls)):
             segments[recompute, size], heads = _count_segments(layer, x_BSD, arguments, size, run)
-    return KindCost(count, x_BSD.nbytes, x_BSD.element_size(), heads, _sums(layer), plain, selective, segments)
+    return KindCost(
+        count, x_BSD.nbytes, x_BSD.element_size(), heads, _sums(layer), plain, selective, segments
+    )
 
 
 def _sums(layer: Any) -> float:

@@ -148,20 +148,25 @@ def _choosing(
     """The causal LM's forward in the way that `auto` chooses for this batch."""
     if session.config.mode != "auto":  # left for another mode, and still inside somebody's wrapper
         return forward(*args, **kwargs)
-    signature = inspect.signature(forward)
-
-    def count(**inputs: Any) -> Any:
-        loss = forward_with_segmented_loss
-        segment = session.config.loss_segment
-        if not segment:
-            return forward(**inputs)
-        return loss(parts, forward, signature.bind(**inputs), segment, lambda: None)
-
-    session.choice = auto.of_batch(count, *batch_shape(signature.bind(*args, **kwargs).arguments))
+    arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+    count = loss_forward(parts, forward, session.config.loss_segment)
+    session.choice = auto.of_batch(count, *batch_shape(arguments))
     if isinstance(session.choice.way, Detached):
         leave(session.choice.way.keep_ratio)
         return parts.model.forward(*args, **kwargs)
     return run(forward, *args, **kwargs)
+
+
+def loss_forward(parts: CausalLM, forward: Callable[..., Any], segment: int) -> Callable[..., Any]:
+    """The causal LM's `forward` by keywords, with the loss that exact mode gives it."""
+    if not segment:
+        return forward
+    signature = inspect.signature(forward)
+
+    def run(**inputs: Any) -> Any:
+        return forward_with_segmented_loss(parts, forward, signature.bind(**inputs), segment, lambda: None)
+
+    return run
 
 
 def _with_segmented_loss(

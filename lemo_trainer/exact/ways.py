@@ -35,11 +35,11 @@ class Way:
 
     def __str__(self) -> str:
         if self.scheme == "plain":
-            return "plain, elementwise results recomputed" if self.selective else "plain"
+            return "plain, selective" if self.selective else "plain"
         where = "" if self.boundaries == "memory" else f", boundaries on {self.boundaries}"
         if not self.segment_tokens:
             return f"checkpointing{where}"
-        again = ", elementwise results recomputed" if self.selective else ""
+        again = ", selective" if self.selective else ""
         return f"exact by {self.scheme} of {self.segment_tokens}{where}{again}"
 
 
@@ -133,7 +133,13 @@ def detached_cost(way: Detached, parts: StepParts, speeds: Speeds = CPU) -> WayC
 
 
 def _with_head(
-    way: Way | Detached, parts: StepParts, speeds: Speeds, saved: float, peak: float, stored: float, work: Work
+    way: Way | Detached,
+    parts: StepParts,
+    speeds: Speeds,
+    saved: float,
+    peak: float,
+    stored: float,
+    work: Work,
 ) -> WayCost:
     head = parts.head
     work = work + head.work
@@ -169,7 +175,12 @@ def _layers(way: Way, parts: StepParts) -> _Cost:
     kept = 0.0 if elsewhere else layers * hidden  # beside one, which the head counts
     walks = [_walk_of(kind, way, parts) for kind in parts.kinds]
     peak = max(peak for peak, _ in walks) + kept
-    return kept, peak, stored, _sum([work * kind.count for kind, (_, work) in zip(parts.kinds, walks, strict=True)])
+    return (
+        kept,
+        peak,
+        stored,
+        _sum([work * kind.count for kind, (_, work) in zip(parts.kinds, walks, strict=True)]),
+    )
 
 
 def _walk_of(kind: KindCost, way: Way, parts: StepParts) -> tuple[float, Work]:
@@ -191,9 +202,7 @@ def _segments(way: Way, parts: StepParts) -> _Cost:
     heads = sum(kind.heads * kind.count for kind in parts.kinds)
     wide = sum(_head_gradients(kind) * kind.count for run, kind in runs)
     saved = sum(run.last.saved * kind.count for run, kind in runs)
-    transient = max(
-        run.last.peak - run.last.saved - _head_gradients(kind) for run, kind in runs
-    )
+    transient = max(run.last.peak - run.last.saved - _head_gradients(kind) for run, kind in runs)
     sums = sum(kind.sums * kind.count for kind in parts.kinds)
     peak = heads + wide + saved + transient + sums + 2 * hidden
     count = parts.seq_len / way.segment_tokens

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.offline.step_cost import Setup, StepCost, fit, predict
+from lemo_trainer.offline.way_costs import STEP, plan_ways
 
 from .tiny import checkpointing, lora, tiny_model
 
@@ -148,7 +149,41 @@ def test_what_cannot_fit_is_said(limits, message):
         fit(setup_of(seq_len=32), LEMOS["detach"], checkpointing=False, **limits)
 
 
+def test_the_longest_sample_of_each_way_fits_and_a_longer_one_does_not():
+    """A third way to the same peak: the whole step counted at the length that was found."""
+    setup = setup_of("llama", hidden_size=64, intermediate_size=160, layers=8, seq_len=64)
+    config = LemoConfig(segment_tokens=32, loss_segment=16)
+    memory = 24e6
+    plans = {str(plan.cost.way): plan for plan in plan_ways(setup, config, memory, longest=True)}
+    assert plans["plain"].longest < plans["checkpointing"].longest < plans["exact by layers of 32"].longest
+    for name in ("plain", "exact by layers of 32"):
+        longest = plans[name].longest
+        at, beyond = (
+            next(
+                plan
+                for plan in plan_ways(dataclasses.replace(setup, seq_len=n), config, memory)
+                if str(plan.cost.way) == name
+            )
+            for n in (longest, longest + STEP)
+        )
+        assert at.fits
+        assert not beyond.fits
+
+
+def test_a_table_of_ways_is_what_auto_chooses_from():
+    setup = setup_of(layers=4, seq_len=SEQ_LEN)
+    config = LemoConfig(segment_tokens=16, loss_segment=16)
+    planned = plan_ways(setup, config, 1e9)
+    model = lora(tiny_model(layers=4))
+    report = apply_lemo(model, config)
+    tokens = torch.randint(97, (1, SEQ_LEN))
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    assert [plan.cost for plan in planned] == list(report.choice.table)
+
+
 def test_what_cannot_be_predicted_is_said():
+    with pytest.raises(ValueError, match='`mode` must be named for a prediction, got "auto"'):
+        predict(setup_of(), LemoConfig(), checkpointing=False)
     with pytest.raises(ValueError, match="thresholds '1:0\\.8'"):
         predict(setup_of(), LemoConfig(thresholds="1:0.8"), checkpointing=False)
     with pytest.raises(ValueError, match="`seq_len` must be within the model's positions, 128, got 129"):
