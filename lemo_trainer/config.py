@@ -31,17 +31,17 @@ class LemoConfig:
     """Which tokens take part in a training step.
 
     Args:
-        mode: "auto": every token takes part, with the gradient of the unpatched model, in the fastest way that
-            fits the memory; only if none fits, or for more `speed`, in "detach" with as large a share as
-            possible. "exact": the same gradient, in the way that `scheme` and `boundaries` say. The others say
-            what a layer does with an uninformative block. "detach": it computes the block, so that the
+        mode: "auto": every token takes part, with the gradient of the unpatched model, in the fastest way
+            that fits the memory; only if none fits, or for more `speed`, in "detach" with as large a share as
+            possible. "exact": the same gradient, in the way that `scheme` and `boundaries` say. The others
+            say what a layer does with an uninformative block. "detach": it computes the block, so that the
             forward pass stays exact, but without gradient and without saving anything; other tokens attend to
             its keys and values as constants. "eliminate": the block skips attention and MLP and passes
             through the residual stream unchanged (the paper's token elimination), which saves more compute
             without checkpointing and degrades small models. "segments": a sample goes forward and backward
             one segment of `segment_tokens` after the other, each attending to the keys and values of earlier
-            segments as constants; `keep_ratio` is the share of the segments that carry gradient. None is "auto", or
-            "detach" if an option is given that "auto" does not have.
+            segments as constants; `keep_ratio` is the share of the segments that carry gradient. None is
+            "auto", or "detach" if an option is given that "auto" does not have.
         memory: what the tensors of a step may take at most under `mode="auto"`: weights, gradients, optimizer
             states and activations, as "12GiB". Empty is what is free when the first batch comes.
         speed: how many times faster than the fastest exact way that fits a step must be under `mode="auto"`.

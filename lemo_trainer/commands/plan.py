@@ -72,8 +72,8 @@ def _print_ways(setup: Setup, config: LemoConfig) -> None:
     plans = plan_ways(setup, config, memory, longest=bool(config.memory))
     table = Table(
         title=f"One step of {setup.batch_size} x {setup.seq_len} tokens; every way has the exact gradient",
-        caption=f"memory for tensors: {memory / 1e9:,.2f} GB; peak counts weights, gradients, AdamW's states and "
-        "activations; time is against the fastest way, by counts",
+        caption=f"memory for tensors: {memory / 1e9:,.2f} GB; peak counts weights, gradients, AdamW's states "
+        "and activations; time is against the fastest way, by counts",
     )
     columns = ("", "saved, MB", "elsewhere, MB", "peak, MB", "time", "fits")
     for column in (*columns, "longest sample") if config.memory else columns:

@@ -32,8 +32,8 @@ class Choice:
     Args:
         way: the chosen one.
         batch_size, seq_len: of the longest batch so far, for which it was chosen.
-        table: every exact way with its cost, the fastest first; empty where nothing could be predicted. `peak`
-            counts activations.
+        table: every exact way with its cost, the fastest first; empty where nothing could be predicted. The
+            peaks in it count activations only.
         state: bytes of weights, gradients and optimizer states, beside every peak.
         memory: bytes that all of it may take.
         reason: why this way.
@@ -57,8 +57,8 @@ class Choice:
         if others:
             fastest = self.table[0].seconds
             text += "; others: " + ", ".join(
-                f"{cost.way} {(cost.peak + self.state) / 1e9:.2f} GB at {cost.seconds / fastest:.2f} of the time"
-                f"{'' if self.fits(cost) else ' (does not fit)'}"
+                f"{cost.way} {(cost.peak + self.state) / 1e9:.2f} GB, {cost.seconds / fastest:.2f} of the "
+                f"time{'' if self.fits(cost) else ' (does not fit)'}"
                 for cost in others
             )
         return text
@@ -156,7 +156,8 @@ class AutoChoice:
                 return chosen(cost.way, table, _of_detached(share, bool(fitting), config.speed, needed))
         if fitting:
             raise ValueError(
-                f"`speed` must be one that keeping a tenth of the tokens reaches, got {config.speed}; lower it."
+                f"`speed` must be one that keeping a tenth of the tokens reaches, got {config.speed}; "
+                "lower it."
             )
         return self._smallest(chosen, table, state, batch_size, seq_len)
 
@@ -181,8 +182,8 @@ def _of_detached(share: float, exact_fits: bool, speed: float, memory: str) -> s
     why = f"for `speed` {speed:g}" if exact_fits else f"no exact way fits {memory}"
     known = [f"{cosine} at {kept:.0%}" for kept, cosine in _COSINES.items()]
     return (
-        f"{why}; {1 - share:.0%} of the tokens lose their gradient (cosine with the dense gradient, measured on "
-        f"SmolLM2: {', '.join(known)})"
+        f"{why}; {1 - share:.0%} of the tokens lose their gradient (cosine with the dense gradient, measured "
+        f"on SmolLM2: {', '.join(known)})"
     )
 
 

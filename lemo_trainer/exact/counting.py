@@ -33,7 +33,7 @@ from lemo_trainer.model.calls import dry_options, idle_layers
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation does: operations of matrix products, bytes written, and calls of torch's operators."""
+    """What a computation does: operations of matrix products, bytes written, calls of operators."""
 
     flops: float = 0.0
     bytes: float = 0.0

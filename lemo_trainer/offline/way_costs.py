@@ -1,4 +1,4 @@
-"""What each exact way to run a step costs, from a configuration alone, and the longest sample that it fits."""
+"""What each exact way to run a step costs, from a configuration alone, and the longest sample that fits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from lemo_trainer.config import LemoConfig
@@ -21,7 +20,7 @@ from lemo_trainer.model.architectures import find_causal_lm
 from lemo_trainer.offline.step_cost import Setup, build
 
 STEP = 256  # the longest sample is rounded down to this many tokens
-_POINTS = (1, 2, 3)  # lengths, in multiples of the first, through which a peak is drawn
+_POINTS = (1, 4, 16)  # lengths, in multiples of the first, between which a peak is drawn
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,16 @@ def _table(model: Any, setup: Setup, config: LemoConfig) -> list[WayCost]:
 def _longest(lengths: Iterable[int], peaks: Iterable[float], memory: float) -> int:
     """The most tokens, a multiple of STEP, whose peak stays within `memory`.
 
-    A peak grows with the length, or with its square where attention is written out.
+    A peak grows with the length; where it grows with its square, because attention is written out, the lines
+    between the counted lengths lie above it, so that the length found still fits.
     """
-    curve = np.polynomial.Polynomial.fit(list(lengths), list(peaks), 2)
+    points = list(zip(lengths, peaks, strict=True))
+
+    def curve(length: int) -> float:
+        later = next((place for place, (x, _) in enumerate(points[1:-1], 1) if length <= x), len(points) - 1)
+        (x0, y0), (x1, y1) = points[later - 1 : later + 1]
+        return y0 + (y1 - y0) * (length - x0) / (x1 - x0)
+
     low, high = 0, STEP
     while curve(high) <= memory and high < 2**30:
         low, high = high, 2 * high

@@ -7,6 +7,7 @@ One forward and backward pass of SmolLM2-135M with LoRA for each row, every tens
 prediction of time shown), which needs a quiet machine.
 """
 
+import math
 from typing import Any
 
 import common
@@ -19,7 +20,9 @@ from transformers import AutoConfig
 
 from lemo_trainer import LemoConfig
 from lemo_trainer.measure import ActivationBytes, FlopCounter
-from lemo_trainer.offline.step_cost import Setup, predict
+from lemo_trainer.exact.ways import Way
+from lemo_trainer.offline.step_cost import Setup, StepCost, predict
+from lemo_trainer.offline.way_costs import plan_ways
 
 CONTENDERS: dict[str, lora.Method] = {
     "LoRA": (None, False),
@@ -63,6 +66,13 @@ def predicted(method: lora.Method, seq_len: int, repeats: int = 0) -> Any:
     """What `lemo plan` says that a step costs."""
     config = AutoConfig.from_pretrained(assets.model_dir())
     setup = Setup(model_config=config, seq_len=seq_len, lora=lora.LORA)
+    lemo = method[0]
+    if lemo is not None and lemo.mode == "exact" and not repeats:
+        plans = plan_ways(setup, LemoConfig(segment_tokens=lemo.segment_tokens), math.inf)
+        options = {"segment_tokens": lemo.segment_tokens, "boundaries": lemo.boundaries}
+        way = Way(scheme=lemo.scheme, selective=lemo.scheme == "segments", **options)
+        plan = next(plan for plan in plans if plan.cost.way == way)
+        return StepCost(plan.cost.saved, plan.peak, plan.cost.flops, 0.0)
     return predict(setup, method[0], checkpointing=method[1], repeats=repeats)
 
 

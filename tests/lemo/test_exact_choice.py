@@ -202,7 +202,7 @@ def test_a_sparse_choice_runs_in_the_same_session_and_is_undone():
 
 def test_a_memory_that_holds_no_step_is_refused():
     model = tiny_model(layers=4, **WIDE)
-    with pytest.raises(ValueError, match="`memory` must hold a step: 1 x 512 tokens need .* GB at least"):
+    with pytest.raises(ValueError, match=r"`memory` must hold a step: 1 x 512 tokens need .* GB at least"):
         choice_of(model, memory="1MB")
     remove_lemo(model)
 

@@ -150,24 +150,14 @@ def test_what_cannot_fit_is_said(limits, message):
 
 
 def test_the_longest_sample_of_each_way_fits_and_a_longer_one_does_not():
-    """A third way to the same peak: the whole step counted at the length that was found."""
-    setup = setup_of("llama", hidden_size=64, intermediate_size=160, layers=8, seq_len=64)
-    config = LemoConfig(segment_tokens=32, loss_segment=16)
-    memory = 24e6
+    setup = setup_of("llama", hidden_size=64, intermediate_size=160, layers=3, seq_len=64)
+    config, memory, name = LemoConfig(segment_tokens=64, loss_segment=64), 8e6, "exact by layers of 64"
     plans = {str(plan.cost.way): plan for plan in plan_ways(setup, config, memory, longest=True)}
-    assert plans["plain"].longest < plans["checkpointing"].longest < plans["exact by layers of 32"].longest
-    for name in ("plain", "exact by layers of 32"):
-        longest = plans[name].longest
-        at, beyond = (
-            next(
-                plan
-                for plan in plan_ways(dataclasses.replace(setup, seq_len=n), config, memory)
-                if str(plan.cost.way) == name
-            )
-            for n in (longest, longest + STEP)
-        )
-        assert at.fits
-        assert not beyond.fits
+    longest = plans[name].longest
+    assert plans["plain"].longest < plans["checkpointing"].longest < longest
+    for seq_len, fits in ((longest, True), (longest + STEP, False)):
+        tried = plan_ways(dataclasses.replace(setup, seq_len=seq_len), config, memory)
+        assert next(plan for plan in tried if str(plan.cost.way) == name).fits == fits
 
 
 def test_a_table_of_ways_is_what_auto_chooses_from():
