@@ -232,6 +232,25 @@ def test_counting_leaves_nothing_behind():
     assert model.model.layers[0].mlp.up_proj.weight is weight
 
 
+def test_all_ranks_choose_by_the_longest_batch_and_the_least_memory(monkeypatch):
+    """The ranks of one step, in turn: the reduction gives each what another rank has more of."""
+    model = tiny_model(layers=4, **WIDE)
+    by_way, _ = peaks(model)
+    least = by_way[Way(scheme="plain")] - 1
+
+    def all_reduce(values, op):
+        assert op == torch.distributed.ReduceOp.MAX
+        other = [1, 2 * SEQ_LEN] if len(values) == 2 else [-least]
+        values.copy_(torch.maximum(values, torch.tensor(other, dtype=values.dtype)))
+
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_backend", "gloo")):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    choice, _ = choice_of(model)
+    assert (choice.seq_len, choice.memory) == (2 * SEQ_LEN, least)
+    assert choice.way.scheme != "plain"
+
+
 def test_what_cannot_be_counted_runs_by_layers():
     model, inputs = tiny_model(), batch("left")
     wanted = loss_and_gradients(model, inputs)
