@@ -32,6 +32,7 @@ def predict_step(
     if fit_memory is not None and fit_flops is not None:
         raise ValueError("Give one of `fit_memory` and `fit_flops`, not both.")
     config = LemoConfig.from_dict(lemo)
+    memory = None if fit_memory is None else parse_bytes("fit_memory", fit_memory)
     if config.mode == "auto":
         if fit_memory is not None or fit_flops is not None:
             raise ValueError(
@@ -41,7 +42,6 @@ def predict_step(
         _print_ways(step_setup(name, seq_len, batch_size, lora_rank, dtype), config)
         return
     check_predictable(config)
-    memory = None if fit_memory is None else parse_bytes("fit_memory", fit_memory)
     setup = step_setup(name, seq_len, batch_size, lora_rank, dtype)
     if fit_memory is not None or fit_flops is not None:
         fitting = fit(setup, config, checkpointing=checkpointing, memory=memory, flops_share=fit_flops)

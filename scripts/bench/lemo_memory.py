@@ -107,7 +107,8 @@ def main() -> None:
         table = common.Table(
             "lemo_memory",
             f"LeMo: one step of SmolLM2-135M with LoRA, {seq_len} tokens",
-            f"{options.layers or 'all'} layers, float32, {seq_len} tokens, batch 1, {torch.get_num_threads()} threads; LoRA r 8 on all linear "
+            f"{options.layers or 'all'} layers, float32, {seq_len} tokens, batch 1, "
+            f"{torch.get_num_threads()} threads; LoRA r 8 on all linear "
             "layers; peak is of tensors: weights, gradients, AdamW's states, activations",
         )
         for name in tqdm(options.contenders, desc=f"{seq_len} tokens", unit="contender"):
