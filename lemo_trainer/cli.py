@@ -148,14 +148,16 @@ def plan(
     *,
     lemo: dict[str, Any],
 ) -> None:
-    """Predict memory and time of a training step: dense, checkpointed, with LeMo and with both.
+    """Predict memory and time of a training step.
 
-    Runs steps of models with one to five layers of the same shapes. Memory is that of tensors, weights and
-    optimizer included.
+    Without a mode: by every exact way, which are those that mode "auto" chooses from. Nothing is computed;
+    --memory says what fits, and the longest sample that does. With a mode: without LeMo and with it, with
+    and without checkpointing, from steps of models with one to five layers. Memory is that of tensors,
+    weights and optimizer included.
 
     Examples:
 
-        lemo plan .cache/assets/SmolLM2-135M-Instruct --seq-len 4096
+        lemo plan .cache/assets/SmolLM2-135M-Instruct --seq-len 16384 --memory 4GiB
 
         lemo plan .cache/assets/SmolLM2-135M-Instruct --seq-len 8192 --mode detach --fit-memory 3GiB
     """
@@ -267,7 +269,8 @@ def predict_train(
             "save_steps": save_steps,
             "seed": seed,
         }
-        make_predictors(model, data, output, seq_len, held_out, training, LemoConfig.from_dict(lemo))
+        config = LemoConfig.from_dict({"mode": "detach", **lemo})
+        make_predictors(model, data, output, seq_len, held_out, training, config)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 try:
     # Every operation of a step, and the storages that live: activation bytes, FLOPs, `lemo plan`.
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -41,7 +42,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from transformers.trainer_callback import CallbackHandler
 
-__all__ = ["Cache", "DynamicLayer", "StorageWeakRef", "TorchDispatchMode", "flop_registry"]
+__all__ = ["Cache", "DynamicLayer", "FakeTensorMode", "StorageWeakRef", "TorchDispatchMode", "flop_registry"]
 __all__ += ["sdpa_backward_flop_count", "sdpa_flop_count", "tree_leaves"]
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,23 @@ def checkpointing_argument() -> str:
 
     new = "activation_checkpointing"
     return new if hasattr(TrainingArguments, new) else "gradient_checkpointing"
+
+
+@contextlib.contextmanager
+def one_document() -> Iterator[None]:
+    """Let transformers make the masks of samples of one document each, without looking at the positions.
+
+    Fake tensors have no positions to look at, and transformers then makes a mask for the worst case.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    own = getattr(masking_utils, name)
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, own)
 
 
 def enable_checkpointing(model: Any) -> None:

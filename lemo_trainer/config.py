@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from lemo_trainer.files import read_yaml
 from lemo_trainer.registry import AUTO, SELECTORS, selector_names
 
-Mode = Literal["exact", "segments", "detach", "eliminate"]
+Mode = Literal["auto", "exact", "segments", "detach", "eliminate"]
 LabelWeights = Literal["all", "kept", "share"]
 Scheme = Literal["auto", "layers", "segments"]
 Boundaries = Literal["memory", "host", "disk"]
@@ -31,6 +31,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 _OF_EXACT = {"mode", "scheme", "boundaries", "segment_tokens", "loss_segment", "save_attention"}
 _OF_EXACT |= {"selective_checkpointing"}
+_OF_AUTO = {"mode", "memory", "speed", "segment_tokens", "loss_segment"}
+WITHOUT_CHOICE = ("auto", "exact", "segments")  # modes that need no choice of blocks by layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,21 @@ class LemoConfig:
     """Which tokens take part in a training step.
 
     Args:
-        mode: what a layer does with an uninformative block. "detach": it computes the block, so that the
+        mode: "auto": every token takes part, with the gradient of the unpatched model, in the fastest way
+            that fits the memory; only if none fits, or for more `speed`, in "detach" with as large a share as
+            possible. "exact": the same gradient, in the way that `scheme` and `boundaries` say. The others
+            say what a layer does with an uninformative block. "detach": it computes the block, so that the
             forward pass stays exact, but without gradient and without saving anything; other tokens attend to
             its keys and values as constants. "eliminate": the block skips attention and MLP and passes
             through the residual stream unchanged (the paper's token elimination), which saves more compute
             without checkpointing and degrades small models. "segments": a sample goes forward and backward
             one segment of `segment_tokens` after the other, each attending to the keys and values of earlier
-            segments as constants; `keep_ratio` is the share of the segments that carry gradient.
+            segments as constants; `keep_ratio` is the share of the segments that carry gradient. None is
+            "auto", or "detach" if an option is given that "auto" does not have.
+        memory: what the tensors of a step may take at most under `mode="auto"`: weights, gradients, optimizer
+            states and activations, as "12GiB". Empty is what is free when the first batch comes.
+        speed: how many times faster than the fastest exact way that fits a step must be under `mode="auto"`.
+            Above 1, tokens lose their gradient for it.
         selector: how blocks are ranked: a registered selector (`lemo_trainer.informativeness.selectors`), or
             "auto", which is "random" for segments and else "informativeness".
         shared_blocks: whether the first patched layer chooses for all of them (`mode="detach"` only), which
@@ -107,7 +117,9 @@ class LemoConfig:
             exactly (norms; on CUDA the attention under detach); the report names them.
     """
 
-    mode: Mode = "detach"
+    mode: Mode | None = None
+    memory: str = ""
+    speed: float = 1.0
     selector: str = AUTO
     shared_blocks: bool | None = None
     keep_ratio: float | None = None
@@ -147,6 +159,8 @@ class LemoConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.mode is None:
+            object.__setattr__(self, "mode", "detach" if self._beyond(_OF_AUTO) else "auto")
         choices = {
             "mode": get_args(Mode),
             "selector": selector_names(),
@@ -195,6 +209,7 @@ class LemoConfig:
             )
         if self.mode == "segments":
             self._check_segments()
+        self._check_auto()
         self._check_exact()
         self._check_mode_reads()
         object.__setattr__(self, "thresholds", _write_thresholds(_parse_thresholds(self.thresholds)))
@@ -220,7 +235,7 @@ class LemoConfig:
                 )
 
     def _check_selector(self) -> None:
-        if self.mode != "exact" and self.mode not in SELECTORS[self.resolved_selector].modes:
+        if self.mode not in ("auto", "exact", *SELECTORS[self.resolved_selector].modes):
             raise ValueError(
                 f'`selector` must be one of {", ".join(selector_names(self.mode))} with mode="{self.mode}", '
                 f"got {self.selector!r}."
@@ -244,6 +259,32 @@ class LemoConfig:
                     f"({' and '.join(modes)} do{'es' * (len(modes) == 1)}), got {value!r}."
                 )
 
+    def _beyond(self, known: set[str]) -> list[str]:
+        """The options that are given, but not in `known`."""
+        fields = dataclasses.fields(self)
+        return [
+            each.name
+            for each in fields
+            if each.name not in known and getattr(self, each.name) != each.default
+        ]
+
+    def _check_auto(self) -> None:
+        if not _is_number(self.speed) or not 1 <= self.speed < math.inf:
+            raise ValueError(f"`speed` must be a number of at least 1, got {self.speed!r}.")
+        if self.memory:
+            parse_bytes("memory", self.memory)
+        for name in self._beyond(_OF_AUTO) if self.mode == "auto" else ():
+            raise ValueError(
+                f'`{name}` must be left out with mode="auto", which decides by itself, got '
+                f'{getattr(self, name)!r}; name a mode ("exact", "segments", "detach" or "eliminate").'
+            )
+        for name, value in (("memory", ""), ("speed", 1.0)) if self.mode != "auto" else ():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f'`{name}` must be left out unless `mode` is "auto", got {getattr(self, name)!r} with '
+                    f"{self.mode!r}."
+                )
+
     def _check_exact(self) -> None:
         if self.mode != "exact":
             for name, value in (("scheme", "auto"), ("boundaries", "memory")):
@@ -253,13 +294,11 @@ class LemoConfig:
                         f"with {self.mode!r}."
                     )
             return
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in _OF_EXACT and value != field.default:
-                raise ValueError(
-                    f'`{field.name}` must be left out with mode="exact", in which every token takes part, '
-                    f"got {value!r}."
-                )
+        for name in self._beyond(_OF_EXACT):
+            raise ValueError(
+                f'`{name}` must be left out with mode="exact", in which every token takes part, '
+                f"got {getattr(self, name)!r}."
+            )
         if self.scheme == "segments" and self.boundaries != "memory":
             raise ValueError(
                 '`boundaries` must be "memory" with scheme="segments", which keeps keys and values in their '
@@ -271,7 +310,7 @@ class LemoConfig:
         """`keep_ratio`, or the default that None means."""
         if self.keep_ratio is not None:
             return self.keep_ratio
-        return 1.0 if self.mode in ("exact", "segments") else 0.5
+        return 1.0 if self.mode in WITHOUT_CHOICE else 0.5
 
     @property
     def resolved_shared_blocks(self) -> bool:
@@ -285,7 +324,7 @@ class LemoConfig:
         """`selector`, or the selector that "auto" means."""
         if self.selector != AUTO:
             return self.selector
-        return "random" if self.mode in ("exact", "segments") else "informativeness"
+        return "random" if self.mode in WITHOUT_CHOICE else "informativeness"
 
     @property
     def layer_thresholds(self) -> dict[int, float]:
@@ -338,6 +377,18 @@ def check_keys(values: Mapping[str, Any], known: list[str], owner: str) -> None:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.4) or sorted(known)
             raise ValueError(f"{owner} has no option {key!r}; the closest are {', '.join(close)}.")
+
+
+def parse_bytes(name: str, text: str) -> float:
+    """ "12GiB" as a number of bytes; `name` is that of the option, for the error."""
+    units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+    try:
+        number = text.rstrip("BGIMbgim ")
+        return float(number) * units[text[len(number) :].strip().upper()]
+    except (AttributeError, KeyError, ValueError):
+        raise ValueError(
+            f'`{name}` must be like "12GiB", "800 MB" or a number of bytes, got {text!r}.'
+        ) from None
 
 
 def _is_number(value: object) -> bool:

@@ -164,6 +164,24 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
+class WorkCounter(FlopCounter):
+    """Counts, beside `flops`, the `calls` of operators and the `bytes` of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace != "aten":  # questions of fake tensors about themselves
+            return out
+        self.calls += 1
+        if not func.is_view:
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
 def peak_rss_bytes() -> int:
     """The most memory that this process ever had resident."""
     if (status := Path("/proc/self/status")).exists():  # on Linux, ru_maxrss starts at the parent's peak

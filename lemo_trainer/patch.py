@@ -90,7 +90,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
             f"`save_attention` saves the outputs of SDPA's kernels and needs attn_implementation='sdpa', got "
             f"{implementation!r}; leave it out."
         )
-    if config.mode == "exact":
+    if config.mode in ("auto", "exact"):
         return _apply_exact(parts, config)
     if config.mode == "segments":
         session, layer_forward = _session_of_segments(parts, config), None
@@ -119,7 +119,7 @@ def remove_lemo(model: nn.Module) -> None:
 
 def _check_model(parts: CausalLM, config: LemoConfig) -> None:
     """Raise ValueError for a model or an adapter that the mode cannot serve."""
-    check_attention(parts, config.mode)
+    check_attention(parts, str(config.mode))
     check_causal(parts)
     name = type(parts.model).__name__
     if not parts.has_head:
@@ -173,8 +173,18 @@ def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
     session = LemoSession(selector_for(config), parts.model.config.model_type, total, tuple(range(total)))
     if config.loss_segment and parts.has_head:
         check_head(parts)
+
+    def leave(keep_ratio: float) -> None:
+        kept = LemoConfig(mode="detach", keep_ratio=keep_ratio, loss_segment=config.loss_segment)
+        sparse, layer_forward = _session_of_blocks(parts, kept)
+        sparse.kernel_backend = backend(parts.model.get_input_embeddings().weight)
+        session.undo()
+        session.become(sparse)
+        _patch_layers(parts, layer_forward, session)
+        _patch_forwards(parts, session)
+
     try:
-        patch_exact(parts, session)
+        patch_exact(parts, session, leave)
     except BaseException:
         session.undo()
         raise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.config import WITHOUT_CHOICE, LemoConfig
+from lemo_trainer.exact.auto import Choice
 from lemo_trainer.informativeness.predictors import PatternPredictors
 from lemo_trainer.layers.wiring import Wiring
 from lemo_trainer.session import LemoSession
@@ -63,6 +64,12 @@ class LemoReport:
         return self._session.active
 
     @property
+    def choice(self) -> Choice | None:
+        """What `mode="auto"` chose for the longest batch so far, and why; None before the first batch."""
+        choice: Choice | None = self._session.choice
+        return choice
+
+    @property
     def logits_made(self) -> bool:
         """Whether a training batch had no `labels` and so computed all logits, in spite of `loss_segment`.
 
@@ -112,7 +119,7 @@ class LemoReport:
     @property
     def kernels(self) -> str:
         """Which of LeMo's own kernels the patched layers call; the rest is the model's own code."""
-        if self.config.mode in ("exact", "segments"):
+        if self.config.mode in WITHOUT_CHOICE:
             return "none"
         backend = self._session.kernel_backend
         parts = [f"in {backend}: rows added in place"]
@@ -133,4 +140,8 @@ class LemoReport:
         text = f"LeMo patched {len(self.patched_layers)} of {self.total_layers} layers"
         if self.config.mode in ("exact", "segments"):
             text += f": segments of {self.config.segment_tokens} tokens"
+        if self.choice is not None:
+            text += f": {self.choice}"
+        elif self.config.mode == "auto":
+            text += ": the first batch decides how they run"
         return "; ".join([text, *self.notes])

@@ -15,6 +15,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,8 @@ class LemoSession:
         labels_BS: labels of the training pass that begins, [B, S].
         logits_made: whether a training batch came without `labels` and computed all its logits.
         told_of_logits: not empty after a warning about `outputs.logits` that were made on demand.
+        choice: what `mode="auto"` chose for the longest batch so far (`exact.auto.Choice`); None before the
+            first, and in other modes.
         mode_notes: what a user should know about how the mode runs on this model.
     """
 
@@ -93,9 +96,16 @@ class LemoSession:
         self.told_of_logits: list[bool] = []
         self.mode_notes: list[str] = []
         self.passes = Passes()
+        self.choice: Any = None
         self._undo: list[Callable[[], None]] = []
         self.labels_BS: Tensor | None = None
         self.start_batch()
+
+    def become(self, other: LemoSession) -> None:
+        """Go on as `other`, which patched nothing yet; this session's own patches are off."""
+        assert not self._undo
+        kept = {name: getattr(self, name) for name in ("choice", "mode_notes", "passes", "told_of_logits")}
+        vars(self).update(vars(other) | kept)
 
     def on_undo(self, step: Callable[[], None]) -> None:
         """Remember how to take a patch off again."""

@@ -31,6 +31,8 @@ def show_model(name: str, seq_len: int, config: LemoConfig) -> None:
     if config.mode == "segments":
         chosen = session.choose_segments(seq_len)
         table.add_row("segments with gradient", f"{sum(chosen)} of {len(chosen)}")
+    elif config.mode in ("auto", "exact"):
+        table.add_row("tokens in a patched layer", "all")
     elif config.thresholds:
         table.add_row("thresholds, in mean scores", config.thresholds)
         table.add_row("tokens in a patched layer", "the blocks above them, different in each text")

@@ -15,16 +15,3 @@ def parse_shares(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f'`kept_shares` must be numbers like "0.75,0.5,0.25", got {text!r}.') from None
-
-
-def parse_bytes(text: str) -> float:
-    """ "12GiB" as a number of bytes."""
-    units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-    number = text.rstrip("BGIMbgim ")
-    unit = text[len(number) :].strip().upper()
-    try:
-        return float(number) * units[unit]
-    except (KeyError, ValueError):
-        raise ValueError(
-            f'`fit_memory` must be like "12GiB", "800 MB" or a number of bytes, got {text!r}.'
-        ) from None

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lemo_trainer.commands.options import parse_bytes
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.config import LemoConfig, parse_bytes
 
 if TYPE_CHECKING:
     from lemo_trainer.offline.step_cost import Setup
@@ -33,8 +32,16 @@ def predict_step(
     if fit_memory is not None and fit_flops is not None:
         raise ValueError("Give one of `fit_memory` and `fit_flops`, not both.")
     config = LemoConfig.from_dict(lemo)
+    memory = None if fit_memory is None else parse_bytes("fit_memory", fit_memory)
+    if config.mode == "auto":
+        if fit_memory is not None or fit_flops is not None:
+            raise ValueError(
+                "`fit_memory` and `fit_flops` change the options of a mode: name one with `mode`, or give "
+                "`memory` to see which exact ways fit."
+            )
+        _print_ways(step_setup(name, seq_len, batch_size, lora_rank, dtype), config)
+        return
     check_predictable(config)
-    memory = None if fit_memory is None else parse_bytes(fit_memory)
     setup = step_setup(name, seq_len, batch_size, lora_rank, dtype)
     if fit_memory is not None or fit_flops is not None:
         fitting = fit(setup, config, checkpointing=checkpointing, memory=memory, flops_share=fit_flops)
@@ -50,6 +57,40 @@ def predict_step(
             megabytes = (f"{value / 1e6:,.0f}" for value in (cost.saved_bytes, cost.peak_bytes))
             table.add_row(label + suffix, *megabytes, f"{cost.flops / 1e9:,.0f}", f"{cost.seconds:.2f}")
     Console().print(table)
+
+
+def _print_ways(setup: Setup, config: LemoConfig) -> None:
+    """The table from which `mode="auto"` chooses, and its choice."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from lemo_trainer.exact.budget import free_bytes
+    from lemo_trainer.offline.way_costs import plan_ways
+
+    memory = parse_bytes("memory", config.memory) if config.memory else free_bytes(torch.device(setup.device))
+    plans = plan_ways(setup, config, memory, longest=bool(config.memory))
+    table = Table(
+        title=f"One step of {setup.batch_size} x {setup.seq_len} tokens; every way has the exact gradient",
+        caption=f"memory for tensors: {memory / 1e9:,.2f} GB; peak counts weights, gradients, AdamW's states "
+        "and activations; time is against the fastest way, by counts",
+    )
+    columns = ("", "saved, MB", "elsewhere, MB", "peak, MB", "time", "fits")
+    for column in (*columns, "longest sample") if config.memory else columns:
+        table.add_column(column, justify="right" if column else "left")
+    for plan in plans:
+        cost = plan.cost
+        megabytes = (f"{value / 1e6:,.0f}" for value in (cost.saved, cost.stored, plan.peak))
+        longest = [] if plan.longest is None else [f"{plan.longest:,}"]
+        table.add_row(
+            str(cost.way), *megabytes, f"{plan.relative_time:.2f}", "yes" if plan.fits else "no", *longest
+        )
+    console = Console()
+    console.print(table)
+    chosen = next((plan for plan in plans if plan.fits), None)
+    typer.echo(
+        f"chosen: {chosen.cost.way}" if chosen else "No exact way fits: take shorter samples or detach."
+    )
 
 
 def step_setup(name: str, seq_len: int, batch_size: int, lora_rank: int, dtype: str) -> Setup:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lemo_trainer.commands.options import check_least, parse_bytes, parse_shares
+from lemo_trainer.commands.options import check_least, parse_shares
 from lemo_trainer.commands.plan import step_setup
-from lemo_trainer.config import LemoConfig
+from lemo_trainer.config import LemoConfig, parse_bytes
 
 if TYPE_CHECKING:
     from lemo_trainer.offline.budget import Budget
@@ -70,7 +70,7 @@ class SearchOptions:
         if self.fit_share is not None:
             return Budget.of_shares(self.fit_share, AutoConfig.from_pretrained(self.model).num_hidden_layers)
         setup = step_setup(self.model, self.seq_len, 1, self.lora_rank, self.dtype)
-        memory = None if self.fit_memory is None else parse_bytes(self.fit_memory)
+        memory = None if self.fit_memory is None else parse_bytes("fit_memory", self.fit_memory)
         return Budget.of_step(
             setup, config, checkpointing=self.checkpointing, memory=memory, flops_share=self.fit_flops
         )
@@ -90,7 +90,7 @@ def find_thresholds(options: SearchOptions, config: LemoConfig) -> None:
         check_plot()
     check_model(options.model)
     if options.fit_memory is not None:
-        parse_bytes(options.fit_memory)
+        parse_bytes("fit_memory", options.fit_memory)
     batches, budget = _held_out_batches(options), options.budget(config)
     found = search_thresholds(
         AutoModelForCausalLM.from_pretrained(options.model),

@@ -9,8 +9,9 @@ taken where the two need about the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from lemo_trainer.config import Boundaries, Scheme
+from lemo_trainer.config import Boundaries
 
 ABOUT_EQUAL = 1.1
 
@@ -45,7 +46,9 @@ class LayerBytes:
             + segment * layers * self.activations
         )
 
-    def scheme(self, layers: int, tokens: int, segment: int, boundaries: Boundaries) -> Scheme:
+    def scheme(
+        self, layers: int, tokens: int, segment: int, boundaries: Boundaries
+    ) -> Literal["layers", "segments"]:
         """The scheme with the lower peak."""
         limit = ABOUT_EQUAL * self.of_layers(layers, tokens, segment, boundaries)
         return "segments" if self.of_segments(layers, tokens, segment) <= limit else "layers"

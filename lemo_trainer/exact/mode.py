@@ -9,6 +9,7 @@ last hand their input on and note how they were called; the last one walks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -19,16 +20,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lemo_trainer.compat import attention_implementation, is_whole
-from lemo_trainer.config import LemoConfig, Scheme
+from lemo_trainer.config import LemoConfig
 from lemo_trainer.exact import recorded
+from lemo_trainer.exact.auto import AutoChoice
 from lemo_trainer.exact.boundaries import saved_in
 from lemo_trainer.exact.check import Trial, try_layers
 from lemo_trainer.exact.layer import LayerCall, segments_of
 from lemo_trainer.exact.masks import lazy_masks
 from lemo_trainer.exact.walk import Walk, walk_through
+from lemo_trainer.exact.ways import Way, WayScheme
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.model.architectures import CausalLM
-from lemo_trainer.model.calls import layer_arguments
+from lemo_trainer.model.calls import CACHES, layer_arguments
 from lemo_trainer.model.hooks import counts_from_the_end
 
 Forward = Callable[..., Any]
@@ -44,7 +47,8 @@ class ExactMode:
         trial: which of its layers run in segments.
         only_layers: why the model cannot run by scheme "segments"; empty if it can.
         notes: what a user should know about it.
-        scheme: of the latest forward pass; None before the first.
+        way: how the layers run in the latest forward pass; None before the first.
+        auto: what chooses it under `mode="auto"`; None under "exact".
         on_batch: called with the tokens of a sample when a forward pass begins.
     """
 
@@ -53,7 +57,8 @@ class ExactMode:
     trial: Trial
     only_layers: str
     notes: list[str] = field(default_factory=list)
-    scheme: Scheme | None = None
+    way: Way | None = None
+    auto: AutoChoice | None = None
     on_batch: Callable[[int], None] = lambda seq_len: None
     _running: bool = False
     _calls: list[LayerCall] = field(default_factory=list)
@@ -70,6 +75,8 @@ class ExactMode:
         if config.scheme == "segments" and only_layers:
             raise ValueError(f'scheme="segments" needs {only_layers}; use scheme="layers".')
         mode = cls(config, parts, trial, only_layers)
+        if config.mode == "auto":
+            mode.auto = AutoChoice(parts, config, set(trial.uncut), bool(only_layers))
         for reason in dict.fromkeys(trial.uncut.values()):
             indices = ", ".join(str(index) for index, why in trial.uncut.items() if why == reason)
             mode.notes.append(f"layers {indices} run over a whole sample at a time ({reason})")
@@ -79,7 +86,8 @@ class ExactMode:
     def running(self) -> Iterator[None]:
         """Inside the block, the decoder's forward pass is one of exact mode."""
         implementation = attention_implementation(self.parts.model.config)
-        masks = lazy_masks(implementation) if self.trial.lazy_masks else contextlib.nullcontext()
+        lazy = self.trial.lazy_masks and not self._runs_plain()
+        masks = lazy_masks(implementation) if lazy else contextlib.nullcontext()
         self._running, self._calls = True, []
         try:
             with masks:
@@ -94,14 +102,38 @@ class ExactMode:
         if not self._running:
             return forward(layer, *args, **kwargs)
         x_BSD, arguments = layer_arguments(forward, args, kwargs)
+        if index == 0 or self.way is None:
+            self.way = self._choose(x_BSD)
+        if self.way.scheme == "plain":
+            return self._run_plain(layer, forward, arguments, x_BSD)
         _check_constants(arguments)
         call = LayerCall(layer, forward, arguments, x_BSD.shape[1])
-        if index == 0 or self.scheme is None:
-            self.scheme = self._choose(x_BSD)
-        run = self._walk_layer if self.scheme == "layers" else self._walk_all
-        return run(index, call, x_BSD)
+        run = self._walk_layer if self.way.scheme == "layers" else self._walk_all
+        return run(self.way, index, call, x_BSD)
 
-    def _choose(self, x_BSD: Tensor) -> Scheme:
+    def _runs_plain(self) -> bool:
+        choice = None if self.auto is None else self.auto.choice
+        return choice is not None and isinstance(choice.way, Way) and choice.way.scheme == "plain"
+
+    def _run_plain(self, layer: Any, forward: Forward, arguments: dict[str, Any], x_BSD: Tensor) -> Any:
+        assert self.way is not None
+        if not self.way.selective:
+            return forward(layer, x_BSD, **arguments)
+        arguments = {name: value for name, value in arguments.items() if name not in CACHES}
+        return saving_matmuls(functools.partial(forward, layer, **arguments), x_BSD)
+
+    def _choose(self, x_BSD: Tensor) -> Way:
+        if self.auto is None:
+            size, boundaries = self.config.segment_tokens, self.config.boundaries
+            return Way(scheme=self._scheme(x_BSD), segment_tokens=size, boundaries=boundaries)
+        way = None if self.auto.choice is None else self.auto.choice.way
+        if not isinstance(way, Way):  # the decoder was called without its causal LM
+            way = Way(scheme="layers", segment_tokens=self.config.segment_tokens)
+        if way.scheme == "segments" and self._seams():
+            return dataclasses.replace(way, scheme="layers", selective=False)
+        return way
+
+    def _scheme(self, x_BSD: Tensor) -> WayScheme:
         batch, seq_len = x_BSD.shape[:2]
         size = self.config.segment_tokens
         self.on_batch(seq_len)
@@ -112,16 +144,18 @@ class ExactMode:
         bytes_, total = self.trial.layer_bytes, len(self.parts.layers)
         return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
 
-    def _walk_layer(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
+    def _walk_layer(self, way: Way, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
         whole = index in self.trial.uncut or counts_from_the_end(call.layer)
-        size = call.seq_len if whole else self.config.segment_tokens
+        size = call.seq_len if whole or not way.segment_tokens else way.segment_tokens
         walk = Walk([call], segments_of(call.seq_len, size), keep_heads=False, run=operator.call)
-        with saved_in(self.config.boundaries, x_BSD, len(self.parts.layers) - index):
+        with saved_in(way.boundaries, x_BSD, len(self.parts.layers) - index):
             return walk_through(walk, x_BSD)
 
-    def _walk_all(self, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
-        segments = segments_of(call.seq_len, self.config.segment_tokens)
+    def _walk_all(self, way: Way, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
+        segments = segments_of(call.seq_len, way.segment_tokens)
         run = _recomputing(call.layer, self.config)
+        if self.auto is not None:
+            run = saving_matmuls if way.selective else operator.call
         if len(segments) == 1:
             return run(functools.partial(call, segment=segments[0]), x_BSD)
         if index == 0 and (seams := self._seams()):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from lemo_trainer.exact.auto import AutoChoice, batch_shape
 from lemo_trainer.exact.mode import ExactMode
+from lemo_trainer.exact.ways import Detached
 from lemo_trainer.head.forward import forward_with_segmented_loss
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import bind
@@ -17,8 +20,11 @@ from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
 from lemo_trainer.session import LemoSession
 
 
-def patch_exact(parts: CausalLM, session: LemoSession) -> None:
+def patch_exact(parts: CausalLM, session: LemoSession, leave: Callable[[float], None] | None = None) -> None:
     """Let training forward passes of `parts` run in exact mode; `session.undo` takes it off again.
+
+    Args:
+        leave: under `mode="auto"`, puts mode "detach" with this kept share on in place of exact mode.
 
     Raises:
         ValueError: the layers cannot run so, by what they are or by the scheme asked for.
@@ -27,20 +33,22 @@ def patch_exact(parts: CausalLM, session: LemoSession) -> None:
     session.mode_notes = mode.notes
     mode.on_batch = session.note_segments
     for index, layer in enumerate(parts.layers):
-        patched = _exact_layer(layer.__class__)
-        swap_class(layer, patched, session.on_undo, _lemo_mode=mode, _lemo_index=index)
-    run_decoder = functools.partial(_run_decoder, mode)
-    patch_forward(parts.decoder, run_decoder, session, session.passes, session.on_undo)
-    if not parts.has_head:
-        if parts.model is not parts.decoder:
-            patch_forward(parts.model, operator.call, session, session.passes, session.on_undo)
-        return
-    with_loss = functools.partial(_with_segmented_loss, parts, session)
-    patch_forward(parts.model, with_loss, session, session.passes, session.on_undo)
+        swap_class(layer, _exact_layer(layer.__class__), session.on_undo, _lemo_mode=mode, _lemo_index=index)
+    run_model: Callable[..., Any] = functools.partial(_run_decoder, mode)
+    if parts.model is not parts.decoder:
+        patch_forward(parts.decoder, run_model, session, session.passes, session.on_undo)
+        run_model = (
+            functools.partial(_with_segmented_loss, parts, session) if parts.has_head else operator.call
+        )
+    if mode.auto is not None:
+        assert leave is not None
+        run_model = functools.partial(_choosing, mode.auto, leave, run_model, parts, session)
+    patch_forward(parts.model, run_model, session, session.passes, session.on_undo)
 
 
 @functools.cache
 def _exact_layer(original: Any) -> type[nn.Module]:
+    @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         mode: ExactMode = self._lemo_mode
         return mode.run_layer(self._lemo_index, self, original.forward, args, kwargs)
@@ -56,6 +64,42 @@ def _run_decoder(mode: ExactMode, forward: Callable[..., Any], *args: Any, **kwa
     """The decoder's own forward, without the cache that it would fill where its config says so."""
     with mode.running():
         return forward(*args, **{**kwargs, "use_cache": False})
+
+
+def _choosing(
+    auto: AutoChoice,
+    leave: Callable[[float], None],
+    run: Callable[..., Any],
+    parts: CausalLM,
+    session: LemoSession,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The causal LM's forward in the way that `auto` chooses for this batch."""
+    if session.config.mode != "auto":  # left for another mode, and still inside somebody's wrapper
+        return forward(*args, **kwargs)
+    arguments = bind(parts.model, forward, args, kwargs).arguments
+    count = loss_forward(parts, forward, session.config.loss_segment)
+    session.choice = auto.of_batch(count, *batch_shape(arguments))
+    if isinstance(session.choice.way, Detached):
+        leave(session.choice.way.keep_ratio)
+        return parts.model.forward(*args, **kwargs)
+    return run(forward, *args, **kwargs)
+
+
+def loss_forward(parts: CausalLM, forward: Callable[..., Any], segment: int) -> Callable[..., Any]:
+    """The causal LM's `forward` by keywords, with the loss that exact mode gives it."""
+    if not segment or not parts.has_head:
+        return forward
+    signature = inspect.signature(forward)
+
+    def run(**inputs: Any) -> Any:
+        return forward_with_segmented_loss(
+            parts, forward, signature.bind(**inputs), segment, lambda: None, [True]
+        )
+
+    return run
 
 
 def _with_segmented_loss(

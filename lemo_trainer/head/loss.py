@@ -47,7 +47,9 @@ class _SegmentedCrossEntropy(torch.autograd.Function):
         labelled = labels_N != IGNORE_INDEX
         weighty = labelled if weights_N is None else labelled & (weights_N > 0)
         segments = [(rows, True) for rows in weighty.nonzero().squeeze(1).split(segment)]
-        segments += [(rows, False) for rows in (labelled & ~weighty).nonzero().squeeze(1).split(segment)]
+        if weights_N is not None:
+            weightless = (labelled & ~weighty).nonzero().squeeze(1)
+            segments += [(rows, False) for rows in weightless.split(segment)]
         for rows, differentiated in segments:
             h_nC = hidden_NC.index_select(0, rows)
             target_n1 = labels_N.index_select(0, rows).unsqueeze(1)

@@ -102,6 +102,11 @@ def predict(setup: Setup, lemo: LemoConfig | None, *, checkpointing: bool, repea
         ValueError: `lemo` has thresholds, or the model has fewer positions than `setup.seq_len`.
     """
     if lemo is not None:
+        if lemo.mode == "auto":
+            raise ValueError(
+                '`mode` must be named for a prediction, got "auto", which chooses by the costs that '
+                "`plan_ways` gives."
+            )
         check_predictable(lemo)
         lemo = _predictable(lemo)
     kinds = _layer_kinds(setup.model_config)
@@ -264,7 +269,8 @@ def _short_config(config: Any, layers: int) -> Any:
     return short
 
 
-def _build(setup: Setup, layers: int, device: str) -> nn.Module:
+def build(setup: Setup, layers: int, device: str) -> nn.Module:
+    """The model of `setup` with this many layers and random weights, in training mode."""
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
@@ -281,14 +287,14 @@ def _build(setup: Setup, layers: int, device: str) -> nn.Module:
 
 def _state_bytes(setup: Setup, layers: int) -> int:
     """Bytes of the weights, and of the gradients and two AdamW states of the trained ones."""
-    parameters = list(_build(setup, layers, "meta").parameters())
+    parameters = list(build(setup, layers, "meta").parameters())
     return sum(p.nbytes + 3 * p.nbytes * p.requires_grad for p in parameters)
 
 
 def _measure(
     setup: Setup, layers: int, lemo: LemoConfig | None, checkpointing: bool, repeats: int
 ) -> _Measured:
-    model: Any = _build(setup, layers, setup.device)
+    model: Any = build(setup, layers, setup.device)
     if checkpointing:
         enable_checkpointing(model)
     if lemo is not None:

@@ -183,7 +183,7 @@ def main() -> None:
     language.quiet()
     torch.manual_seed(0)
     model = language.load(dtype=torch.float32).eval()
-    config = LemoConfig(layers=options.layers)
+    config = LemoConfig(mode="detach", layers=options.layers)
     observer, width = Observer(model, config), model.config.hidden_size
     trained = {
         name: PatternPredictors(observer.layers, design=name, width=width, ranks=ranks)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes, FlopCounter
 from lemo_trainer.offline.step_cost import Setup, StepCost, fit, predict
+from lemo_trainer.offline.way_costs import STEP, plan_ways
 
 from .tiny import checkpointing, lora, tiny_model
 
@@ -148,7 +149,31 @@ def test_what_cannot_fit_is_said(limits, message):
         fit(setup_of(seq_len=32), LEMOS["detach"], checkpointing=False, **limits)
 
 
+def test_the_longest_sample_of_each_way_fits_and_a_longer_one_does_not():
+    setup = setup_of("llama", hidden_size=64, intermediate_size=160, layers=3, seq_len=64)
+    config, memory, name = LemoConfig(segment_tokens=64, loss_segment=64), 8e6, "exact by layers of 64"
+    plans = {str(plan.cost.way): plan for plan in plan_ways(setup, config, memory, longest=True)}
+    longest = plans[name].longest
+    assert plans["plain"].longest < plans["checkpointing"].longest < longest
+    for seq_len, fits in ((longest, True), (longest + STEP, False)):
+        tried = plan_ways(dataclasses.replace(setup, seq_len=seq_len), config, memory)
+        assert next(plan for plan in tried if str(plan.cost.way) == name).fits == fits
+
+
+def test_a_table_of_ways_is_what_auto_chooses_from():
+    setup = setup_of(layers=4, seq_len=SEQ_LEN)
+    config = LemoConfig(segment_tokens=16, loss_segment=16)
+    planned = plan_ways(setup, config, 1e9)
+    model = lora(tiny_model(layers=4))
+    report = apply_lemo(model, config)
+    tokens = torch.randint(97, (1, SEQ_LEN))
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    assert [plan.cost for plan in planned] == list(report.choice.table)
+
+
 def test_what_cannot_be_predicted_is_said():
+    with pytest.raises(ValueError, match='`mode` must be named for a prediction, got "auto"'):
+        predict(setup_of(), LemoConfig(), checkpointing=False)
     with pytest.raises(ValueError, match="thresholds '1:0\\.8'"):
         predict(setup_of(), LemoConfig(thresholds="1:0.8"), checkpointing=False)
     with pytest.raises(ValueError, match="`seq_len` must be within the model's positions, 128, got 129"):

@@ -26,10 +26,14 @@ def with_lora(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA)).train()
 
 
-def smollm2(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """SmolLM2 with an adapter that the seed decides."""
+def smollm2(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 0) -> Any:
+    """SmolLM2 with an adapter that the seed decides; `layers` keeps the first ones only, 0 all."""
     torch.manual_seed(seed)
-    return with_lora(language.load(dtype=dtype))
+    model = language.load(dtype=dtype)
+    if layers:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    return with_lora(model)
 
 
 def samples(split: str, seq_len: int) -> list[dict[str, list[int]]]:

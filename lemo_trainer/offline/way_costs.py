@@ -1,0 +1,111 @@
+"""What each exact way to run a step costs, from a configuration alone, and the longest sample that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.exact.auto import fits, price, sizes_of
+from lemo_trainer.exact.budget import state_bytes
+from lemo_trainer.exact.counting import count_step
+from lemo_trainer.exact.fake import CannotCountError
+from lemo_trainer.exact.mode import ExactMode
+from lemo_trainer.exact.patch import loss_forward
+from lemo_trainer.exact.ways import WayCost
+from lemo_trainer.model.architectures import find_causal_lm
+from lemo_trainer.offline.step_cost import Setup, build
+
+STEP = 256  # the longest sample is rounded down to this many tokens
+_POINTS = (1, 4, 16)  # lengths, in multiples of the first, between which a peak is drawn
+
+
+@dataclass(frozen=True)
+class WayPlan:
+    """One way to run a step of a setup.
+
+    Args:
+        cost: of a step; its peak does not count the state.
+        peak: the most bytes of tensors: weights, gradients, optimizer states and activations.
+        relative_time: predicted time against the fastest way.
+        fits: whether the step fits the memory.
+        longest: tokens of the longest sample that fits; None where none was asked for.
+    """
+
+    cost: WayCost
+    peak: float
+    relative_time: float
+    fits: bool
+    longest: int | None
+
+
+def plan_ways(setup: Setup, config: LemoConfig, memory: float, *, longest: bool = False) -> list[WayPlan]:
+    """Every exact way to run a step of `setup`, the fastest first.
+
+    Nothing is computed and no weights exist: the model runs on fake tensors.
+
+    Args:
+        memory: bytes that all tensors may take.
+        longest: also find the longest sample that fits, which counts three more steps.
+
+    Raises:
+        ValueError: the model cannot be counted.
+    """
+    model = build(setup, setup.model_config.num_hidden_layers, "meta")
+    state = state_bytes(model)
+    first = max(setup.seq_len, 2 * max(sizes_of(config)))
+    tried = [replace(setup, seq_len=point * first) for point in _POINTS] if longest else []
+    progress = tqdm([setup, *tried], desc="lengths", unit="length")
+    table, *tables = [_table(model, each, config) for each in progress]
+    lengths: dict[str, int] = {}
+    for way in {str(cost.way) for costs in tables for cost in costs}:
+        peaks = [next(cost.peak for cost in costs if str(cost.way) == way) + state for costs in tables]
+        lengths[way] = _longest([each.seq_len for each in tried], peaks, memory)
+    return [
+        WayPlan(
+            cost,
+            cost.peak + state,
+            cost.seconds / table[0].seconds,
+            fits(cost, state, memory),
+            lengths.get(str(cost.way)),
+        )
+        for cost in table
+    ]
+
+
+def _table(model: Any, setup: Setup, config: LemoConfig) -> list[WayCost]:
+    parts = find_causal_lm(model)
+    mode = ExactMode.of(parts, config)
+    sizes = sizes_of(config)
+    cut = tuple(size for size in sizes if size < setup.seq_len)
+    forward = loss_forward(parts, parts.model.forward, config.loss_segment)
+    try:
+        counted = count_step(parts, forward, setup.batch_size, setup.seq_len, cut, set(mode.trial.uncut))
+    except CannotCountError as error:
+        raise ValueError(f"A step of {type(parts.model).__name__} cannot be predicted: {error}.") from error
+    return price(counted, sizes, bool(mode.only_layers), setup.device == "cuda")
+
+
+def _longest(lengths: Iterable[int], peaks: Iterable[float], memory: float) -> int:
+    """The most tokens, a multiple of STEP, whose peak stays within `memory`.
+
+    A peak grows with the length; where it grows with its square, because attention is written out, the lines
+    between the counted lengths lie above it, so that the length found still fits.
+    """
+    points = list(zip(lengths, peaks, strict=True))
+
+    def curve(length: int) -> float:
+        later = next((place for place, (x, _) in enumerate(points[1:-1], 1) if length <= x), len(points) - 1)
+        (x0, y0), (x1, y1) = points[later - 1 : later + 1]
+        return y0 + (y1 - y0) * (length - x0) / (x1 - x0)
+
+    low, high = 0, STEP
+    while curve(high) <= memory and high < 2**30:
+        low, high = high, 2 * high
+    while high - low > STEP:
+        middle = (low + high) // 2 // STEP * STEP
+        low, high = (middle, high) if curve(middle) <= memory else (low, middle)
+    return low
