@@ -20,8 +20,8 @@ class SelectorTraits:
         options: fields of `LemoConfig` that only this selector reads; with another selector they must keep
             their defaults.
         searchable: whether thresholds can be searched for its scores, which must then depend on the text
-        only. stand_in: name of the selector that `lemo plan` predicts instead, for one that needs a trained
-        model.
+            only.
+        stand_in: name of the selector that `lemo plan` predicts instead, for one that needs a trained model.
     """
 
     summary: ClassVar[str]

@@ -1,7 +1,8 @@
 """Targets: the ways to compute a scope (OLLIE, section 4.3).
 
 A target is a library's operator, plain aten, or a kernel of this package. Each module holds one: its
-match, its call and its cost. `register` adds a kernel of the user's own.
+match, its call and its cost. A kernel of this package is an entry of `KERNELS`; `register` adds one of the
+user's own, whose plans are not kept on disk.
 """
 
 from typing import Any

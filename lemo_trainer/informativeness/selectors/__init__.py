@@ -1,7 +1,8 @@
 """The ways to rank blocks that `LemoConfig(selector=...)` can name, one file each.
 
-To add one, write a file with a subclass of `Selector` under `@register("name")`, and import it below. A
-selector outside of this package needs only to be imported before a configuration names it.
+To add one, write a file with a subclass of `Selector` under `@register("name")`, import it below, and add its
+row to the table of docs/lemo.md. A selector outside of this package needs only to be imported before a
+configuration names it.
 """
 
 from lemo_trainer.informativeness.selectors.base import LayerView, Selector, register, selector_for
