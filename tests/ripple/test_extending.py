@@ -85,12 +85,12 @@ def test_an_encoding_of_bundles(saved, tmp_path):
 
 
 def test_an_architecture(tmp_path, monkeypatch):
-    entry = ARCHITECTURES["llama"]
-    monkeypatch.delitem(ARCHITECTURES, "llama")
-    make_model("llama").save_pretrained(tmp_path / "model")
+    entry = ARCHITECTURES["mixtral"]
+    monkeypatch.delitem(ARCHITECTURES, "mixtral")
+    make_model("mixtral").save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"ripple_loader\.model\.architectures\.ARCHITECTURES"):
         reorder(tmp_path / "model", tmp_path / "out", CALIBRATION, SMALL)
-    monkeypatch.setitem(ARCHITECTURES, "llama", entry)
+    monkeypatch.setitem(ARCHITECTURES, "mixtral", entry)
     reorder(tmp_path / "model", tmp_path / "out", CALIBRATION, SMALL)
     assert len(dict(verify(tmp_path / "out", tmp_path / "model"))) == 7
 
