@@ -16,12 +16,13 @@ NAMED = {"options": programs.OPTIONS["forced"], "dynamic": False}
 
 @pytest.mark.filterwarnings("ignore:ollie")  # compiled without freezing, where gradients are computed
 @pytest.mark.parametrize(
-    "first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, ALL, BATCH))]
+    ("first", "small"),
+    [(0, True), *(pytest.param(n, False, marks=pytest.mark.slow) for n in range(0, ALL, BATCH))],
 )
-def test_programs(first):
+def test_programs(first, small):
     rewritten = []
     for seed in range(first, first + BATCH):
-        program = programs.draw(seed)
+        program = programs.draw(seed, small=small)
         outcome = program_runs.outcome(program)
         if outcome.wrong is not None:
             small = programs.shrunk(program, lambda smaller: program_runs.outcome(smaller).wrong is not None)
