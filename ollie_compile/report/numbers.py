@@ -16,8 +16,8 @@ def numbers(winner: Candidate) -> str:
     text = "growth bound 1: values are at most the sums of |products| of the original"
     if factor > 1:
         text = (
-            f"growth bound {factor:.1f}: values may be so many times larger than the sums of |products|, and a "
-            "result rounds by the largest values that its tile reads, not by its own"
+            f"growth bound {factor:.1f}: values may be so many times larger than the sums of |products|, and "
+            "a result rounds by the largest values that its tile reads, not by its own"
         )
     if winner.error is not None:
         text += f"; rounding error {winner.error:.1e} of the largest result"

@@ -179,7 +179,7 @@ class Drawing:
         )
 
     def steps(self) -> tuple[Part, ...]:
-        """A call, and steps after it; a small program is first called without gradients, which compiles once."""
+        """A call, and steps after it; a small program is first called without gradients, to compile once."""
         if self.small:
             return self.part(CALLS[:1]), self.part(STEPS)
         return tuple(self.part(steps) for steps in [CALLS] + [STEPS] * self.choose((1, 1, 2)))

@@ -322,7 +322,7 @@ PIECES += ['"antigravity.fly"', '"__import__"', '"aten.from_file.default"', '"fo
 
 
 def damaged(text, draw):
-    """The text of an exported file, cut off, or with one to three of its pieces exchanged, doubled or moved."""
+    """The text of an exported file, cut off, or with one to three of its pieces exchanged or doubled."""
     if draw.random() < 0.1:
         return text[: draw.randrange(len(text))]
     for _ in range(draw.choice([1, 1, 2, 3])):
