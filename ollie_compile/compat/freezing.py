@@ -111,6 +111,7 @@ def freeze(
     from torch._inductor.fx_passes.post_grad import view_to_reshape
     from torch._inductor.graph import GraphLowering
 
+    _keep_order_of_draws(gm)
     channels_last = GraphLowering.decide_layout_opt(gm, is_inference=True)
     if channels_last:
         fake_tensor_prop(gm, inputs, True)
@@ -134,6 +135,27 @@ def freeze(
         place for place, result in enumerate(output.args[0]) if isinstance(result, fx.Node)
     ]
     return kept, channels_last
+
+
+def _keep_order_of_draws(gm: fx.GraphModule) -> None:
+    """Force what random numbers are drawn for to its strides, where the numbers must be eager's.
+
+    They are drawn in the order of memory, and packed convolutions give another order than the one traced.
+    """
+    from torch._inductor import config
+
+    force = torch.ops.prims.inductor_force_stride_order.default
+    if not config.fallback_random:
+        return
+    seeded = torch.Tag.nondeterministic_seeded
+    drawn = [node for node in gm.graph.nodes if seeded in getattr(node.target, "tags", ())]
+    for node, source in [(user, source) for user in drawn for source in user.all_input_nodes]:
+        value = source.meta["val"]
+        if _is_dense(value):
+            with gm.graph.inserting_before(node):
+                forced = gm.graph.call_function(force, (source, tuple(value.stride())))
+            forced.meta = dict(source.meta)
+            node.replace_input_with(source, forced)
 
 
 def _share_forced_memory(gm: fx.GraphModule) -> None:

@@ -81,7 +81,7 @@ def _leaf_apart(want: Any, got: Any) -> float:
         return float("inf")
     if not want.is_floating_point():
         return 0.0 if torch.equal(want, got) else float("inf")
-    a, b = want.double(), got.double()
+    a, b = want.detach().double(), got.detach().double()
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()) or not torch.equal(
         a[~finite].nan_to_num(), b[~finite].nan_to_num()

@@ -19,6 +19,7 @@ from tests.ollie.program_parts import CALLS, ENTRIES, LAYERS, PREAMBLE, RESULTS,
 KINDS = frozenset(part.kind for part in (*LAYERS, *RESULTS, *ENTRIES, *STEPS))
 SIZES = {1: (12,), 2: (5, 6), 3: (3, 4, 3)}
 CHANNELS = (4, 4, 4, 6)
+BLOCKS = ("[Block()]", "[Block(), Block()]", "[Block()] * 2")
 CHOICE = re.compile(r"<([^<>]*\|[^<>]*)>")
 
 AMPLE_S = 600
@@ -106,7 +107,7 @@ class Program:
             parts = getattr(self, field)
             for place in reversed(range(len(parts))):
                 yield replace(self, **{field: parts[:place] + parts[place + 1 :]})
-        for field, plain in (("result", RESULTS[0]), ("entry", ENTRIES[0]), ("blocks", "[Block()]")):
+        for field, plain in (("result", RESULTS[0]), ("entry", ENTRIES[0]), ("blocks", BLOCKS[0])):
             if getattr(self, field) != plain:
                 yield replace(self, **{field: plain})
 
@@ -130,12 +131,16 @@ def _function(signature: str, statements: list[str]) -> str:
     return f"def {signature}:\n" + textwrap.indent("\n".join(statements), "    ")
 
 
-def draw(seed: int, kinds: Collection[str] = KINDS) -> Program:
-    """The program of a seed, of these kinds alone, and one that eager torch can run."""
+def draw(seed: int, kinds: Collection[str] = KINDS, *, small: bool = False) -> Program:
+    """The program of a seed, of these kinds alone, and one that eager torch can run.
+
+    Args:
+        small: draws two layers and two steps, which compile in two seconds.
+    """
     from tests.ollie.program_runs import runs
 
     for attempt in itertools.count():
-        program = Drawing(seed, attempt, kinds).program()
+        program = Drawing(seed, attempt, kinds, small=small).program()
         if runs(program.source):
             return program
     raise AssertionError("unreachable")
@@ -144,9 +149,9 @@ def draw(seed: int, kinds: Collection[str] = KINDS) -> Program:
 class Drawing:
     """Draws the parts of one program."""
 
-    def __init__(self, seed: int, attempt: int, kinds: Collection[str]) -> None:
+    def __init__(self, seed: int, attempt: int, kinds: Collection[str], *, small: bool) -> None:
         self.random = random.Random(f"{seed}.{attempt}")
-        self.seed, self.kinds = seed, kinds
+        self.seed, self.kinds, self.small = seed, kinds, small
         self.dims = self.choose((1, 1, 2, 2, 2, 2, 3))
         self.channels = self.choose(CHANNELS)
         self.number = 0
@@ -155,7 +160,7 @@ class Drawing:
         return self.random.choice(among)
 
     def program(self) -> Program:
-        layers = [self.part(LAYERS) for _ in range(self.choose((2, 2, 3)))]
+        layers = [self.part(LAYERS) for _ in range(self.choose((2,) if self.small else (2, 2, 3)))]
         cut = self.choose(range(1, len(layers)))
         style = self.choose(("forced", "forced", "forced", "timed"))
         return Program(
@@ -164,14 +169,20 @@ class Drawing:
             channels=self.channels,
             block=tuple(layers[:cut]),
             outer=tuple(layers[cut:]),
-            blocks=self.choose(("[Block()]", "[Block(), Block()]", "[Block()] * 2")),
+            blocks=self.choose(BLOCKS[:1] if self.small else BLOCKS),
             result=self.part(RESULTS),
             entry=self.part(ENTRIES),
-            steps=tuple(self.part(steps) for steps in [CALLS] + [STEPS] * self.choose((1, 1, 2))),
-            wide=self.choose((True, False)),
+            steps=self.steps(),
+            wide=self.small or self.choose((True, False)),
             named=self.named({part.kind for part in layers}, style),
             style=style,
         )
+
+    def steps(self) -> tuple[Part, ...]:
+        """A call, and steps after it; a small program is first called without gradients, to compile once."""
+        if self.small:
+            return self.part(CALLS[:1]), self.part(STEPS)
+        return tuple(self.part(steps) for steps in [CALLS] + [STEPS] * self.choose((1, 1, 2)))
 
     def part(self, among: tuple[Part, ...]) -> Part:
         """A part, its kind drawn first, so that kinds of many parts are not drawn more often."""
@@ -198,7 +209,7 @@ class Drawing:
     def named(self, layers: set[str], style: str) -> dict[str, Any]:
         """Arguments of `torch.compile` beside the backend."""
         options = OPTIONS[style] | self.choose(FURTHER)
-        options["max_depth"] = self.choose((0, 0, 1)) if style == "forced" else 0
+        options["max_depth"] = self.choose((0, 0, 1)) if style == "forced" and not self.small else 0
         if "dropout" in layers:  # Inductor draws other random numbers otherwise
             options["fallback_random"] = True
         return {"options": options, "dynamic": self.choose((None, None, False, False, False, True))}

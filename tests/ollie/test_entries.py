@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -301,6 +302,74 @@ def test_mutated_entries_run_nothing(kind, rounds, request, folder, watched, cap
             assert not [event for event in watched[before:] if not _is_expected(event, folder)], mutated
     assert "antigravity" not in sys.modules
     caplog.clear()
+
+
+PIECES = [
+    "",
+    "[" * 5000,
+    "{}",
+    "[]",
+    "null",
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "9" * 5000,
+    '"',
+    "\\ud800",
+    "\\u0000",
+]
+PIECES += ['"antigravity.fly"', '"__import__"', '"aten.from_file.default"', '"format"', '"../x"', "\xff"]
+
+
+def damaged(text, draw):
+    """The text of an exported file, cut off, or with one to three of its pieces exchanged or doubled."""
+    if draw.random() < 0.1:
+        return text[: draw.randrange(len(text))]
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        start = draw.randrange(len(text))
+        end = min(len(text), start + draw.choice([0, 1, 1, 5, 40, 400]))
+        piece = draw.choice([*PIECES, text[start:end] * 2, text[end : end + 40]])
+        if draw.random() < 0.5:  # of a whole value, so that the text may still be JSON
+            values = [found.span() for found in re.finditer(r'"[^"]*"|-?\d[\d.e+-]*', text)]
+            start, end = draw.choice(values)
+            other = draw.choice(values)
+            piece = draw.choice([text[slice(*other)], '"x"', "-1", "1e999", "9" * 5000, *PIECES])
+        text = text[:start] + piece + text[end:] or " "
+    return text
+
+
+def imported(file):
+    """How many plans of a file are taken, why others are refused, and the ValueError raised, if any."""
+    try:
+        return *saved.import_plans(file), None
+    except ValueError as error:
+        return 0, [], str(error)
+
+
+@pytest.mark.parametrize("rounds", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_files_run_nothing(rounds, bilinear, of_all_sizes, folder, watched):
+    """Importing a damaged file takes right plans and refuses others, or raises a ValueError of one line."""
+    names = [f"plan-{digit * 64}" for digit in "012"]
+    plans = dict(zip(names, [bilinear, of_all_sizes, {**bilinear, "winner": None}], strict=True))
+    text, file = json.dumps({"format": saved.FORMAT, "plans": plans}), folder.parent / "plans.json"
+    file.write_text(text)
+    assert saved.import_plans(file) == (3, [])  # and imports what reading needs
+    draw, whole = random.Random(rounds), 0
+    for _ in range(rounds):
+        changed_text = damaged(text, draw)
+        file.write_bytes(changed_text.encode("utf-8", "surrogatepass"))
+        del watched[:]
+        taken, refused, error = imported(file)
+        if error is None:
+            whole += 1
+            assert all("\n" not in why and len(why) < 400 for why in refused), refused
+            assert taken + len(refused) == len(json.loads(file.read_bytes())["plans"])
+        assert "\n" not in (error or "")
+        unexpected = [event for event in watched if not _is_expected(event, folder)]
+        assert not unexpected, changed_text
+        assert sorted(path.name for path in folder.parent.iterdir()) == ["plans", "plans.json"]
+    assert rounds / 10 < whole < rounds  # both happen
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -448,3 +448,17 @@ def test_a_process_that_forks_after_compiling():
         torch.set_num_threads(threads)
     assert child.exitcode == 0
     agree(run(X), net(X))
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda y: y + torch.randn_like(y), lambda y: F.dropout(y, 0.5), lambda y: y + torch.rand_like(y)]
+)
+def test_random_numbers_of_frozen_graphs_are_eagers_if_asked_for(draw):
+    """They are drawn in the order of memory, and packed convolutions have another than traced ones."""
+    net = nn.Sequential(nn.Conv2d(4, 2, (1, 5), padding=(0, 2)), nn.GELU(), nn.Conv2d(2, 4, 3)).eval()
+    x = torch.randn(2, 4, 5, 6)
+    results = []
+    for function in (lambda x: draw(net(x)), compiled(lambda x: draw(net(x)), fallback_random=True)):
+        torch.manual_seed(0)
+        results.append(function(x))
+    agree(*results)

@@ -1,5 +1,6 @@
 """Random programs give the values that they give in eager torch."""
 
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -16,12 +17,13 @@ NAMED = {"options": programs.OPTIONS["forced"], "dynamic": False}
 
 @pytest.mark.filterwarnings("ignore:ollie")  # compiled without freezing, where gradients are computed
 @pytest.mark.parametrize(
-    "first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(BATCH, ALL, BATCH))]
+    ("first", "small"),
+    [(0, True), *(pytest.param(n, False, marks=pytest.mark.slow) for n in range(0, ALL, BATCH))],
 )
-def test_programs(first):
+def test_programs(first, small):
     rewritten = []
     for seed in range(first, first + BATCH):
-        program = programs.draw(seed)
+        program = programs.draw(seed, small=small)
         outcome = program_runs.outcome(program)
         if outcome.wrong is not None:
             small = programs.shrunk(program, lambda smaller: program_runs.outcome(smaller).wrong is not None)
@@ -31,20 +33,47 @@ def test_programs(first):
     assert sum(rewritten) >= REWRITTEN * len(rewritten)
 
 
-@pytest.mark.filterwarnings("ignore:ollie")
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_wrong_number_is_found(monkeypatch, seed):
-    """Derived programs whose results are off by a thousandth are not taken for rounding."""
+@pytest.fixture
+def off_by_a_thousandth(monkeypatch):
+    """Derived programs whose results are wrong."""
     splice = derivation_pass.splice
 
     def wrong(graph, *arguments):
         results = splice(graph, *arguments)
         return results and [_scaled(graph, node) for node in results]
 
-    program = replace(programs.draw(seed, {"convolution", "plain"}), named=NAMED, style="forced")
+    return lambda: monkeypatch.setattr(derivation_pass, "splice", wrong)
+
+
+def plain_program(seed):
+    """A program of convolutions that are rewritten."""
+    drawn = programs.draw(seed, {"convolution", "plain"}, small=True)
+    return replace(drawn, named=NAMED, style="forced", wide=False)
+
+
+@pytest.mark.filterwarnings("ignore:ollie")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_wrong_number_is_found(off_by_a_thousandth, seed):
+    """Derived programs whose results are off by a thousandth are not taken for rounding."""
+    program = plain_program(seed)
     assert program_runs.outcome(program).wrong is None
-    monkeypatch.setattr(derivation_pass, "splice", wrong)
+    off_by_a_thousandth()
     assert program_runs.outcome(program).wrong is not None
+
+
+@pytest.mark.filterwarnings("ignore:ollie")
+def test_a_failing_program_is_shrunk_to_source_that_runs_alone(off_by_a_thousandth, tmp_path, capsys):
+    off_by_a_thousandth()
+    small = programs.shrunk(plain_program(0), lambda smaller: program_runs.outcome(smaller).wrong is not None)
+    assert len(small.block) + len(small.outer) == 1
+    assert not small.steps
+    path = tmp_path / "failing.py"
+    path.write_text(program_runs.script(small))
+    runpy.run_path(str(path), run_name="__main__")
+    shown = capsys.readouterr().out.splitlines()
+    off = {line.split(" [")[0]: float(line.split("[")[1].split("]")[0].split(",")[0]) for line in shown}
+    assert off["ollie last result"] > 1e-4
+    assert off["inductor last result"] < 1e-5
 
 
 def _scaled(graph, node):
