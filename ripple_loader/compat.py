@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _HOOKS = ("_process_model_before_weight_loading", "_process_model_after_weight_loading")
 
@@ -42,7 +42,6 @@ __all__ = [
     "LoadingHooks",
     "QuantizationConfigMixin",
     "expect_missing",
-    "has_exact_zeros",
     "has_integer_units",
     "integer_product",
     "register_quantization_config",
@@ -104,20 +103,6 @@ def expect_missing(model: Any, patterns: Iterable[str]) -> None:
     """
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     model._keys_to_ignore_on_load_unexpected = {*(known or ()), *patterns}
-
-
-def has_exact_zeros(activation: nn.Module) -> bool:
-    """Whether an activation makes inactive neurons exactly zero, so that leaving them out is exact.
-
-    transformers 5.23.0: `transformers.activations.ReLUSquaredActivation`. If a version lacks it, loading
-    or reordering a model fails with an ImportError.
-    """
-    try:
-        from transformers.activations import ReLUSquaredActivation  # brings in Dynamo, so not at import
-    except ImportError as error:
-        raise _differs(error) from error
-
-    return isinstance(activation, (nn.ReLU, ReLUSquaredActivation))
 
 
 @functools.cache
