@@ -55,7 +55,16 @@ class LoadingHooks(HfQuantizer):
     transformers 5.23.0: `HfQuantizer._process_model_before_weight_loading`, with `checkpoint_files`, and
     `_process_model_after_weight_loading`. They are private, but every quantizer overrides them. If a
     version lacks them, importing `ripple_loader` fails: otherwise no MLP would be replaced.
+    `update_attn_implementation` is the one hook between the configuration and the opening of files; if a
+    version lacks it, transformers' own error names a missing original.
     """
+
+    def before_files(self, directory: str) -> None:
+        """Called before the checkpoint's files are opened, with the directory or hub id that is loaded."""
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        self.before_files(config.name_or_path)
+        return config
 
     @abstractmethod
     def before_weights(self, model: Any, files: list[Path]) -> None:
