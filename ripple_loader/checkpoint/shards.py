@@ -180,8 +180,8 @@ def check_original(directory: Path) -> None:
     link = directory / ORIGINAL
     if link.is_symlink() and not link.is_dir():
         raise FileNotFoundError(
-            f"{directory} streams from the original weight files and must find them at {link.readlink()}, but "
-            "nothing is there: move the model back, or have the link `original` point to where it is now."
+            f"{directory} streams from the original's weight files and must find them in {link.readlink()}, "
+            "but nothing is there: move the model back, or have the link `original` point to where it is now."
         )
 
 

@@ -154,8 +154,9 @@ def bundled(sidecar: Sidecar, copy: SourceModel) -> Part:
     def part(mlp: int, role: Role, kind: str) -> Tensor | None:
         if kind == "bias":
             bias = copy.part(mlp, role, kind)
-            placed = bias is None or role == "down" or not sidecar.header.in_original_order
-            return bias if placed else bias[torch.from_numpy(sidecar.permutation(mlp)).long()]
+            if bias is None or role == "down" or not sidecar.header.in_original_order:
+                return bias
+            return bias[torch.from_numpy(sidecar.permutation(mlp)).long()]
         rows_NRH = unpack_bundles(sidecar.bundles(mlp), sidecar.header, torch.float32)
         return rows_NRH[:, copy.architecture.bundle.index(role)]
 
