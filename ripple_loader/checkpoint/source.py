@@ -15,6 +15,11 @@ from ripple_loader.checkpoint.shards import DTYPES, Shard, TensorSpot, read_shar
 from ripple_loader.model.architectures import Architecture, Role
 from ripple_loader.model.probe import architecture_of
 
+_WAY_OUT = {
+    "fp8": "save it dequantized, `from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True))"
+    ".save_pretrained(NEW, save_original_format=False)`, and reorder that.",
+}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -115,7 +120,7 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
     if quantization is not None and method != "ripple":  # that is no quantization, see `RippleConfig`
         raise ValueError(
             f"{directory} must hold plain float weights, but is quantized with {method}: "
-            "reorder the checkpoint from before quantization."
+            + _WAY_OUT.get(method, "reorder the checkpoint that it was quantized from.")
         )
     forms = architecture_of(config).forms()
     shards = read_shards(directory, variant)

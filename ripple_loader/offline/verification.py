@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ripple_loader.checkpoint.hub import local_directory
 from ripple_loader.checkpoint.shards import DTYPES, sha256
 from ripple_loader.checkpoint.source import SourceModel, open_source
 from ripple_loader.config import RippleConfig
@@ -28,7 +29,7 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
 
     Args:
         directory: a reordered directory.
-        original: the original model; without it only integrity is checked.
+        original: directory or hub id of the original model; without it only integrity is checked.
 
     Raises:
         FileNotFoundError: a directory or file is missing.
@@ -53,7 +54,7 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
     yield "bundles", f"equal the weights beside them, {copy.layers} layers of {copy.neurons} neurons"
     if original is None:
         return
-    source = open_source(Path(original))
+    source = open_source(local_directory(original))
     for shard in source.shards:
         if sha256(shard.path) != sidecar.header.base.get(shard.path.name):
             raise ValueError(
