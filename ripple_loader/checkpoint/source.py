@@ -16,8 +16,8 @@ from ripple_loader.model.architectures import Architecture, Role
 from ripple_loader.model.probe import architecture_of
 
 _WAY_OUT = {
-    "fp8": "save it dequantized, `from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True))"
-    ".save_pretrained(NEW, save_original_format=False)`, and reorder that.",
+    "fp8": "save it dequantized, `from_pretrained(DIR, quantization_config=FineGrainedFP8Config("
+    "dequantize=True)).save_pretrained(NEW, save_original_format=False)`, and reorder that.",
 }
 
 
