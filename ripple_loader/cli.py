@@ -96,7 +96,7 @@ def _text(path: str) -> Iterator[str]:
             yield "".join(lines)
 
 
-Model = Annotated[str | None, typer.Argument(help="Model directory with safetensors weights.")]
+Model = Annotated[str | None, typer.Argument(help="Model directory, or hub id.")]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -154,7 +154,7 @@ def trace(
         from ripple_loader.offline.trace import trace_source
 
         settings, paths = _settings(given.pop("config"), given, ("model", "calibration", "out"))
-        source = open_reorderable(Path(paths["model"]))
+        source = open_reorderable(paths["model"])
         sequences = cut_sequences(source, _calibration(paths["calibration"]), settings)
         trace_source(source, sequences, settings, Path(paths["out"]))
         typer.echo(paths["out"])
@@ -202,11 +202,20 @@ def reorder(
         ),
     ] = None,
     bundles: Annotated[str | None, typer.Option(help=f"Stored as one of: {BUNDLES.names()}.")] = None,
+    sketches: Annotated[
+        bool | None, typer.Option(help="Store the sketches that select neurons; not needed with `keep` 1.")
+    ] = None,
+    sidecar_only: Annotated[
+        bool | None, typer.Option(help="Stream from the original weight files instead of a copy of them.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Layers placed at once.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random placement.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,
 ) -> None:
     """Write a streaming copy of a model, in which neurons that are active together are stored together."""
     given = locals()
+    source = {name: given.pop(name) for name in ("revision", "variant")}
     with _user_errors():
         from ripple_loader.offline.reordering import reorder as run
 
@@ -214,7 +223,7 @@ def reorder(
         _check_traced(trace, {name: given[name] for name in of_a_trace})
         settings, paths = _settings(given.pop("config"), given, ("model", "out"))
         texts = None if paths["calibration"] is None else _calibration(paths["calibration"])
-        run(paths["model"], paths["out"], texts, settings, trace=paths["trace"])
+        run(paths["model"], paths["out"], texts, settings, trace=paths["trace"], **source)
         typer.echo(paths["out"])
 
 
@@ -291,12 +300,15 @@ def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> 
 
     from transformers import AutoModelForCausalLM
 
+    from ripple_loader.checkpoint.hub import local_directory
     from ripple_loader.checkpoint.source import load_tokenizer
+    from ripple_loader.format.layout import SIDECAR
     from ripple_loader.format.sidecar import Sidecar
 
-    Sidecar(directory)  # report its errors before transformers reports its own
-    tokenizer = load_tokenizer(Path(directory))
-    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    folder = local_directory(directory, also=[SIDECAR])
+    Sidecar(folder)  # report its errors before transformers reports its own
+    tokenizer = load_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     inputs = tokenizer(prompt, return_tensors="pt")
     start = time.perf_counter()
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _HOOKS = ("_process_model_before_weight_loading", "_process_model_after_weight_loading")
 
@@ -42,7 +42,6 @@ __all__ = [
     "LoadingHooks",
     "QuantizationConfigMixin",
     "expect_missing",
-    "has_exact_zeros",
     "has_integer_units",
     "integer_product",
     "register_quantization_config",
@@ -56,7 +55,16 @@ class LoadingHooks(HfQuantizer):
     transformers 5.23.0: `HfQuantizer._process_model_before_weight_loading`, with `checkpoint_files`, and
     `_process_model_after_weight_loading`. They are private, but every quantizer overrides them. If a
     version lacks them, importing `ripple_loader` fails: otherwise no MLP would be replaced.
+    `update_attn_implementation` is the one hook between the configuration and the opening of files; if a
+    version lacks it, transformers' own error names a missing original.
     """
+
+    def before_files(self, directory: str) -> None:
+        """Called before the checkpoint's files are opened, with the directory or hub id that is loaded."""
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        self.before_files(config.name_or_path)
+        return config
 
     @abstractmethod
     def before_weights(self, model: Any, files: list[Path]) -> None:
@@ -104,20 +112,6 @@ def expect_missing(model: Any, patterns: Iterable[str]) -> None:
     """
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     model._keys_to_ignore_on_load_unexpected = {*(known or ()), *patterns}
-
-
-def has_exact_zeros(activation: nn.Module) -> bool:
-    """Whether an activation makes inactive neurons exactly zero, so that leaving them out is exact.
-
-    transformers 5.23.0: `transformers.activations.ReLUSquaredActivation`. If a version lacks it, loading
-    or reordering a model fails with an ImportError.
-    """
-    try:
-        from transformers.activations import ReLUSquaredActivation  # brings in Dynamo, so not at import
-    except ImportError as error:
-        raise _differs(error) from error
-
-    return isinstance(activation, (nn.ReLU, ReLUSquaredActivation))
 
 
 @functools.cache

@@ -111,6 +111,10 @@ class ReorderConfig:
             hidden size; with 0 the copy has no predictors.
         bundles: how the sidecar stores weights; "same" as the checkpoint. "int8" and "int4" round them, with
             a scale for each 32 weights: shorter reads, other results.
+        sketches: store the int8 sketches, which select neurons. Without them the sidecar is up to a quarter
+            smaller and streams with `keep` 1; a ReLU model then selects with predictors (`recall`) only.
+        sidecar_only: write the sidecar only, and stream everything else from the original weight files, which
+            must stay as and where they are.
         workers: layers placed at once.
         seed: seed of the random placement.
     """
@@ -125,6 +129,8 @@ class ReorderConfig:
     hot_share: float = 0.1
     predictor: float = 0.125
     bundles: str = "same"
+    sketches: bool = True
+    sidecar_only: bool = False
     workers: int = 2
     seed: int = 0
 

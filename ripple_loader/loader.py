@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ripple_loader.checkpoint.hub import local_directory, local_file
+from ripple_loader.checkpoint.shards import ORIGINAL, check_original
 from ripple_loader.compat import register_quantization_config, register_quantizer
 from ripple_loader.config import RippleConfig
 from ripple_loader.format.encoding import FloatEncoding
+from ripple_loader.format.layout import SIDECAR
 from ripple_loader.format.sidecar import Sidecar
 from ripple_loader.model.architectures import MLPSite
 from ripple_loader.model.loading import StreamingQuantizer
@@ -36,13 +39,25 @@ class RippleQuantizer(StreamingQuantizer):
 
     quantization_config: RippleConfig
 
+    def before_files(self, directory: str) -> None:
+        check_original(Path(directory))
+
     def streamed(self, model: Any, files: list[Path]) -> tuple[list[MLPSite], Backend]:
-        sidecar = Sidecar(files[0].parent)
+        sidecar = Sidecar(_sidecar_directory(model.config.name_or_path, files[0].parent))
         sidecar.check_weights(files)
         sites = matching_sites(model, sidecar)
         engine = Engine(sidecar, self.quantization_config, model.dtype)
         model.ripple_report = engine.report
         return sites, engine
+
+
+def _sidecar_directory(name: str, folder: Path) -> Path:
+    """The directory of the sidecar of a model by its directory or hub id, and the folder of its weights."""
+    if folder.name == ORIGINAL and (folder.parent / SIDECAR).is_file():
+        return folder.parent
+    if not (folder / SIDECAR).is_file() and folder.parent.name == "snapshots" and not Path(name).is_dir():
+        local_file(name, SIDECAR, folder)
+    return folder
 
 
 def attach(model: Any, config: RippleConfig, directory: str | Path | None = None) -> RippleReport:
@@ -62,7 +77,8 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
     """
     from ripple_loader.model.streaming import loaded, stream
 
-    sidecar = Sidecar(directory or model.config.name_or_path)
+    sidecar = Sidecar(local_directory(directory or model.config.name_or_path, also=[SIDECAR]))
+    check_original(sidecar.path.parent)
     sites = matching_sites(model, sidecar)
     weights = [weight_NH for site in sites for weight_NH in site.down_weights()]
     for layer, weight_NH in enumerate(weights):

@@ -1,4 +1,4 @@
-"""A model directory's safetensors files, read and copied tensor by tensor."""
+"""A model directory's weight files, read and copied tensor by tensor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLED_DTYPES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
-
-_INDEX = "model.safetensors.index.json"
+ORIGINAL = "original"
+"""The link to the original model in a directory that holds the sidecar only."""
 _COPY_CHUNK = 16 << 20
 _SAMPLED_BYTES = 4096
 _FEWEST_SAMPLES = 3
@@ -57,7 +67,7 @@ class TensorSpot:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its header bytes as they are, and its tensors in file order."""
+    """One weight file: the header bytes of it as safetensors, and its tensors in file order."""
 
     path: Path
     header: bytes
@@ -68,8 +78,10 @@ def read_shard(path: Path) -> Shard:
     """Read a file's table of tensors.
 
     Raises:
-        ValueError: it is not a whole safetensors file.
+        ValueError: it is not a whole weight file.
     """
+    if path.suffix == ".bin":
+        return _read_pickled(path)
     try:
         with safe_open(path, "np"):  # checks the header and that the tensors fill the file without holes
             pass
@@ -89,34 +101,88 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, header, tensors)
 
 
-def read_shards(directory: Path) -> list[Shard]:
-    """All weight files of a model directory.
+def _read_pickled(path: Path) -> Shard:
+    """The tensors of a file of `torch.save`, which lie in it uncompressed; no code in it runs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():
+            stored: Any = torch.load(path, weights_only=True)
+        tensors = {name: _pickled_spot(path, name, tensor) for name, tensor in stored.items()}
+    except (RuntimeError, UnpicklingError, EOFError, OSError, AttributeError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} must be a whole file of tensors that `torch.save` wrote, but cannot be read ({reason}): "
+            "load the model with transformers and save it as safetensors with `save_pretrained`."
+        ) from None
+    entries, end = {}, 0
+    for name, spot in tensors.items():
+        size = spot.stop - spot.start
+        entries[name] = {"dtype": spot.dtype, "shape": spot.shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return Shard(path, len(text).to_bytes(8, "little") + text, tensors)
+
+
+def _pickled_spot(path: Path, name: str, tensor: Tensor) -> TensorSpot:
+    if not tensor.is_contiguous() or tensor.dtype not in _PICKLED_DTYPES:
+        raise TypeError(f"{name} is not a contiguous tensor of numbers")
+    start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+    kind = _PICKLED_DTYPES[tensor.dtype]
+    return TensorSpot(path, start, start + tensor.numel() * tensor.itemsize, kind, tuple(tensor.shape))
+
+
+def weight_names(variant: str | None = None) -> list[str]:
+    """The names that weight files, or their index, may have in a directory, in the order of transformers."""
+    forms = ("model.safetensors", "pytorch_model.bin")
+    parts = [name.rpartition(".") for form in forms for name in (form, f"{form}.index.json")]
+    return [f"{stem}.{variant}.{ending}" if variant else f"{stem}.{ending}" for stem, _, ending in parts]
+
+
+def read_shards(directory: Path, variant: str | None = None) -> list[Shard]:
+    """All weight files of a model directory: safetensors, or else `pytorch_model.bin`.
+
+    Args:
+        directory: of the model.
+        variant: of the weight files, such as "fp16", as `from_pretrained` takes it.
 
     Raises:
-        FileNotFoundError: no safetensors checkpoint, or a file of its index is missing.
+        FileNotFoundError: no checkpoint, or a file of its index is missing.
         ValueError: the index is not valid or names a file outside the directory.
     """
-    index = directory / _INDEX
-    if not index.exists():
-        if not (directory / "model.safetensors").exists():
-            raise FileNotFoundError(
-                f"{directory} must hold model.safetensors or {_INDEX}, but holds neither: save the model "
-                "there with `save_pretrained`."
-            )
-        return [read_shard(directory / "model.safetensors")]
+    names = weight_names(variant)
+    first = next((directory / name for name in names if (directory / name).exists()), None)
+    if first is None:
+        raise FileNotFoundError(
+            f"{directory} must hold {', '.join(names[:-1])} or {names[-1]}, but holds none of them: save the "
+            "model there with `save_pretrained`."
+        )
+    if first.suffix != ".json":
+        return [read_shard(first)]
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = sorted(set(json.loads(first.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} must map tensors to files under `weight_map`, but does not.") from None
+        raise ValueError(f"{first} must map tensors to files under `weight_map`, but does not.") from None
     held = {path.name for path in directory.iterdir() if path.is_file()}
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} must name files in its own directory, got {name!r}.")
-        if name not in held:
+    for file in files:
+        if not isinstance(file, str) or file.removeprefix(f"{ORIGINAL}/") != Path(file).name:
+            raise ValueError(f"{first} must name files in its own directory, got {file!r}.")
+        if file not in held and not (file.startswith(f"{ORIGINAL}/") and (directory / file).is_file()):
             raise FileNotFoundError(
-                f"{index} names {name}, but {directory} does not hold it: fetch it again."
+                f"{first} names {file}, but {directory} does not hold it: fetch it again."
             )
-    return [read_shard(directory / name) for name in names]
+    return [read_shard(directory / file) for file in files]
+
+
+def check_original(directory: Path) -> None:
+    """FileNotFoundError if a directory links to an original model that is not there."""
+    link = directory / ORIGINAL
+    if link.is_symlink() and not link.is_dir():
+        raise FileNotFoundError(
+            f"{directory} streams from the original's weight files and must find them in {link.readlink()}, "
+            "but nothing is there: move the model back, or have the link `original` point to where it is now."
+        )
 
 
 def sha256(path: Path) -> str:

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ripple_loader.checkpoint.shards import DTYPES, Shard, TensorSpot, read_shards
+from ripple_loader.checkpoint.shards import DTYPES, Shard, TensorSpot, read_shards, weight_names
 from ripple_loader.model.architectures import Architecture, Role
 from ripple_loader.model.probe import architecture_of
+
+_WAY_OUT = {
+    "fp8": "save it dequantized, `from_pretrained(DIR, quantization_config=FineGrainedFP8Config("
+    "dequantize=True)).save_pretrained(NEW, save_original_format=False)`, and reorder that.",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class SourceModel:
         pieces: for each tensor with MLP weights, its parts from front to back: one linear of one MLP, or of
             each expert of a layer.
         spots: the location of every tensor.
+        variant: of the weight files, as `from_pretrained` takes it.
     """
 
     directory: Path
@@ -48,6 +54,7 @@ class SourceModel:
     mlp: list[dict[tuple[str, str], TensorSpot]]
     pieces: dict[str, list[Piece]]
     spots: dict[str, TensorSpot]
+    variant: str | None = None
 
     def part(self, layer: int, role: Role, kind: str) -> Tensor | None:
         """A projection's weight as (N, H) rows, or its bias; None where it has no bias."""
@@ -84,13 +91,24 @@ class SourceModel:
         return self.down.shape[1 - self.architecture.down.neuron_axis]
 
 
-def open_source(directory: Path) -> SourceModel:
+def open_source(directory: Path, variant: str | None = None) -> SourceModel:
     """Find a checkpoint's MLP tensors without loading it.
+
+    Args:
+        directory: of the model.
+        variant: of its weight files, such as "fp16".
 
     Raises:
         FileNotFoundError: the directory or its checkpoint is missing.
         ValueError: unsupported architecture, quantized or damaged checkpoint, or MLP tensors missing.
     """
+    weights = any((directory / name).exists() for name in weight_names(variant))
+    if directory.suffix == ".gguf" or (not weights and any(directory.glob("*.gguf"))):
+        raise ValueError(
+            f"{directory} must hold safetensors or `pytorch_model.bin`, but holds a GGUF file: load it with "
+            "transformers, `from_pretrained(FOLDER, gguf_file=NAME)`, and reorder what `save_pretrained` "
+            "writes."
+        )
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"{directory} must be a model directory, but has no config.json: give the folder "
@@ -102,10 +120,10 @@ def open_source(directory: Path) -> SourceModel:
     if quantization is not None and method != "ripple":  # that is no quantization, see `RippleConfig`
         raise ValueError(
             f"{directory} must hold plain float weights, but is quantized with {method}: "
-            "reorder the checkpoint from before quantization."
+            + _WAY_OUT.get(method, "reorder the checkpoint that it was quantized from.")
         )
     forms = architecture_of(config).forms()
-    shards = read_shards(directory)
+    shards = read_shards(directory, variant)
     spots = {name: spot for shard in shards for name, spot in shard.tensors.items()}
     architecture = next((form for form in forms if any(map(form.tensor_pattern().match, spots))), forms[0])
     mlp, pieces, experts = _find_mlps(directory, architecture, config, spots)
@@ -115,7 +133,9 @@ def open_source(directory: Path) -> SourceModel:
             f"all MLPs of {directory} must have the same shapes and dtypes, got {len(kinds)} different "
             "kinds: Ripple cannot stream this model."
         )
-    source = SourceModel(directory, shards, config.model_type, architecture, experts, mlp, pieces, spots)
+    source = SourceModel(
+        directory, shards, config.model_type, architecture, experts, mlp, pieces, spots, variant
+    )
     if source.down.dtype not in DTYPES:
         raise ValueError(
             f"MLP weights must be float32, float16 or bfloat16, got {source.down.dtype} in {directory}: "

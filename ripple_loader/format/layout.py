@@ -58,6 +58,7 @@ class SidecarHeader:
         stamps: size in bytes, time of modification in ns, and inode of each of these weight files.
         base: SHA-256 of each weight file of the model that was reordered.
         rank: of the predictors; 0 in a sidecar without predictors.
+        sketches: whether the sidecar has the sketches.
         profile: figures of the order: placement, calibration tokens, activity, expected reads.
         version: of this format.
     """
@@ -76,6 +77,7 @@ class SidecarHeader:
     stamps: dict[str, list[int]] = field(default_factory=dict)
     experts: int | None = None
     rank: int = 0
+    sketches: bool = True
     profile: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
@@ -85,6 +87,8 @@ class SidecarHeader:
                 raise ValueError(f"`{name}` must be a positive int32, got {getattr(self, name)!r}")
         if type(self.rank) is not int or not 0 <= self.rank <= self.hidden:
             raise ValueError(f"`rank` must be at most {self.hidden}, got {self.rank!r}")
+        if type(self.sketches) is not bool:
+            raise ValueError(f"`sketches` must be true or false, got {self.sketches!r}")
         if self.rows not in (2, 3):
             raise ValueError(f"`rows` must be 2 or 3, got {self.rows!r}")
         if self.dtype not in ENCODINGS:
@@ -95,6 +99,11 @@ class SidecarHeader:
             type(self.experts) is not int or self.experts < 1 or self.layers % self.experts
         ):
             raise ValueError(f"`experts` must divide the {self.layers} MLPs, got {self.experts!r}")
+
+    @property
+    def in_original_order(self) -> bool:
+        """Whether the weight files are the original's, so that their neurons are in the model's own order."""
+        return self.files == self.base
 
     @property
     def encoding(self) -> Encoding:
@@ -117,7 +126,7 @@ class SidecarHeader:
         """Unpadded size of each section of one layer, in file order."""
         sizes = {
             "bundles": self.neurons * self.bundle_bytes,
-            "sketch": (self.rows - 1) * self.neurons * self.hidden,
+            "sketch": self.sketches * (self.rows - 1) * self.neurons * self.hidden,
             "vectors": 4 * Vectors.size(self.rows, self.neurons, self.hidden),
             "permutation": 4 * self.neurons,
             "predictor": Predictor.size(self.rank, self.neurons, self.hidden),
@@ -127,7 +136,10 @@ class SidecarHeader:
 
     def layout(self) -> SidecarLayout:
         """The offsets of all sections."""
-        entries: dict[str, Any] = {"__metadata__": {"ripple": json.dumps(asdict(self))}}
+        description = asdict(self)
+        if self.sketches:  # sidecars were written without this name when all had sketches
+            del description["sketches"]
+        entries: dict[str, Any] = {"__metadata__": {"ripple": json.dumps(description)}}
         starts, end = {}, 0
         for layer in range(self.layers):
             for kind, size in self.section_bytes().items():

@@ -164,7 +164,8 @@ class Sidecar:
             any(sha256(file) != self.header.files.get(file.name) for file in changed)
             or fingerprint(files) != self.header.checkpoint
         ):
+            where = files[0].parent
             raise ValueError(
                 f"{self.path} must lie beside the weights that it was written with, but those of "
-                f"{files[0].parent} differ: reorder that model again."
+                f"{where.readlink() if where.is_symlink() else where} differ: reorder that model again."
             )

@@ -79,7 +79,8 @@ class SidecarWriter:
         # The sketch is of the decoded bundles, so that its error bound holds for the weights that compute.
         stored_NRH = unpack_bundles(bundles, self.header, torch.float32)
         sketches, scales, errors = zip(*(sketch_rows(stored_NRH[:, row]) for row in range(S)), strict=True)
-        self._write(np.stack(sketches), "sketch")
+        if self.header.sketches:
+            self._write(np.stack(sketches), "sketch")
         bias_SN = [biases[row].float().numpy() if row in biases else np.zeros(N) for row in range(S)]
         down_bias_H = biases[S].float().numpy() if S in biases else np.zeros(H)
         vectors = Vectors(np.stack(bias_SN), down_bias_H, np.stack(scales), np.stack(errors))

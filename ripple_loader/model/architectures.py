@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ripple_loader.compat import has_exact_zeros
+from ripple_loader.model.activations import has_exact_zeros
 
 Role = Literal["selector", "up", "down"]
 

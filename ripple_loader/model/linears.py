@@ -25,8 +25,11 @@ class WeightStore(Protocol):
     def permutation(self, layer: int) -> Tensor:
         """The model's own index of the neuron at each place, int64, shape (N,)."""
 
+    def file_order(self, layer: int) -> Tensor:
+        """The model's own index of the neuron at each place in the weight files, int64, shape (N,)."""
+
     def is_own(self, directory: str) -> bool:
-        """Whether a directory holds the weight files that are streamed, in their order of neurons."""
+        """Whether a directory holds the weight files that are streamed, in their own order of neurons."""
 
 
 class StreamedWeight(Tensor):
@@ -159,15 +162,15 @@ class Streamed(nn.Module):
             kind: stored[self.name, kind] for kind in ("weight", "bias") if (self.name, kind) in stored
         }
         for a, b in self.merged_pairs():
-            tensors["weight"] = (tensors["weight"] + self._in_placement_order(dense(a, b))).to(
+            tensors["weight"] = (tensors["weight"] + self._in_file_order(dense(a, b))).to(
                 tensors["weight"].dtype
             )
         return {kind: tensor.to(self._like.dtype) for kind, tensor in tensors.items()}
 
-    def _in_placement_order(self, weight: Tensor) -> Tensor:
+    def _in_file_order(self, weight: Tensor) -> Tensor:
         """A weight (outputs, inputs) in the model's order of neurons, as the weight file has it."""
         weight = weight.T if isinstance(self, Conv1D) else weight
-        places = self.store.permutation(self.layer)
+        places = self.store.file_order(self.layer)
         if len(self.projections) > 1:
             places = torch.cat([places, places + len(places)])
         return weight.index_select(self.neuron_axis, places)

@@ -6,7 +6,7 @@ An eighth of the traced tokens is held out from the orders, to count their reads
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class ReorderPlan:
         exact_zeros: whether inactive neurons are exactly zero.
         bundles: the encoding of the sidecar, see `ReorderConfig`.
         rank: of the predictors; 0 without them.
+        sketches, sidecar_only: see `ReorderConfig`.
         profile: placement, tokens, share of neurons active, share of them hot, and reads per token and MLP in
             the model's own order and in this one, without the hot neurons, counted on tokens that did not
             shape it; "uses", for each MLP: see `grouped_uses`.
@@ -48,6 +49,22 @@ class ReorderPlan:
     bundles: str
     rank: int
     profile: dict[str, Any]
+    sketches: bool = True
+    sidecar_only: bool = False
+
+    @classmethod
+    def unplaced(cls, source: SourceModel, config: ReorderConfig) -> ReorderPlan:
+        """A plan without orders, which has the sizes of one that has them."""
+        return cls(
+            orders=[],
+            hot=[0] * source.layers,
+            exact_zeros=source.exact_zeros,
+            bundles=config.bundles,
+            rank=predictor_rank(source, config),
+            profile={},
+            sketches=config.sketches,
+            sidecar_only=config.sidecar_only,
+        )
 
 
 def hot_neurons(uses: list[Indices], share: float) -> list[int]:
@@ -116,12 +133,11 @@ def plan_orders(source: SourceModel, trace: Trace, config: ReorderConfig, work: 
     uses = [cost.pop("uses") for cost in costs]
     weights = tokens if tokens.any() else None
     profile = {name: float(np.average([cost[name] for cost in costs], weights=weights)) for name in costs[0]}
-    return ReorderPlan(
+    return replace(
+        ReorderPlan.unplaced(source, config),
         orders=[one.order for one in placed],
         hot=[one.hot for one in placed],
         exact_zeros=trace.exact_zeros,
-        bundles=config.bundles,
-        rank=predictor_rank(source, config),
         profile={
             "placement": config.placement,
             "tokens": trace.description["tokens"],

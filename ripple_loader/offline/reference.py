@@ -143,7 +143,9 @@ def load_reference(source: SourceModel, part: Part | None = None, dtype: Any = "
 
     weights = _Weights(source.architecture.forms()[0], part or source.part, source.experts)
     config = _ReferenceConfig(weights=weights)
-    return AutoModelForCausalLM.from_pretrained(source.directory, dtype=dtype, quantization_config=config)
+    return AutoModelForCausalLM.from_pretrained(
+        source.directory, variant=source.variant, dtype=dtype, quantization_config=config
+    )
 
 
 def bundled(sidecar: Sidecar, copy: SourceModel) -> Part:
@@ -151,7 +153,10 @@ def bundled(sidecar: Sidecar, copy: SourceModel) -> Part:
 
     def part(mlp: int, role: Role, kind: str) -> Tensor | None:
         if kind == "bias":
-            return copy.part(mlp, role, kind)
+            bias = copy.part(mlp, role, kind)
+            if bias is None or role == "down" or not sidecar.header.in_original_order:
+                return bias
+            return bias[torch.from_numpy(sidecar.permutation(mlp)).long()]
         rows_NRH = unpack_bundles(sidecar.bundles(mlp), sidecar.header, torch.float32)
         return rows_NRH[:, copy.architecture.bundle.index(role)]
 

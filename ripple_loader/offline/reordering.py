@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ripple_loader.checkpoint.hub import local_directory
 from ripple_loader.checkpoint.source import SourceModel, open_source
 from ripple_loader.config import ReorderConfig
 from ripple_loader.files import Workspace, check_new, check_space, working_on
@@ -28,6 +29,8 @@ def reorder(
     config: ReorderConfig | None = None,
     *,
     trace: str | Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> ReorderPlan:
     """Write a streaming copy of a model: `out_dir` appears whole or not at all.
 
@@ -35,11 +38,14 @@ def reorder(
     and written weight files.
 
     Args:
-        model_dir: a causal LM saved as safetensors in float32, float16 or bfloat16.
+        model_dir: directory or hub id of a causal LM in float32, float16 or bfloat16, saved as safetensors or
+            as `pytorch_model.bin`.
         out_dir: a directory that does not exist yet.
         calibration: texts, rows with a "text" or "input_ids" column, or tensors of token ids.
         config: how to trace and place.
         trace: directory of a finished trace of this model, instead of `calibration`.
+        revision: branch, tag or commit of a hub id.
+        variant: of the weight files, such as "fp16".
 
     Returns:
         The orders and the expected reads, which are also printed to stderr before anything is written.
@@ -53,8 +59,8 @@ def reorder(
     """
     config, out = config or ReorderConfig(), Path(out_dir)
     check_new(out)
-    source = open_reorderable(Path(model_dir))
-    check_space(out, sum(output_bytes(source, config.bundles, predictor_rank(source, config))))
+    source = open_reorderable(model_dir, revision, variant)
+    check_space(out, sum(output_bytes(source, ReorderPlan.unplaced(source, config))))
     if (trace is None) == (calibration is None):
         got = "neither" if trace is None else "both"
         raise ValueError(f"one of `calibration` and `trace` must be given, got {got}.")
@@ -73,16 +79,20 @@ def reorder(
             file=sys.stderr,
         )
         orders = [hashlib.sha256(order.tobytes()).hexdigest() for order in plan.orders]
-        key = [traced.description, config.bundles, plan.hot, plan.rank, orders]
+        written = [config.bundles, config.sketches, config.sidecar_only]
+        key = [traced.description, written, plan.hot, plan.rank, orders]
         output = work.stage(Workspace.OUTPUT, key)
         write_copy(source, plan, traced, output)
         check_copy(source, output)
     return plan
 
 
-def open_reorderable(directory: Path) -> SourceModel:
-    """Like `open_source`, but refuses a directory that is reordered already."""
-    source = open_source(directory)
+def open_reorderable(
+    model: str | Path, revision: str | None = None, variant: str | None = None
+) -> SourceModel:
+    """Like `open_source`, for a hub id too, but refuses a directory that is reordered already."""
+    directory = local_directory(model, revision=revision, variant=variant)
+    source = open_source(directory, variant)
     if (directory / SIDECAR).exists():
         raise ValueError(f"{directory} is reordered already: give the original model's directory.")
     return source

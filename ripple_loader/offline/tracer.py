@@ -61,6 +61,8 @@ class Tracer:
         """The checkpoint's own order."""
         return torch.arange(self.source.neurons)
 
+    file_order = permutation
+
     def compute(
         self,
         layer: int,
@@ -123,6 +125,7 @@ def load_traced(tracer: Tracer, device: torch.device) -> Any:
 
     return AutoModelForCausalLM.from_pretrained(
         tracer.source.directory,
+        variant=tracer.source.variant,
         dtype="auto",
         device_map={"": device},
         quantization_config=_TraceConfig(tracer=tracer),

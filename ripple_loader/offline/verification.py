@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ripple_loader.checkpoint.hub import local_directory
 from ripple_loader.checkpoint.shards import DTYPES, sha256
 from ripple_loader.checkpoint.source import SourceModel, open_source
 from ripple_loader.config import RippleConfig
@@ -28,7 +29,7 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
 
     Args:
         directory: a reordered directory.
-        original: the original model; without it only integrity is checked.
+        original: directory or hub id of the original model; without it only integrity is checked.
 
     Raises:
         FileNotFoundError: a directory or file is missing.
@@ -46,19 +47,21 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
             )
     yield "files", f"SHA-256 of {len(copy.shards)} weight files as written"
     orders = [_order(sidecar, layer) for layer in range(sidecar.header.layers)]
-    for layer in range(copy.layers):
-        _check_bundles(sidecar, copy, layer)
+    unmoved = [torch.arange(sidecar.header.neurons)] * copy.layers
+    in_original_order = sidecar.header.in_original_order
+    for layer, order in enumerate(orders if in_original_order else unmoved):
+        _check_bundles(sidecar, copy, layer, order)
     yield "bundles", f"equal the weights beside them, {copy.layers} layers of {copy.neurons} neurons"
     if original is None:
         return
-    source = open_source(Path(original))
+    source = open_source(local_directory(original))
     for shard in source.shards:
         if sha256(shard.path) != sidecar.header.base.get(shard.path.name):
             raise ValueError(
                 f"{directory} must be made from {shard.path}, but that file differs from its source."
             )
     yield "original", f"SHA-256 of {len(source.shards)} files as recorded"
-    _check_tensors(source, copy, orders)
+    _check_tensors(source, copy, unmoved if in_original_order else orders)
     yield "tensors", f"{len(source.spots)} equal the original's, MLPs up to the order of their neurons"
     rounded = sidecar.header.dtype != source.down.dtype
     yield from _check_logits(source, copy, sidecar.header.dtype if rounded else None)
@@ -71,9 +74,10 @@ def _order(sidecar: Sidecar, layer: int) -> Tensor:
     return order
 
 
-def _check_bundles(sidecar: Sidecar, copy: SourceModel, layer: int) -> None:
+def _check_bundles(sidecar: Sidecar, copy: SourceModel, layer: int, order: Tensor) -> None:
+    """Compare the bundles with the weights beside them, whose neurons are put in this order."""
     rows = [copy.part(layer, role, "weight") for role in copy.architecture.bundle]
-    weights = [weight_NH for weight_NH in rows if weight_NH is not None]
+    weights = [weight_NH[order] for weight_NH in rows if weight_NH is not None]
     if not torch.equal(sidecar.bundles(layer), pack_bundles(weights, sidecar.header.encoding)):
         raise ValueError(f"{sidecar.path} must hold the weights of MLP {layer} beside it, but they differ.")
 

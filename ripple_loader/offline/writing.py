@@ -1,12 +1,14 @@
 """Write the permuted checkpoint and its sidecar.
 
 The copy is a standard checkpoint: rows and columns of each MLP are permuted together, which leaves its
-function unchanged, and every weight file keeps its own header. Beside the weights lies the sidecar.
+function unchanged, and every weight file keeps its own header. Beside the weights lies the sidecar. With
+`sidecar_only` a link to the original directory and an index of its weight files stand for the copy of these.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ripple_loader.checkpoint.shards import Shard, TensorSpot, fingerprint, sha256, stamp
+from ripple_loader.checkpoint.shards import ORIGINAL, Shard, TensorSpot, fingerprint, sha256, stamp
 from ripple_loader.checkpoint.source import SourceModel
 from ripple_loader.files import LEFTOVERS, check_space, whole_file
 from ripple_loader.format.encoding import ENCODINGS, Encoding, rounding_error
@@ -45,22 +47,26 @@ def write_copy(source: SourceModel, plan: ReorderPlan, trace: Trace, out: Path) 
     Raises:
         OSError: not enough disk space.
     """
-    shards, sidecar = output_bytes(source, plan.bundles, plan.rank)
+    shards, sidecar = output_bytes(source, plan)
     for path in out.glob(LEFTOVERS):
         path.unlink()
+    (out / ORIGINAL).unlink(missing_ok=True)
     written = sum(path.stat().st_size for path in out.iterdir())
     check_space(out, shards + sidecar - written)
-    for path in sorted(source.directory.iterdir()):
-        if path.is_file() and path.suffix not in _WEIGHT_FILES:
-            shutil.copyfile(path, out / path.name)
+    names = _weight_files(source, plan)
+    _copy_others(source, names, out)
+    if plan.sidecar_only:
+        (out / ORIGINAL).symlink_to(source.directory.absolute(), target_is_directory=True)
+    paths = [out / name for name in names]
     with tqdm(total=shards + sidecar, unit="B", unit_scale=True, desc="write") as bar:
         base, files = {}, {}
-        for shard in source.shards:
-            path = out / shard.path.name
-            base[path.name], files[path.name] = _write_shard(source, plan, shard, path, bar)
-        checkpoint = fingerprint([out / name for name in files])
-        header = _sidecar_header(source, plan, checkpoint=checkpoint, files=files, base=base)
-        header = replace(header, stamps={name: stamp(out / name) for name in files})
+        for shard, path in zip(source.shards, paths, strict=True):
+            if plan.sidecar_only:
+                base[path.name] = files[path.name] = sha256(path)
+            else:
+                base[shard.path.name], files[path.name] = _write_shard(source, plan, shard, path, bar)
+        header = _sidecar_header(source, plan, checkpoint=fingerprint(paths), files=files, base=base)
+        header = replace(header, stamps={path.name: stamp(path) for path in paths})
         with whole_file(out / SIDECAR) as partial, SidecarWriter(partial, header) as writer:
             for layer, order in enumerate(plan.orders):
                 inputs = trace.inputs(layer) if plan.rank else None
@@ -68,14 +74,45 @@ def write_copy(source: SourceModel, plan: ReorderPlan, trace: Trace, out: Path) 
                 bar.update(sidecar // source.layers)
 
 
-def output_bytes(source: SourceModel, bundles: str, rank: int) -> tuple[int, int]:
+def _weight_files(source: SourceModel, plan: ReorderPlan) -> list[str]:
+    """The copy's weight files, one for each of the source's; other formats become safetensors."""
+    names = [shard.path.name for shard in source.shards]
+    if plan.sidecar_only:
+        return [f"{ORIGINAL}/{name}" for name in names]
+    if source.variant is None and all(name.endswith(".safetensors") for name in names):
+        return names
+    count = len(names)
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _copy_others(source: SourceModel, names: list[str], out: Path) -> None:
+    """Copy all files but weights, and write the index of the weight files if they need another."""
+    for path in sorted(source.directory.iterdir()):
+        if path.is_file() and path.suffix not in _WEIGHT_FILES and ".index." not in path.name:
+            shutil.copyfile(path, out / path.name)
+    form = "pytorch_model.bin" if names[0].endswith(".bin") else "model.safetensors"
+    index = f"{form}.index.json"
+    if names == [shard.path.name for shard in source.shards] and (source.directory / index).is_file():
+        shutil.copyfile(source.directory / index, out / index)
+    elif names != [form]:
+        files = {
+            tensor: name for shard, name in zip(source.shards, names, strict=True) for tensor in shard.tensors
+        }
+        size = sum(spot.stop - spot.start for spot in source.spots.values())
+        (out / index).write_text(
+            json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2)
+        )
+
+
+def output_bytes(source: SourceModel, plan: ReorderPlan) -> tuple[int, int]:
     """Bytes of the weight files, and of the sidecar without the profile in its header."""
     base = {shard.path.name: "0" * 64 for shard in source.shards}
-    plan = ReorderPlan(
-        orders=[], hot=[0] * source.layers, exact_zeros=False, bundles=bundles, rank=rank, profile={}
-    )
+    plan = replace(plan, orders=[], profile={})
     header = _sidecar_header(source, plan, checkpoint="0" * 64, files=base, base=base)
-    return sum(shard.path.stat().st_size for shard in source.shards), header.layout().file_bytes
+    shards = 0 if plan.sidecar_only else sum(shard.path.stat().st_size for shard in source.shards)
+    return shards, header.layout().file_bytes
 
 
 def stored_as(source: SourceModel, bundles: str) -> str:
@@ -101,6 +138,7 @@ def _sidecar_header(
         exact_zeros=plan.exact_zeros,
         hot=plan.hot,
         rank=plan.rank,
+        sketches=plan.sketches,
         checkpoint=checkpoint,
         files=files,
         base=base,
@@ -132,7 +170,7 @@ def _bundle_parts(source: SourceModel, layer: int, order: Order) -> tuple[list[T
 def _write_shard(
     source: SourceModel, plan: ReorderPlan, shard: Shard, path: Path, bar: Any
 ) -> tuple[str, str]:
-    """Copy a weight file with its MLP tensors permuted, unless `path` is written already.
+    """Copy a weight file as safetensors with its MLP tensors permuted, unless `path` is written already.
 
     Returns:
         The SHA-256 of the original file and of the copy.
@@ -150,7 +188,8 @@ def _write_shard(
                 after.update(written)
                 file.write(written)
             bar.update(spot.stop - spot.start)
-    return before.hexdigest(), after.hexdigest()
+    pickled = shard.path.suffix == ".bin"  # whose own bytes are others
+    return sha256(shard.path) if pickled else before.hexdigest(), after.hexdigest()
 
 
 def _copies(source: SourceModel, plan: ReorderPlan, name: str, spot: TensorSpot) -> Iterator[tuple[Any, Any]]:

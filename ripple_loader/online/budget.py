@@ -70,8 +70,20 @@ def rank_in_use(header: SidecarHeader, config: RippleConfig) -> int:
 
 
 def needs_sketch(header: SidecarHeader, config: RippleConfig) -> bool:
-    """Whether neurons are selected at all, by sketches or predictors; otherwise every one is read."""
-    return header.exact_zeros or config.keep < 1
+    """Whether neurons are selected at all, by sketches or predictors; otherwise every one is read.
+
+    Raises:
+        ValueError: sketches would have to select them, but the sidecar has none.
+    """
+    wanted = header.exact_zeros or config.keep < 1
+    if not wanted or header.sketches or config.recall < 1 or config.strategy == "dense":
+        return wanted
+    if config.keep < 1 or config.strategy == "sparse":
+        raise ValueError(
+            "a sidecar must have sketches to select neurons with, but this one was written without them: "
+            "reorder the model again with `sketches`, or load with `keep` 1 and `strategy` auto or dense."
+        )
+    return False
 
 
 def allocate(
@@ -117,8 +129,9 @@ def allocate(
             f"`dram_budget` must be at least {sum(resident.values())} bytes for this model, got {budget}: "
             "raise it."
         )
-    sketch_bytes = header.section_bytes()["sketch"]
-    sketch_layers = min(header.layers, spare // sketch_bytes) if selecting and not rank else 0
+    sketch_bytes = header.section_bytes().get("sketch", 0)
+    sketched = selecting and not rank and header.sketches
+    sketch_layers = min(header.layers, spare // sketch_bytes) if sketched else 0
     resident["sketch"] = sketch_layers * sketch_bytes
     spare -= resident["sketch"]
     index = header.layers * header.neurons * CACHE_POLICIES[config.cache_policy].index_bytes

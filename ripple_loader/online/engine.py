@@ -188,10 +188,16 @@ class Engine:
         return self._places[layer]
 
     def is_own(self, directory: str) -> bool:
-        """Whether a directory holds the weight files that are streamed, here or copied."""
+        """Whether a directory holds the permuted weight files that are streamed, here or copied."""
         if not (Path(directory) / SIDECAR).is_file():
             return False
-        return Sidecar(directory).header.files == self.header.files
+        return not self.header.in_original_order and Sidecar(directory).header.files == self.header.files
+
+    def file_order(self, layer: int) -> Tensor:
+        """The model's own index of the neuron at each place in the weight files, int64, shape (N,)."""
+        if self.header.in_original_order:
+            return torch.arange(self.header.neurons, device="cpu")
+        return self.permutation(layer)
 
     @property
     def _stored(self) -> StoredWeights:

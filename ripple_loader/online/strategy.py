@@ -83,7 +83,7 @@ def expect(
             places, base=0, width=width, block=block, collapse=cheapest(model, computing=computing)
         )
         reading = float(model.seconds(len(plan.offsets), plan.size))
-    sketch = header.section_bytes()["sketch"]
+    sketch = header.section_bytes().get("sketch", 0)
     unread = 0.0 if sparse.rank else 1 - sparse.sketch_layers / header.layers
     selecting = max(pace.select, unread * float(model.seconds(np.ceil(sketch / LONGEST_READ), sketch)))
     some = max(reading, count * (pace.compute + pace.gather)) + selecting
@@ -111,7 +111,8 @@ def decide(
     """
     share = config.keep if config.keep < 1 else header.profile.get("activity")
     if not needs_sketch(header, config):
-        return False, "reads all neurons, in order: `keep` is 1"
+        reason = "the sidecar has no sketches" if header.exact_zeros else "`keep` is 1"
+        return False, f"reads all neurons, in order: {reason}"
     if config.strategy != "auto":
         return config.strategy == "sparse", f"{config.strategy}, as `strategy` says"
     if share is None:

@@ -113,7 +113,9 @@ def bad(*arguments):
 
 def test_bad_input_is_one_sentence_and_exit_code_2(saved, reordered, text, tmp_path):
     out, model = tmp_path / "out", saved("llama")
-    assert "nowhere must be a model" in bad("reorder", "nowhere", "--calibration", text, "--out", out)
+    assert "nowhere must be a directory or a model of the Hugging Face hub" in bad(
+        "reorder", "nowhere", "--calibration", text, "--out", out
+    )
     assert "nothing.txt does not exist" in bad("reorder", model, "--calibration", "nothing.txt", "--out", out)
     assert "`out` must be given" in bad("reorder", model, "--calibration", text)
     assert "'magic'" in bad("reorder", model, "--calibration", text, "--out", out, "--placement", "magic")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
@@ -54,14 +53,6 @@ def test_streamed_tensors_are_not_reported_as_unexpected(reordered):
     )
     assert not found["unexpected_keys"]
     assert not found["missing_keys"]
-
-
-def test_activations_with_exact_zeros_are_known():
-    from transformers.activations import ACT2FN
-
-    exact = {name for name in ("relu", "relu2", "silu", "gelu") if compat.has_exact_zeros(ACT2FN[name])}
-    assert exact == {"relu", "relu2"}
-    assert not compat.has_exact_zeros(nn.GELU())
 
 
 def test_integer_products_are_those_of_integers():

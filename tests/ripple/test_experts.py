@@ -119,5 +119,5 @@ def test_experts_stacked_in_a_layout_that_is_not_known_are_refused(saved, tmp_pa
 
 def test_experts_with_a_gate_of_their_own_kind_are_refused(tmp_path):
     AutoConfig.for_model("gpt_oss", num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a model of type 'gpt_oss' keeps"):
+    with pytest.raises(ValueError, match=r"found none in a gpt_oss: .* needs an entry in"):
         open_reorderable(tmp_path)
