@@ -180,9 +180,10 @@ def _count_head(
     made = ActivationBytes()
     seen: list[torch.autocast] = []
     last = _with_gradient(parts.layers[-1], made, seen)
+    labels = {"labels": tokens} if parts.has_head else {}  # other heads have labels of other shapes
     with idle_layers(parts.layers) as calls, last, made, WorkCounter() as work:
-        loss = forward(input_ids=tokens, labels=tokens, **dry_options(parts.model)).loss
-        loss.backward()
+        output = forward(input_ids=tokens, **labels, **dry_options(parts.model))
+        (output.loss if parts.has_head else output[0].sum()).backward()
     cost = HeadCost(
         made.saved_bytes, made.peaks["head"], made.peaks["end"], Work(work.flops, work.bytes, work.calls)
     )

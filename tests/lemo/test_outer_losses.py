@@ -19,13 +19,14 @@ EVERYTHING = {
     "eliminate": LemoConfig(mode="eliminate", keep_ratio=1.0, block_size=4, layers="all", loss_segment=16),
     "segments": LemoConfig(mode="segments", segment_tokens=64, loss_segment=16),
     "exact": LemoConfig(mode="exact", segment_tokens=16, loss_segment=16),
+    "auto": LemoConfig(segment_tokens=16, loss_segment=16),
 }
 HALF = {
     "detach": LemoConfig(mode="detach", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16),
     "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16),
 }
 modes = pytest.mark.parametrize("mode", EVERYTHING)
-outer = pytest.mark.parametrize("mode", ["detach", "eliminate", "exact"])
+outer = pytest.mark.parametrize("mode", ["detach", "eliminate", "exact", "auto"])
 
 
 @modes
