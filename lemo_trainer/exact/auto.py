@@ -101,7 +101,8 @@ class AutoChoice:
     @property
     def way(self) -> Way:
         """The exact way that was chosen for the present batch."""
-        assert self.choice is not None and isinstance(self.choice.way, Way)
+        assert self.choice is not None
+        assert isinstance(self.choice.way, Way)
         return self.choice.way
 
     def of_batch(self, head_forward: Callable[..., Any], batch_size: int, seq_len: int) -> Choice:

@@ -69,7 +69,7 @@ def _run_decoder(mode: ExactMode, forward: Callable[..., Any], *args: Any, **kwa
 class Choosing:
     """Lets `auto` choose the way of a batch before its forward pass.
 
-    The outermost call chooses: that of the causal LM, or of its decoder where a loss outside calls that alone.
+    The outermost call chooses: that of the causal LM, or of its decoder if a loss outside calls that alone.
 
     Args:
         leave: puts mode "detach" with this kept share on in place of exact mode.

@@ -128,7 +128,8 @@ def test_adaption_prompt(mode):
 
 @modes
 def test_a_gradient_penalty(mode):
-    small = {"segment_tokens": 16} if mode in ("segments", "exact", "auto") else {"block_size": 4, "layers": "all"}
+    by_blocks = mode in ("detach", "eliminate")
+    small = {"block_size": 4, "layers": "all"} if by_blocks else {"segment_tokens": 16}
     model, inputs = tiny_model(), batch("plain")
     apply_lemo(model, LemoConfig(mode=mode, **small))
     loss = model(**inputs).loss
