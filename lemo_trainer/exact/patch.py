@@ -80,7 +80,7 @@ class Choosing:
     ) -> None:
         self._auto, self._leave, self._parts, self._session = auto, leave, parts, session
         self._own_forward = parts.model.forward
-        self._chosen = False
+        self._chosen = self._counting = False
 
     def before(self, run: Callable[..., Any], module: Any) -> Callable[..., Any]:
         """`run`, the patch of the forward of `module`, behind the choice."""
@@ -89,14 +89,19 @@ class Choosing:
     def _run(
         self, run: Callable[..., Any], module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if self._session.config.mode != "auto":  # left for another mode, and still inside somebody's wrapper
+        left = self._session.config.mode != "auto"  # for another mode, and still inside somebody's wrapper
+        if left or self._counting:
             return forward(*args, **kwargs)
         if self._chosen:
             return run(forward, *args, **kwargs)
         whole = forward if module is self._parts.model else self._own_forward
         count = loss_forward(self._parts, whole, self._session.config.loss_segment)
         shape = batch_shape(bind(module, forward, args, kwargs).arguments)
-        choice = self._session.choice = self._auto.of_batch(count, *shape)
+        self._counting = True
+        try:
+            choice = self._session.choice = self._auto.of_batch(count, *shape)
+        finally:
+            self._counting = False
         if isinstance(choice.way, Detached):
             self._leave(choice.way.keep_ratio)
             return module.forward(*args, **kwargs)

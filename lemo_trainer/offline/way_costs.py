@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,10 +61,8 @@ def plan_ways(setup: Setup, config: LemoConfig, memory: float, *, longest: bool 
     table = tables[setup.seq_len]
     lengths: dict[str, int] = {}
     for way in {str(cost.way) for length in tried for cost in tables[length]}:
-        peaks = [
-            next(cost.peak for cost in tables[length] if str(cost.way) == way) + state for length in tried
-        ]
-        lengths[way] = _longest(tried, peaks, memory)
+        costs = [next(cost for cost in tables[length] if str(cost.way) == way) for length in tried]
+        lengths[way] = _longest(tried, [cost.phases for cost in costs], memory - state)
     return [
         WayPlan(
             cost,
@@ -97,11 +96,26 @@ def _lengths(seq_len: int, shortest: int) -> list[int]:
     return [shortest, 2 * shortest, max(seq_len, 4 * shortest)]
 
 
-def _longest(lengths: list[int], peaks: list[float], memory: float) -> int:
-    """The most tokens, a multiple of STEP, whose peak stays within `memory`.
+def _longest(lengths: list[int], phases: list[tuple[float, ...]], memory: float) -> int:
+    """The most tokens, a multiple of STEP, with which every phase of the step stays within `memory`."""
+    curves = [_parabola(lengths, list(peaks)) for peaks in zip(*phases, strict=True)]
 
-    A peak grows with the length, and with its square where attention is written out: it is the parabola
-    through three counted lengths, which is a line where nothing grows with the square.
+    def curve(length: int) -> float:
+        return max(each(length) for each in curves)
+
+    low, high = 0, STEP
+    while curve(high) <= memory and high < 2**30:
+        low, high = high, 2 * high
+    while high - low > STEP:
+        middle = (low + high) // 2 // STEP * STEP
+        low, high = (middle, high) if curve(middle) <= memory else (low, middle)
+    return low
+
+
+def _parabola(lengths: list[int], peaks: list[float]) -> Callable[[int], float]:
+    """A phase's peak by the length, through three counted points.
+
+    It grows with the length, and with its square where attention is written out.
     """
     (x0, x1, x2), (y0, y1, y2) = lengths, peaks
     slope, later = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
@@ -112,10 +126,4 @@ def _longest(lengths: list[int], peaks: list[float], memory: float) -> int:
             return y0 + slope * (length - x0)
         return y1 + (length - x1) * (later + bend * (length - x2))
 
-    low, high = 0, STEP
-    while curve(high) <= memory and high < 2**30:
-        low, high = high, 2 * high
-    while high - low > STEP:
-        middle = (low + high) // 2 // STEP * STEP
-        low, high = (middle, high) if curve(middle) <= memory else (low, middle)
-    return low
+    return curve
