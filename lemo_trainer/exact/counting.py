@@ -182,12 +182,18 @@ def _count_head(
     last = _with_gradient(parts.layers[-1], made, seen)
     labels = {"labels": tokens} if parts.has_head else {}  # other heads have labels of other shapes
     with idle_layers(parts.layers) as calls, last, made, WorkCounter() as work:
-        output = forward(input_ids=tokens, **labels, **dry_options(parts.model))
-        (output.loss if parts.has_head else output[0].sum()).backward()
+        loss = _loss(forward(input_ids=tokens, **labels, **dry_options(parts.model)))
+        loss.backward()  # the output itself is gone, as it is in a training loop
     cost = HeadCost(
         made.saved_bytes, made.peaks["head"], made.peaks["end"], Work(work.flops, work.bytes, work.calls)
     )
     return cost, calls, seen[0]
+
+
+def _loss(output: Any) -> Tensor:
+    """The loss in an output, or one that stands for a loss made outside."""
+    loss: Tensor | None = getattr(output, "loss", None)
+    return output[0].sum() if loss is None else loss
 
 
 @contextlib.contextmanager
