@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lemo_trainer.compat import calling_handler, calling_trainer, is_training, unwrap
-from lemo_trainer.config import NO_CONFIG, LemoConfig
+from lemo_trainer.config import NO_CONFIG, WITHOUT_CHOICE, LemoConfig
 from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.layers.segments import FLOAT16
 from lemo_trainer.measure import StepMeter
@@ -120,7 +120,7 @@ class LemoCallback(TrainerCallback):
             "lemo_patched_layers": len(self.report.patched_layers),
             "lemo_tokens": self.report.seq_len,
             "lemo_segments"
-            if self.report.config.mode in ("exact", "segments")
+            if self.report.config.mode in WITHOUT_CHOICE
             else "lemo_blocks": self.report.pieces,
         }
         self._session.warn_if_idle()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -208,21 +209,69 @@ def checkpointing_argument() -> str:
     return new if hasattr(TrainingArguments, new) else "gradient_checkpointing"
 
 
+class ThreadSwitch:
+    """Exchanges a global function of a library, for the threads that are inside `with switch.on(value)`.
+
+    Args:
+        install: exchanges the function and returns what gives it back. The new function must do what the old
+            one does where `value` is None.
+    """
+
+    def __init__(self, install: Callable[[], Callable[[], None]]) -> None:
+        self._install = install
+        self._uninstall: Callable[[], None] | None = None
+        self._inside = 0
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+
+    @property
+    def value(self) -> Any:
+        """The value of the innermost block that this thread is in; None outside."""
+        return getattr(self._thread, "value", None)
+
+    @contextlib.contextmanager
+    def on(self, value: Any) -> Iterator[None]:
+        """Inside the block, `self.value` is `value` in this thread."""
+        before = self.value
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._uninstall = self._install()
+        self._thread.value = value
+        try:
+            yield
+        finally:
+            self._thread.value = before
+            with self._lock:
+                self._inside -= 1
+                if not self._inside and self._uninstall is not None:
+                    self._uninstall()
+
+
+def _install_one_document() -> Callable[[], None]:
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    own = getattr(masking_utils, name)
+
+    def find(*args: Any, **kwargs: Any) -> Any:
+        return None if _documents.value else own(*args, **kwargs)
+
+    setattr(masking_utils, name, find)
+    return lambda: setattr(masking_utils, name, own)
+
+
+_documents = ThreadSwitch(_install_one_document)
+
+
 @contextlib.contextmanager
 def one_document() -> Iterator[None]:
     """Let transformers make the masks of samples of one document each, without looking at the positions.
 
     Fake tensors have no positions to look at, and transformers then makes a mask for the worst case.
     """
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    own = getattr(masking_utils, name)
-    setattr(masking_utils, name, lambda position_ids: None)
-    try:
+    with _documents.on(True):
         yield
-    finally:
-        setattr(masking_utils, name, own)
 
 
 def enable_checkpointing(model: Any) -> None:

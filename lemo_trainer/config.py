@@ -32,6 +32,11 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 _OF_EXACT = {"mode", "scheme", "boundaries", "segment_tokens", "loss_segment", "save_attention"}
 _OF_EXACT |= {"selective_checkpointing"}
 _OF_AUTO = {"mode", "memory", "speed", "segment_tokens", "loss_segment"}
+_LEAST = {  # whole numbers, and the least that each may be
+    **dict.fromkeys(("sink_blocks", "recent_blocks", "warmup_steps", "ramp_steps"), 0),
+    **dict.fromkeys(("loss_segment", "mlp_segment", "predictor_refresh"), 0),
+    **dict.fromkeys(("block_size", "segment_tokens", "attention_score_tokens", "mlp_score_tokens"), 1),
+}
 WITHOUT_CHOICE = ("auto", "exact", "segments")  # modes that need no choice of blocks by layer
 
 
@@ -110,9 +115,8 @@ class LemoConfig:
             instead of recomputing it. Exact; it pays at long samples and takes about the bytes of a hidden
             state for each token and layer with gradient. Needs SDPA.
         selective_checkpointing: without gradient checkpointing, whether a layer saves only its matrix
-        products
-            and recomputes norms, activation functions and the like in the backward pass, also in layers that
-            leave nothing out. Exact; saves about a third of the bytes for a few per cent of time.
+            products and recomputes norms, activation functions and the like in the backward pass, also in
+            layers that leave nothing out. Exact; saves about a third of the bytes for a few per cent of time.
         fused_kernels: whether LeMo's own kernels compute the parts of a model that they are known to compute
             exactly (norms; on CUDA the attention under detach); the report names them.
     """
@@ -161,6 +165,22 @@ class LemoConfig:
     def __post_init__(self) -> None:
         if self.mode is None:
             object.__setattr__(self, "mode", "detach" if self._beyond(_OF_AUTO) else "auto")
+        self._check_choices()
+        self._check_numbers()
+        self._check_selector()
+        if self.label_weights != "all" and not self.loss_segment:
+            raise ValueError(
+                f"`label_weights` must be 'all' with loss_segment=0, got {self.label_weights!r}: the weights "
+                "are applied by the segment-wise loss."
+            )
+        if self.mode == "segments":
+            self._check_segments()
+        self._check_auto()
+        self._check_exact()
+        self._check_mode_reads()
+        self._check_layers()
+
+    def _check_choices(self) -> None:
         choices = {
             "mode": get_args(Mode),
             "selector": selector_names(),
@@ -181,37 +201,19 @@ class LemoConfig:
                 f'`shared_blocks` must be true, false or none, and not true unless `mode` is "detach", '
                 f"got {shared!r} with {self.mode!r}."
             )
+
+    def _check_numbers(self) -> None:
         if not _is_number(self.resolved_keep_ratio) or not 0 < self.resolved_keep_ratio <= 1:
             raise ValueError(f"`keep_ratio` must be above 0 and at most 1, got {self.keep_ratio!r}.")
-        for name, least in (
-            ("block_size", 1),
-            ("sink_blocks", 0),
-            ("recent_blocks", 0),
-            ("attention_score_tokens", 1),
-            ("predictor_refresh", 0),
-            ("mlp_score_tokens", 1),
-            ("segment_tokens", 1),
-            ("warmup_steps", 0),
-            ("ramp_steps", 0),
-            ("loss_segment", 0),
-            ("mlp_segment", 0),
-        ):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
         if not _is_number(self.predictor_recall) or not 0 <= self.predictor_recall <= 1:
             raise ValueError(f"`predictor_recall` must be from 0 to 1, got {self.predictor_recall!r}.")
-        self._check_selector()
-        if self.label_weights != "all" and not self.loss_segment:
-            raise ValueError(
-                f"`label_weights` must be 'all' with loss_segment=0, got {self.label_weights!r}: the weights "
-                "are applied by the segment-wise loss."
-            )
-        if self.mode == "segments":
-            self._check_segments()
-        self._check_auto()
-        self._check_exact()
-        self._check_mode_reads()
+
+    def _check_layers(self) -> None:
+        """Check `thresholds` and `layers`, and write both in one form."""
         object.__setattr__(self, "thresholds", _write_thresholds(_parse_thresholds(self.thresholds)))
         for name in ("shared_blocks", "ramp_steps"):
             if self.thresholds and getattr(self, name):

@@ -101,18 +101,17 @@ class LemoReport:
 
     @property
     def pieces(self) -> int:
-        """Blocks (segments, in exact mode and under `mode="segments"`) of a sample of that batch."""
+        """Blocks of a sample of that batch; segments, in the modes auto, exact and segments."""
         return self._session.pieces
 
     @property
     def last_batch(self) -> str:
         """One sentence about the last training batch."""
         config = self.config
-        cut = config.mode in ("exact", "segments")
-        kind, size = ("segments", config.segment_tokens) if cut else ("blocks", config.block_size)
+        kind = "segments" if config.mode in WITHOUT_CHOICE else "blocks"
         share = "carry gradient" if config.mode != "eliminate" else "are computed"
         return (
-            f"samples of {self.seq_len:,} tokens in {self.pieces} {kind} of {size}; "
+            f"samples of {self.seq_len:,} tokens in {self.pieces} {kind} of {self._session.piece_tokens:,}; "
             f"{self.kept_share:.0%} of the tokens {share} in a patched layer"
         )
 

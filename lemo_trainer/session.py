@@ -53,6 +53,7 @@ class LemoSession:
             makes this a dict.
         seq_len: tokens of a sample in the last training batch that met a patched layer; 0 before the first.
         pieces: blocks or segments of such a sample, the last of which may be shorter.
+        piece_tokens: tokens of a block or segment.
         batches: training batches so far, without those of the warm-up.
         working_batches: those of them that were long enough to leave something out, or to be cut.
         layer_kept: tokens that each patched layer kept of the last training batch, choice by choice.
@@ -86,7 +87,7 @@ class LemoSession:
         self.thresholds = self.config.layer_thresholds
         self.relative_scores: dict[int, list[Tensor]] | None = None
         self.seq_len = 0
-        self.pieces = 0
+        self.pieces = self.piece_tokens = 0
         self.batches = self.working_batches = 0
         self._warned_idle = False
         self.layer_kept: dict[int, list[int]] = {}
@@ -136,21 +137,21 @@ class LemoSession:
     def choose_segments(self, seq_len: int) -> list[bool]:
         """Which segments of a training batch carry gradient (`mode="segments"`)."""
         chosen = choose_segments(seq_len, self.selector, self.keep_ratio)
-        self.note_segments(seq_len, chosen)
+        self.note_segments(seq_len, self.config.segment_tokens, chosen)
         return chosen
 
-    def note_segments(self, seq_len: int, chosen: list[bool] | None = None) -> None:
-        """Note the tokens of a sample, and which of its segments carry gradient; None is all of them."""
-        size = self.config.segment_tokens
+    def note_segments(self, seq_len: int, size: int, chosen: list[bool] | None = None) -> None:
+        """Note the tokens of a sample and of a segment, and which segments carry gradient; None is all."""
         sizes = [min(size, seq_len - start) for start in range(0, seq_len, size)]
         kept = sum(itertools.compress(sizes, chosen or itertools.repeat(True)))
-        self.seq_len, self.pieces = seq_len, len(sizes)
+        self.seq_len, self.pieces, self.piece_tokens = seq_len, len(sizes), size
         self.layer_kept = {layer: [kept] for layer in self.patched_layers}
         self._note_work(len(sizes) > 1)
 
     def plan(self, layer: int, seq_len: int) -> BlockPlan | None:
         """How many blocks patched layer number `layer` keeps of a training batch; None keeps everything."""
-        self.seq_len, self.pieces = seq_len, -(-seq_len // self.config.block_size)
+        size = self.piece_tokens = self.config.block_size
+        self.seq_len, self.pieces = seq_len, -(-seq_len // size)
         threshold = self.thresholds.get(layer)
         plan = BlockPlan.of(seq_len, self.config, self.keep_ratio if threshold is None else 0.0)
         plan = dataclasses.replace(

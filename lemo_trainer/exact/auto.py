@@ -98,6 +98,13 @@ class AutoChoice:
         self._memory = parse_bytes("memory", config.memory) if config.memory else 0.0
         self.choice: Choice | None = None
 
+    @property
+    def way(self) -> Way:
+        """The exact way that was chosen for the present batch."""
+        assert self.choice is not None
+        assert isinstance(self.choice.way, Way)
+        return self.choice.way
+
     def of_batch(self, head_forward: Callable[..., Any], batch_size: int, seq_len: int) -> Choice:
         """The way for a batch of this size, the same on all ranks.
 
@@ -140,6 +147,11 @@ class AutoChoice:
         try:
             parts = count_step(self._parts, head_forward, batch_size, seq_len, cut, self._uncut)
         except CannotCountError as error:
+            if config.memory and state > self._memory:
+                raise ValueError(
+                    f"`memory` must hold weights, gradients and optimizer states, {state / 1e9:.2f} GB, got "
+                    f"{config.memory!r}; train fewer weights (LoRA), or raise `memory`."
+                ) from error
             way = Way(scheme="layers", segment_tokens=config.segment_tokens)
             return chosen(way, [], f"the costs of this model cannot be predicted, because {error}")
         table = price(parts, sizes, self._only_layers, device.type == "cuda")

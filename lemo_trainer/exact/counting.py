@@ -180,13 +180,20 @@ def _count_head(
     made = ActivationBytes()
     seen: list[torch.autocast] = []
     last = _with_gradient(parts.layers[-1], made, seen)
+    labels = {"labels": tokens} if parts.has_head else {}  # other heads have labels of other shapes
     with idle_layers(parts.layers) as calls, last, made, WorkCounter() as work:
-        loss = forward(input_ids=tokens, labels=tokens, **dry_options(parts.model)).loss
-        loss.backward()
+        loss = _loss(forward(input_ids=tokens, **labels, **dry_options(parts.model)))
+        loss.backward()  # the output itself is gone, as it is in a training loop
     cost = HeadCost(
         made.saved_bytes, made.peaks["head"], made.peaks["end"], Work(work.flops, work.bytes, work.calls)
     )
     return cost, calls, seen[0]
+
+
+def _loss(output: Any) -> Tensor:
+    """The loss in an output, or one that stands for a loss made outside."""
+    loss: Tensor | None = getattr(output, "loss", None)
+    return output[0].sum() if loss is None else loss
 
 
 @contextlib.contextmanager

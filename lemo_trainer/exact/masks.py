@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from lemo_trainer.compat import ThreadSwitch
+
 LARGE = 64 * 2**20  # entries of a mask that is noted instead of made
 _IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -31,22 +33,38 @@ class LazyMask:
 
 @contextlib.contextmanager
 def lazy_masks(implementation: str, large: int | None = None) -> Iterator[None]:
-    """Inside the block, masks of an attention implementation with more than `large` entries are lazy."""
+    """Inside the block, masks of an attention implementation with more than `large` entries are lazy.
+
+    Other threads get their masks as before.
+    """
     if implementation not in _IMPLEMENTATIONS:
         yield
         return
-    own = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-    large = LARGE if large is None else large
-    ALL_MASK_ATTENTION_FUNCTIONS[implementation] = functools.partial(_noted, own, large)
-    try:
+    with _switch(implementation).on(LARGE if large is None else large):
         yield
-    finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-        if ALL_MASK_ATTENTION_FUNCTIONS[implementation] is not own:
-            ALL_MASK_ATTENTION_FUNCTIONS[implementation] = own
 
 
-def _noted(make: Callable[..., Any], large: int, **arguments: Any) -> Any:
+@functools.cache
+def _switch(implementation: str) -> ThreadSwitch:
+    def install() -> Callable[[], None]:
+        own = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+        ALL_MASK_ATTENTION_FUNCTIONS[implementation] = functools.partial(_noted, switch, own)
+
+        def uninstall() -> None:
+            del ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+            if ALL_MASK_ATTENTION_FUNCTIONS[implementation] is not own:
+                ALL_MASK_ATTENTION_FUNCTIONS[implementation] = own
+
+        return uninstall
+
+    switch = ThreadSwitch(install)
+    return switch
+
+
+def _noted(switch: ThreadSwitch, make: Callable[..., Any], **arguments: Any) -> Any:
+    large = switch.value
+    if large is None:
+        return make(**arguments)
     queries, keys = arguments["q_length"], arguments["kv_length"]
     if arguments["batch_size"] * queries * keys <= large or queries != keys:
         return make(**arguments)

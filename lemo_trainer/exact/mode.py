@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ class ExactMode:
         notes: what a user should know about it.
         way: how the layers run in the latest forward pass; None before the first.
         auto: what chooses it under `mode="auto"`; None under "exact".
-        on_batch: called with the tokens of a sample when a forward pass begins.
+        on_batch: called with the tokens of a sample and of its segments when a forward pass begins.
     """
 
     config: LemoConfig
@@ -59,8 +60,8 @@ class ExactMode:
     notes: list[str] = field(default_factory=list)
     way: Way | None = None
     auto: AutoChoice | None = None
-    on_batch: Callable[[int], None] = lambda seq_len: None
-    _running: bool = False
+    on_batch: Callable[[int, int], None] = lambda seq_len, size: None
+    _thread: threading.local = field(default_factory=threading.local)
     _calls: list[LayerCall] = field(default_factory=list)
 
     @classmethod
@@ -88,22 +89,24 @@ class ExactMode:
         implementation = attention_implementation(self.parts.model.config)
         lazy = self.trial.lazy_masks and not self._runs_plain()
         masks = lazy_masks(implementation) if lazy else contextlib.nullcontext()
-        self._running, self._calls = True, []
+        self._thread.running, self._calls = True, []
         try:
             with masks:
                 yield
         finally:
-            self._running, self._calls = False, []
+            self._thread.running, self._calls = False, []
 
     def run_layer(
         self, index: int, layer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The output of layer number `index`; `forward` is its class's own."""
-        if not self._running:
+        if not getattr(self._thread, "running", False):  # or in another thread
             return forward(layer, *args, **kwargs)
         x_BSD, arguments = layer_arguments(forward, args, kwargs)
         if index == 0 or self.way is None:
             self.way = self._choose(x_BSD)
+            seq_len = x_BSD.shape[1]
+            self.on_batch(seq_len, self.way.segment_tokens or seq_len)
         if self.way.scheme == "plain":
             return self._run_plain(layer, forward, arguments, x_BSD)
         _check_constants(arguments)
@@ -112,8 +115,7 @@ class ExactMode:
         return run(self.way, index, call, x_BSD)
 
     def _runs_plain(self) -> bool:
-        choice = None if self.auto is None else self.auto.choice
-        return choice is not None and isinstance(choice.way, Way) and choice.way.scheme == "plain"
+        return self.auto is not None and self.auto.way.scheme == "plain"
 
     def _run_plain(self, layer: Any, forward: Forward, arguments: dict[str, Any], x_BSD: Tensor) -> Any:
         assert self.way is not None
@@ -126,9 +128,7 @@ class ExactMode:
         if self.auto is None:
             size, boundaries = self.config.segment_tokens, self.config.boundaries
             return Way(scheme=self._scheme(x_BSD), segment_tokens=size, boundaries=boundaries)
-        way = None if self.auto.choice is None else self.auto.choice.way
-        if not isinstance(way, Way):  # the decoder was called without its causal LM
-            way = Way(scheme="layers", segment_tokens=self.config.segment_tokens)
+        way = self.auto.way
         if way.scheme == "segments" and self._seams():
             return dataclasses.replace(way, scheme="layers", selective=False)
         return way
@@ -136,7 +136,6 @@ class ExactMode:
     def _scheme(self, x_BSD: Tensor) -> WayScheme:
         batch, seq_len = x_BSD.shape[:2]
         size = self.config.segment_tokens
-        self.on_batch(seq_len)
         if self.config.scheme != "auto" or self.only_layers or self.trial.layer_bytes is None:
             return "segments" if self.config.scheme == "segments" else "layers"
         if self._seams():

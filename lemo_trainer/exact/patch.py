@@ -34,16 +34,16 @@ def patch_exact(parts: CausalLM, session: LemoSession, leave: Callable[[float], 
     mode.on_batch = session.note_segments
     for index, layer in enumerate(parts.layers):
         swap_class(layer, _exact_layer(layer.__class__), session.on_undo, _lemo_mode=mode, _lemo_index=index)
-    run_model: Callable[..., Any] = functools.partial(_run_decoder, mode)
+    patches: dict[Any, Callable[..., Any]] = {parts.decoder: functools.partial(_run_decoder, mode)}
     if parts.model is not parts.decoder:
-        patch_forward(parts.decoder, run_model, session, session.passes, session.on_undo)
-        run_model = (
-            functools.partial(_with_segmented_loss, parts, session) if parts.has_head else operator.call
-        )
+        with_loss = functools.partial(_with_segmented_loss, parts, session)
+        patches[parts.model] = with_loss if parts.has_head else operator.call
     if mode.auto is not None:
         assert leave is not None
-        run_model = functools.partial(_choosing, mode.auto, leave, run_model, parts, session)
-    patch_forward(parts.model, run_model, session, session.passes, session.on_undo)
+        choosing = Choosing(mode.auto, leave, parts, session)
+        patches = {module: choosing.before(run, module) for module, run in patches.items()}
+    for module, run in patches.items():
+        patch_forward(module, run, session, session.passes, session.on_undo)
 
 
 @functools.cache
@@ -66,26 +66,50 @@ def _run_decoder(mode: ExactMode, forward: Callable[..., Any], *args: Any, **kwa
         return forward(*args, **{**kwargs, "use_cache": False})
 
 
-def _choosing(
-    auto: AutoChoice,
-    leave: Callable[[float], None],
-    run: Callable[..., Any],
-    parts: CausalLM,
-    session: LemoSession,
-    forward: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """The causal LM's forward in the way that `auto` chooses for this batch."""
-    if session.config.mode != "auto":  # left for another mode, and still inside somebody's wrapper
-        return forward(*args, **kwargs)
-    arguments = bind(parts.model, forward, args, kwargs).arguments
-    count = loss_forward(parts, forward, session.config.loss_segment)
-    session.choice = auto.of_batch(count, *batch_shape(arguments))
-    if isinstance(session.choice.way, Detached):
-        leave(session.choice.way.keep_ratio)
-        return parts.model.forward(*args, **kwargs)
-    return run(forward, *args, **kwargs)
+class Choosing:
+    """Lets `auto` choose the way of a batch before its forward pass.
+
+    The outermost call chooses: that of the causal LM, or of its decoder if a loss outside calls that alone.
+
+    Args:
+        leave: puts mode "detach" with this kept share on in place of exact mode.
+    """
+
+    def __init__(
+        self, auto: AutoChoice, leave: Callable[[float], None], parts: CausalLM, session: LemoSession
+    ) -> None:
+        self._auto, self._leave, self._parts, self._session = auto, leave, parts, session
+        self._own_forward = parts.model.forward
+        self._chosen = self._counting = False
+
+    def before(self, run: Callable[..., Any], module: Any) -> Callable[..., Any]:
+        """`run`, the patch of the forward of `module`, behind the choice."""
+        return functools.partial(self._run, run, module)
+
+    def _run(
+        self, run: Callable[..., Any], module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        left = self._session.config.mode != "auto"  # for another mode, and still inside somebody's wrapper
+        if left or self._counting:
+            return forward(*args, **kwargs)
+        if self._chosen:
+            return run(forward, *args, **kwargs)
+        whole = forward if module is self._parts.model else self._own_forward
+        count = loss_forward(self._parts, whole, self._session.config.loss_segment)
+        shape = batch_shape(bind(module, forward, args, kwargs).arguments)
+        self._counting = True
+        try:
+            choice = self._session.choice = self._auto.of_batch(count, *shape)
+        finally:
+            self._counting = False
+        if isinstance(choice.way, Detached):
+            self._leave(choice.way.keep_ratio)
+            return module.forward(*args, **kwargs)
+        self._chosen = True
+        try:
+            return run(forward, *args, **kwargs)
+        finally:
+            self._chosen = False
 
 
 def loss_forward(parts: CausalLM, forward: Callable[..., Any], segment: int) -> Callable[..., Any]:

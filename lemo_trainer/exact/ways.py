@@ -60,7 +60,7 @@ class WayCost:
     Args:
         way: how it runs.
         saved: bytes of memory that wait for the backward pass.
-        peak: the most bytes of activations at one time.
+        phases: the most bytes of activations at one time in the layers, in head and loss, and at the end.
         stored: bytes that wait outside of the device's memory (`boundaries`).
         seconds: predicted by fixed speeds; only ratios between ways mean something.
         flops: operations of matrix products.
@@ -68,10 +68,15 @@ class WayCost:
 
     way: Way | Detached
     saved: float
-    peak: float
+    phases: tuple[float, float, float]
     stored: float
     seconds: float
     flops: float
+
+    @property
+    def peak(self) -> float:
+        """The most bytes of activations at one time."""
+        return max(self.phases)
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def _with_head(
     return WayCost(
         way,
         head.saved + saved,
-        max(head.saved + peak, head.peak + saved, head.end_peak),
+        (head.saved + peak, head.peak + saved, head.end_peak),
         stored,
         seconds,
         work.flops,

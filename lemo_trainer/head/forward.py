@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,12 +28,18 @@ from lemo_trainer.model.capture import without_dropout
 def _segmented_loss(
     parts: CausalLM, segment: int, label_weights: Callable[[], Tensor | None] = lambda: None
 ) -> Iterator[list[Tensor]]:
-    """Yields a list, to which the call of the head appends the hidden state."""
+    """Yields a list, to which the call of the head appends the hidden state.
+
+    Another thread that evaluates the model meanwhile gets its logits and its loss as before.
+    """
     model, head = parts.model, parts.head
     config = model.config
     seen: list[Tensor] = []
+    own_loss, thread = model.loss_function, threading.get_ident()
 
     def keep_hidden_state(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != thread:
+            return args
         seen.append(args[0])
         return (args[0][:, :0], *args[1:])
 
@@ -69,9 +76,12 @@ def _segmented_loss(
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        return (segmented_loss if threading.get_ident() == thread else own_loss)(*args, **kwargs)
+
     hook = head.register_forward_pre_hook(keep_hidden_state)
     try:
-        with loss_function(model, segmented_loss):
+        with loss_function(model, loss):
             yield seen
     finally:
         hook.remove()

@@ -123,34 +123,23 @@ def forward_in_segments(
         choose: maps the tokens of a sample to a list that says of each segment whether it carries gradient.
         told: see `with_logits_on_demand`.
     """
-    given = arguments.arguments
-    extra = given.setdefault("kwargs", {})
-    labels = given["labels"]
-    return_tuple = extra.pop("return_dict", True) is False
-    shift_labels = extra.pop("shift_labels", None)
-    if shift_labels is None:
-        shift_labels = shift(labels)
-    if extra.get("num_items_in_batch") is None:
-        extra["num_items_in_batch"] = (shift_labels != IGNORE_INDEX).sum()
+    labels = arguments.arguments["labels"]
+    return_tuple = arguments.arguments.setdefault("kwargs", {}).pop("return_dict", True) is False
+    shift_labels = _shift_labels(arguments)
     kept = choose(labels.shape[1])
-    cache = SegmentCache()
     outputs: list[Any] = []
     logits: list[Callable[[], Tensor]] = []
 
     def run(parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         total = torch.zeros((), device=labels.device)
-        leaves = Leaves(parameters)
+        leaves, cache = Leaves(parameters), SegmentCache()
         for number, start in enumerate(range(0, labels.shape[1], segment_tokens)):
             stop = min(start + segment_tokens, labels.shape[1])
             segment = _segment(arguments, start, stop)
             segment.arguments["kwargs"]["shift_labels"] = shift_labels[:, start:stop].contiguous()
             segment.arguments |= {"past_key_values": cache, "use_cache": False}
             if kept[number] and parameters:
-                with torch.enable_grad(), leaves.in_place_of_parameters([parts.model]):
-                    output = forward(segment)
-                    output.loss.backward()
-                leaves.add_up()
-                are_gradients(leaves.sums())
+                output = _forward_and_backward(parts, forward, segment, leaves)
             else:
                 with without_graph():
                     output = forward(segment)
@@ -171,6 +160,29 @@ def forward_in_segments(
 
     output = with_logits_on_demand(type(outputs[0])(loss=loss), all_logits, told)
     return output.to_tuple() if return_tuple else output
+
+
+def _shift_labels(arguments: inspect.BoundArguments) -> Tensor:
+    """The label that each token of the whole sample predicts, [B, S]; notes how many there are."""
+    extra = arguments.arguments["kwargs"]
+    shift_labels: Tensor | None = extra.pop("shift_labels", None)
+    if shift_labels is None:
+        shift_labels = shift(arguments.arguments["labels"])
+    if extra.get("num_items_in_batch") is None:
+        extra["num_items_in_batch"] = (shift_labels != IGNORE_INDEX).sum()
+    return shift_labels
+
+
+def _forward_and_backward(
+    parts: CausalLM, forward: Forward, segment: inspect.BoundArguments, leaves: Leaves
+) -> Any:
+    """The output of a segment, whose gradients are added to those of `leaves`."""
+    with torch.enable_grad(), leaves.in_place_of_parameters([parts.model]):
+        output = forward(segment)
+        output.loss.backward()
+    leaves.add_up()
+    are_gradients(leaves.sums())
+    return output
 
 
 def _detached_logits(output: Any) -> Callable[[], Tensor]:

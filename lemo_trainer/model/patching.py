@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,17 +42,22 @@ class Passes:
     """Tells the training passes that a patch is for from all others.
 
     Attributes:
-        running: whether such a pass is running now; None between passes.
+        running: whether such a pass is running now in this thread; None between passes.
         in_scope: whether the patch is in force; a callback lets it end with `Trainer.train`.
         without_gradient: whether passes that record no gradients count too, as in a search of thresholds.
         with_cache: whether a training pass came with a cache, and so ran unpatched.
     """
 
     def __init__(self) -> None:
-        self.running: bool | None = None
+        self._thread = threading.local()  # another thread may evaluate the model during a training pass
         self.in_scope: Callable[[], bool] = lambda: True
         self.without_gradient = False
         self.with_cache = False
+
+    @property
+    def running(self) -> bool | None:
+        running: bool | None = getattr(self._thread, "running", None)
+        return running
 
     @contextlib.contextmanager
     def entering(self, module: nn.Module, given: dict[str, Any]) -> Iterator[bool]:
@@ -63,11 +69,12 @@ class Passes:
             yield self.running
             return
         recording = torch.is_grad_enabled() or self.without_gradient
-        self.running = module.training and recording and self.in_scope() and not self._has_cache(given)
+        trains = module.training and recording and self.in_scope() and not self._has_cache(given)
+        self._thread.running = trains
         try:
-            yield self.running
+            yield trains
         finally:
-            self.running = None
+            self._thread.running = None
 
     def _has_cache(self, given: dict[str, Any]) -> bool:
         cache = given.get("past_key_values")

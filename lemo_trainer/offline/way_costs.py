@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from lemo_trainer.model.architectures import find_causal_lm
 from lemo_trainer.offline.step_cost import Setup, build
 
 STEP = 256  # the longest sample is rounded down to this many tokens
-_POINTS = (1, 4, 16)  # lengths, in multiples of the first, between which a peak is drawn
 
 
 @dataclass(frozen=True)
@@ -49,21 +48,21 @@ def plan_ways(setup: Setup, config: LemoConfig, memory: float, *, longest: bool 
 
     Args:
         memory: bytes that all tensors may take.
-        longest: also find the longest sample that fits, which counts three more steps.
+        longest: also find the longest sample that fits, which counts two shorter steps too.
 
     Raises:
         ValueError: the model cannot be counted.
     """
     model = build(setup, setup.model_config.num_hidden_layers, "meta")
     state = state_bytes(model)
-    first = max(setup.seq_len, 2 * max(sizes_of(config)))
-    tried = [replace(setup, seq_len=point * first) for point in _POINTS] if longest else []
-    progress = tqdm([setup, *tried], desc="lengths", unit="length")
-    table, *tables = [_table(model, each, config) for each in progress]
+    tried = _lengths(setup.seq_len, 2 * max(sizes_of(config))) if longest else []
+    progress = tqdm(sorted({setup.seq_len, *tried}), desc="lengths", unit="length")
+    tables = {length: _table(model, replace(setup, seq_len=length), config) for length in progress}
+    table = tables[setup.seq_len]
     lengths: dict[str, int] = {}
-    for way in {str(cost.way) for costs in tables for cost in costs}:
-        peaks = [next(cost.peak for cost in costs if str(cost.way) == way) + state for costs in tables]
-        lengths[way] = _longest([each.seq_len for each in tried], peaks, memory)
+    for way in {str(cost.way) for length in tried for cost in tables[length]}:
+        costs = [next(cost for cost in tables[length] if str(cost.way) == way) for length in tried]
+        lengths[way] = _longest(tried, [cost.phases for cost in costs], memory - state)
     return [
         WayPlan(
             cost,
@@ -89,18 +88,20 @@ def _table(model: Any, setup: Setup, config: LemoConfig) -> list[WayCost]:
     return price(counted, sizes, bool(mode.only_layers), setup.device == "cuda")
 
 
-def _longest(lengths: Iterable[int], peaks: Iterable[float], memory: float) -> int:
-    """The most tokens, a multiple of STEP, whose peak stays within `memory`.
+def _lengths(seq_len: int, shortest: int) -> list[int]:
+    """Three lengths to count, the shortest of which every way can cut into segments.
 
-    A peak grows with the length; where it grows with its square, because attention is written out, the lines
-    between the counted lengths lie above it, so that the length found still fits.
+    The time to count a length grows with it, since its loss is made of a few tokens at a time.
     """
-    points = list(zip(lengths, peaks, strict=True))
+    return [shortest, 2 * shortest, max(seq_len, 4 * shortest)]
+
+
+def _longest(lengths: list[int], phases: list[tuple[float, ...]], memory: float) -> int:
+    """The most tokens, a multiple of STEP, with which every phase of the step stays within `memory`."""
+    curves = [_parabola(lengths, list(peaks)) for peaks in zip(*phases, strict=True)]
 
     def curve(length: int) -> float:
-        later = next((place for place, (x, _) in enumerate(points[1:-1], 1) if length <= x), len(points) - 1)
-        (x0, y0), (x1, y1) = points[later - 1 : later + 1]
-        return y0 + (y1 - y0) * (length - x0) / (x1 - x0)
+        return max(each(length) for each in curves)
 
     low, high = 0, STEP
     while curve(high) <= memory and high < 2**30:
@@ -109,3 +110,20 @@ def _longest(lengths: Iterable[int], peaks: Iterable[float], memory: float) -> i
         middle = (low + high) // 2 // STEP * STEP
         low, high = (middle, high) if curve(middle) <= memory else (low, middle)
     return low
+
+
+def _parabola(lengths: list[int], peaks: list[float]) -> Callable[[int], float]:
+    """A phase's peak by the length, through three counted points.
+
+    It grows with the length, and with its square where attention is written out.
+    """
+    (x0, x1, x2), (y0, y1, y2) = lengths, peaks
+    slope, later = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    bend = max(0.0, (later - slope) / (x2 - x0))
+
+    def curve(length: int) -> float:
+        if length <= x1:
+            return y0 + slope * (length - x0)
+        return y1 + (length - x1) * (later + bend * (length - x2))
+
+    return curve

@@ -27,20 +27,19 @@ FSDP2 = {
     "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
 }
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(LemoConfig)}
-EXACT = {f"lemo_{name}": DEFAULTS[name] for name in ("layers", "block_size")}
-EXACT |= {"lemo_mode": "exact", "lemo_segment_tokens": 8}
+WITHOUT_BLOCKS = {f"lemo_{name}": DEFAULTS[name] for name in ("layers", "block_size")}
+EXACT = WITHOUT_BLOCKS | {"lemo_mode": "exact", "lemo_segment_tokens": 8}
+AUTO = WITHOUT_BLOCKS | {"lemo_mode": "auto", "lemo_segment_tokens": 8}
 RUNS = {
     "ddp, everything": {"lemo_keep_ratio": 1.0},
     "ddp, half": {"lemo_keep_ratio": 0.5, "gradient_accumulation_steps": 2},
-    "ddp, segments": {
-        "lemo_mode": "segments",
-        "lemo_segment_tokens": 8,
-        "lemo_keep_ratio": 1.0,
-        "lemo_layers": "auto",
-    },
+    "ddp, segments": WITHOUT_BLOCKS
+    | {"lemo_mode": "segments", "lemo_segment_tokens": 8, "lemo_keep_ratio": 1.0},
+    "ddp, auto": AUTO | {"lora_r": 2},
     "ddp, exact by segments": EXACT | {"lemo_scheme": "segments", "gradient_accumulation_steps": 2},
     "ddp, exact by layers": EXACT | {"lemo_scheme": "layers", "lora_r": 2},
     "fsdp2, exact": EXACT | {"lemo_scheme": "layers", "lemo_boundaries": "disk"},
+    "fsdp2, auto": AUTO,
     "fsdp2, half": {
         "lemo_mode": "eliminate",
         "lemo_keep_ratio": 0.5,
@@ -103,8 +102,8 @@ def test_two_processes_train_as_one(tmp_path):
         for name, options in RUNS.items()
     ]
     output = launch(runs)
-    assert output.count("layer class: LlamaDecoderLayer") == 10
-    assert output.count("layer class: FSDPLlamaDecoderLayer") == 4
+    assert output.count("layer class: LlamaDecoderLayer") == 12
+    assert output.count("layer class: FSDPLlamaDecoderLayer") == 6
     for name, options in RUNS.items():
         check(name, tmp_path, options)
 

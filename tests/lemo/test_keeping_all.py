@@ -13,7 +13,7 @@ from lemo_trainer import LemoConfig, apply_lemo
 from .exact import relative_error
 from .tiny import VOCAB, checkpointing, lora, tiny_model
 
-MODES = ("exact", "segments", "detach", "eliminate")
+MODES = ("auto", "exact", "segments", "detach", "eliminate")
 
 
 @st.composite
@@ -92,7 +92,7 @@ def step(model, case):
 
 def config_of(mode, case):
     common = {"mode": mode, "loss_segment": case["loss_segment"]}
-    if mode == "exact":
+    if mode in ("auto", "exact"):
         return LemoConfig(**common, segment_tokens=case["segment"])
     if mode == "segments":  # one segment is the whole sample
         return LemoConfig(**common, segment_tokens=case["seq_len"])
@@ -111,7 +111,7 @@ def test_a_step_is_that_of_the_plain_model(mode, case):
     assert relative_error(step(model, case), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["exact", "detach", "eliminate"])
+@pytest.mark.parametrize("mode", ["auto", "exact", "detach", "eliminate"])
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=steps())
 def test_so_is_a_step_of_a_loss_from_outside(mode, case):

@@ -16,7 +16,7 @@ from lemo_trainer.compat import set_attention_implementation
 
 from .tiny import VOCAB, batch, lora, loss_and_gradients, tiny_model
 
-MODES = ("detach", "eliminate", "segments", "exact")
+MODES = ("detach", "eliminate", "segments", "exact", "auto")
 modes = pytest.mark.parametrize("mode", MODES)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -128,7 +128,8 @@ def test_adaption_prompt(mode):
 
 @modes
 def test_a_gradient_penalty(mode):
-    small = {"segment_tokens": 16} if mode in ("segments", "exact") else {"block_size": 4, "layers": "all"}
+    by_blocks = mode in ("detach", "eliminate")
+    small = {"block_size": 4, "layers": "all"} if by_blocks else {"segment_tokens": 16}
     model, inputs = tiny_model(), batch("plain")
     apply_lemo(model, LemoConfig(mode=mode, **small))
     loss = model(**inputs).loss

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ CONFIGS = {
     "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16),
     "segments": LemoConfig(mode="segments", segment_tokens=16, loss_segment=16),
     "exact": LemoConfig(mode="exact", segment_tokens=16, loss_segment=16),
+    "auto": LemoConfig(segment_tokens=16, loss_segment=16),
 }
 modes = pytest.mark.parametrize("mode", CONFIGS)
 
@@ -141,7 +144,54 @@ def test_everything_is_restored(mode):
     assert [(type(part), sorted(vars(part))) for part in model.modules()] == before
 
 
-@pytest.mark.parametrize("mode", ["detach", "eliminate", "exact"])
+@modes
+def test_another_thread_evaluates_during_a_training_pass(mode):
+    """Here from a hook in the middle of the pass, as a server beside the training might."""
+    model, inputs = tiny_model(), batch("left")
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+    apply_lemo(model, CONFIGS[mode])
+    step, got = loss_and_gradients(model, inputs), []
+
+    def evaluate():
+        with torch.no_grad():
+            got.append(model(**inputs).logits)
+
+    def in_a_thread(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=evaluate)
+            thread.start()
+            thread.join()
+
+    handle = model.model.rotary_emb.register_forward_hook(in_a_thread)
+    assert_same_step(loss_and_gradients(model, inputs), step)
+    handle.remove()
+    assert got
+    for logits in got:
+        assert torch.equal(logits, wanted)
+
+
+@modes
+def test_threads_train_models_of_their_own(mode):
+    inputs = batch("left")
+    models = [tiny_model() for _ in range(2)]
+    apply_lemo(models[0], CONFIGS[mode])
+    wanted = loss_and_gradients(models[0], inputs)
+    remove_lemo(models[0])
+    start = threading.Barrier(2)
+
+    def train(model):
+        start.wait()
+        apply_lemo(model, CONFIGS[mode])
+        return [loss_and_gradients(model, inputs) for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for steps in pool.map(train, models):
+            for step in steps:
+                assert_same_step(step, wanted)
+
+
+@pytest.mark.parametrize("mode", ["detach", "eliminate", "exact", "auto"])
 def test_a_decoder_that_is_called_by_itself_is_patched_too(mode):
     """As TRL's and Liger's losses call it."""
     model, ids = tiny_model(), batch("plain")["input_ids"]
