@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lemo_trainer.compat import attention_implementation
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.exact.auto import fits, price, sizes_of
 from lemo_trainer.exact.budget import state_bytes
@@ -59,10 +60,11 @@ def plan_ways(setup: Setup, config: LemoConfig, memory: float, *, longest: bool 
     progress = tqdm(sorted({setup.seq_len, *tried}), desc="lengths", unit="length")
     tables = {length: _table(model, replace(setup, seq_len=length), config) for length in progress}
     table = tables[setup.seq_len]
+    written_out = attention_implementation(model.config) == "eager"
     lengths: dict[str, int] = {}
     for way in {str(cost.way) for length in tried for cost in tables[length]}:
         costs = [next(cost for cost in tables[length] if str(cost.way) == way) for length in tried]
-        lengths[way] = _longest(tried, [cost.phases for cost in costs], memory - state)
+        lengths[way] = _longest(tried, [cost.phases for cost in costs], memory - state, written_out)
     return [
         WayPlan(
             cost,
@@ -96,9 +98,16 @@ def _lengths(seq_len: int, shortest: int) -> list[int]:
     return [shortest, 2 * shortest, max(seq_len, 4 * shortest)]
 
 
-def _longest(lengths: list[int], phases: list[tuple[float, ...]], memory: float) -> int:
-    """The most tokens, a multiple of STEP, with which every phase of the step stays within `memory`."""
-    curves = [_parabola(lengths, list(peaks)) for peaks in zip(*phases, strict=True)]
+def _longest(lengths: list[int], phases: list[tuple[float, ...]], memory: float, written_out: bool) -> int:
+    """The most tokens, a multiple of STEP, with which every phase of the step stays within `memory`.
+
+    Args:
+        lengths: three that were counted.
+        phases: the peaks of each length's phases.
+        memory: bytes.
+        written_out: whether attention maps exist as a whole, which grow with the square of the length.
+    """
+    curves = [_curve(lengths, list(peaks), written_out) for peaks in zip(*phases, strict=True)]
 
     def curve(length: int) -> float:
         return max(each(length) for each in curves)
@@ -112,14 +121,11 @@ def _longest(lengths: list[int], phases: list[tuple[float, ...]], memory: float)
     return low
 
 
-def _parabola(lengths: list[int], peaks: list[float]) -> Callable[[int], float]:
-    """A phase's peak by the length, through three counted points.
-
-    It grows with the length, and with its square where attention is written out.
-    """
+def _curve(lengths: list[int], peaks: list[float], bends: bool) -> Callable[[int], float]:
+    """A phase's peak by the length, through three counted points."""
     (x0, x1, x2), (y0, y1, y2) = lengths, peaks
     slope, later = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    bend = max(0.0, (later - slope) / (x2 - x0))
+    bend = max(0.0, (later - slope) / (x2 - x0)) if bends else 0.0
 
     def curve(length: int) -> float:
         if length <= x1:

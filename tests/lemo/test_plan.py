@@ -150,8 +150,8 @@ def test_what_cannot_fit_is_said(limits, message):
 
 
 def test_the_longest_sample_of_each_way_fits_and_a_longer_one_does_not():
-    setup = setup_of("llama", hidden_size=64, intermediate_size=160, layers=3, seq_len=64)
-    config, memory, name = LemoConfig(segment_tokens=64, loss_segment=64), 8e6, "exact by layers of 64"
+    setup = setup_of("llama", hidden_size=64, intermediate_size=160, layers=3, seq_len=256)
+    config, memory, name = LemoConfig(segment_tokens=32, loss_segment=32), 8e6, "exact by layers of 32"
     plans = {str(plan.cost.way): plan for plan in plan_ways(setup, config, memory, longest=True)}
     longest = plans[name].longest
     assert plans["plain"].longest < plans["checkpointing"].longest < longest
