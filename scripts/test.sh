@@ -11,7 +11,7 @@ if [ "${1:-}" = --latest ]; then
     shift
 fi
 source scripts/setup.sh
-python scripts/assets.py --quiet
+python scripts/assets.py --quiet --upscalers
 tests=(env HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
     --hypothesis-profile=ci)
 if [ -n "${LATEST:-}" ]; then
