@@ -117,7 +117,7 @@ REFUSED = {
     ),
     "both directions": (
         lambda: tiny_model("gemma3_text", use_bidirectional_attention=True),
-        "a causal decoder of text alone, got Gemma3ForCausalLM",
+        "a causal decoder, got Gemma3ForCausalLM .* in which tokens attend to later ones",
     ),
     "missing part": (
         lambda: without("post_attention_layernorm"),

@@ -125,7 +125,7 @@ def test_an_unsupported_architecture_is_named(tmp_path):
     from transformers import BloomConfig
 
     BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=32).save_pretrained(tmp_path)
-    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--mode", "detach"])
     assert result.exit_code == 2
     assert "'bloom'" in result.stderr
 
