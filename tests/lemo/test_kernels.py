@@ -16,6 +16,7 @@ from lemo_trainer.kernels.attention import attend
 from lemo_trainer.kernels.norm import norm_rows
 from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.model.norms import recognise
+from lemo_trainer.session import session_of
 
 from . import kernel_cases
 from .tiny import (
