@@ -14,7 +14,7 @@ CONFIGS = {
     "nothing left out": leaving_out(keep_ratio=1.0),
     "detach": leaving_out(),
     "eliminate": leaving_out("eliminate"),
-    "segments": leaving_out("segments", layers="auto", segment_tokens=16, keep_ratio=1.0),
+    "segments": leaving_out("segments", layers="auto", block_size=64, segment_tokens=16, keep_ratio=1.0),
 }
 
 
