@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ripple_loader.checkpoint.shards import DTYPES, Shard, TensorSpot, read_shards, weight_names
 from ripple_loader.model.architectures import Architecture, Role
-from ripple_loader.model.probe import architecture_of
+from ripple_loader.model.probe import architecture_of, skeleton
 
 _WAY_OUT = {
     "fp8": "save it dequantized, `from_pretrained(DIR, quantization_config=FineGrainedFP8Config("
@@ -68,10 +67,8 @@ class SourceModel:
     @functools.cached_property
     def exact_zeros(self) -> bool:
         """Whether the activation makes inactive neurons exactly zero; builds the model without weights."""
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(self.directory)
-            skeleton = AutoModelForCausalLM.from_config(config)
-        return self.architecture.find(skeleton)[0].has_exact_zeros
+        model = skeleton(AutoConfig.from_pretrained(self.directory))
+        return self.architecture.find(model)[0].has_exact_zeros
 
     @property
     def down(self) -> TensorSpot:

@@ -11,7 +11,6 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ WANTED = (
 HIDDEN, NEURONS, ROWS = 6, 10, 8  # of the small linears, and of the data that they are compared on
 TOLERANCE = 1e-9  # in float64
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _probed: dict[str, Architecture] = {}
 
 
@@ -48,12 +48,16 @@ def architecture_of(config: Any) -> Architecture:
         return ARCHITECTURES[config.model_type]
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _probed:
-        _probed[key] = probe(_skeleton(config))
+        _probed[key] = probe(skeleton(config))
     return _probed[key]
 
 
-def _skeleton(config: Any) -> nn.Module:
-    """The model without memory for its weights."""
+def skeleton(config: Any) -> nn.Module:
+    """The model of a configuration, without memory for its weights.
+
+    Raises:
+        ValueError: transformers has no causal language model of this type.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -79,7 +83,7 @@ def probe(model: nn.Module) -> Architecture:
     stacks = [
         (name, layers)
         for name, layers in model.named_modules()
-        if isinstance(layers, nn.ModuleList) and any(_mlps(layers[:1]))
+        if isinstance(layers, nn.ModuleList) and any(_mlps(name, layers[:1]))
     ]
     if not stacks:
         raise ValueError(
@@ -93,7 +97,7 @@ def probe(model: nn.Module) -> Architecture:
             "stream this architecture."
         )
     name, layers = stacks[0]
-    found = [list(_mlps([layer])) for layer in layers]
+    found = [list(_mlps(name, [layer])) for layer in layers]
     for number, mlps in enumerate(found):
         if len(mlps) != 1 or mlps != found[0]:
             raise ValueError(
@@ -101,50 +105,34 @@ def probe(model: nn.Module) -> Architecture:
                 f"{', '.join(map(_said, mlps)) or 'none'} and layer 0 has {', '.join(map(_said, found[0]))}: "
                 "it cannot stream this architecture."
             )
-    (mlp,) = found[0]
-    return Architecture(
-        layers=name.rpartition(".")[2],
-        mlp=mlp.name,
-        selector=mlp.selector,
-        up=mlp.up,
-        down=mlp.down,
-        activation=mlp.activation,
-    )
+    return found[0][0]
 
 
-@dataclass(frozen=True)
-class _MLP:
-    """An MLP that was found in a layer: its name there, and its parts."""
-
-    name: str
-    selector: Projection
-    up: Projection | None
-    down: Projection
-    activation: str
+def _said(found: Architecture) -> str:
+    linears = dict.fromkeys(found.projections[role].linear for role in found.bundle)
+    return f"{found.mlp} ({', '.join(linears)})"
 
 
-def _said(mlp: _MLP) -> str:
-    linears = dict.fromkeys(part.linear for part in (mlp.selector, mlp.up, mlp.down) if part is not None)
-    return f"{mlp.name} ({', '.join(linears)})"
-
-
-def _mlps(layers: Any) -> Iterator[_MLP]:
-    """The MLPs among the modules of layers without experts, not the layers themselves."""
+def _mlps(stack: str, layers: Any) -> Iterator[Architecture]:
+    """The MLPs among the modules of a stack's layers without experts, not the layers themselves."""
     for layer in layers:
         if any(map(_holds_experts, layer.modules())):
             continue
         for name, module in layer.named_modules():
-            if name and (mlp := _recognized(name, module)) is not None:
-                yield mlp
+            roles = _roles(module) if name else None
+            if roles is not None:
+                yield Architecture(stack.rpartition(".")[2], name, *roles)
 
 
 def _holds_experts(module: nn.Module) -> bool:
     """Whether a module holds stacked weights, as transformers keeps those of routed experts."""
-    convolution = isinstance(module, nn.modules.conv._ConvNd)
-    return not convolution and any(weight.dim() > 2 for weight in module.parameters(recurse=False))
+    return not isinstance(module, _CONVOLUTIONS) and any(
+        weight.dim() > 2 for weight in module.parameters(recurse=False)
+    )
 
 
-def _recognized(name: str, module: nn.Module) -> _MLP | None:
+def _roles(module: nn.Module) -> tuple[Projection, Projection | None, Projection, str] | None:
+    """Selector, up, down and the name of the activation of a module that is an MLP; None for others."""
     children = dict(module.named_children())
     linears = {key: child for key, child in children.items() if isinstance(child, (nn.Linear, Conv1D))}
     activations = [
@@ -158,7 +146,7 @@ def _recognized(name: str, module: nn.Module) -> _MLP | None:
         for small in _small(module, linears):
             for activation, roles in itertools.product(activations, _assignments(linears)):
                 if _computes(small, small.get_submodule(activation), *roles):
-                    return _MLP(name, *roles, activation)
+                    return *roles, activation
     return None
 
 
