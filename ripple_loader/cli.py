@@ -270,29 +270,13 @@ def generate(
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
 ) -> None:
     """Generate text, greedily, with the MLPs streamed from disk; a line of numbers goes to stderr."""
+    given = locals()
+    of_the_run = {name: given.pop(name) for name in ("directory", "prompt", "max_new_tokens")}
     with _user_errors():
         from ripple_loader.config import RippleConfig
 
-        options = _section(
-            config,
-            "load",
-            {
-                "dram_budget": dram_budget,
-                "keep": keep,
-                "recall": recall,
-                "adjacency": adjacency,
-                "merge_gap": merge_gap,
-                "buffer": buffer,
-                "queue_depth": queue_depth,
-                "io_engine": io_engine,
-                "strategy": strategy,
-                "prefetch": prefetch,
-                "cache_policy": cache_policy,
-                "check_reads": check_reads,
-                "verify": verify,
-            },
-        )
-        _generate(directory, prompt, RippleConfig.from_options(options), max_new_tokens)
+        options = _section(given.pop("config"), "load", given)
+        _generate(**of_the_run, config=RippleConfig.from_options(options))
 
 
 def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "expect_missing",
     "has_integer_units",
     "integer_product",
+    "pickled_tensors",
     "register_quantization_config",
     "register_quantizer",
 ]
@@ -112,6 +113,24 @@ def expect_missing(model: Any, patterns: Iterable[str]) -> None:
     """
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     model._keys_to_ignore_on_load_unexpected = {*(known or ()), *patterns}
+
+
+def pickled_tensors(path: Path) -> dict[str, tuple[Tensor, int]]:
+    """The tensors of a file of `torch.save`, without their numbers, and the byte at which each begins.
+
+    torch 2.13.0: under `FakeTensorMode`, `torch.load` reads no numbers and notes where they lie as
+    `_checkpoint_offset` of a storage. If a version lacks one of them, reading a `pytorch_model.bin` is
+    refused with the missing name.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        stored: dict[str, Tensor] = torch.load(path, weights_only=True)
+
+    def start(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+
+    return {name: (tensor, start(tensor)) for name, tensor in stored.items()}
 
 
 @functools.cache

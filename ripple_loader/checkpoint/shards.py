@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ripple_loader.compat import pickled_tensors
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLED_DTYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.float64: "F64",
@@ -25,6 +27,16 @@ _PICKLED_DTYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_UNREADABLE = (
+    RuntimeError,
+    UnpicklingError,
+    EOFError,
+    OSError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    KeyError,
+)
 
 ORIGINAL = "original"
 """The link to the original model in a directory that holds the sidecar only."""
@@ -103,13 +115,18 @@ def read_shard(path: Path) -> Shard:
 
 def _read_pickled(path: Path) -> Shard:
     """The tensors of a file of `torch.save`, which lie in it uncompressed; no code in it runs."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     try:
-        with FakeTensorMode():
-            stored: Any = torch.load(path, weights_only=True)
-        tensors = {name: _pickled_spot(path, name, tensor) for name, tensor in stored.items()}
-    except (RuntimeError, UnpicklingError, EOFError, OSError, AttributeError, TypeError, KeyError) as error:
+        tensors = {name: _pickled_spot(path, name, *found) for name, found in pickled_tensors(path).items()}
+    except (
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        OSError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        KeyError,
+    ) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} must be a whole file of tensors that `torch.save` wrote, but cannot be read ({reason}): "
@@ -125,10 +142,9 @@ def _read_pickled(path: Path) -> Shard:
     return Shard(path, len(text).to_bytes(8, "little") + text, tensors)
 
 
-def _pickled_spot(path: Path, name: str, tensor: Tensor) -> TensorSpot:
+def _pickled_spot(path: Path, name: str, tensor: Tensor, start: int) -> TensorSpot:
     if not tensor.is_contiguous() or tensor.dtype not in _PICKLED_DTYPES:
         raise TypeError(f"{name} is not a contiguous tensor of numbers")
-    start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
     kind = _PICKLED_DTYPES[tensor.dtype]
     return TensorSpot(path, start, start + tensor.numel() * tensor.itemsize, kind, tuple(tensor.shape))
 

@@ -11,9 +11,7 @@ from torch.nn import functional as F
 from lemo_trainer import LemoConfig, apply_lemo
 
 from .exact import relative_error
-from .tiny import VOCAB, checkpointing, lora, tiny_model
-
-MODES = ("auto", "exact", "segments", "detach", "eliminate")
+from .tiny import EVERY_MODE, VOCAB, checkpointing, lora, tiny_model
 
 
 @st.composite
@@ -99,7 +97,7 @@ def config_of(mode, case):
     return LemoConfig(**common, keep_ratio=1.0, block_size=4, layers="all")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", EVERY_MODE)
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=steps())
 def test_a_step_is_that_of_the_plain_model(mode, case):

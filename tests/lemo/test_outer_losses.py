@@ -11,20 +11,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from lemo_trainer import LemoCallback, LemoConfig, apply_lemo, remove_lemo
 
-from .tiny import VOCAB, assert_same_step, batch, lora, loss_and_gradients, tiny_model
+from .tiny import VOCAB, assert_same_step, batch, every_mode, lora, loss_and_gradients, tiny_model
 from .training import losses, samples, trainer_for
 
-EVERYTHING = {
-    "detach": LemoConfig(mode="detach", keep_ratio=1.0, block_size=4, layers="all", loss_segment=16),
-    "eliminate": LemoConfig(mode="eliminate", keep_ratio=1.0, block_size=4, layers="all", loss_segment=16),
-    "segments": LemoConfig(mode="segments", segment_tokens=64, loss_segment=16),
-    "exact": LemoConfig(mode="exact", segment_tokens=16, loss_segment=16),
-    "auto": LemoConfig(segment_tokens=16, loss_segment=16),
-}
-HALF = {
-    "detach": LemoConfig(mode="detach", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16),
-    "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16),
-}
+EVERYTHING = every_mode()
+HALF = {mode: config for mode, config in every_mode(0.5).items() if mode in ("detach", "eliminate")}
 modes = pytest.mark.parametrize("mode", EVERYTHING)
 outer = pytest.mark.parametrize("mode", ["detach", "eliminate", "exact", "auto"])
 

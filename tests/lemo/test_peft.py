@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 
-from lemo_trainer import LemoConfig, apply_lemo
+from lemo_trainer import apply_lemo
 
-from .tiny import assert_same_step, batch, loss_and_gradients, tiny_model
+from .tiny import EVERY_MODE, assert_same_step, batch, every_mode, loss_and_gradients, tiny_model
 
 # peft 0.21 still reads transformers' old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -50,30 +51,15 @@ TUNERS = {
     "VeRA": lambda: peft.VeraConfig(**QV, r=2),
     "WaveFT": lambda: peft.WaveFTConfig(**QV, n_frequency=20),
 }
-MODES = ("auto", "exact", "segments", "detach", "eliminate")
-REFUSED = {("Prefix tuning", mode): "PEFT's prefix tuning" for mode in MODES}
-REFUSED |= {("AdaptionPrompt", mode): "PEFT's adaption prompt" for mode in MODES}
+REFUSED = {("Prefix tuning", mode): "PEFT's prefix tuning" for mode in EVERY_MODE}
+REFUSED |= {("AdaptionPrompt", mode): "PEFT's adaption prompt" for mode in EVERY_MODE}
 REFUSED |= {
     ("aLoRA", "segments"): "PEFT's aLoRA",
     ("Prompt tuning", "segments"): "prompt tuning",
     ("P-tuning", "segments"): "prompt tuning",
 }
-KEEPING_ALL = {
-    "auto": LemoConfig(segment_tokens=16, loss_segment=16),
-    "exact": LemoConfig(mode="exact", segment_tokens=16, loss_segment=16),
-    "segments": LemoConfig(mode="segments", segment_tokens=64, loss_segment=16),
-    "detach": LemoConfig(mode="detach", keep_ratio=1.0, block_size=4, layers="all", loss_segment=16),
-    "eliminate": LemoConfig(mode="eliminate", keep_ratio=1.0, block_size=4, layers="all", loss_segment=16),
-}
-HALF = {
-    "auto": KEEPING_ALL["auto"],
-    "exact": KEEPING_ALL["exact"],
-    "segments": LemoConfig(
-        mode="segments", segment_tokens=16, keep_ratio=0.5, selector="recency", loss_segment=16
-    ),
-    "detach": LemoConfig(mode="detach", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16),
-    "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16),
-}
+KEEPING_ALL, HALF = every_mode(), every_mode(0.5)
+HALF["segments"] = dataclasses.replace(HALF["segments"], selector="recency")
 
 
 def tuned(name):

@@ -14,10 +14,9 @@ from transformers import (
 from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.compat import set_attention_implementation
 
-from .tiny import VOCAB, batch, lora, loss_and_gradients, tiny_model
+from .tiny import EVERY_MODE, VOCAB, batch, lora, loss_and_gradients, tiny_model
 
-MODES = ("detach", "eliminate", "segments", "exact", "auto")
-modes = pytest.mark.parametrize("mode", MODES)
+modes = pytest.mark.parametrize("mode", EVERY_MODE)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 

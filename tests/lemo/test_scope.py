@@ -10,19 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
 from lemo_trainer.session import session_of
 
-from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
+from .tiny import assert_same_step, batch, checkpointing, every_mode, lora, loss_and_gradients, tiny_model
 
-CONFIGS = {
-    "detach": LemoConfig(mode="detach", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16),
-    "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.4, block_size=4, layers="all", loss_segment=16),
-    "segments": LemoConfig(mode="segments", segment_tokens=16, loss_segment=16),
-    "exact": LemoConfig(mode="exact", segment_tokens=16, loss_segment=16),
-    "auto": LemoConfig(segment_tokens=16, loss_segment=16),
-}
+CONFIGS = every_mode(0.4) | {"segments": LemoConfig(mode="segments", segment_tokens=16, loss_segment=16)}
 modes = pytest.mark.parametrize("mode", CONFIGS)
 
 
@@ -119,11 +115,17 @@ def test_a_copy_can_be_patched_and_restored_alone(mode):
     assert_same_step(loss_and_gradients(model, inputs), got)
 
 
-@modes
-def test_a_copy_of_a_model_that_somebody_wrapped_is_its_own(mode):
-    """accelerate's mixed precision wraps `forward` as a method of the model."""
-    from accelerate import Accelerator
+@pytest.fixture
+def no_accelerator():
+    """accelerate keeps the precision of the first Trainer of a process for all later ones."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
+
+@modes
+def test_a_copy_of_a_model_that_somebody_wrapped_is_its_own(mode, no_accelerator):
+    """accelerate's mixed precision wraps `forward` as a method of the model."""
     model, inputs = tiny_model(), batch("left")
     apply_lemo(model, CONFIGS[mode])
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)

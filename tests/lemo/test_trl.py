@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lemo_trainer import LemoCallback, LemoConfig
+from lemo_trainer import LemoCallback
 from lemo_trainer.session import session_of
 
-from .tiny import VOCAB, lora, tiny_model
+from .tiny import VOCAB, every_mode, lora, tiny_model
 from .training import losses, samples, trainer_for, training_arguments
 
 # peft 0.21 still reads transformers' old name.
@@ -23,20 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:trl.*"),
 ]
 
-MODES = {
-    "auto": LemoConfig(segment_tokens=8, loss_segment=16),
-    "exact": LemoConfig(mode="exact", segment_tokens=8, loss_segment=16),
-    "segments": LemoConfig(mode="segments", segment_tokens=64, loss_segment=16),
-    "detach": LemoConfig(mode="detach", keep_ratio=1.0, block_size=4, layers="all", loss_segment=16),
-    "eliminate": LemoConfig(mode="eliminate", keep_ratio=1.0, block_size=4, layers="all", loss_segment=16),
-}
-HALF = {
-    "auto": MODES["auto"],
-    "exact": MODES["exact"],
-    "segments": LemoConfig(mode="segments", segment_tokens=8, keep_ratio=0.5, loss_segment=16),
-    "detach": LemoConfig(mode="detach", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16),
-    "eliminate": LemoConfig(mode="eliminate", keep_ratio=0.5, block_size=4, layers="all", loss_segment=16),
-}
+MODES, HALF = every_mode(segment_tokens=8), every_mode(0.5, segment_tokens=8)
 
 
 def tokenizer():

@@ -15,6 +15,22 @@ from lemo_trainer.model.architectures import ARCHITECTURES
 VOCAB = 97
 MODES = ("detach", "eliminate")
 BATCHES = ("plain", "left", "right", "packed")
+EVERY_MODE = ("auto", "exact", "segments", "detach", "eliminate")
+
+
+def every_mode(keep_ratio: float = 1.0, *, segment_tokens: int = 16) -> dict[str, LemoConfig]:
+    """A configuration of each mode; where all is kept, `segments` has one segment, which cuts no gradient."""
+    blocks: dict[str, Any] = {"keep_ratio": keep_ratio, "block_size": 4, "layers": "all"}
+    whole = {"segment_tokens": 64}
+    some = {"segment_tokens": segment_tokens, "keep_ratio": keep_ratio}
+    options: dict[str, dict[str, Any]] = {
+        "auto": {"segment_tokens": segment_tokens},
+        "exact": {"segment_tokens": segment_tokens},
+        "segments": whole if keep_ratio == 1 else some,
+        "detach": blocks,
+        "eliminate": blocks,
+    }
+    return {mode: LemoConfig(mode=mode, loss_segment=16, **options[mode]) for mode in EVERY_MODE}
 
 
 DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout", "residual_dropout", "embedding_dropout")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from ripple_loader import RippleConfig, compat
+from ripple_loader.checkpoint.shards import read_shards
 from ripple_loader.loader import RippleQuantizer
 
 from .conftest import load
@@ -53,6 +54,23 @@ def test_streamed_tensors_are_not_reported_as_unexpected(reordered):
     )
     assert not found["unexpected_keys"]
     assert not found["missing_keys"]
+
+
+def test_the_numbers_of_a_pickled_tensor_lie_where_they_are_said_to(tmp_path):
+    path, whole = tmp_path / "pytorch_model.bin", torch.arange(12, dtype=torch.int16).view(3, 4)
+    torch.save({"whole": whole, "end": whole[1:]}, path)
+    for name, wanted in (("whole", whole), ("end", whole[1:])):
+        tensor, start = compat.pickled_tensors(path)[name]
+        content = path.read_bytes()[start : start + 2 * tensor.numel()]
+        assert content == wanted.numpy().tobytes()
+
+
+def test_without_places_a_pickled_file_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(3)}, path)
+    monkeypatch.delattr("torch._subclasses.fake_tensor.FakeTensorMode")
+    with pytest.raises(ValueError, match=r"cannot be read .*FakeTensorMode.*save it as safetensors"):
+        read_shards(tmp_path)
 
 
 def test_integer_products_are_those_of_integers():
