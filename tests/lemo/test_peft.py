@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
+from unittest import mock
 
 import peft
 import pytest
@@ -60,6 +62,13 @@ REFUSED |= {
 }
 KEEPING_ALL, HALF = every_mode(), every_mode(0.5)
 HALF["segments"] = dataclasses.replace(HALF["segments"], selector="recency")
+
+
+@pytest.fixture(autouse=True)
+def _same_compiler():
+    """PEFT's BOFT leaves the compiler of its kernels in the environment, and Inductor reads it there."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def tuned(name):
