@@ -254,7 +254,7 @@ def generate(
     merge_gap: Annotated[
         str | None, typer.Option(help="Unneeded bytes to read in order to join two reads, or auto.")
     ] = None,
-    buffer: Annotated[str | None, typer.Option(help="Size of a read buffer.")] = None,
+    buffer: Annotated[str | None, typer.Option(help="Size of a read buffer, or auto.")] = None,
     queue_depth: Annotated[int | None, typer.Option(help="Reads in flight.")] = None,
     io_engine: Annotated[str | None, typer.Option(help="auto, aio or threads.")] = None,
     strategy: Annotated[

@@ -182,7 +182,8 @@ class RippleConfig(QuantizationConfigMixin):
             drive and processor.
         merge_gap: most unneeded bytes to read in order to join two reads; "auto" follows the drive's model.
         prefetch: read neurons that the next layer will probably select while the drive would be idle.
-        buffer: most bytes of one read buffer; there are three, each at most an eighth of the budget.
+        buffer: most bytes of one read buffer; there are three, each at most an eighth of the budget. "auto" is
+            an eighth of an MLP, from 2 to 16 MiB.
         queue_depth: reads in flight.
         io_engine: "aio" lets the kernel keep them in flight, "threads" has a thread for each, up to 16;
             "auto" is "aio" where the kernel and the file system have it.
@@ -200,7 +201,7 @@ class RippleConfig(QuantizationConfigMixin):
     strategy: StrategyName = "auto"
     merge_gap: int | str = "auto"
     prefetch: bool = True
-    buffer: int | str = "2MiB"
+    buffer: int | str = "auto"
     queue_depth: int = 32
     io_engine: IOEngine = "auto"
     cache_policy: str = "linked"
@@ -211,7 +212,8 @@ class RippleConfig(QuantizationConfigMixin):
         if self.quant_method != "ripple":
             raise ValueError(f'`quant_method` must be "ripple", got {self.quant_method!r}.')
         parse_size(self.dram_budget, "dram_budget", total=1)
-        parse_size(self.buffer, "buffer")
+        if self.buffer != "auto":
+            parse_size(self.buffer, "buffer")
         if self.merge_gap not in (0, "auto"):
             parse_size(self.merge_gap, "merge_gap")
         check_share(self.keep, "keep")

@@ -16,6 +16,8 @@ from ripple_loader.storage.blocks import BLOCK, align
 _BUFFER_SHARE = 8
 """A read buffer takes at most an eighth of the budget: with the scratch they take at most half of it."""
 
+_PARTS, _LEAST_BUFFER, _LARGEST_BUFFER = 8, 2 << 20, 16 << 20  # of an MLP's neurons, by default
+
 BUFFERS = 3
 """One for computing, one for reading, and one between them when their speeds differ."""
 
@@ -110,7 +112,8 @@ def allocate(
     predictors = header.layers * Predictor.size(rank, header.neurons, header.hidden)
     checksums = 4 * header.layers * header.neurons if config.check_reads else 0
     affordable = (budget - vectors - predictors - checksums - align(converted)) // _BUFFER_SHARE
-    buffer = max(smallest, align(min(parse_size(config.buffer, "buffer"), largest, affordable)))
+    wished = _fitting(header) if config.buffer == "auto" else parse_size(config.buffer, "buffer")
+    buffer = max(smallest, align(min(wished, largest, affordable)))
     rows = min(header.neurons, max(1, buffer // max(header.bundle_bytes, decoded)))
     scratch = align(rows * header.bundle_bytes) + align(rows * converted)
     selecting = needs_sketch(header, config) if selective is None else selective
@@ -139,6 +142,11 @@ def allocate(
     if any(cache_slots):
         resident["index"], resident["cache"] = index, sum(cache_slots) * header.bundle_bytes
     return Allocation(budget, buffer, scratch, rows, sketch_layers, rank * selecting, cache_slots, resident)
+
+
+def _fitting(header: SidecarHeader) -> int:
+    """A buffer's size: each costs the same time beside its reads, and all take memory from the cache."""
+    return min(max(header.section_bytes()["bundles"] // _PARTS, _LEAST_BUFFER), _LARGEST_BUFFER)
 
 
 def _divide(header: SidecarHeader, slots: int, *, selective: bool) -> list[int]:
