@@ -48,7 +48,7 @@ LAYERS = {
         "format",
         "storage",
         "checkpoint",
-        "config model",
+        "config kernels model",
         "compat files registry report",
     ),
 }

@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ripple_loader.checkpoint.mapped import StoredWeights
 from ripple_loader.config import RippleConfig
-from ripple_loader.format.layout import SIDECAR, Vectors
+from ripple_loader.format.layout import SIDECAR
 from ripple_loader.format.sidecar import Sidecar
-from ripple_loader.model.lowrank import LowRank, added_to, tensors_of, with_tensors
+from ripple_loader.model.lowrank import LowRank, tensors_of, with_tensors
 from ripple_loader.online.budget import BUFFERS, allocate, needs_sketch
-from ripple_loader.online.fetching import Batch, Fetcher
+from ripple_loader.online.fetching import Fetcher
 from ripple_loader.online.pace import Pace, measure_pace
+from ripple_loader.online.products import Inputs, Products, compiled_products
+from ripple_loader.online.scratch import Scratch
 from ripple_loader.online.selection import Selection
 from ripple_loader.online.selector import Selector
 from ripple_loader.online.strategy import decide
@@ -116,7 +117,7 @@ class Engine:
     def _open(self, dtype: torch.dtype) -> None:
         """Take the memory, the threads and the file, after giving up those held before."""
         header, config = self.header, self.config
-        for held in ("_fetcher", "selector", "_meter", "_vectors"):
+        for held in ("_fetcher", "selector", "_meter", "_products"):
             self.__dict__.pop(held, None)
         self._dtype, self._stale, self._unfinished = dtype, False, False
         self._foreseen: tuple[int, Places] | None = None
@@ -128,7 +129,8 @@ class Engine:
             buffers = [AlignedBuffer(allocation.buffer) for _ in range(BUFFERS)]
             drive = known_drive(reader)
             undecided = self._strategy is None and config.strategy == "auto" and needs_sketch(header, config)
-            pace = measure_pace(header, allocation, dtype, buffers) if undecided else Pace()
+            stored = compiled_products(header, self.report)
+            pace = measure_pace(header, allocation, dtype, buffers, stored) if undecided else Pace()
             if self._strategy is None:  # a copy must select as the original does
                 self._strategy = decide(header, config, dtype, drive, pace, block=reader.block)
             selects, reason = self._strategy
@@ -139,17 +141,17 @@ class Engine:
                 self.sidecar,
                 config,
                 self.allocation,
-                dtype,
                 reader,
                 buffers,
                 self._meter,
                 pace,
                 whole=not selects,
             )
-            self._vectors = [self.sidecar.vectors(layer) for layer in range(header.layers)]
-            self._biased = [bool(vectors.bias.any()) for vectors in self._vectors]
+            vectors = [self.sidecar.vectors(layer) for layer in range(header.layers)]
+            scratch = Scratch(header, self.allocation, dtype, self.report)
+            self._products = Products(header, vectors, scratch, stored)
             self.selector = Selector(
-                self.sidecar, config, self.allocation, self._vectors, self._fetcher, selects=selects
+                self.sidecar, config, self.allocation, vectors, self._fetcher, selects=selects
             )
 
     def _ready(self, dtype: torch.dtype) -> None:
@@ -171,8 +173,7 @@ class Engine:
 
     def bias(self, layer: int, row: int) -> Tensor:
         """A projection's bias, float32: of a row that selects (N,), or of the last row, the output (H,)."""
-        vectors: Vectors = self._vectors[layer]
-        return torch.from_numpy(vectors.down_bias if row == self.header.rows - 1 else vectors.bias[row])
+        return self._products.bias(layer, row)
 
     def begin(self, tokens: int) -> None:
         """Count the tokens of a new forward call."""
@@ -250,9 +251,10 @@ class Engine:
         self._count_foreseen(layer, selection.places)
         then = functools.partial(self._look_ahead, layer, following, selection, x_TH, activation)
         y_TH = torch.zeros_like(x_TH, dtype=_summed_in(x_TH))
+        inputs = Inputs(layer, x_TH, activation, low_rank, selection.mask)
         with closing(self._fetcher.fetch(layer, selection.places, then)) as batches:
             for batch in batches:
-                y_TH += self._product(layer, batch, selection, x_TH, activation, low_rank)
+                self._products.add(y_TH, batch, inputs)
         return (y_TH + self.bias(layer, self.header.rows - 1).to(y_TH.device)).to(x_TH.dtype)
 
     def gradients(
@@ -272,47 +274,15 @@ class Engine:
             self._unfinished = True
             selection = self.selector.select(layer, x_TH, activation, low_rank)
             leaves = [leaf.detach().requires_grad_() for leaf in (x_TH, *tensors_of(low_rank))]
-            x_leaf, additions = leaves[0], with_tensors(low_rank, leaves[1:])
+            additions = with_tensors(low_rank, leaves[1:])
+            inputs = Inputs(layer, leaves[0], activation, additions, selection.mask)
             sums = [torch.zeros_like(leaf, dtype=_summed_in(leaf)) for leaf in leaves]
-            with closing(self._fetcher.fetch(layer, selection.places)) as batches:
+            with closing(self._fetcher.fetch(layer, selection.places)) as batches, torch.enable_grad():
                 for batch in batches:
-                    with torch.enable_grad():
-                        y_TH = self._product(layer, batch, selection, x_leaf, activation, additions)
-                    parts = torch.autograd.grad(y_TH, leaves, grad_TH.to(y_TH.dtype), allow_unused=True)
-                    for total, part in zip(sums, parts, strict=True):
-                        if part is not None:
-                            total += part
+                    for y_TH in self._products.decoded(batch, inputs):
+                        _add_gradients(sums, y_TH, leaves, grad_TH)
             self._unfinished = False
             return [total.to(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
-
-    def _product(
-        self,
-        layer: int,
-        batch: Batch,
-        selection: Selection,
-        x_TH: Tensor,
-        activation: nn.Module,
-        low_rank: tuple[LowRank, ...],
-    ) -> Tensor:
-        """The contribution of a batch of neurons to the output, shape (T, H)."""
-        *selecting, down_UH = batch.rows.to(x_TH.device).unbind(1)
-        places = torch.from_numpy(batch.places)
-        factors = []
-        for row, weight_UH in enumerate(selecting):
-            bias_U = self.bias(layer, row)[places].to(x_TH) if self._biased[layer] else None
-            factors.append(added_to(F.linear(x_TH, weight_UH, bias_U), row, low_rank, x_TH, places))
-        a_TU = activation(factors[0])
-        for factor_TU in factors[1:]:
-            a_TU = a_TU * factor_TU
-        if batch.wanted is not None:
-            a_TU = a_TU * torch.from_numpy(batch.wanted).to(a_TU.device)
-        if selection.mask is not None and len(x_TH) > 1:
-            a_TU = a_TU * selection.mask[:, places].to(a_TU.device)
-        y_TH = a_TU @ down_UH
-        for addition in low_rank:
-            if addition.row == self.header.rows - 1:
-                y_TH = y_TH + addition.of_neurons(a_TU, places)
-        return y_TH
 
     def _look_ahead(
         self, layer: int, following: int | None, selection: Selection, x_TH: Tensor, activation: nn.Module
@@ -338,6 +308,14 @@ class Engine:
             self.report.asked += len(places)
             self.report.foreseen += len(np.intersect1d(places, self._foreseen[1], assume_unique=True))
         self._foreseen = None
+
+
+def _add_gradients(sums: list[Tensor], y_TH: Tensor, leaves: list[Tensor], grad_TH: Tensor) -> None:
+    parts = torch.autograd.grad(y_TH, leaves, grad_TH.to(y_TH.dtype), allow_unused=True)
+    with torch.no_grad():
+        for total, part in zip(sums, parts, strict=True):
+            if part is not None:
+                total += part
 
 
 def _summed_in(tensor: Tensor) -> torch.dtype:

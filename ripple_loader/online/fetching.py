@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from crc32c import crc32c
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from ripple_loader.online.budget import BUFFERS, Allocation
 from ripple_loader.online.cache import Slots
 from ripple_loader.online.cached import CachedNeurons
 from ripple_loader.online.pace import Pace
-from ripple_loader.online.scratch import Scratch
 from ripple_loader.storage.blocks import AlignedBuffer
 from ripple_loader.storage.collapse import Mask, Places, ReadPlan, cheapest, fixed_gap, waves
 from ripple_loader.storage.meter import Meter
@@ -43,17 +41,25 @@ class _Ahead:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some neurons of an MLP.
+    """Some neurons of an MLP, as they are stored.
 
     Attributes:
         places: the neurons, shape (U,).
-        rows: their bundles in the model's dtype, shape (U, R, H).
+        memory: where their bundles lie, uint8, flat.
+        offsets: the byte at which each bundle begins, shape (U,).
         wanted: which of them to compute with, bool, shape (U,); the others lie in gaps. None for all.
     """
 
     places: Places
-    rows: Tensor
+    memory: Tensor
+    offsets: Places
     wanted: Mask | None
+
+    def without_gaps(self) -> Batch:
+        """The wanted ones alone."""
+        if self.wanted is None:
+            return self
+        return Batch(self.places[self.wanted], self.memory, self.offsets[self.wanted], None)
 
 
 class Fetcher:
@@ -63,7 +69,6 @@ class Fetcher:
         sidecar: where the neurons lie.
         config: cache policy and how gaps between reads are chosen.
         allocation: the budget's division.
-        dtype: the model's, which neurons are handed out in.
         reader: of the sidecar.
         buffers: for reads, `budget.BUFFERS` of `allocation.buffer` bytes.
         meter: the cost of reads on this drive.
@@ -76,7 +81,6 @@ class Fetcher:
         sidecar: Sidecar,
         config: RippleConfig,
         allocation: Allocation,
-        dtype: torch.dtype,
         reader: Reader,
         buffers: list[AlignedBuffer],
         meter: Meter,
@@ -92,7 +96,6 @@ class Fetcher:
         self._pipeline = Pipeline(reader, buffers)
         self._ahead: _Ahead | None = None
         self._drained, self._idle = 0.0, 0.0
-        self._scratch = Scratch(self.header, allocation, dtype, self.report)
         self._cached = CachedNeurons(self.header, allocation, config.cache_policy, whole=whole)
         self._checks = [
             sidecar.checks(layer) for layer in range(self.header.layers if config.check_reads else 0)
@@ -195,7 +198,7 @@ class Fetcher:
     def fetch(
         self, layer: int, places: Places, then: Callable[[], None] | None = None
     ) -> Generator[Batch, None, None]:
-        """Hand out an MLP's neurons in batches that fit the buffers; close the generator.
+        """Hand out an MLP's neurons, those of a buffer at a time; close the generator.
 
         Args:
             layer: which MLP.
@@ -203,7 +206,7 @@ class Fetcher:
             then: called once all reads of this MLP are queued, to read ahead for the next.
 
         Yields:
-            Each wanted neuron once, in batches that are valid until the next.
+            Each wanted neuron once, as it is stored, in batches that are valid until the next.
         """
         if self._ahead is not None and self._ahead.layer != layer:
             self.drop_ahead()
@@ -255,16 +258,9 @@ class Fetcher:
         return self._pipeline.add(plans)
 
     def _from_cache(self, layer: int, places: Places, slots: Slots) -> Iterator[Batch]:
-        if not len(slots):
-            return
-        bundles, in_order = self._cached.bundles[layer], bool((np.diff(slots) == 1).all())
-        count = self._scratch.rows_at_once(len(slots), copied=not in_order)
-        for start in range(0, len(slots), count):
-            part = slots[start : start + count]
-            stored = (
-                bundles[int(part[0]) : int(part[-1]) + 1] if in_order else self._scratch.gather(bundles, part)
-            )
-            yield Batch(places[start : start + count], self._scratch.decode(stored), None)
+        if len(slots):
+            bundles = self._cached.bundles[layer]
+            yield Batch(places, bundles.view(-1), slots * bundles.shape[1], None)
 
     def _from_file(self, layer: int, ticket: Ticket, wanted_N: Mask) -> Iterator[Batch]:
         """The wanted neurons of a ticket's reads, some of which go to the cache as well."""
@@ -273,46 +269,22 @@ class Fetcher:
             self.report.read_in_vain += int(len(wanted) - wanted.sum())
             if wanted.any():
                 places, spots = plan.places[wanted], plan.spots[wanted]
-                yield from self._from_buffer(layer, plan, places, spots, buffer)
+                yield self._from_buffer(layer, plan, places, spots, buffer)
                 self.report.evictions += self._cached.admit(layer, places, spots, buffer)
 
     def _from_buffer(
         self, layer: int, plan: ReadPlan, places: Places, spots: Places, buffer: AlignedBuffer
-    ) -> Iterator[Batch]:
+    ) -> Batch:
         """Some neurons of a buffer; with those between them where one read brought all in order."""
-        span = int(places[-1] - places[0]) + 1
-        if len(plan.offsets) == 1 and span <= 2 * len(places):
-            among = np.arange(span)
-            self._check(layer, places[0] + among, spots[0] + among * self.header.bundle_bytes, buffer)
-            yield from self._as_it_lies(places, int(spots[0]), buffer)
-            return
-        self._check(layer, places, spots, buffer)
-        everywhere = _bundles_at_every_byte(buffer, self.header.bundle_bytes)
-        count = self._scratch.rows_at_once(len(places), copied=True)
-        for start in range(0, len(places), count):
-            part = slice(start, start + count)
-            stored = self._scratch.gather(everywhere, spots[part])
-            yield Batch(places[part], self._scratch.decode(stored), None)
-
-    def _as_it_lies(self, places: Places, spot: int, buffer: AlignedBuffer) -> Iterator[Batch]:
-        """All neurons from the first of some places to the last, which lie in order from a spot on."""
         width, span = self.header.bundle_bytes, int(places[-1] - places[0]) + 1
-        wanted = np.zeros(span, bool)
-        wanted[places - places[0]] = True
-        rows = self._scratch.rows_at_once(span, copied=False)
-        for start in range(0, span, rows):
-            count = min(rows, span - start)
-            stored = buffer.bytes.as_strided((count, width), (width, 1), spot + start * width)
-            among = np.arange(count) + places[0] + start
-            everyone = span == len(places)
-            yield Batch(
-                among, self._scratch.decode(stored), None if everyone else wanted[start : start + count]
-            )
-
-
-def _bundles_at_every_byte(buffer: AlignedBuffer, width: int) -> Tensor:
-    """The bundles that start at every byte of a buffer, overlapping: uint8, shape (bytes, B)."""
-    return buffer.bytes.as_strided((len(buffer.bytes) - width + 1, width), (1, 1))
+        wanted = None
+        if len(plan.offsets) == 1 and len(places) < span <= 2 * len(places):
+            wanted = np.zeros(span, bool)
+            wanted[places - places[0]] = True
+            among = np.arange(span)
+            places, spots = places[0] + among, spots[0] + among * width
+        self._check(layer, places, spots, buffer)
+        return Batch(places, buffer.bytes, spots, wanted)
 
 
 def _bytes(gap: int | str) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ripple_loader.format.bundles import unpack_bundles
 from ripple_loader.format.layout import SidecarHeader
 from ripple_loader.format.sketch import IntegerInputs
+from ripple_loader.kernels.bundles import StoredProducts
 from ripple_loader.online.budget import Allocation
 from ripple_loader.storage.blocks import AlignedBuffer
 
@@ -36,7 +38,11 @@ class Pace:
 
 
 def measure_pace(
-    header: SidecarHeader, allocation: Allocation, dtype: torch.dtype, buffers: list[AlignedBuffer]
+    header: SidecarHeader,
+    allocation: Allocation,
+    dtype: torch.dtype,
+    buffers: list[AlignedBuffer],
+    products: StoredProducts | None,
 ) -> Pace:
     """Measure how long computing with neurons, gathering them, and selecting them takes for one token.
 
@@ -45,6 +51,7 @@ def measure_pace(
         allocation: how many neurons are computed with at once.
         dtype: the model's.
         buffers: memory to do it in.
+        products: with neurons as they are stored; None if they are decoded first.
     """
     rows = allocation.rows
     width, H = header.bundle_bytes, header.hidden
@@ -56,9 +63,19 @@ def measure_pace(
     integers = buffers[2].bytes[: width_K * sketched].view(torch.int8).view(sketched, width_K)
     estimates = torch.empty(1, sketched, dtype=torch.float32)
 
+    offsets = np.arange(rows) * width
+    y_1H = torch.zeros(1, H, dtype=torch.float32, device="cpu")
+
     def compute() -> Tensor:
+        if products is not None:
+            factors_S1U = products.project(stored.view(-1), offsets, y_1H)
+            products.accumulate(stored.view(-1), offsets, factors_S1U[0], y_1H)
+            return y_1H
         *selecting, down_UH = unpack_bundles(stored, header, dtype).unbind(1)
         return sum((F.linear(x_1H, weight_UH) for weight_UH in selecting), torch.zeros(())) @ down_UH
+
+    def gather() -> None:
+        torch.index_select(stored, 0, index, out=gathered)
 
     basis_KH = torch.zeros(allocation.rank, H, dtype=torch.float32, device="cpu")
 
@@ -68,7 +85,7 @@ def measure_pace(
 
     return Pace(
         compute=_seconds(compute) / rows,
-        gather=_seconds(lambda: torch.index_select(stored, 0, index, out=gathered)) / rows,
+        gather=0.0 if products else _seconds(gather) / rows,
         select=_seconds(select) / sketched * (1 if allocation.rank else header.rows - 1) * header.neurons,
     )
 

@@ -5,15 +5,19 @@ Dimension key: U neurons, R rows of a bundle, B its bytes, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ripple_loader.format.bundles import unpack_bundles
 from ripple_loader.format.layout import SidecarHeader
 from ripple_loader.online.budget import Allocation
-from ripple_loader.online.cache import Slots
+from ripple_loader.online.fetching import Batch
 from ripple_loader.report import RippleReport
 from ripple_loader.storage.blocks import align
+from ripple_loader.storage.collapse import Mask, Places
 
 _ROWS_DECODED_AT_ONCE = 64  # int4 takes memory beyond the budget for them
 
@@ -45,18 +49,32 @@ class Scratch:
         self._header, self._rows, self._dtype = header, allocation.rows, dtype
         self._memory = staging(allocation.scratch, report)
 
-    def rows_at_once(self, count: int, *, copied: bool) -> int:
-        """How many of `count` neurons to hand out at once: all, if no copy is needed."""
-        if copied or not self._header.encoding.stores(self._dtype):
-            return self._rows
-        return max(1, count)
+    def decoded(self, batch: Batch) -> Iterator[tuple[Places, Tensor, Mask | None]]:
+        """The neurons of a batch, some at a time.
 
-    def gather(self, rows: Tensor, index: Slots) -> Tensor:
-        """A copy of the indexed rows, uint8."""
-        out = self._memory[: len(index) * rows.shape[1]].view(len(index), -1)
-        return torch.index_select(rows, 0, torch.from_numpy(index), out=out)
+        Yields:
+            Places, bundles in the model's dtype, shape (U, R, H), and which are wanted, None for all.
+        """
+        width, count = self._header.bundle_bytes, len(batch.places)
+        in_order = bool((np.diff(batch.offsets) == width).all())
+        as_they_lie = in_order and self._header.encoding.stores(self._dtype)
+        step = count if as_they_lie else self._rows
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            stored = self._stored(batch.memory, batch.offsets[part], in_order=in_order)
+            wanted = None if batch.wanted is None else batch.wanted[part]
+            yield batch.places[part], self._decode(stored), wanted
 
-    def decode(self, stored_UB: Tensor) -> Tensor:
+    def _stored(self, memory: Tensor, offsets: Places, *, in_order: bool) -> Tensor:
+        """Bundles of some bytes, uint8, shape (U, B): where they lie, or copied if that is not in order."""
+        width, first = self._header.bundle_bytes, int(offsets[0])
+        if in_order:
+            return memory[first : first + len(offsets) * width].view(len(offsets), width)
+        everywhere = memory.as_strided((len(memory) - width + 1, width), (1, 1))
+        out = self._memory[: len(offsets) * width].view(len(offsets), width)
+        return torch.index_select(everywhere, 0, torch.from_numpy(offsets), out=out)
+
+    def _decode(self, stored_UB: Tensor) -> Tensor:
         """Bundles in the model's dtype, shape (U, R, H): a view, where they are stored so."""
         header, dtype = self._header, self._dtype
         if header.encoding.stores(dtype):
