@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor, fx
 
 from ollie_compile.config import OllieConfig, mode_options
 from ollie_compile.report.report import Report
+
+_SETTINGS = threading.Lock()
+"""Held while those of the whole process are changed: threads would restore each other's."""
 
 
 def explain(
@@ -49,6 +53,7 @@ def explain(
     # AOTAutograd's cache would answer for a graph that was compiled before, without running the pass, and
     # Dynamo would give up after some compilations of the same code.
     with (
+        _SETTINGS,
         functorch_config.patch(enable_autograd_cache=False),
         dynamo_config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20),
         torch.set_grad_enabled(training),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import statistics
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +66,15 @@ def try_layers(parts: CausalLM, run: Run) -> Trial:
     return _try(parts, run, lazy=False)
 
 
+_STANCE = threading.Lock()
+
+
 def _try(parts: CausalLM, run: Run, lazy: bool) -> Trial:
     runs: dict[str, bool] = {}
     sizes: dict[str, LayerBytes] = {}
-    with torch.compiler.set_stance("force_eager"):  # nothing is worth compiling (flex attention) for 8 tokens
+    # Nothing is worth compiling (flex attention) for 8 tokens. The stance is the whole process's: threads would
+    # restore each other's.
+    with _STANCE, torch.compiler.set_stance("force_eager"):
         for padding in (0, 2):  # of two samples, one is padded
             for layer, (x_BSD, arguments) in zip(parts.layers, _calls(parts, padding, lazy), strict=True):
                 kind = repr(layer)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
+from lemo_trainer.exact import check
 from lemo_trainer.session import session_of
 
 from .tiny import assert_same_step, batch, checkpointing, every_mode, lora, loss_and_gradients, tiny_model
@@ -191,6 +192,39 @@ def test_threads_train_models_of_their_own(mode):
         for steps in pool.map(train, models):
             for step in steps:
                 assert_same_step(step, wanted)
+
+
+def test_threads_that_patch_at_once_leave_torch_compile_as_it_was(monkeypatch):
+    """Trying out the layers has torch.compile do nothing, in the whole process."""
+    first_in, second_in, first_done = threading.Event(), threading.Event(), threading.Event()
+    calls, compiled = check._calls, []
+
+    def in_turn(*arguments):
+        if threading.current_thread() is threading.main_thread():
+            first_in.set()
+            second_in.wait(0.2)
+        else:
+            second_in.set()
+            first_done.wait()
+        return calls(*arguments)
+
+    def patch_second():
+        first_in.wait()
+        apply_lemo(tiny_model(), CONFIGS["exact"])
+
+    monkeypatch.setattr(check, "_calls", in_turn)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(patch_second)
+        apply_lemo(tiny_model(), CONFIGS["exact"])
+        first_done.set()
+        second.result()
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert compiled
 
 
 @pytest.mark.parametrize("mode", ["detach", "eliminate", "exact", "auto"])
