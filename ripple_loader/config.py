@@ -182,8 +182,8 @@ class RippleConfig(QuantizationConfigMixin):
             drive and processor.
         merge_gap: most unneeded bytes to read in order to join two reads; "auto" follows the drive's model.
         prefetch: read neurons that the next layer will probably select while the drive would be idle.
-        buffer: most bytes of one read buffer; there are three, each at most an eighth of the budget. "auto" is
-            an eighth of an MLP, from 2 to 16 MiB.
+        buffer: most bytes of one read buffer; there are three, each at most an eighth of the budget.
+            "auto" is an eighth of an MLP, from 2 to 16 MiB.
         queue_depth: reads in flight.
         io_engine: "aio" lets the kernel keep them in flight, "threads" has a thread for each, up to 16;
             "auto" is "aio" where the kernel and the file system have it.

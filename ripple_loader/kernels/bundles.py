@@ -18,7 +18,7 @@ from torch import Tensor
 from ripple_loader.kernels.compiling import library
 
 MOST_TOKENS = 8
-"""Of more tokens, decoding once and a library's matrix product are faster."""
+"""That one pass over the bytes serves."""
 
 _CODES = {"F32": 0, "BF16": 1, "F16": 2, "I8": 3, "I4": 4}
 _SMALL = 1 << 18  # bytes of weights for which starting threads takes longer than they save
@@ -56,17 +56,21 @@ class StoredProducts:
         Args:
             memory: where the bundles lie, uint8, flat.
             offsets: the byte at which each bundle begins, int64, shape (U,).
-            x_TH: at most `MOST_TOKENS`, float32, contiguous.
+            x_TH: any number of tokens, float32, contiguous; every `MOST_TOKENS` take a pass.
         """
-        out_STU = torch.empty(self.selecting, len(x_TH), len(offsets), dtype=torch.float32, device="cpu")
-        sizes = self.selecting, self.row_bytes, self.hidden, len(x_TH)
-        self._run("ripple_project", memory, offsets, sizes, x_TH, out_STU)
-        return out_STU
+        parts = []
+        for part_TH in x_TH.split(MOST_TOKENS):
+            shape = self.selecting, len(part_TH), len(offsets)
+            parts.append(torch.empty(shape, dtype=torch.float32, device="cpu"))
+            sizes = self.selecting, self.row_bytes, self.hidden, len(part_TH)
+            self._run("ripple_project", memory, offsets, sizes, part_TH, parts[-1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def accumulate(self, memory: Tensor, offsets: np.ndarray[Any, Any], a_TU: Tensor, y_TH: Tensor) -> None:
         """Add neurons times their last rows to `y_TH`; both float32, contiguous. See `project`."""
-        sizes = self.selecting * self.row_bytes, self.hidden, len(a_TU)
-        self._run("ripple_accumulate", memory, offsets, sizes, a_TU, y_TH)
+        for part_TU, part_TH in zip(a_TU.split(MOST_TOKENS), y_TH.split(MOST_TOKENS), strict=True):
+            sizes = self.selecting * self.row_bytes, self.hidden, len(part_TU)
+            self._run("ripple_accumulate", memory, offsets, sizes, part_TU, part_TH)
 
     def _run(
         self, name: str, memory: Tensor, offsets: np.ndarray[Any, Any], sizes: tuple[int, ...], *both: Tensor

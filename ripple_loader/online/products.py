@@ -19,6 +19,7 @@ from ripple_loader.online.fetching import Batch
 from ripple_loader.online.scratch import Scratch
 from ripple_loader.report import RippleReport
 
+_MOST_TOKENS_DECODED = 4 * MOST_TOKENS  # four passes still take half the time of decoding
 _SUMMED_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,7 +65,7 @@ class Products:
         self, header: SidecarHeader, vectors: list[Vectors], scratch: Scratch, stored: StoredProducts | None
     ) -> None:
         self._vectors, self._scratch, self._stored = vectors, scratch, stored
-        self._down = header.rows - 1
+        self._encoding, self._down = header.encoding, header.rows - 1
         self._biased = [bool(one.bias.any()) for one in vectors]
 
     def bias(self, layer: int, row: int) -> Tensor:
@@ -75,8 +76,7 @@ class Products:
     def add(self, y_TH: Tensor, batch: Batch, inputs: Inputs) -> None:
         """Add what a batch contributes to `y_TH`, which is in float32, or in float64 for such inputs."""
         x_TH = inputs.x
-        few = len(x_TH) <= MOST_TOKENS and x_TH.dtype in _SUMMED_IN_FLOAT32 and x_TH.device.type == "cpu"
-        if self._stored is None or not few:
+        if self._stored is None or not self._few(x_TH):
             for part_TH in self.decoded(batch, inputs):
                 y_TH += part_TH
             return
@@ -89,6 +89,11 @@ class Products:
         self._stored.accumulate(batch.memory, batch.offsets, a_TU.float().contiguous(), y_TH)
         for part_TH in self._low_rank(a_TU, places, inputs):
             y_TH += part_TH
+
+    def _few(self, x_TH: Tensor) -> bool:
+        """Whether products with stored neurons are faster than decoding these and a library's product."""
+        most = MOST_TOKENS if self._encoding.stores(x_TH.dtype) else _MOST_TOKENS_DECODED
+        return len(x_TH) <= most and x_TH.dtype in _SUMMED_IN_FLOAT32 and x_TH.device.type == "cpu"
 
     def decoded(self, batch: Batch, inputs: Inputs) -> Iterator[Tensor]:
         """What parts of a batch contribute, each of shape (T, H); gradients flow to the inputs."""
