@@ -282,23 +282,26 @@ def generate(
 def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> None:
     import time
 
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from ripple_loader.checkpoint.hub import local_directory
     from ripple_loader.checkpoint.source import load_tokenizer
     from ripple_loader.format.layout import SIDECAR
     from ripple_loader.format.sidecar import Sidecar
+    from ripple_loader.model.classes import is_encoder_decoder, model_class
 
     folder = local_directory(directory, also=[SIDECAR])
     Sidecar(folder)  # report its errors before transformers reports its own
     tokenizer = load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    loader = model_class(AutoConfig.from_pretrained(folder))
+    model = loader.from_pretrained(folder, quantization_config=config)
     inputs = tokenizer(prompt, return_tensors="pt")
     start = time.perf_counter()
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     seconds = time.perf_counter() - start
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
-    new = output.shape[1] - inputs.input_ids.shape[1]
+    prompted = 1 if is_encoder_decoder(model.config) else inputs.input_ids.shape[1]
+    new = output.shape[1] - prompted
     typer.echo(f"{new / seconds:.2f} tokens/s; {model.ripple_report.summary()}", err=True)
 
 

@@ -40,8 +40,8 @@ class Backend(WeightStore, Protocol):
     ) -> list[Tensor]:
         """Gradients of the input and of the tensors of `low_rank`, given that of the output."""
 
-    def begin(self, tokens: int) -> None:
-        """Called when a forward call of `tokens` tokens reaches the first streamed layer."""
+    def begin(self, tokens: int, layers: int) -> None:
+        """Called when a forward call of `tokens` tokens reaches the first of a stack's streamed layers."""
 
     def stored_as(self, first: int, count: int) -> dict[str, Tensor]:
         """The tensors of some MLPs by the checkpoint's own names, from behind the layer's number."""
@@ -56,9 +56,11 @@ class StreamingMLP(nn.Module):
         backend: shared by all layers of a model.
         layer: which MLP this is.
         following: the MLP that runs after it.
+        begins: how many MLPs its stack has if it is the first of them, else 0.
         activation: the model's own.
         rows: the linear of each row of a bundle, by name, with its part of the linear.
         linears: the streamed linears; empty where they lie in the layer itself.
+        in_float32: whether float16 inputs are computed with in float32, as the model keeps its weights.
     """
 
     def __init__(
@@ -66,12 +68,15 @@ class StreamingMLP(nn.Module):
         backend: Backend,
         layer: int,
         following: int,
+        begins: int,
         activation: nn.Module,
         rows: list[Projection],
         linears: list[Streamed],
+        in_float32: bool,
     ) -> None:
         super().__init__()
         self.backend, self.layer, self.following, self.activation = backend, layer, following, activation
+        self.begins, self.in_float32 = begins, in_float32
         self.rows, self.names = rows, [linear.name for linear in linears]
         for linear in linears:
             setattr(self, linear.name, linear)
@@ -86,6 +91,8 @@ class StreamingMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Hidden states to hidden states, shape (..., H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.in_float32 and x_TH.dtype == torch.float16:
+            x_TH = x_TH.float()
         low_rank = self._low_rank(x_TH)
         y_TH: Tensor = _StreamedMLP.apply(x_TH, self, low_rank, *tensors_of(low_rank))
         return y_TH.view(hidden_states.shape)
@@ -118,8 +125,8 @@ class StreamingMLP(nn.Module):
         return LowRank(row, a, b, keep)
 
     def compute(self, x_TH: Tensor, low_rank: tuple[LowRank, ...]) -> Tensor:
-        if self.layer == 0:
-            self.backend.begin(len(x_TH))
+        if self.begins:
+            self.backend.begin(len(x_TH), self.begins)
         return self.backend.compute(self.layer, x_TH, self.activation, self.following, low_rank)
 
 
@@ -142,14 +149,17 @@ class StreamingExperts(nn.Module):
         backend: shared by all layers of a model.
         first: number of the layer's first expert among all streamed MLPs.
         experts: how many experts the layer has.
+        layers: how many layers of the model have streamed experts.
         activation: the model's own.
         name: of this module in its layer.
     """
 
-    def __init__(self, backend: Backend, first: int, experts: int, activation: nn.Module, name: str) -> None:
+    def __init__(
+        self, backend: Backend, first: int, experts: int, layers: int, activation: nn.Module, name: str
+    ) -> None:
         super().__init__()
         self.backend, self.first, self.experts, self.activation = backend, first, experts, activation
-        self.name, self.loaded = name, False
+        self.layers, self.name, self.loaded = layers, name, False
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -171,7 +181,7 @@ class StreamingExperts(nn.Module):
 
     def compute(self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if self.first == 0:
-            self.backend.begin(len(x_TH))
+            self.backend.begin(len(x_TH), self.layers)
         y_TH = torch.zeros_like(x_TH)
         routed = self.routed(index_TK)
         for expert, following in zip(routed, [*routed[1:], None], strict=True):
@@ -261,11 +271,13 @@ def is_streamed(model: nn.Module) -> bool:
 
 
 def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
-    """Replace the MLPs of a model."""
+    """Replace the MLPs of a model, in the order in which they run."""
+    stacks = [site.stack for site in sites]
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     for number, site in enumerate(sites):
         if site.experts is not None:
             first, name = number * site.experts, site.architecture.mlp
-            experts = StreamingExperts(backend, first, site.experts, site.activation, name)
+            experts = StreamingExperts(backend, first, site.experts, len(sites), site.activation, name)
             site.replace(model, experts)
             continue
         inside = bool(site.architecture.mlp)
@@ -281,9 +293,18 @@ def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
             for linear, projections in site.linears()
         ]
         architecture = site.architecture
-        rows = [architecture.projections[role] for role in architecture.bundle]
-        following = (number + 1) % len(sites)
-        mlp = StreamingMLP(backend, number, following, site.activation, rows, linears if inside else [])
+        # After the last layer comes the first of the decoder, for the next token.
+        following = number + 1 if number + 1 < len(sites) else stacks.index(stacks[-1])
+        mlp = StreamingMLP(
+            backend,
+            number,
+            following,
+            stacks.count(site.stack) if number == stacks.index(site.stack) else 0,
+            site.activation,
+            [architecture.projections[role] for role in architecture.bundle],
+            linears if inside else [],
+            in_float32=architecture.down.linear in kept,
+        )
         site.replace(model, mlp, {linear.name: linear for linear in linears})
 
 

@@ -15,6 +15,7 @@ from ripple_loader.checkpoint.source import SourceModel, open_source
 from ripple_loader.config import RippleConfig
 from ripple_loader.format.bundles import pack_bundles
 from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.model.classes import text_inputs
 from ripple_loader.offline.reference import bundled, load_reference
 from ripple_loader.offline.writing import permuted
 
@@ -109,7 +110,7 @@ def _check_logits(
     tolerance = _TOLERANCE[DTYPES[source.down.dtype]]
     loaders = {
         "logits": lambda: load_reference(copy),
-        "streamed logits": lambda: _streamed(copy.directory, "auto"),
+        "streamed logits": lambda: _streamed(copy, "auto"),
     }
     for kind, load in loaders.items():
         error = _difference(_logits(load()), reference)
@@ -139,7 +140,7 @@ def check_copy(source: SourceModel, directory: Path) -> None:
     wanted = reference
     if rounded:
         wanted = _logits(load_reference(copy, bundled(sidecar, copy), dtype=torch.float32))
-    streamed = _logits(_streamed(directory, torch.float32))
+    streamed = _logits(_streamed(copy, torch.float32))
     for kind, got, expected in (("files", stored, reference), ("sidecar", streamed, wanted)):
         error = _difference(got, expected)
         if not error <= _COPY_TOLERANCE:
@@ -157,11 +158,9 @@ def _difference(got: Tensor, expected: Tensor) -> float:
     return float(torch.where(same, 0.0, (got - expected).abs() / scale).amax())
 
 
-def _streamed(directory: Path, dtype: torch.dtype | str) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _streamed(copy: SourceModel, dtype: torch.dtype | str) -> Any:
     config = RippleConfig(dram_budget=_BUDGET)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=config)
+    return copy.loader.from_pretrained(copy.directory, dtype=dtype, quantization_config=config)
 
 
 @torch.no_grad()
@@ -169,4 +168,5 @@ def _logits(model: Any) -> Tensor:
     """Logits of random tokens, float32."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
-    return model(torch.randint(size, (1, _TOKENS), generator=generator)).logits.float()
+    ids = torch.randint(size, (1, _TOKENS), generator=generator)
+    return model(**text_inputs(model.config, ids)).logits.float()

@@ -174,10 +174,11 @@ class Engine:
         vectors: Vectors = self._vectors[layer]
         return torch.from_numpy(vectors.down_bias if row == self.header.rows - 1 else vectors.bias[row])
 
-    def begin(self, tokens: int) -> None:
-        """Count the tokens of a new forward call."""
+    def begin(self, tokens: int, layers: int) -> None:
+        """Count the tokens of a new forward call of a stack of layers."""
         with self._lock:
             self.report.calls += 1
+            self.report.layer_calls += layers
             self.report.tokens += tokens
             self._fetcher.pause()
 

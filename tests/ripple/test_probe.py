@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ripple_loader import reorder
@@ -79,7 +79,8 @@ def model_of(*mlps: nn.Module) -> nn.Module:
 
     model = nn.Module()
     model.blocks = nn.ModuleList(map(Layer, mlps))
-    model.config = type("Config", (), {"model_type": "toy"})()
+    model.config = PreTrainedConfig()
+    model.config.model_type = "toy"
     return model
 
 
@@ -129,7 +130,7 @@ def test_the_probe_finds_what_the_table_says(name):
 def test_a_model_that_is_no_causal_lm_is_refused():
     from transformers import ViTConfig
 
-    with pytest.raises(ValueError, match=r"must be given a causal language model, but .* for a vit"):
+    with pytest.raises(ValueError, match=r"must be given a causal language model, .* has none for a vit"):
         architecture_of(ViTConfig())
 
 
