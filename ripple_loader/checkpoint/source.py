@@ -210,8 +210,13 @@ def _find_mlps(
             prefix, layer, first, linear, kind = match.groups()
             stack = architecture.stack_of(prefix)
             for expert, part in enumerate(spot.slices() if architecture.stacked else [spot], int(first or 0)):
-                mlp = stack, int(layer), expert
-                weights.setdefault(mlp, {})[linear, kind or "weight"] = part
+                mlp, key = (stack, int(layer), expert), (linear, kind or "weight")
+                if key in weights.setdefault(mlp, {}):
+                    raise ValueError(
+                        f"{directory} must hold one {key[1]} of {linear} of layer {layer}, but {name} is a "
+                        "second one: Ripple cannot stream this model."
+                    )
+                weights[mlp][key] = part
                 holders.setdefault(name, []).append((mlp, linear, part))
     if architecture.expert is None:
         wanted, experts = _dense_mlps(architecture, config), None

@@ -20,8 +20,8 @@ from ripple_loader.model.activations import has_exact_zeros
 
 Role = Literal["selector", "up", "down"]
 
-_OTHER_SENSES = r".*(?:vision|visual|audio)"
-"""Matches the names of modules of a wrapper that are not of its language model."""
+OTHER_SENSES = r".*(?:vision|visual|audio|speech|resampler|connector)"
+"""Matches the names of modules beside the language model of a model of images or sound and text."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Architecture:
     def layer_pattern(self) -> str:
         """Matches the name of a layer of the language model; its groups are the stack and the number."""
         stacks = "|".join(rf"{re.escape(stack)}\." if stack else "" for stack in self.stacks)
-        return rf"^(?!{_OTHER_SENSES})(?:.*\.)?({stacks}){self.layers}\.(\d+)"
+        return rf"^(?!{OTHER_SENSES})(?:.*\.)?({stacks}){self.layers}\.(\d+)"
 
     def stack_of(self, prefix: str) -> int:
         """The position of a stack among `stacks`, by the first group of `layer_pattern`."""
@@ -255,6 +255,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     "granite": _GATED,
+    "led": _BART,
     "llama": _GATED,
     "m2m_100": _BART,
     "marian": _BART,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ripple_loader.model.architectures import ARCHITECTURES, Architecture, Projection
+from ripple_loader.model.architectures import ARCHITECTURES, OTHER_SENSES, Architecture, Projection
 from ripple_loader.model.classes import is_encoder_decoder, is_wrapper, skeleton
 
 WANTED = (
@@ -78,11 +79,13 @@ def probe(model: nn.Module) -> Architecture:
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of layers whose first layer has MLPs, by name."""
+    """The lists of a language model's layers whose first layer has MLPs, by name."""
     return {
         name: layers
         for name, layers in model.named_modules()
-        if isinstance(layers, nn.ModuleList) and any(_mlps(name, layers[:1]))
+        if isinstance(layers, nn.ModuleList)
+        and not re.match(OTHER_SENSES, name)
+        and any(_mlps(name, layers[:1]))
     }
 
 

@@ -29,6 +29,13 @@ MODELS = {
     "mt5": T5 | {"model_type": "mt5"},
     "umt5": T5 | {"model_type": "umt5"},
     "bart": BART | {"model_type": "bart"},
+    "led": {key: value for key, value in BART.items() if key != "max_position_embeddings"}
+    | {
+        "model_type": "led",
+        "max_encoder_position_embeddings": 128,
+        "max_decoder_position_embeddings": 128,
+        "attention_window": 8,
+    },
     "mbart": BART | {"model_type": "mbart"},
     "marian": BART | {"model_type": "marian", "activation_function": "swish"},
     "m2m_100": BART | {"model_type": "m2m_100", "activation_function": "relu"},
