@@ -16,8 +16,14 @@ from ripple_loader.model.classes import model_class, skeleton
 from ripple_loader.model.probe import architecture_of
 
 _WAY_OUT = {
-    "fp8": "save it dequantized, `from_pretrained(DIR, quantization_config=FineGrainedFP8Config("
-    "dequantize=True)).save_pretrained(NEW, save_original_format=False)`, and reorder that.",
+    "fp8": "`ripple reorder` takes it and dequantizes it; for this save it dequantized, "
+    "`from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(NEW, "
+    "save_original_format=False)`.",
+    **dict.fromkeys(
+        ("gptq", "awq", "compressed-tensors", "bitsandbytes"),
+        "transformers dequantizes that with a package of its own only, so reorder the checkpoint that it was "
+        "quantized from.",
+    ),
 }
 
 
@@ -115,16 +121,16 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
     weights = any((directory / name).exists() for name in weight_names(variant))
     if directory.suffix == ".gguf" or (not weights and any(directory.glob("*.gguf"))):
         raise ValueError(
-            f"{directory} must hold safetensors or `pytorch_model.bin`, but holds a GGUF file: load it with "
-            "transformers, `from_pretrained(FOLDER, gguf_file=NAME)`, and reorder what `save_pretrained` "
-            "writes."
+            f"{directory} must hold safetensors or `pytorch_model.bin`, but holds a GGUF file: "
+            "`ripple reorder` takes it and dequantizes it; for this load it with transformers, "
+            "`from_pretrained(FOLDER, gguf_file=NAME)`, and take what `save_pretrained` writes."
         )
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"{directory} must be a model directory, but has no config.json: give the folder "
             "that `save_pretrained` or `snapshot_download` wrote."
         )
-    config = _read_config(directory)
+    config = read_config(directory)
     quantization = getattr(config, "quantization_config", None)
     method = dict(quantization or {}).get("quant_method", "an unnamed method")
     if quantization is not None and method != "ripple":  # that is no quantization, see `RippleConfig`
@@ -153,7 +159,7 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
     return source
 
 
-def _read_config(directory: Path) -> Any:
+def read_config(directory: Path) -> Any:
     """A model's config; ValueError where the model is not one of transformers' own."""
     try:
         return AutoConfig.from_pretrained(directory)

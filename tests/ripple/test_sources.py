@@ -161,62 +161,6 @@ def test_a_variant_is_reordered(size, config, tmp_path):
         open_source(tmp_path / "model", "int8")
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "awq", "compressed-tensors", "bitsandbytes"])
-def test_a_quantized_checkpoint_is_refused_by_its_method(method, saved, tmp_path):
-    shutil.copytree(saved("llama"), tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}})
-    )
-    with pytest.raises(ValueError, match=rf"is quantized with {method}: .*"):
-        reorder(tmp_path / "model", tmp_path / "out", CALIBRATION, SMALL)
-
-
-def quantize(tensor):
-    """A weight in fp8 and the scale of each block of 128 by 128."""
-    rows, columns = tensor.shape
-    sizes = (-1, min(rows, 128), max(1, columns // 128), min(columns, 128))
-    blocks = tensor.float().view(sizes)
-    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
-    return (blocks / scale).view(rows, columns).to(torch.float8_e4m3fn), scale[:, 0, :, 0].contiguous()
-
-
-def test_the_way_out_of_fp8_works(tmp_path):
-    from safetensors.torch import save_file
-    from transformers import FineGrainedFP8Config
-
-    sizes = {"mlp_bias": False, "hidden_size": 128, "intermediate_size": 256}
-    model, folder = make_model("llama", torch.bfloat16, **sizes), tmp_path / "fp8"
-    model.save_pretrained(folder)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if "proj" in name:
-            tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensor)
-        else:
-            tensors[name] = tensor.clone()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"save_pretrained\(NEW, save_original_format=False\)"):
-        reorder(folder, tmp_path / "out", CALIBRATION, SMALL)
-    dequantized = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=FineGrainedFP8Config(dequantize=True)
-    )
-    dequantized.save_pretrained(tmp_path / "new", save_original_format=False)
-    reorder(tmp_path / "new", tmp_path / "out", CALIBRATION, SMALL)
-    with torch.no_grad():
-        error = relative_error(load(tmp_path / "out")(token_ids()).logits, dequantized(token_ids()).logits)
-    assert error < 5e-2  # of bfloat16
-
-
-def test_a_gguf_file_is_refused_with_the_way_out(tmp_path):
-    (tmp_path / "model.gguf").touch()
-    for path in (tmp_path, tmp_path / "model.gguf"):
-        with pytest.raises(ValueError, match=r"holds a GGUF file: load it .*gguf_file=NAME"):
-            reorder(path, tmp_path / "out", CALIBRATION, SMALL)
-
-
 def test_the_command_line_takes_a_hub_id(cache, saved, tmp_path):
     cache(saved("llama"), "somebody/model")
     from ripple_loader.offline.trace import trace_source
