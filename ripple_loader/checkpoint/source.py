@@ -19,6 +19,7 @@ _WAY_OUT = {
     "fp8": "`ripple reorder` takes it and dequantizes it; for this save it dequantized, "
     "`from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(NEW, "
     "save_original_format=False)`.",
+    "mxfp4": "its models, gpt_oss, have experts with a gate of their own kind, which Ripple does not stream.",
     **dict.fromkeys(
         ("gptq", "awq", "compressed-tensors", "bitsandbytes"),
         "transformers dequantizes that with a package of its own only, so reorder the checkpoint that it was "

@@ -65,7 +65,7 @@ class Streamed(nn.Module):
         layer: which MLP it belongs to.
         projections: the parts of the MLP that it holds: two where gate and up are one linear.
         original: the linear that it replaces.
-        adapts: whether the MLP adds the products of adapters on this linear.
+        inside: whether it is a module of its MLP; if not, the layer itself calls it.
         is_down: whether neurons are its inputs.
 
     Attributes:
@@ -83,12 +83,12 @@ class Streamed(nn.Module):
         projections: list[Projection],
         original: nn.Module,
         *,
-        adapts: bool,
+        inside: bool,
         is_down: bool,
     ) -> None:
         nn.Module.__init__(self)
         self.is_down = is_down
-        self.store, self.layer, self.projections, self.adapts = store, layer, projections, adapts
+        self.store, self.layer, self.projections, self.inside = store, layer, projections, inside
         weight = original.weight
         self.shape = weight.shape
         axis = projections[0].neuron_axis
@@ -104,11 +104,6 @@ class Streamed(nn.Module):
     @property
     def weight(self) -> StreamedWeight:
         """The shape, dtype and device of the weight that is on disk."""
-        if not self.adapts:
-            raise ValueError(
-                f"{self.name} of MLP {self.layer} must have no adapter, because its weights are streamed by "
-                "Ripple and lie in the layer itself: leave the MLP's linears out of `target_modules`."
-            )
         reason = (
             f"the weights of {self.name} of MLP {self.layer} are streamed by Ripple and must not be computed "
             "with or changed: load the model without `quantization_config` for that."
@@ -148,7 +143,7 @@ class Streamed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hands the input on where the layer itself calls the MLP's linears one after the other."""
-        if self.adapts:
+        if self.inside:
             raise ValueError(f"{self.name} must be called through its MLP, which Ripple streams.")
         return x
 

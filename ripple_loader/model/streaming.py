@@ -8,8 +8,10 @@ Dimension key: T tokens, H hidden, N neurons, K experts a token is routed to.
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +61,8 @@ class StreamingMLP(nn.Module):
         begins: how many MLPs its stack has if it is the first of them, else 0.
         activation: the model's own.
         rows: the linear of each row of a bundle, by name, with its part of the linear.
-        linears: the streamed linears; empty where they lie in the layer itself.
+        linears: the streamed linears, if they are modules of this one.
+        layer_module: the layer, where it holds the linears itself.
         in_float32: whether float16 inputs are computed with in float32, as the model keeps its weights.
     """
 
@@ -72,6 +75,7 @@ class StreamingMLP(nn.Module):
         activation: nn.Module,
         rows: list[Projection],
         linears: list[Streamed],
+        layer_module: nn.Module | None,
         in_float32: bool,
     ) -> None:
         super().__init__()
@@ -80,10 +84,10 @@ class StreamingMLP(nn.Module):
         self.rows, self.names = rows, [linear.name for linear in linears]
         for linear in linears:
             setattr(self, linear.name, linear)
+        self.__dict__["layer_module"] = layer_module  # which holds this module, so must not be one of its own
 
     def __setattr__(self, name: str, value: Any) -> None:
-        wrapped = name in self.__dict__.get("names", ()) and not isinstance(value, Streamed)
-        if wrapped and isinstance(value, nn.Module):
+        if name in self.__dict__.get("names", ()):
             _accept(value)
         super().__setattr__(name, value)
 
@@ -103,8 +107,8 @@ class StreamingMLP(nn.Module):
     def _low_rank(self, x_TH: Tensor) -> tuple[LowRank, ...]:
         """All adapters on the linears, their neurons in placement order."""
         found = []
-        for row, projection in enumerate(self.rows if self.names else ()):
-            linear = getattr(self, projection.linear)
+        for row, projection in enumerate(self.rows):
+            linear = getattr(self.layer_module or self, projection.linear)
             streamed = linear if isinstance(linear, Streamed) else linear.base_layer
             pairs = [(a, b, 0.0) for a, b in streamed.merged_pairs()]
             pairs += [] if linear is streamed else linear.active()
@@ -130,8 +134,35 @@ class StreamingMLP(nn.Module):
         return self.backend.compute(self.layer, x_TH, self.activation, self.following, low_rank)
 
 
-def _accept(module: nn.Module) -> None:
-    """Let a module that wraps a streamed linear belong to its MLP; ValueError unless it is LoRA."""
+class _HoldsLinears(nn.Module):
+    """A layer that holds streamed linears itself, and accepts what replaces them as an MLP does."""
+
+    streamed_linears: tuple[str, ...]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("streamed_linears", ()):
+            _accept(value)
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_holder, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def _holder_of(kind: Any) -> Any:
+    """A class of layers that hold streamed linears, by the name of the stock class."""
+    return type(kind.__name__, (_HoldsLinears, kind), {"__module__": kind.__module__})
+
+
+def _new_holder(kind: Any) -> Any:
+    holder = _holder_of(kind)
+    return holder.__new__(holder)
+
+
+def _accept(module: Any) -> None:
+    """Let a module that replaces a streamed linear belong to its MLP; ValueError unless it is LoRA."""
+    if isinstance(module, Streamed) or not isinstance(module, nn.Module):
+        return
     if "peft" not in sys.modules:
         raise ValueError(
             f"{type(module).__name__} must not replace a linear of an MLP that is streamed by Ripple: load "
@@ -174,6 +205,29 @@ class StreamingExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"first={self.first}, experts={self.experts}"
+
+    def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """None; for PEFT, which looks for parameters to adapt here, an error if it wants one of them."""
+        yield from super().named_parameters(*arguments, **options)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("peft."):
+            for name in ("gate_up_proj", "down_proj"):
+                yield name, nn.Parameter(torch.empty(0))
+
+    @property
+    def gate_up_proj(self) -> Tensor:
+        """ValueError: the weights are on disk."""
+        return self._refuse("gate_up_proj")
+
+    @property
+    def down_proj(self) -> Tensor:
+        """ValueError: the weights are on disk."""
+        return self._refuse("down_proj")
+
+    def _refuse(self, name: str) -> Tensor:
+        raise ValueError(
+            f"{name} of routed experts must have no adapter and not be computed with, because Ripple streams "
+            "the experts: leave them out of `target_modules` and `target_parameters`."
+        )
 
     def routed(self, index_TK: Tensor) -> list[int]:
         """The experts that tokens are routed to, ascending."""
@@ -287,7 +341,7 @@ def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
                 backend,
                 number,
                 projections,
-                adapts=inside,
+                inside=inside,
                 is_down=projections == [site.architecture.down],
             )
             for linear, projections in site.linears()
@@ -303,9 +357,13 @@ def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
             site.activation,
             [architecture.projections[role] for role in architecture.bundle],
             linears if inside else [],
+            None if inside else site.container,
             in_float32=architecture.down.linear in kept,
         )
         site.replace(model, mlp, {linear.name: linear for linear in linears})
+        if not inside:
+            site.container.__class__ = _holder_of(type(site.container))
+            site.container.streamed_linears = tuple(linear.name for linear in linears)
 
 
 def loaded(model: nn.Module) -> None:
