@@ -8,7 +8,6 @@ Dimension key: T tokens, H hidden, N neurons, K experts a token is routed to.
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Iterator
@@ -148,13 +147,17 @@ class _HoldsLinears(nn.Module):
         return _new_holder, (type(self).__bases__[1],), self.__dict__
 
 
-@functools.cache
-def _holder_of(kind: Any) -> Any:
+_holders: dict[type[nn.Module], Any] = {}
+
+
+def _holder_of(kind: type[nn.Module]) -> Any:
     """A class of layers that hold streamed linears, by the name of the stock class."""
-    return type(kind.__name__, (_HoldsLinears, kind), {"__module__": kind.__module__})
+    if kind not in _holders:
+        _holders[kind] = type(kind.__name__, (_HoldsLinears, kind), {"__module__": kind.__module__})
+    return _holders[kind]
 
 
-def _new_holder(kind: Any) -> Any:
+def _new_holder(kind: type[nn.Module]) -> Any:
     holder = _holder_of(kind)
     return holder.__new__(holder)
 

@@ -25,12 +25,15 @@ _COPY_TOLERANCE = 1e-3
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def verify(directory: str | Path, original: str | Path | None = None) -> Iterator[tuple[str, str]]:
+def verify(
+    directory: str | Path, original: str | Path | None = None, *, revision: str | None = None
+) -> Iterator[tuple[str, str]]:
     """Run the checks one by one; yields the name and the result of each that holds.
 
     Args:
         directory: a reordered directory.
         original: directory or hub id of the original model; without it only integrity is checked.
+        revision: branch, tag or commit of the original's hub id.
 
     Raises:
         FileNotFoundError: a directory or file is missing.
@@ -55,7 +58,7 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
     yield "bundles", f"equal the weights beside them, {copy.layers} layers of {copy.neurons} neurons"
     if original is None:
         return
-    source = open_source(local_directory(original))
+    source = open_source(local_directory(original, revision=revision))
     for shard in source.shards:
         if sha256(shard.path) != sidecar.header.base.get(shard.path.name):
             raise ValueError(

@@ -13,6 +13,7 @@ from ripple_loader import ReorderConfig, RippleConfig, attach, reorder
 from ripple_loader.checkpoint.shards import read_shard
 from ripple_loader.checkpoint.source import open_source
 from ripple_loader.cli import app
+from ripple_loader.offline.trace import trace_source
 from ripple_loader.offline.verification import verify
 from tests.ripple.conftest import CALIBRATION, SMALL, load, make_model, relative_error, token_ids
 
@@ -163,10 +164,37 @@ def test_a_variant_is_reordered(size, config, tmp_path):
 
 def test_the_command_line_takes_a_hub_id(cache, saved, tmp_path):
     cache(saved("llama"), "somebody/model")
-    from ripple_loader.offline.trace import trace_source
-
     trace_source(open_source(saved("llama")), [token_ids(64)], ReorderConfig(), tmp_path / "trace")
     options = ["--trace", str(tmp_path / "trace"), "--revision", "main", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, ["reorder", "somebody/model", *options])
     assert result.exit_code == 0, result.output
     assert same(tmp_path / "out", saved("llama"))
+
+
+def test_every_command_that_takes_a_hub_id_takes_a_revision(cache, saved, reordered, tmp_path):
+    cache(saved("llama"), "somebody/model")
+    cache(reordered("llama"), "somebody/reordered")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    trace_source(
+        open_source(saved("llama")),
+        [ids[None] for ids in CALIBRATION[:4]],
+        ReorderConfig(),
+        tmp_path / "trace",
+    )
+    trace, out = ["--trace", str(tmp_path / "trace")], str(tmp_path / "new")
+    text = ["--calibration", str(tmp_path / "text.jsonl")]
+    commands = {
+        "trace": ["trace", "somebody/model", *text, "--out", out],
+        "reorder": ["reorder", "somebody/model", *trace, "--out", out],
+        "simulate": ["simulate", "somebody/model", *trace, "--tokens", "64", "--device", "ufs-4.0"],
+        "report": ["report", "somebody/model", *trace, "--tokens", "64", "--out", str(tmp_path / "x.html")],
+        "verify": ["verify", str(reordered("llama")), "--original", "somebody/model"],
+        "generate": ["generate", "somebody/reordered", "a"],
+    }
+    for name, arguments in commands.items():
+        result = CliRunner().invoke(app, [*arguments, "--revision", "nowhere"])
+        assert result.exit_code == 2, name
+        assert "could not be fetched" in result.output, name
+    for name in ("reorder", "simulate", "report", "verify"):
+        result = CliRunner().invoke(app, [*commands[name], "--revision", COMMIT])
+        assert result.exit_code == 0, result.output
