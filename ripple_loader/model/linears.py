@@ -28,8 +28,8 @@ class WeightStore(Protocol):
     def file_order(self, layer: int) -> Tensor:
         """The model's own index of the neuron at each place in the weight files, int64, shape (N,)."""
 
-    def is_own(self, directory: str) -> bool:
-        """Whether a directory holds the weight files that are streamed, in their own order of neurons."""
+    def is_own(self, base: str) -> bool:
+        """Whether an adapter's base holds the weight files that are streamed, in their order of neurons."""
 
 
 class StreamedWeight(Tensor):

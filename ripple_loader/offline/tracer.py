@@ -53,7 +53,7 @@ class Tracer:
         """Nothing, as `stored`."""
         return {}
 
-    def is_own(self, directory: str) -> bool:
+    def is_own(self, base: str) -> bool:
         """No: a model that is traced has no adapters."""
         return False
 

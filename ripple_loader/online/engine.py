@@ -10,7 +10,6 @@ import os
 import threading
 import weakref
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ripple_loader.checkpoint.hub import base_directory
 from ripple_loader.checkpoint.mapped import StoredWeights
 from ripple_loader.config import RippleConfig
 from ripple_loader.format.layout import SIDECAR, Vectors
@@ -188,11 +188,24 @@ class Engine:
             self._places[layer] = torch.from_numpy(self.sidecar.permutation(layer)).long()
         return self._places[layer]
 
-    def is_own(self, directory: str) -> bool:
-        """Whether a directory holds the permuted weight files that are streamed, here or copied."""
-        if not (Path(directory) / SIDECAR).is_file():
+    def is_own(self, base: str) -> bool:
+        """Whether an adapter's base holds the permuted weight files that are streamed, here or copied.
+
+        Raises:
+            FileNotFoundError: it is a directory that is gone, so that its order of neurons is unknown.
+        """
+        if self.header.in_original_order:
             return False
-        return not self.header.in_original_order and Sidecar(directory).header.files == self.header.files
+        directory = base_directory(base)
+        if directory is None:
+            self.report.fall_back(
+                f"an adapter's base, {base}, is neither a directory nor in the cache of the hub: its order "
+                "of neurons is taken for the original model's, as it is unless the base is a reordered copy"
+            )
+            return False
+        if not (directory / SIDECAR).is_file():
+            return False
+        return Sidecar(directory).header.files == self.header.files
 
     def file_order(self, layer: int) -> Tensor:
         """The model's own index of the neuron at each place in the weight files, int64, shape (N,)."""

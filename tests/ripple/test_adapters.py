@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import pickle
 
 import peft
@@ -280,3 +281,35 @@ def test_an_adapter_of_the_copy_has_the_copys_order(name, reordered, tmp_path):
     whole.save_pretrained(tmp_path / "merged")
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative_error(written(ids).logits, wanted) < 1e-5
+
+
+def renamed(folder, base):
+    """The adapter in `folder` names `base` as its base model from now on."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+
+
+@torch.no_grad()
+def test_an_adapter_whose_base_is_gone_is_refused(reordered, tmp_path):
+    stock, folder = adapted(reordered, "llama", tmp_path)
+    renamed(folder, tmp_path / "gone")
+    model = PeftModel.from_pretrained(load(reordered("llama")), folder).eval()
+    with pytest.raises(FileNotFoundError, match=r"gone is gone: set `base_model_name_or_path`"):
+        model(token_ids())
+    renamed(folder, reordered("llama"))
+    model = PeftModel.from_pretrained(load(reordered("llama")), folder).eval()
+    assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_copy_on_the_hub_has_the_copys_order(reordered, saved, hub_cache, tmp_path):
+    stock, folder = adapted(reordered, "llama", tmp_path)
+    hub_cache(reordered("llama"), "somebody/reordered")
+    renamed(folder, "somebody/reordered")
+    model = PeftModel.from_pretrained(load(reordered("llama")), folder).eval()
+    assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5
+    stock, folder = adapted(saved, "llama", tmp_path)
+    renamed(folder, "somebody/unknown")
+    model = PeftModel.from_pretrained(load(reordered("llama")), folder).eval()
+    with pytest.warns(UserWarning, match="somebody/unknown, is neither a directory nor in the cache"):
+        assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5

@@ -1,9 +1,7 @@
 """Models as they are found: hub ids, `pytorch_model.bin`, variants; other formats are refused by name."""
 
 import json
-import shutil
 
-import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,9 +13,8 @@ from ripple_loader.checkpoint.source import open_source
 from ripple_loader.cli import app
 from ripple_loader.offline.trace import trace_source
 from ripple_loader.offline.verification import verify
-from tests.ripple.conftest import CALIBRATION, SMALL, load, make_model, relative_error, token_ids
+from tests.ripple.conftest import CALIBRATION, COMMIT, SMALL, load, make_model, relative_error, token_ids
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONLY = ReorderConfig(tokens=256, sequence_length=64, sidecar_only=True)
 
 
@@ -28,24 +25,8 @@ def same(out, model, **options):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """`cache(directory, name)`: puts a directory into a cache of the hub, where it is found offline."""
-    folder = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-    def put(directory, name):
-        repository = folder / f"models--{name.replace('/', '--')}"
-        for part in ("refs", "blobs", f"snapshots/{COMMIT}"):
-            (repository / part).mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
-        for number, file in enumerate(directory.iterdir()):
-            shutil.copyfile(file, repository / "blobs" / f"{number:040}")
-            link = repository / "snapshots" / COMMIT / file.name
-            link.symlink_to(f"../../blobs/{number:040}")
-        return repository / "snapshots" / COMMIT
-
-    return put
+def cache(hub_cache):
+    return hub_cache
 
 
 @pytest.mark.parametrize("config", [SMALL, ONLY], ids=["copy", "sidecar only"])
