@@ -46,6 +46,7 @@ __all__ = [
     "gguf_names",
     "has_integer_units",
     "integer_product",
+    "is_compiled",
     "pickled_tensors",
     "register_quantization_config",
     "register_quantizer",
@@ -115,6 +116,17 @@ def expect_missing(model: Any, patterns: Iterable[str]) -> None:
     """
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     model._keys_to_ignore_on_load_unexpected = {*(known or ()), *patterns}
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether `torch.compile` was applied to a model, to its call or to its `forward`.
+
+    torch 2.13.0: `_orig_mod`, `_compiled_call_impl` and `_torchdynamo_orig_callable`. If a version lacks one,
+    a model that is compiled so is attached, and its graphs keep the MLPs that they were made with.
+    """
+    owners = (model, "_orig_mod"), (model.forward, "_torchdynamo_orig_callable")
+    named = any(hasattr(owner, name) for owner, name in owners)
+    return named or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def pickled_tensors(path: Path) -> dict[str, tuple[Tensor, int]]:

@@ -131,6 +131,11 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
             f"{directory} must be a model directory, but has no config.json: give the folder "
             "that `save_pretrained` or `snapshot_download` wrote."
         )
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} must hold a model without an adapter, which `from_pretrained` would load with it: "
+            "merge the adapter, or move adapter_config.json and its weights to a directory of their own."
+        )
     config = read_config(directory)
     quantization = getattr(config, "quantization_config", None)
     method = dict(quantization or {}).get("quant_method", "an unnamed method")

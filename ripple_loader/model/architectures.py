@@ -10,7 +10,7 @@ they run. Of a model of images and text, the language model's MLPs are streamed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -158,6 +158,40 @@ class MLPSite:
             return list(self.container.down_proj.transpose(1, 2))
         down = self.architecture.down
         return [getattr(self.container, down.linear).weight.movedim(down.neuron_axis, 0)]
+
+    def weights(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+        """For each MLP its projections, in a bundle's order: the weight as (N, H) rows, and the bias."""
+        architecture = self.architecture.forms()[-1]
+        projections = [architecture.projections[role] for role in architecture.bundle]
+        if self.experts is not None:
+            for expert in range(self.experts):
+                stacked = [one.of(getattr(self.container, one.linear)[expert]) for one in projections]
+                yield [
+                    (weight.movedim(one.neuron_axis, 0), None)
+                    for one, weight in zip(projections, stacked, strict=True)
+                ]
+            return
+        linears = [(one, getattr(self.container, one.linear)) for one in projections]
+        biases = [None if linear.bias is None else one.of(linear.bias) for one, linear in linears]
+        weights = [one.of(linear.weight).movedim(one.neuron_axis, 0) for one, linear in linears]
+        yield list(zip(weights, biases, strict=True))
+
+    def hooked(self) -> str | None:
+        """The name of the first module that is replaced and has hooks; None without any."""
+        held = [(self.name, self.container)] if self.architecture.mlp else []
+        held += [(one.linear, getattr(self.container, one.linear)) for one in self._projected()]
+        held.append((self.architecture.activation, self.activation))
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return next((name for name, one in held if any(getattr(one, kind) for kind in kinds)), None)
+
+    def _projected(self) -> list[Projection]:
+        return [] if self.experts is not None else list(self.architecture.projections.values())
+
+    @property
+    def dropout(self) -> float:
+        """The share that the MLP itself drops in training."""
+        inside = self.container.modules() if self.architecture.mlp else ()
+        return max((module.p for module in inside if isinstance(module, nn.Dropout)), default=0.0)
 
     @property
     def activation(self) -> nn.Module:

@@ -5,11 +5,13 @@ Import this file only when a model is loaded, because transformers' `Conv1D` bri
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ripple_loader.model.architectures import Projection
@@ -126,6 +128,23 @@ class Streamed(nn.Module):
         if self.is_down:
             return a[:, places], b
         return a, b.unflatten(0, (-1, len(places)))[:, places].flatten(0, 1)
+
+    def register_forward_hook(self, *arguments: Any, **options: Any) -> RemovableHandle:
+        """As of any module, with a warning: the product is computed elsewhere."""
+        self._warn_of_hooks()
+        return super().register_forward_hook(*arguments, **options)
+
+    def register_forward_pre_hook(self, *arguments: Any, **options: Any) -> RemovableHandle:
+        """As of any module, with a warning: the product is computed elsewhere."""
+        self._warn_of_hooks()
+        return super().register_forward_pre_hook(*arguments, **options)
+
+    def _warn_of_hooks(self) -> None:
+        warnings.warn(
+            f"hooks of {self.name} do not see its product, because Ripple computes its MLP neuron by neuron: "
+            "hook the MLP instead.",
+            stacklevel=3,
+        )
 
     def merge(self, name: str, a: Tensor, b: Tensor) -> None:
         """Keep an adapter's product in this linear: a (r, inputs), b (outputs, r) with its scale."""

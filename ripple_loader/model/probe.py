@@ -33,11 +33,12 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 _probed: dict[str, Architecture] = {}
 
 
-def architecture_of(config: Any) -> Architecture:
+def architecture_of(config: Any, model: nn.Module | None = None) -> Architecture:
     """Where a model keeps its MLP neurons: its entry in the table, or what the probe finds.
 
     Args:
         config: transformers' configuration of the model.
+        model: to probe; by default the one that transformers has for texts.
 
     Raises:
         ValueError: the table has no entry and the probe finds no MLPs to stream; or transformers has no
@@ -48,7 +49,7 @@ def architecture_of(config: Any) -> Architecture:
             return ARCHITECTURES[kind]
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _probed:
-        _probed[key] = probe(skeleton(config))
+        _probed[key] = probe(skeleton(config) if model is None else model)
     return _probed[key]
 
 

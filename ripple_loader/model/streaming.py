@@ -9,6 +9,7 @@ Dimension key: T tokens, H hidden, N neurons, K experts a token is routed to.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -51,7 +52,8 @@ class Backend(WeightStore, Protocol):
 class StreamingMLP(nn.Module):
     """Computes an MLP with neurons that are not parameters.
 
-    Its linears are modules without weights, which LoRA may wrap.
+    Its linears are modules without weights, which LoRA may wrap. `dropout` is the share that the stock MLP
+    drops in training, and `activation_name` the stock name of its activation.
 
     Args:
         backend: shared by all layers of a model.
@@ -64,6 +66,9 @@ class StreamingMLP(nn.Module):
         layer_module: the layer, where it holds the linears itself.
         in_float32: whether float16 inputs are computed with in float32, as the model keeps its weights.
     """
+
+    dropout = 0.0
+    activation_name: str
 
     def __init__(
         self,
@@ -86,6 +91,7 @@ class StreamingMLP(nn.Module):
         self.__dict__["layer_module"] = layer_module  # which holds this module, so must not be one of its own
 
     def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_new_activation(self, name, value)
         if name in self.__dict__.get("names", ()):
             _accept(value)
         super().__setattr__(name, value)
@@ -93,6 +99,13 @@ class StreamingMLP(nn.Module):
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Hidden states to hidden states, shape (..., H)."""
+        _refuse_tracing()
+        if self.training and self.dropout:
+            warnings.warn(
+                f"dropout inside of streamed MLPs (p={self.dropout}) is left out: Ripple computes them as in "
+                "evaluation.",
+                stacklevel=2,
+            )
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.in_float32 and x_TH.dtype == torch.float16:
             x_TH = x_TH.float()
@@ -137,8 +150,10 @@ class _HoldsLinears(nn.Module):
     """A layer that holds streamed linears itself, and accepts what replaces them as an MLP does."""
 
     streamed_linears: tuple[str, ...]
+    activation_name: str
 
     def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_new_activation(self, name, value)
         if name in self.__dict__.get("streamed_linears", ()):
             _accept(value)
         super().__setattr__(name, value)
@@ -176,6 +191,32 @@ def _accept(module: Any) -> None:
     accept(module)
 
 
+_STACKED = ("gate_up_proj", "down_proj")  # transformers' parameters of a layer's experts
+
+
+def _called_by_peft() -> bool:
+    """Whether the function that calls this one was called by PEFT."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("peft.")
+
+
+def _refuse_tracing() -> None:
+    """ValueError while a model is traced: the graph would keep the neurons of the example."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise ValueError(
+            "a model that is streamed by Ripple must not be traced or exported, because the graph would keep "
+            "the neurons of the example: use `torch.compile`, or export the model without Ripple."
+        )
+
+
+def _refuse_new_activation(module: nn.Module, name: str, value: Any) -> None:
+    """ValueError if a module's activation would be replaced where nothing would use the new one."""
+    if isinstance(value, nn.Module) and name == module.__dict__.get("activation_name"):
+        raise ValueError(
+            f"{name} must not be replaced, because its MLP is streamed by Ripple with the activation that it "
+            "was reordered for: change the model's configuration, and reorder that."
+        )
+
+
 class StreamingExperts(nn.Module):
     """Computes the routed experts of a layer; it does not read experts that no token is routed to.
 
@@ -204,6 +245,7 @@ class StreamingExperts(nn.Module):
             top_k_index: the experts of each token, shape (T, K); numbers from `experts` on are no expert.
             top_k_weights: the factor of each of their outputs, shape (T, K).
         """
+        _refuse_tracing()
         return _StreamedExperts.apply(hidden_states, top_k_weights, top_k_index, self)
 
     def extra_repr(self) -> str:
@@ -212,25 +254,21 @@ class StreamingExperts(nn.Module):
     def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """None; for PEFT, which looks for parameters to adapt here, an error if it wants one of them."""
         yield from super().named_parameters(*arguments, **options)
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("peft."):
-            for name in ("gate_up_proj", "down_proj"):
+        if _called_by_peft():
+            for name in _STACKED:
                 yield name, nn.Parameter(torch.empty(0))
 
-    @property
-    def gate_up_proj(self) -> Tensor:
-        """ValueError: the weights are on disk."""
-        return self._refuse("gate_up_proj")
+    def __getattr__(self, name: str) -> Any:
+        if name in _STACKED and _called_by_peft():
+            raise ValueError(
+                f"{name} of routed experts must have no adapter, because the experts are streamed by Ripple: "
+                "leave them out of `target_modules` and `target_parameters`."
+            )
+        return super().__getattr__(name)
 
-    @property
-    def down_proj(self) -> Tensor:
-        """ValueError: the weights are on disk."""
-        return self._refuse("down_proj")
-
-    def _refuse(self, name: str) -> Tensor:
-        raise ValueError(
-            f"{name} of routed experts must have no adapter and not be computed with, because Ripple streams "
-            "the experts: leave them out of `target_modules` and `target_parameters`."
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_new_activation(self, name, value)
+        super().__setattr__(name, value)
 
     def routed(self, index_TK: Tensor) -> list[int]:
         """The experts that tokens are routed to, ascending."""
@@ -335,6 +373,7 @@ def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
         if site.experts is not None:
             first, name = number * site.experts, site.architecture.mlp
             experts = StreamingExperts(backend, first, site.experts, len(sites), site.activation, name)
+            experts.train(site.container.training).activation_name = site.architecture.activation
             site.replace(model, experts)
             continue
         inside = bool(site.architecture.mlp)
@@ -363,10 +402,13 @@ def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
             None if inside else site.container,
             in_float32=architecture.down.linear in kept,
         )
+        mlp.train(site.container.training).dropout = site.dropout
+        mlp.activation_name = architecture.activation
         site.replace(model, mlp, {linear.name: linear for linear in linears})
         if not inside:
             site.container.__class__ = _holder_of(type(site.container))
             site.container.streamed_linears = tuple(linear.name for linear in linears)
+            site.container.activation_name = architecture.activation
 
 
 def loaded(model: nn.Module) -> None:
