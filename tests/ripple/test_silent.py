@@ -115,6 +115,7 @@ def test_an_activation_without_zeros_does_not_select_by_them(name, key, tmp_path
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_a_streamed_model_is_not_traced(name, reordered):
     model = load(reordered(name))
