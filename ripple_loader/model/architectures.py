@@ -251,6 +251,7 @@ _PLAIN = Architecture(
     down=Projection("fc2", 1),
     activation="activation_fn",
 )
+_IN_LAYER = replace(_PLAIN, mlp="")
 _UP_DOWN = replace(
     _PLAIN, selector=Projection("up_proj", 0), down=Projection("down_proj", 1), activation="act_fn"
 )
@@ -273,12 +274,13 @@ _MIXTRAL = replace(
 # GPT-2's Conv1D keeps its weight as (inputs, outputs).
 _GPT2 = replace(_STARCODER2, layers="h", selector=Projection("c_fc", 1), down=Projection("c_proj", 0))
 # Encoder-decoders whose layers hold the linears themselves; others, such as T5, are found by the probe.
-_BART = replace(_PLAIN, mlp="", stacks=("encoder", "decoder"))
+_BART = replace(_IN_LAYER, stacks=("encoder", "decoder"))
 
 ARCHITECTURES: dict[str, Architecture] = {
     "arcee": _UP_DOWN,
     "bart": _BART,
     "bigbird_pegasus": _BART,
+    "biogpt": _IN_LAYER,
     "blenderbot": _BART,
     "blenderbot-small": _BART,
     "falcon": replace(_GPT_NEOX, layers="h"),
@@ -300,7 +302,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": _GATED,
     "mvp": _BART,
     "olmoe": _EXPERTS,
-    "opt": replace(_PLAIN, mlp=""),
+    "opt": _IN_LAYER,
     "pegasus": _BART,
     "pegasus_x": _BART,
     "phi": _PLAIN,
@@ -312,4 +314,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": _EXPERTS,
     "stablelm": _GATED,
     "starcoder2": _STARCODER2,
+    "trocr": _IN_LAYER,
+    "xglm": _IN_LAYER,
 }

@@ -172,4 +172,4 @@ def _logits(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(size, (1, _TOKENS), generator=generator)
-    return model(**text_inputs(model.config, ids)).logits.float()
+    return model(**text_inputs(model.config, ids), use_cache=False).logits.float()
