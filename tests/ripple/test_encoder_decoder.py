@@ -42,13 +42,40 @@ MODELS = {
     "pegasus": BART | {"model_type": "pegasus", "activation_function": "relu"},
     "blenderbot": BART | {"model_type": "blenderbot"},
 }
+SIZES = {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+GEMMA = IDS | SIZES | {"hidden_size": 32}
+FURTHER = {
+    "bigbird_pegasus": BART | {"attention_type": "original_full"},
+    "blenderbot-small": BART,
+    "mvp": BART,
+    "pegasus_x": BART | {"block_size": 8, "num_global_tokens": 4},
+    "plbart": BART,
+    "longt5": T5 | {"local_radius": 8},
+    "t5gemma": {
+        "encoder": GEMMA | {"num_hidden_layers": 3},
+        "decoder": GEMMA | {"num_hidden_layers": 2, "cross_attention_hidden_size": 32},
+        "vocab_size": 120,
+    },
+    "prophetnet": IDS
+    | {
+        "hidden_size": 32,
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96,
+        "num_encoder_layers": 3,
+        "num_decoder_layers": 2,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+}
 EXACT = ("t5", "m2m_100", "pegasus")
 SOURCE, TARGET = token_ids(12, 2), token_ids(7, 2, seed=1)
 
 
 def save(name, folder, **changes):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**MODELS[name] | changes)
+    chosen = MODELS[name] if name in MODELS else {"model_type": name} | FURTHER[name]
+    config = AutoConfig.for_model(**chosen | changes)
     model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
     for key, parameter in model.named_parameters():
         if parameter.dim() >= 2 or key.endswith("bias"):
@@ -81,6 +108,15 @@ def test_both_stacks_stream(name, tmp_path):
         assert torch.equal(model.generate(SOURCE, max_new_tokens=8, do_sample=False, **options), wanted)
     attach(stock, RippleConfig(dram_budget="4MiB"), out)
     assert relative_error(logits(stock), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_families(name, tmp_path):
+    folder, out = save(name, tmp_path / "model"), tmp_path / "out"
+    reorder(folder, out, CALIBRATION, SMALL)
+    assert Sidecar(out).header.layers == 5
+    stock = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    assert relative_error(logits(streamed(out)), logits(stock)) < 1e-5
 
 
 @pytest.mark.parametrize("name", EXACT)

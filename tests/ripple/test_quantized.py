@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import gguf
 import numpy as np
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GgufConfig
 
 from ripple_loader import ReorderConfig, reorder
+from ripple_loader.checkpoint import dequantizing
 from ripple_loader.checkpoint.source import open_source
+from ripple_loader.compat import fp8_values
 from ripple_loader.format.sidecar import Sidecar
 from tests.ripple.conftest import CALIBRATION, SMALL, load, make_model, relative_error, token_ids
 
@@ -78,6 +81,21 @@ def test_fp8_in_blocks_is_dequantized(name, dtype, files, tolerance, tmp_path):
         tolerance,
     )
     assert not list(tmp_path.glob(".*")), "the dequantized files are removed"
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    folder, alive, most = fp8(tmp_path / "fp8"), [], []
+
+    def counted(quantized, scales):
+        values = fp8_values(quantized, scales)
+        alive.append(weakref.ref(values))
+        most.append(sum(one() is not None for one in alive))
+        return values
+
+    monkeypatch.setattr(dequantizing, "fp8_values", counted)
+    reorder(folder, tmp_path / "out", CALIBRATION, SMALL)
+    assert len(most) == 14
+    assert max(most) <= 2, "the last one and this one"
 
 
 def test_bundles_have_an_encoding_of_their_own(tmp_path):
