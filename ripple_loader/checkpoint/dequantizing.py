@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from ripple_loader.model.probe import architecture_of
 
 _SCALES = ("_scale_inv", ".activation_scale")
 _PACKED = ("I8", "U8")  # two numbers of four bits a byte
+_OTHERS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -61,62 +64,79 @@ def gguf_file(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def is_dequantized(path: Path) -> bool:
-    """Whether `dequantize` turns a checkpoint into plain floats: fp8 in blocks, and GGUF files."""
-    if gguf_file(path) is not None:
-        return True
-    return (path / "config.json").is_file() and quantization_method(read_config(path)) == "fp8"
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized checkpoint that can be written as plain floats.
+
+    fp8 becomes the configuration's dtype, and GGUF float32, as transformers loads them.
+
+    Attributes:
+        sources: its weight files.
+        config: config.json of the plain checkpoint.
+        files: the tensors of each plain weight file.
+        others: files to copy, such as the tokenizer's.
+    """
+
+    sources: list[Path]
+    config: dict[str, Any]
+    files: list[dict[str, _Plain]]
+    others: list[Path]
+
+    @property
+    def description(self) -> dict[str, list[int]]:
+        """The names and stamps of the weight files, which what is written depends on."""
+        return {str(one.absolute()): stamp(one) for one in self.sources}
+
+    def write(self, out: Path) -> None:
+        """Write the plain checkpoint into a directory, with the memory of a few copies of its largest tensor.
+
+        Weight files that are there already are kept.
+
+        Raises:
+            ValueError: a tensor cannot be dequantized.
+            OSError: not enough disk space.
+        """
+        for other in self.others:
+            shutil.copyfile(other, out / other.name)
+        (out / "config.json").write_text(json.dumps(self.config, indent=2, default=str))
+        if self.sources[0].suffix == ".gguf" and not any(out.glob("tokenizer*")):
+            _write_tokenizer(self.sources[0], out)
+        _write_all(out, self.files)
 
 
-def quantization_method(config: Any) -> str | None:
-    """How a checkpoint is quantized, as its configuration names it; None for plain floats."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    return str(dict(quantization).get("quant_method", "an unnamed method"))
-
-
-def description(path: Path, variant: str | None) -> dict[str, list[int]]:
-    """What the dequantized files depend on: the names and stamps of the quantized ones."""
-    file = gguf_file(path)
-    files = [file] if file is not None else [shard.path for shard in read_shards(path, variant)]
-    return {str(one.absolute()): stamp(one) for one in files}
-
-
-def dequantize(path: Path, out: Path, variant: str | None = None) -> None:
-    """Write a quantized checkpoint into `out` as plain floats; files that are there already are kept.
-
-    Takes the memory of a few copies of the largest tensor. fp8 becomes the configuration's dtype, and GGUF
-    float32, as transformers loads them.
+def open_quantized(path: Path, variant: str | None = None) -> Quantized | None:
+    """A checkpoint in fp8 blocks or a GGUF file; None for others.
 
     Args:
-        path: a directory or a GGUF file, of which `is_dequantized` says that it can be.
-        out: a directory.
+        path: a directory or a GGUF file.
         variant: of the weight files.
 
     Raises:
-        ValueError: the model is not supported, or a tensor cannot be dequantized.
-        OSError: not enough disk space.
+        FileNotFoundError: weight files are missing.
+        ValueError: the model is not supported, or its files are damaged.
     """
     file = gguf_file(path)
     if file is not None:
-        _write_gguf(file, out)
-        return
+        return _open_gguf(file)
+    if not (path / "config.json").is_file():
+        return None
     config = read_config(path)
-    architecture_of(config)  # refuses models that cannot be streamed before anything is written
+    if dict(getattr(config, "quantization_config", None) or {}).get("quant_method") != "fp8":
+        return None
+    architecture_of(config)  # refuses models that cannot be streamed
     shards = read_shards(path, variant)
     spots = {name: spot for shard in shards for name, spot in shard.tensors.items()}
     dtype = config.dtype or torch.bfloat16
-    planned = {
-        shard.path: {name: _plain(name, spots, dtype) for name in shard.tensors if not name.endswith(_SCALES)}
+    files = [
+        {name: _plain(name, spots, dtype) for name in shard.tensors if not name.endswith(_SCALES)}
         for shard in shards
-    }
-    planned = {path: tensors for path, tensors in planned.items() if tensors}
-    for other in path.iterdir():
-        if other.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and ".index." not in other.name:
-            shutil.copyfile(other, out / other.name)
-    _write_config(config, out)
-    _write_all(out, list(planned.values()))
+    ]
+    plain = json.loads((path / "config.json").read_text("utf-8"))
+    del plain["quantization_config"]
+    others = [
+        other for other in sorted(path.iterdir()) if other.suffix in _OTHERS and ".index." not in other.name
+    ]
+    return Quantized([shard.path for shard in shards], plain, [one for one in files if one], others)
 
 
 def _plain(name: str, spots: dict[str, TensorSpot], dtype: torch.dtype) -> _Plain:
@@ -132,31 +152,46 @@ def _plain(name: str, spots: dict[str, TensorSpot], dtype: torch.dtype) -> _Plai
     return _Plain(shape, dtype, lambda: fp8_values(spot.read(), scale.read()).to(dtype))
 
 
-def _write_gguf(file: Path, out: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+def _open_gguf(file: Path) -> Quantized:
+    from transformers import AutoConfig
 
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} must be a GGUF file, but does not exist.")
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{file} needs the package gguf: pip install gguf.")
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    architecture = architecture_of(config)
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        architecture, model = architecture_of(config), skeleton(config)
+        tensors = {name: _Plain(shape, torch.float32, compute) for name, shape, compute in _gguf(file, model)}
+    except (ValueError, IndexError, KeyError, OverflowError, NotImplementedError, struct.error) as error:
+        raise ValueError(
+            f"{file} must be a whole GGUF file of a model that transformers and Ripple know, but {error}."
+        ) from error
     if architecture.expert is not None:
         raise ValueError(
             f"{file} must be a model without experts, but is a {config.model_type}: load it with "
             "transformers, `from_pretrained(FOLDER, gguf_file=NAME)`, and reorder what `save_pretrained` "
             "writes."
         )
-    model = skeleton(config)
-    tensors = {name: _Plain(shape, torch.float32, compute) for name, shape, compute in _gguf(file, model)}
     missing = model.state_dict().keys() - tensors.keys() - set(getattr(model, "all_tied_weights_keys", ()))
     if missing:
         raise ValueError(f"{file} must hold all weights of a {config.model_type}, but lacks {min(missing)}.")
+    config.dtype = torch.float32
+    others = [path for name in _TOKENIZER for path in sorted(file.parent.glob(name))]
+    return Quantized([file], config.to_dict(), [tensors], others)
+
+
+def _write_tokenizer(file: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
     try:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
     except Exception as error:  # of many kinds; a trace of token ids needs none
-        warnings.warn(f"{file} has no tokenizer that transformers can read: {error}", stacklevel=2)
-    config.dtype = torch.float32
-    _write_config(config, out)
-    _write_all(out, [tensors])
+        warnings.warn(
+            f"{file} has no tokenizer that transformers can read ({error}): put the tokenizer's files beside "
+            "it, or give token ids instead of texts.",
+            stacklevel=2,
+        )
 
 
 def _gguf(file: Path, model: Any) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
@@ -171,12 +206,6 @@ def _gguf(file: Path, model: Any) -> Iterator[tuple[str, tuple[int, ...], Callab
             return torch.from_numpy(np.array(array, np.float32)).view(shape)
 
         yield name, shape, compute
-
-
-def _write_config(config: Any, out: Path) -> None:
-    plain = config.to_dict()
-    plain.pop("quantization_config", None)
-    (out / "config.json").write_text(json.dumps(plain, indent=2, default=str))
 
 
 def _write_all(out: Path, files: list[dict[str, _Plain]]) -> None:

@@ -16,7 +16,7 @@ from ripple_loader.model.classes import model_class, skeleton
 from ripple_loader.model.probe import architecture_of
 
 _WAY_OUT = {
-    "fp8": "`ripple reorder` takes it and dequantizes it; for this save it dequantized, "
+    "fp8": "`ripple reorder` and `ripple verify` dequantize it; for this save it dequantized, "
     "`from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(NEW, "
     "save_original_format=False)`.",
     "mxfp4": "its models, gpt_oss, have experts with a gate of their own kind, which Ripple does not stream.",
@@ -123,7 +123,7 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
     if directory.suffix == ".gguf" or (not weights and any(directory.glob("*.gguf"))):
         raise ValueError(
             f"{directory} must hold safetensors or `pytorch_model.bin`, but holds a GGUF file: "
-            "`ripple reorder` takes it and dequantizes it; for this load it with transformers, "
+            "`ripple reorder` and `ripple verify` dequantize it; for this load it with transformers, "
             "`from_pretrained(FOLDER, gguf_file=NAME)`, and take what `save_pretrained` writes."
         )
     if not (directory / "config.json").is_file():

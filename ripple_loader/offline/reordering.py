@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ripple_loader.checkpoint.dequantizing import dequantize, description, is_dequantized
+from ripple_loader.checkpoint.dequantizing import open_quantized
 from ripple_loader.checkpoint.hub import local_directory
 from ripple_loader.checkpoint.source import SourceModel, open_source
 from ripple_loader.config import ReorderConfig
@@ -66,15 +66,16 @@ def reorder(
         got = "neither" if trace is None else "both"
         raise ValueError(f"one of `calibration` and `trace` must be given, got {got}.")
     directory = local_directory(model_dir, revision=revision, variant=variant)
-    if is_dequantized(directory):
+    quantized = open_quantized(directory, variant)
+    if quantized is not None:
         if config.sidecar_only:
             raise ValueError(
-                f"`sidecar_only` streams from the original's weight files, which must hold plain floats, but "
+                "`sidecar_only` streams from the original's weight files, which must hold plain floats, but "
                 f"{directory} is quantized: leave it out."
             )
         with working_on(out) as work:
-            stage = work.stage("dequantized", description(directory, variant))
-            dequantize(directory, stage, variant)
+            stage = work.stage("dequantized", quantized.description)
+            quantized.write(stage)
             source = open_source(stage)
             return _write(source, *_texts(source, calibration, trace, config), config, work)
     source = open_reorderable(directory, variant=variant)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ripple_loader.checkpoint.dequantizing import open_quantized
 from ripple_loader.checkpoint.hub import local_directory
 from ripple_loader.checkpoint.shards import DTYPES, sha256
 from ripple_loader.checkpoint.source import SourceModel, open_source
@@ -58,14 +60,29 @@ def verify(
     yield "bundles", f"equal the weights beside them, {copy.layers} layers of {copy.neurons} neurons"
     if original is None:
         return
-    source = open_source(local_directory(original, revision=revision))
+    path = local_directory(original, revision=revision)
+    quantized = open_quantized(path)
+    if quantized is None:
+        yield from _compare(sidecar, copy, open_source(path), orders)
+        return
+    with TemporaryDirectory(prefix=".ripple-", dir=Path(directory).absolute().parent) as plain:
+        quantized.write(Path(plain))
+        yield from _compare(sidecar, copy, open_source(Path(plain)), orders)
+
+
+def _compare(
+    sidecar: Sidecar, copy: SourceModel, source: SourceModel, orders: list[Tensor]
+) -> Iterator[tuple[str, str]]:
+    """The checks against the original, dequantized if it is quantized."""
     for shard in source.shards:
         if sha256(shard.path) != sidecar.header.base.get(shard.path.name):
             raise ValueError(
-                f"{directory} must be made from {shard.path}, but that file differs from its source."
+                f"{copy.directory} must be made from {shard.path}, but that file differs from its source."
             )
     yield "original", f"SHA-256 of {len(source.shards)} files as recorded"
-    _check_tensors(source, copy, unmoved if in_original_order else orders)
+    if sidecar.header.in_original_order:
+        orders = [torch.arange(sidecar.header.neurons)] * copy.layers
+    _check_tensors(source, copy, orders)
     yield "tensors", f"{len(source.spots)} equal the original's, MLPs up to the order of their neurons"
     rounded = sidecar.header.dtype != source.down.dtype
     yield from _check_logits(source, copy, sidecar.header.dtype if rounded else None)

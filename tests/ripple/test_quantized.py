@@ -16,6 +16,7 @@ from ripple_loader.checkpoint import dequantizing
 from ripple_loader.checkpoint.source import open_source
 from ripple_loader.compat import fp8_values
 from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.offline.verification import verify
 from tests.ripple.conftest import CALIBRATION, SMALL, load, make_model, relative_error, token_ids
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -80,6 +81,7 @@ def test_fp8_in_blocks_is_dequantized(name, dtype, files, tolerance, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=config),
         tolerance,
     )
+    assert [name for name, _ in verify(tmp_path / "out", folder)][-1] == "streamed logits"
     assert not list(tmp_path.glob(".*")), "the dequantized files are removed"
 
 
@@ -135,7 +137,7 @@ def test_other_quantized_checkpoints_are_refused_by_their_method(method, saved, 
 
 
 def test_other_commands_name_the_way_out_of_fp8(tmp_path):
-    with pytest.raises(ValueError, match=r"`ripple reorder` takes it and dequantizes it"):
+    with pytest.raises(ValueError, match=r"`ripple reorder` and `ripple verify` dequantize it"):
         open_source(fp8(tmp_path / "fp8"))
 
 
@@ -182,6 +184,18 @@ def test_a_gguf_file_is_dequantized(kind, given, tmp_path):
         file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     check(tmp_path / "out", stock)
+    assert [name for name, _ in verify(tmp_path / "out", file)][-1] == "streamed logits"
+
+
+def test_a_damaged_gguf_file_is_refused_before_anything_is_written(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32)
+    for number, content in enumerate((file.read_bytes()[:-5000], b"GGUF" + bytes(20), b"")):
+        (tmp_path / f"{number}.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{number}\.gguf must be a whole GGUF file"):
+            reorder(tmp_path / f"{number}.gguf", tmp_path / "out", CALIBRATION, SMALL)
+    with pytest.raises(FileNotFoundError, match=r"none\.gguf must be a GGUF file, but does not exist"):
+        reorder(tmp_path / "none.gguf", tmp_path / "out", CALIBRATION, SMALL)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_one_of_several_gguf_files_must_be_given(tmp_path):
@@ -193,5 +207,7 @@ def test_one_of_several_gguf_files_must_be_given(tmp_path):
 
 def test_other_commands_refuse_a_gguf_file(tmp_path):
     (tmp_path / "a.gguf").touch()
-    with pytest.raises(ValueError, match="holds a GGUF file: `ripple reorder` takes it"):
+    with pytest.raises(
+        ValueError, match="GGUF file: `ripple reorder` and `ripple verify` dequantize it"
+    ):
         open_source(tmp_path)
