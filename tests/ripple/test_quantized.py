@@ -207,7 +207,5 @@ def test_one_of_several_gguf_files_must_be_given(tmp_path):
 
 def test_other_commands_refuse_a_gguf_file(tmp_path):
     (tmp_path / "a.gguf").touch()
-    with pytest.raises(
-        ValueError, match="GGUF file: `ripple reorder` and `ripple verify` dequantize it"
-    ):
+    with pytest.raises(ValueError, match="GGUF file: `ripple reorder` and `ripple verify` dequantize it"):
         open_source(tmp_path)
