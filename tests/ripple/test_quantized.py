@@ -173,6 +173,7 @@ def write_gguf(path, kind):
     return path
 
 
+@pytest.mark.filterwarnings("ignore:.* has no tokenizer that transformers can read:UserWarning")
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("given", ["file", "folder"])
 def test_a_gguf_file_is_dequantized(kind, given, tmp_path):
