@@ -97,6 +97,7 @@ def _text(path: str) -> Iterator[str]:
 
 
 Model = Annotated[str | None, typer.Argument(help="Model directory, or hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -145,16 +146,18 @@ def trace(
     sequence_length: SequenceLength = None,
     active: Active = None,
     active_share: ActiveShare = None,
+    revision: Revision = None,
 ) -> None:
     """Record which neurons are active on a text; after an interruption, run it again to resume."""
     given = locals()
+    del given["revision"]
     with _user_errors():
         from ripple_loader.offline.calibration import cut_sequences
         from ripple_loader.offline.reordering import open_reorderable
         from ripple_loader.offline.trace import trace_source
 
         settings, paths = _settings(given.pop("config"), given, ("model", "calibration", "out"))
-        source = open_reorderable(paths["model"])
+        source = open_reorderable(paths["model"], revision)
         sequences = cut_sequences(source, _calibration(paths["calibration"]), settings)
         trace_source(source, sequences, settings, Path(paths["out"]))
         typer.echo(paths["out"])
@@ -210,7 +213,7 @@ def reorder(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Layers placed at once.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random placement.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: Revision = None,
     variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,
 ) -> None:
     """Write a streaming copy of a model, in which neurons that are active together are stored together."""
@@ -232,7 +235,7 @@ def reorder(
     'ripple generate out/smollm2-ripple "The with statement" --config configs/ripple/smollm2.yaml'
 )
 def generate(
-    directory: Annotated[str, typer.Argument(help="Directory that `ripple reorder` wrote.")],
+    directory: Annotated[str, typer.Argument(help="Directory that `ripple reorder` wrote, or hub id.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     config: Recipe = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
@@ -268,10 +271,11 @@ def generate(
         bool | None, typer.Option(help="Check the checksums of what is read as it is read.")
     ] = None,
     verify: Annotated[bool | None, typer.Option(help="Check all checksums first.")] = None,
+    revision: Revision = None,
 ) -> None:
     """Generate text, greedily, with the MLPs streamed from disk; a line of numbers goes to stderr."""
     given = locals()
-    of_the_run = {name: given.pop(name) for name in ("directory", "prompt", "max_new_tokens")}
+    of_the_run = {name: given.pop(name) for name in ("directory", "prompt", "max_new_tokens", "revision")}
     with _user_errors():
         from ripple_loader.config import RippleConfig
 
@@ -279,26 +283,29 @@ def generate(
         _generate(**of_the_run, config=RippleConfig.from_options(options))
 
 
-def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int) -> None:
+def _generate(directory: str, prompt: str, config: Any, max_new_tokens: int, revision: str | None) -> None:
     import time
 
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from ripple_loader.checkpoint.hub import local_directory
     from ripple_loader.checkpoint.source import load_tokenizer
     from ripple_loader.format.layout import SIDECAR
     from ripple_loader.format.sidecar import Sidecar
+    from ripple_loader.model.classes import is_encoder_decoder, model_class
 
-    folder = local_directory(directory, also=[SIDECAR])
+    folder = local_directory(directory, revision=revision, also=[SIDECAR])
     Sidecar(folder)  # report its errors before transformers reports its own
     tokenizer = load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    loader = model_class(AutoConfig.from_pretrained(folder))
+    model = loader.from_pretrained(folder, quantization_config=config)
     inputs = tokenizer(prompt, return_tensors="pt")
     start = time.perf_counter()
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     seconds = time.perf_counter() - start
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
-    new = output.shape[1] - inputs.input_ids.shape[1]
+    prompted = 1 if is_encoder_decoder(model.config) else inputs.input_ids.shape[1]
+    new = output.shape[1] - prompted
     typer.echo(f"{new / seconds:.2f} tokens/s; {model.ripple_report.summary()}", err=True)
 
 
@@ -324,13 +331,14 @@ def inspect(
 )
 def verify(
     directory: Annotated[str, typer.Argument(help="Reordered directory.")],
-    original: Annotated[str | None, typer.Option(help="Directory of the original model.")] = None,
+    original: Annotated[str | None, typer.Option(help="Directory or hub id of the original model.")] = None,
+    revision: Revision = None,
 ) -> None:
     """Prove that a reordered directory is whole and, given the original, that nothing was lost."""
     with _user_errors():
         from ripple_loader.offline.verification import verify as run
 
-        for check, result in run(directory, original):
+        for check, result in run(directory, original, revision=revision):
             typer.echo(f"{check}: {result}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,11 @@ __all__ = [
     "LoadingHooks",
     "QuantizationConfigMixin",
     "expect_missing",
+    "fp8_values",
+    "gguf_names",
     "has_integer_units",
     "integer_product",
+    "is_compiled",
     "pickled_tensors",
     "register_quantization_config",
     "register_quantizer",
@@ -115,6 +118,17 @@ def expect_missing(model: Any, patterns: Iterable[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = {*(known or ()), *patterns}
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether `torch.compile` was applied to a model, to its call or to its `forward`.
+
+    torch 2.13.0: `_orig_mod`, `_compiled_call_impl` and `_torchdynamo_orig_callable`. If a version lacks one,
+    a model that is compiled so is attached, and its graphs keep the MLPs that they were made with.
+    """
+    owners = (model, "_orig_mod"), (model.forward, "_torchdynamo_orig_callable")
+    named = any(hasattr(owner, name) for owner, name in owners)
+    return named or getattr(model, "_compiled_call_impl", None) is not None
+
+
 def pickled_tensors(path: Path) -> dict[str, tuple[Tensor, int]]:
     """The tensors of a file of `torch.save`, without their numbers, and the byte at which each begins.
 
@@ -131,6 +145,52 @@ def pickled_tensors(path: Path) -> dict[str, tuple[Tensor, int]]:
         return tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
 
     return {name: (tensor, start(tensor)) for name, tensor in stored.items()}
+
+
+def fp8_values(quantized: Tensor, scales: Tensor) -> Tensor:
+    """The numbers that fp8, or packed four-bit floats, stand for with the scales of their blocks, float32.
+
+    transformers 5.23.0: `Fp8Dequantize.convert`. If a version lacks it, reordering such a checkpoint fails
+    with the missing name.
+    """
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    if scales.is_floating_point() and scales.itemsize > 1:
+        scales = scales.float()  # the dtype of the result
+    named = {"weight": quantized, "weight_scale_inv": scales}
+    values: Tensor = Fp8Dequantize(None).convert(named)["weight"]
+    return values
+
+
+def gguf_names(file: Path, model: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The tensors of a GGUF file that a model has.
+
+    Yields the model's name of each, the tensor as the package `gguf` reads it, and a function that arranges
+    its numbers as the model has them.
+
+    transformers 5.23.0: `TENSOR_PROCESSORS`, `TensorProcessor.process` and `get_gguf_hf_weights_map` of
+    `modeling_gguf_pytorch_utils`. If a version lacks one, reordering a GGUF file fails with the missing name.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        read_field,
+    )
+
+    reader = GGUFReader(file)
+    kind = TENSOR_PROCESSORS.get(read_field(reader, "general.architecture")[0], TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    names = get_gguf_hf_weights_map(model, processor)
+    for tensor in reader.tensors:
+        if tensor.name in names:
+            process = functools.partial(_processed, processor, tensor.name)
+            yield names[tensor.name], tensor, process
+
+
+def _processed(processor: Any, name: str, values: Any) -> Any:
+    return processor.process(weights=values, name=name, tensor_key_mapping={}, parsed_parameters={}).weights
 
 
 @functools.cache

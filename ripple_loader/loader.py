@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ripple_loader.checkpoint.hub import local_directory, local_file
 from ripple_loader.checkpoint.shards import ORIGINAL, check_original
-from ripple_loader.compat import register_quantization_config, register_quantizer
+from ripple_loader.compat import is_compiled, register_quantization_config, register_quantizer
 from ripple_loader.config import RippleConfig
+from ripple_loader.format.bundles import unpack_bundles
 from ripple_loader.format.encoding import FloatEncoding
 from ripple_loader.format.layout import SIDECAR
 from ripple_loader.format.sidecar import Sidecar
@@ -77,19 +78,15 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
     """
     from ripple_loader.model.streaming import loaded, stream
 
+    if is_compiled(model):
+        raise ValueError(
+            "a model must be attached before `torch.compile`, whose graphs keep the MLPs that they were made "
+            "with: attach the model, then compile it."
+        )
     sidecar = Sidecar(local_directory(directory or model.config.name_or_path, also=[SIDECAR]))
     check_original(sidecar.path.parent)
     sites = matching_sites(model, sidecar)
-    weights = [weight_NH for site in sites for weight_NH in site.down_weights()]
-    for layer, weight_NH in enumerate(weights):
-        stored_H = sidecar.bundle(layer, 0)[-1]
-        indices = (0, int(sidecar.permutation(layer)[0]))  # in the reordered, and in the original model
-        if not any(_same(stored_H, weight_NH[index], sidecar) for index in indices):
-            raise ValueError(
-                f"{sidecar.path} must be made from this model's weights, but layer {layer} differs: "
-                "give the directory that this model was reordered to."
-            )
-    del weights
+    _check_weights(sidecar, sites)
     engine = Engine(sidecar, config, next(model.parameters()).dtype)
     stream(model, sites, engine)
     loaded(model)
@@ -97,11 +94,57 @@ def attach(model: Any, config: RippleConfig, directory: str | Path | None = None
     return engine.report
 
 
-def _same(stored_H: Tensor, weight_H: Tensor, sidecar: Sidecar) -> bool:
-    """Whether a float32 row of a bundle equals a row of a weight, within the error of its encoding."""
-    if isinstance(sidecar.header.encoding, FloatEncoding):
-        return torch.equal(stored_H.to(weight_H), weight_H)
-    return bool((stored_H.to(weight_H) - weight_H).norm() <= _ROUNDING_TOLERANCE * weight_H.norm())
+def _check_weights(sidecar: Sidecar, sites: list[MLPSite]) -> None:
+    """ValueError if the sidecar has other weights than the MLPs of a model, in either order of neurons."""
+    for site in sites:
+        if name := site.hooked():
+            raise ValueError(
+                f"{name} must have no hooks, because Ripple replaces it and they would be lost: register "
+                "them afterwards, on the streamed MLP."
+            )
+    moved = not sidecar.header.in_original_order  # a copy's neurons have moved in its weight files
+    orders = {"original", "copy"} if moved else {"original"}
+    for layer, projections in enumerate(weights for site in sites for weights in site.weights()):
+        if any(weight.is_meta for weight, _ in projections):
+            raise ValueError(
+                "the weights of a model must be in memory to attach a directory, but accelerate has "
+                "offloaded some: load the directory itself, `from_pretrained(DIR, quantization_config=...)`."
+            )
+        orders = {order for order in orders if _equal(sidecar, layer, projections, order)}
+        if not orders:
+            raise ValueError(
+                f"{sidecar.path} must be made from this model's weights, but layer {layer} differs: "
+                "give the directory that this model was reordered to."
+            )
+
+
+def _equal(sidecar: Sidecar, layer: int, projections: list[tuple[Tensor, Tensor | None]], order: str) -> bool:
+    """Whether an MLP's bundles and biases are a model's weights, within the error of their encoding."""
+    stored_NRH = unpack_bundles(sidecar.bundles(layer), sidecar.header, torch.float32)
+    vectors, places = sidecar.vectors(layer), torch.from_numpy(sidecar.permutation(layer)).long()
+    if order == "copy":
+        places = torch.arange(len(places))
+    for row, (weight_NH, bias) in enumerate(projections):
+        selects = row < len(projections) - 1
+        if not _same(stored_NRH[:, row], weight_NH[places.to(weight_NH.device)], sidecar):
+            return False
+        stored_bias = torch.from_numpy(vectors.bias[row] if selects else vectors.down_bias)
+        own = torch.zeros(len(stored_bias)) if bias is None else bias
+        if selects and bias is not None:
+            own = bias[places.to(bias.device)]
+        if not torch.equal(stored_bias.to(own), own):
+            return False
+    return True
+
+
+def _same(stored_NH: Tensor, weight_NH: Tensor, sidecar: Sidecar) -> bool:
+    """Whether float32 rows of bundles equal rows of a weight, within the error of their encoding."""
+    encoding, stored_NH = sidecar.header.encoding, stored_NH.to(weight_NH.device)
+    if isinstance(encoding, FloatEncoding):
+        rounded = weight_NH.to(encoding.dtype).float()
+        return torch.equal(stored_NH.to(weight_NH.dtype), weight_NH) or torch.equal(stored_NH, rounded)
+    errors_N = (stored_NH - weight_NH).norm(dim=1)
+    return bool((errors_N <= _ROUNDING_TOLERANCE * weight_NH.norm(dim=1)).all())
 
 
 def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
@@ -121,7 +164,7 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
             f"a model must be streamed before its adapters are added, but {adapted[0]} is adapted already: "
             "attach the base model, then load the adapter."
         )
-    sites = architecture_of(model.config).find(model)
+    sites = architecture_of(model.config, model).find(model)
     wanted = (header.model_type, header.layers, header.experts, (header.neurons, header.hidden))
     count = sum(site.experts or 1 for site in sites)
     got = (model.config.model_type, count, sites[0].experts, tuple(sites[0].down_weights()[0].shape))
@@ -129,5 +172,11 @@ def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:
         raise ValueError(
             f"{sidecar.path} must fit the model, but is made for {wanted} (type, MLPs, experts, neurons by "
             f"hidden size) and the model has {got}: reorder this model."
+        )
+    if header.exact_zeros and not all(site.has_exact_zeros for site in sites):
+        raise ValueError(
+            f"{sidecar.path} is made for an activation that is exactly zero for inactive neurons, but the "
+            f"model has {type(sites[0].activation).__name__}: load it with the configuration that was "
+            "reordered."
         )
     return sites

@@ -20,7 +20,8 @@ class RippleReport:
         fallbacks: everything done differently from the configuration, with the reason.
         drive: the cost model that reads are planned with, and its source.
         strategy: whether neurons are selected or all read, and why.
-        calls: forward calls of the model.
+        calls: forward calls of the model; those of an encoder and a decoder count one by one.
+        layer_calls: layers with streamed MLPs that these calls went through.
         tokens: tokens computed, of prompts as well.
         active: neurons computed, summed over layers and forward calls.
         hits, misses: computed neurons that were in the cache, or were read.
@@ -43,6 +44,7 @@ class RippleReport:
     drive: str = ""
     strategy: str = ""
     calls: int = 0
+    layer_calls: int = 0
     tokens: int = 0
     active: int = 0
     hits: int = 0
@@ -81,7 +83,7 @@ class RippleReport:
 
     def summary(self) -> str:
         """One line for people."""
-        per = max(1, self.calls * self.layers)
+        per = max(1, self.layer_calls)
         return (
             f"{self.resident_bytes / 2**20:.1f} of {self.budget / 2**20:.1f} MiB held; {self.tokens} tokens "
             f"in {self.calls} forward calls; per call and layer "

@@ -46,6 +46,29 @@ def local_directory(
     return folder
 
 
+def base_directory(model: str) -> Path | None:
+    """Where a model is that an adapter names as its base: a directory, or a snapshot in the cache.
+
+    Returns:
+        The directory; None for a hub id that the cache does not have.
+
+    Raises:
+        FileNotFoundError: it is a path, and nothing is there.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith(".") or not _HUB_ID.fullmatch(model):
+        raise FileNotFoundError(
+            "the adapter must name a base model that is there, because its order of neurons is that of its "
+            f"base, but {model} is gone: set `base_model_name_or_path` in its adapter_config.json to where "
+            "that model is now, the original or the copy."
+        )
+    config = try_to_load_from_cache(model, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def local_file(model: str, name: str, snapshot: Path) -> None:
     """Fetch a file of a hub id beside others of its snapshot in Hugging Face's cache.
 

@@ -43,9 +43,9 @@ class StoredWeights:
     def named(self, first: int, count: int) -> dict[str, Tensor]:
         """The tensors of the MLPs from `first` on by their names behind the layer's number."""
         wanted = range(first, first + count)
-        behind = re.compile(rf"(?:^|.*\.){self._source.architecture.layers}\.\d+\.(.*)")
+        behind = re.compile(rf"{self._source.architecture.layer_pattern()}\.(?P<inner>.*)")
         found = {}
         for name, pieces in self._source.pieces.items():
             if pieces[0].mlp in wanted and (match := behind.fullmatch(name)):
-                found[match[1]] = mapped(self._source.spots[name])
+                found[match["inner"]] = mapped(self._source.spots[name])
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +19,19 @@ from torch import Tensor
 from ripple_loader.compat import pickled_tensors
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PICKLED_DTYPES = {dtype: name for name, dtype in DTYPES.items()} | {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_ALL_DTYPES = DTYPES | {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+_NAMES = {dtype: name for name, dtype in _ALL_DTYPES.items()}
 _UNREADABLE = (
     RuntimeError,
     UnpicklingError,
@@ -55,10 +60,17 @@ class TensorSpot:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype; ValueError where torch has no such."""
+        if self.dtype not in _ALL_DTYPES:
+            raise ValueError(f"{self.path} must hold numbers that torch has, got {self.dtype}.")
+        return _ALL_DTYPES[self.dtype]
+
     def read(self) -> Tensor:
-        """Load the whole tensor; its dtype must be one of `DTYPES`."""
+        """Load the whole tensor."""
         data = np.fromfile(self.path, np.uint8, self.stop - self.start, offset=self.start)
-        return torch.from_numpy(data).view(DTYPES[self.dtype]).view(self.shape)
+        return torch.from_numpy(data).view(self.torch_dtype).view(self.shape)
 
     def slices(self) -> list[TensorSpot]:
         """The location of each entry of its first axis."""
@@ -132,20 +144,31 @@ def _read_pickled(path: Path) -> Shard:
             f"{path} must be a whole file of tensors that `torch.save` wrote, but cannot be read ({reason}): "
             "load the model with transformers and save it as safetensors with `save_pretrained`."
         ) from None
-    entries, end = {}, 0
-    for name, spot in tensors.items():
-        size = spot.stop - spot.start
-        entries[name] = {"dtype": spot.dtype, "shape": spot.shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    header = header_bytes({name: (spot.torch_dtype, spot.shape) for name, spot in tensors.items()})
+    return Shard(path, header, tensors)
+
+
+def header_bytes(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The header of a safetensors file that holds these tensors in this order, one behind the other."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    return Shard(path, len(text).to_bytes(8, "little") + text, tensors)
+    return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_name(number: int, count: int) -> str:
+    """The name of a safetensors weight file among `count`, as transformers names them."""
+    return f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
 
 
 def _pickled_spot(path: Path, name: str, tensor: Tensor, start: int) -> TensorSpot:
-    if not tensor.is_contiguous() or tensor.dtype not in _PICKLED_DTYPES:
+    if not tensor.is_contiguous() or tensor.dtype not in _NAMES:
         raise TypeError(f"{name} is not a contiguous tensor of numbers")
-    kind = _PICKLED_DTYPES[tensor.dtype]
+    kind = _NAMES[tensor.dtype]
     return TensorSpot(path, start, start + tensor.numel() * tensor.itemsize, kind, tuple(tensor.shape))
 
 

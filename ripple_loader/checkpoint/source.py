@@ -12,12 +12,23 @@ from transformers import AutoConfig
 
 from ripple_loader.checkpoint.shards import DTYPES, Shard, TensorSpot, read_shards, weight_names
 from ripple_loader.model.architectures import Architecture, Role
-from ripple_loader.model.probe import architecture_of, skeleton
+from ripple_loader.model.classes import model_class, skeleton
+from ripple_loader.model.probe import architecture_of
 
 _WAY_OUT = {
-    "fp8": "save it dequantized, `from_pretrained(DIR, quantization_config=FineGrainedFP8Config("
-    "dequantize=True)).save_pretrained(NEW, save_original_format=False)`, and reorder that.",
+    "fp8": "`ripple reorder` and `ripple verify` dequantize it; for this save it dequantized, "
+    "`from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(NEW, "
+    "save_original_format=False)`.",
+    "mxfp4": "its models, gpt_oss, have experts with a gate of their own kind, which Ripple does not stream.",
+    **dict.fromkeys(
+        ("gptq", "awq", "compressed-tensors", "bitsandbytes"),
+        "transformers dequantizes that with a package of its own only, so reorder the checkpoint that it was "
+        "quantized from.",
+    ),
 }
+
+
+_Number = tuple[int, int, int]  # the stack, the layer and the expert of an MLP
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class SourceModel:
 
     Attributes:
         directory, shards: its files.
-        model_type, architecture: transformers' name of it, and the form that its files have.
+        config, architecture: transformers' configuration of it, and the form that its files have.
         experts: MLPs of a layer that has experts; None if the model is dense.
         mlp: for each streamed MLP, the location of its weights by (linear, "weight" or "bias"); experts are
             in order of their layers.
@@ -47,7 +58,7 @@ class SourceModel:
 
     directory: Path
     shards: list[Shard]
-    model_type: str
+    config: Any
     architecture: Architecture
     experts: int | None
     mlp: list[dict[tuple[str, str], TensorSpot]]
@@ -64,11 +75,20 @@ class SourceModel:
         tensor = projection.of(spot.read())
         return tensor.T if tensor.dim() == 2 and projection.neuron_axis == 1 else tensor
 
+    @property
+    def model_type(self) -> str:
+        return self.config.model_type
+
+    @property
+    def loader(self) -> Any:
+        """The automatic class of transformers that loads it."""
+        return model_class(self.config)
+
     @functools.cached_property
     def exact_zeros(self) -> bool:
         """Whether the activation makes inactive neurons exactly zero; builds the model without weights."""
-        model = skeleton(AutoConfig.from_pretrained(self.directory))
-        return self.architecture.find(model)[0].has_exact_zeros
+        model = skeleton(self.config)
+        return all(site.has_exact_zeros for site in self.architecture.find(model))
 
     @property
     def down(self) -> TensorSpot:
@@ -102,16 +122,21 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
     weights = any((directory / name).exists() for name in weight_names(variant))
     if directory.suffix == ".gguf" or (not weights and any(directory.glob("*.gguf"))):
         raise ValueError(
-            f"{directory} must hold safetensors or `pytorch_model.bin`, but holds a GGUF file: load it with "
-            "transformers, `from_pretrained(FOLDER, gguf_file=NAME)`, and reorder what `save_pretrained` "
-            "writes."
+            f"{directory} must hold safetensors or `pytorch_model.bin`, but holds a GGUF file: "
+            "`ripple reorder` and `ripple verify` dequantize it; for this load it with transformers, "
+            "`from_pretrained(FOLDER, gguf_file=NAME)`, and take what `save_pretrained` writes."
         )
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"{directory} must be a model directory, but has no config.json: give the folder "
             "that `save_pretrained` or `snapshot_download` wrote."
         )
-    config = _read_config(directory)
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} must hold a model without an adapter, which `from_pretrained` would load with it: "
+            "merge the adapter, or move adapter_config.json and its weights to a directory of their own."
+        )
+    config = read_config(directory)
     quantization = getattr(config, "quantization_config", None)
     method = dict(quantization or {}).get("quant_method", "an unnamed method")
     if quantization is not None and method != "ripple":  # that is no quantization, see `RippleConfig`
@@ -130,9 +155,7 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
             f"all MLPs of {directory} must have the same shapes and dtypes, got {len(kinds)} different "
             "kinds: Ripple cannot stream this model."
         )
-    source = SourceModel(
-        directory, shards, config.model_type, architecture, experts, mlp, pieces, spots, variant
-    )
+    source = SourceModel(directory, shards, config, architecture, experts, mlp, pieces, spots, variant)
     if source.down.dtype not in DTYPES:
         raise ValueError(
             f"MLP weights must be float32, float16 or bfloat16, got {source.down.dtype} in {directory}: "
@@ -142,7 +165,7 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
     return source
 
 
-def _read_config(directory: Path) -> Any:
+def read_config(directory: Path) -> Any:
     """A model's config; ValueError where the model is not one of transformers' own."""
     try:
         return AutoConfig.from_pretrained(directory)
@@ -192,26 +215,33 @@ def _find_mlps(
 ) -> tuple[list[dict[tuple[str, str], TensorSpot]], dict[str, list[Piece]], int | None]:
     """The weights of each MLP to stream, the tensors they lie in, and how many experts a layer has."""
     pattern = architecture.tensor_pattern()
-    weights: dict[tuple[int, int], dict[tuple[str, str], TensorSpot]] = {}
-    holders: dict[str, list[tuple[tuple[int, int], str, TensorSpot]]] = {}
+    weights: dict[_Number, dict[tuple[str, str], TensorSpot]] = {}
+    holders: dict[str, list[tuple[_Number, str, TensorSpot]]] = {}
     for name, spot in spots.items():
         if match := pattern.match(name):
-            layer, first, linear, kind = match.groups()
+            prefix, layer, first, linear, kind = match.groups()
+            stack = architecture.stack_of(prefix)
             for expert, part in enumerate(spot.slices() if architecture.stacked else [spot], int(first or 0)):
-                mlp = int(layer), expert
-                weights.setdefault(mlp, {})[linear, kind or "weight"] = part
+                mlp, key = (stack, int(layer), expert), (linear, kind or "weight")
+                if key in weights.setdefault(mlp, {}):
+                    raise ValueError(
+                        f"{directory} must hold one {key[1]} of {linear} of layer {layer}, but {name} is a "
+                        "second one: Ripple cannot stream this model."
+                    )
+                weights[mlp][key] = part
                 holders.setdefault(name, []).append((mlp, linear, part))
     if architecture.expert is None:
-        wanted = [(layer, 0) for layer in range(config.get_text_config().num_hidden_layers)]
-        experts = None
+        wanted, experts = _dense_mlps(architecture, config), None
     else:
-        experts = 1 + max((expert for _, expert in weights), default=0)
-        layers = sorted({layer for layer, _ in weights}) or [0]
-        wanted = [(layer, expert) for layer in layers for expert in range(experts)]
+        experts = 1 + max((expert for _, _, expert in weights), default=0)
+        layers = sorted({(stack, layer) for stack, layer, _ in weights}) or [(0, 0)]
+        wanted = [(*layer, expert) for layer in layers for expert in range(experts)]
     for mlp in wanted:
         for projection in architecture.projections.values():
             if (projection.linear, "weight") not in weights.get(mlp, {}):
-                where = f"layer {mlp[0]}" + ("" if experts is None else f", expert {mlp[1]}")
+                side = architecture.stacks[mlp[0]]
+                where = f"layer {mlp[1]}" + (f" of the {side}" if side else "")
+                where += "" if experts is None else f", expert {mlp[2]}"
                 raise ValueError(
                     f"{directory} must hold the weight of {projection.linear} of {where}, as a "
                     f"{config.model_type} does, but no tensor matches {pattern.pattern}: fetch it again."
@@ -223,3 +253,10 @@ def _find_mlps(
         if held[0][0] in numbers
     }
     return [weights[mlp] for mlp in wanted], pieces, experts
+
+
+def _dense_mlps(architecture: Architecture, config: Any) -> list[_Number]:
+    """The MLPs of a model without experts, in the order in which they run."""
+    if len(architecture.stacks) == 1:
+        return [(0, layer, 0) for layer in range(config.get_text_config().num_hidden_layers)]
+    return [(site.stack, site.layer, 0) for site in architecture.find(skeleton(config))]

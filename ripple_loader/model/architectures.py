@@ -3,13 +3,14 @@
 A neuron is one row of the selector (`gate_proj`, or `fc1` where there is no gate), one row of `up_proj` where
 there is one, and one column of `down_proj` / `fc2`. Permuting all of them together leaves the MLP's function
 unchanged. In a mixture of experts each routed expert is an MLP of its own; the router and shared experts stay
-with the model.
+with the model. An encoder-decoder has two stacks of layers, whose MLPs are numbered in the order in which
+they run. Of a model of images and text, the language model's MLPs are streamed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from ripple_loader.model.activations import has_exact_zeros
 
 Role = Literal["selector", "up", "down"]
+
+OTHER_SENSES = r".*(?:vision|visual|audio|speech|resampler|connector)"
+"""Matches the names of modules beside the language model of a model of images or sound and text."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,16 @@ class Architecture:
 
     Attributes:
         layers: name of the list of layers.
-        mlp: name of the MLP in a layer; "" where its linears lie in the layer itself. In a mixture of experts
-            the name of the module that runs the routed experts, from their stacked weights.
+        mlp: name of the MLP in a layer, in which `*` stands for a number that differs between stacks; ""
+            where its linears lie in the layer itself. In a mixture of experts the name of the module that
+            runs the routed experts, from their stacked weights.
         selector, up, down: the projections; `up` is None for a plain two-layer MLP.
         activation: name of the activation module beside the linears.
         expert: pattern of an expert's name in the checkpoint, with its number as a group; None if dense.
         stacked: whether the checkpoint holds a layer's experts in one tensor for each linear, expert by
             expert, without an ending such as ".weight".
+        stacks: names of the modules that hold the lists of layers, in the order in which they run; ("",) for
+            the one list of a decoder.
     """
 
     layers: str
@@ -63,6 +70,7 @@ class Architecture:
     activation: str
     expert: str | None = None
     stacked: bool = False
+    stacks: tuple[str, ...] = ("",)
 
     def forms(self) -> tuple[Architecture, ...]:
         """The forms of checkpoints: this entry's and, for experts, the stacked one of transformers 5."""
@@ -81,42 +89,63 @@ class Architecture:
         """The projections in the order of a bundle's rows; all but the last select."""
         return ("selector", "down") if self.up is None else ("selector", "up", "down")
 
+    def layer_pattern(self) -> str:
+        """Matches the name of a layer of the language model; its groups are the stack and the number."""
+        stacks = "|".join(rf"{re.escape(stack)}\." if stack else "" for stack in self.stacks)
+        return rf"^(?!{OTHER_SENSES})(?:.*\.)?({stacks}){self.layers}\.(\d+)"
+
+    def stack_of(self, prefix: str) -> int:
+        """The position of a stack among `stacks`, by the first group of `layer_pattern`."""
+        return self.stacks.index(prefix.rstrip("."))
+
     def tensor_pattern(self) -> re.Pattern[str]:
         """Matches the checkpoint's names of MLP tensors.
 
-        Its groups are the layer, the expert ("" if dense or stacked), the linear, and "weight" or "bias" (""
-        if stacked).
+        Its groups are the stack, the layer, the expert ("" if dense or stacked), the linear, and "weight" or
+        "bias" ("" if stacked).
         """
         linears = "|".join(sorted({projection.linear for projection in self.projections.values()}))
         one_expert = None if self.stacked else self.expert
-        inner = one_expert or (re.escape(self.mlp) + "()" if self.mlp else "()")
+        inner = one_expert or f"{self._mlp_pattern}()"
         dot = r"\." if self.mlp else ""
         end = "()" if self.stacked else r"\.(weight|bias)"
-        return re.compile(rf"(?:^|.*\.){self.layers}\.(\d+)\.{inner}{dot}({linears}){end}$")
+        return re.compile(rf"{self.layer_pattern()}\.{inner}{dot}({linears}){end}$")
+
+    @property
+    def _mlp_pattern(self) -> str:
+        return re.escape(self.mlp).replace(r"\*", r"\d+")
 
     def streamed_names(self) -> set[str]:
         """Patterns of the tensors that a streaming model does not load, as transformers names them."""
         return {form.tensor_pattern().pattern for form in self.forms()}
 
     def find(self, model: nn.Module) -> list[MLPSite]:
-        """The modules of `model` to replace, layer by layer."""
-        inner = rf"\.{re.escape(self.mlp)}" if self.mlp else ""
-        container = re.compile(rf"(?:^|.*\.){self.layers}\.\d+{inner}")
+        """The modules of `model` to replace, stack by stack and layer by layer."""
+        container = re.compile(self.layer_pattern() + (rf"\.{self._mlp_pattern}" if self.mlp else ""))
         held = "down_proj" if self.expert is not None else self.down.linear
-        return [
-            MLPSite(name, module, self)
-            for name, module in model.named_modules()
-            if container.fullmatch(name) and hasattr(module, held)
-        ]
+        sites = []
+        for name, module in model.named_modules():
+            if (match := container.fullmatch(name)) and hasattr(module, held):
+                sites.append(MLPSite(name, module, self, self.stack_of(match[1]), int(match[2])))
+        return sorted(sites, key=lambda site: (site.stack, site.layer))
 
 
 @dataclass(frozen=True)
 class MLPSite:
-    """One MLP of a model, or one layer's experts: the module that holds its linears, and its dotted name."""
+    """One MLP of a model, or one layer's experts.
+
+    Attributes:
+        name: dotted name of the module.
+        container: the module that holds its linears.
+        architecture: the names of its parts.
+        stack, layer: its stack, as a position in `architecture.stacks`, and its layer there.
+    """
 
     name: str
     container: nn.Module
     architecture: Architecture
+    stack: int
+    layer: int
 
     @property
     def experts(self) -> int | None:
@@ -129,6 +158,40 @@ class MLPSite:
             return list(self.container.down_proj.transpose(1, 2))
         down = self.architecture.down
         return [getattr(self.container, down.linear).weight.movedim(down.neuron_axis, 0)]
+
+    def weights(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+        """For each MLP its projections, in a bundle's order: the weight as (N, H) rows, and the bias."""
+        architecture = self.architecture.forms()[-1]
+        projections = [architecture.projections[role] for role in architecture.bundle]
+        if self.experts is not None:
+            for expert in range(self.experts):
+                stacked = [one.of(getattr(self.container, one.linear)[expert]) for one in projections]
+                yield [
+                    (weight.movedim(one.neuron_axis, 0), None)
+                    for one, weight in zip(projections, stacked, strict=True)
+                ]
+            return
+        linears = [(one, getattr(self.container, one.linear)) for one in projections]
+        biases = [None if linear.bias is None else one.of(linear.bias) for one, linear in linears]
+        weights = [one.of(linear.weight).movedim(one.neuron_axis, 0) for one, linear in linears]
+        yield list(zip(weights, biases, strict=True))
+
+    def hooked(self) -> str | None:
+        """The name of the first module that is replaced and has hooks; None without any."""
+        held = [(self.name, self.container)] if self.architecture.mlp else []
+        held += [(one.linear, getattr(self.container, one.linear)) for one in self._projected()]
+        held.append((self.architecture.activation, self.activation))
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return next((name for name, one in held if any(getattr(one, kind) for kind in kinds)), None)
+
+    def _projected(self) -> list[Projection]:
+        return [] if self.experts is not None else list(self.architecture.projections.values())
+
+    @property
+    def dropout(self) -> float:
+        """The share that the MLP itself drops in training."""
+        inside = self.container.modules() if self.architecture.mlp else ()
+        return max((module.p for module in inside if isinstance(module, nn.Dropout)), default=0.0)
 
     @property
     def activation(self) -> nn.Module:
@@ -188,6 +251,7 @@ _PLAIN = Architecture(
     down=Projection("fc2", 1),
     activation="activation_fn",
 )
+_IN_LAYER = replace(_PLAIN, mlp="")
 _UP_DOWN = replace(
     _PLAIN, selector=Projection("up_proj", 0), down=Projection("down_proj", 1), activation="act_fn"
 )
@@ -209,9 +273,16 @@ _MIXTRAL = replace(
 )
 # GPT-2's Conv1D keeps its weight as (inputs, outputs).
 _GPT2 = replace(_STARCODER2, layers="h", selector=Projection("c_fc", 1), down=Projection("c_proj", 0))
+# Encoder-decoders whose layers hold the linears themselves; others, such as T5, are found by the probe.
+_BART = replace(_IN_LAYER, stacks=("encoder", "decoder"))
 
 ARCHITECTURES: dict[str, Architecture] = {
     "arcee": _UP_DOWN,
+    "bart": _BART,
+    "bigbird_pegasus": _BART,
+    "biogpt": _IN_LAYER,
+    "blenderbot": _BART,
+    "blenderbot-small": _BART,
     "falcon": replace(_GPT_NEOX, layers="h"),
     "gemma": _GATED,
     "gemma2": _GATED,
@@ -220,19 +291,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     "granite": _GATED,
+    "led": _BART,
     "llama": _GATED,
+    "m2m_100": _BART,
+    "marian": _BART,
+    "mbart": _BART,
     "mistral": _GATED,
     "mixtral": _MIXTRAL,
     "nemotron": _UP_DOWN,
     "olmo2": _GATED,
+    "mvp": _BART,
     "olmoe": _EXPERTS,
-    "opt": replace(_PLAIN, mlp=""),
+    "opt": _IN_LAYER,
+    "pegasus": _BART,
+    "pegasus_x": _BART,
     "phi": _PLAIN,
     "phi3": _FUSED,
+    "plbart": _BART,
     "qwen2": _GATED,
     "qwen2_moe": _EXPERTS,
     "qwen3": _GATED,
     "qwen3_moe": _EXPERTS,
     "stablelm": _GATED,
     "starcoder2": _STARCODER2,
+    "trocr": _IN_LAYER,
+    "xglm": _IN_LAYER,
 }

@@ -5,11 +5,13 @@ Import this file only when a model is loaded, because transformers' `Conv1D` bri
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ripple_loader.model.architectures import Projection
@@ -28,8 +30,8 @@ class WeightStore(Protocol):
     def file_order(self, layer: int) -> Tensor:
         """The model's own index of the neuron at each place in the weight files, int64, shape (N,)."""
 
-    def is_own(self, directory: str) -> bool:
-        """Whether a directory holds the weight files that are streamed, in their own order of neurons."""
+    def is_own(self, base: str) -> bool:
+        """Whether an adapter's base holds the weight files that are streamed, in their order of neurons."""
 
 
 class StreamedWeight(Tensor):
@@ -65,7 +67,7 @@ class Streamed(nn.Module):
         layer: which MLP it belongs to.
         projections: the parts of the MLP that it holds: two where gate and up are one linear.
         original: the linear that it replaces.
-        adapts: whether the MLP adds the products of adapters on this linear.
+        inside: whether it is a module of its MLP; if not, the layer itself calls it.
         is_down: whether neurons are its inputs.
 
     Attributes:
@@ -83,12 +85,12 @@ class Streamed(nn.Module):
         projections: list[Projection],
         original: nn.Module,
         *,
-        adapts: bool,
+        inside: bool,
         is_down: bool,
     ) -> None:
         nn.Module.__init__(self)
         self.is_down = is_down
-        self.store, self.layer, self.projections, self.adapts = store, layer, projections, adapts
+        self.store, self.layer, self.projections, self.inside = store, layer, projections, inside
         weight = original.weight
         self.shape = weight.shape
         axis = projections[0].neuron_axis
@@ -104,11 +106,6 @@ class Streamed(nn.Module):
     @property
     def weight(self) -> StreamedWeight:
         """The shape, dtype and device of the weight that is on disk."""
-        if not self.adapts:
-            raise ValueError(
-                f"{self.name} of MLP {self.layer} must have no adapter, because its weights are streamed by "
-                "Ripple and lie in the layer itself: leave the MLP's linears out of `target_modules`."
-            )
         reason = (
             f"the weights of {self.name} of MLP {self.layer} are streamed by Ripple and must not be computed "
             "with or changed: load the model without `quantization_config` for that."
@@ -132,6 +129,23 @@ class Streamed(nn.Module):
             return a[:, places], b
         return a, b.unflatten(0, (-1, len(places)))[:, places].flatten(0, 1)
 
+    def register_forward_hook(self, *arguments: Any, **options: Any) -> RemovableHandle:
+        """As of any module, with a warning: the product is computed elsewhere."""
+        self._warn_of_hooks()
+        return super().register_forward_hook(*arguments, **options)
+
+    def register_forward_pre_hook(self, *arguments: Any, **options: Any) -> RemovableHandle:
+        """As of any module, with a warning: the product is computed elsewhere."""
+        self._warn_of_hooks()
+        return super().register_forward_pre_hook(*arguments, **options)
+
+    def _warn_of_hooks(self) -> None:
+        warnings.warn(
+            f"hooks of {self.name} do not see its product, because Ripple computes its MLP neuron by neuron: "
+            "hook the MLP instead.",
+            stacklevel=3,
+        )
+
     def merge(self, name: str, a: Tensor, b: Tensor) -> None:
         """Keep an adapter's product in this linear: a (r, inputs), b (outputs, r) with its scale."""
         for part, tensor in (("a", a), ("b", b)):
@@ -148,7 +162,7 @@ class Streamed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hands the input on where the layer itself calls the MLP's linears one after the other."""
-        if self.adapts:
+        if self.inside:
             raise ValueError(f"{self.name} must be called through its MLP, which Ripple streams.")
         return x
 

@@ -77,7 +77,8 @@ class StreamedLora(LoraLinear):
         return [(*self._product(name), _dropout(self.lora_dropout[name])) for name in names]
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        raise ValueError(f"{self.base_layer.name} must be called through its MLP, which Ripple streams.")
+        """Like `Streamed.forward`: the MLP adds the product."""
+        return self.base_layer(x)
 
 
 def _dropout(module: nn.Module) -> float:

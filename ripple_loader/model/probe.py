@@ -10,14 +10,17 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ripple_loader.model.architectures import ARCHITECTURES, Architecture, Projection
+from ripple_loader.model.architectures import ARCHITECTURES, OTHER_SENSES, Architecture, Projection
+from ripple_loader.model.classes import is_encoder_decoder, is_wrapper, skeleton
 
 WANTED = (
     "a module in each layer that computes down(act(gate(x)) * up(x)) or down(act(gate(x))) with linears and "
@@ -30,44 +33,24 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 _probed: dict[str, Architecture] = {}
 
 
-def architecture_of(config: Any) -> Architecture:
+def architecture_of(config: Any, model: nn.Module | None = None) -> Architecture:
     """Where a model keeps its MLP neurons: its entry in the table, or what the probe finds.
 
     Args:
         config: transformers' configuration of the model.
+        model: to probe; by default the one that transformers has for texts.
 
     Raises:
-        ValueError: an encoder-decoder; or the table has no entry and the probe finds no MLPs to stream.
+        ValueError: the table has no entry and the probe finds no MLPs to stream; or transformers has no
+            language model of this type.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"Ripple streams models that have a decoder only, but {config.model_type} is an encoder-decoder: "
-            "load it without Ripple."
-        )
-    if config.model_type in ARCHITECTURES:
-        return ARCHITECTURES[config.model_type]
+    for kind in (config.model_type, config.get_text_config().model_type):
+        if kind in ARCHITECTURES:
+            return ARCHITECTURES[kind]
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _probed:
-        _probed[key] = probe(skeleton(config))
+        _probed[key] = probe(skeleton(config) if model is None else model)
     return _probed[key]
-
-
-def skeleton(config: Any) -> nn.Module:
-    """The model of a configuration, without memory for its weights.
-
-    Raises:
-        ValueError: transformers has no causal language model of this type.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ValueError(
-            f"Ripple must be given a causal language model, but transformers has none for a "
-            f"{config.model_type}: {str(error).partition(chr(10))[0]}"
-        ) from error
 
 
 def probe(model: nn.Module) -> Architecture:
@@ -80,23 +63,35 @@ def probe(model: nn.Module) -> Architecture:
         ValueError: a layer has no MLP, or several, or layers differ; the message says what was looked for.
     """
     kind = model.config.model_type
-    stacks = [
-        (name, layers)
-        for name, layers in model.named_modules()
-        if isinstance(layers, nn.ModuleList) and any(_mlps(name, layers[:1]))
-    ]
+    stacks = _stacks(model.get_decoder() if is_wrapper(model.config) else model)
     if not stacks:
         raise ValueError(
             f"Ripple must find {WANTED}, but found none in a {kind}: it cannot stream this architecture. A "
             "mixture of experts needs an entry in ripple_loader.model.architectures.ARCHITECTURES."
         )
-    if len(stacks) > 1:
-        names = ", ".join(name for name, _ in stacks)
+    wanted = 2 if is_encoder_decoder(model.config) else 1
+    if len(stacks) != wanted:
         raise ValueError(
-            f"Ripple must find one stack of layers, but a {kind} has MLPs in {names}: it cannot "
-            "stream this architecture."
+            f"Ripple must find {wanted} stack{'s' * (wanted > 1)} of layers, but a {kind} has MLPs in "
+            f"{', '.join(stacks)}: it cannot stream this architecture."
         )
-    name, layers = stacks[0]
+    found = {name: _mlp_of(name, layers, kind) for name, layers in stacks.items()}
+    return next(iter(found.values())) if wanted == 1 else _joined(found, kind)
+
+
+def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of a language model's layers whose first layer has MLPs, by name."""
+    return {
+        name: layers
+        for name, layers in model.named_modules()
+        if isinstance(layers, nn.ModuleList)
+        and not re.match(OTHER_SENSES, name)
+        and any(_mlps(name, layers[:1]))
+    }
+
+
+def _mlp_of(name: str, layers: nn.ModuleList, kind: str) -> Architecture:
+    """The one MLP that each layer of a stack has."""
     found = [list(_mlps(name, [layer])) for layer in layers]
     for number, mlps in enumerate(found):
         if len(mlps) != 1 or mlps != found[0]:
@@ -106,6 +101,22 @@ def probe(model: nn.Module) -> Architecture:
                 "it cannot stream this architecture."
             )
     return found[0][0]
+
+
+def _joined(found: dict[str, Architecture], kind: str) -> Architecture:
+    """The stacks of an encoder-decoder as one architecture."""
+    first, second = found.values()
+    parts = zip(first.mlp.split("."), second.mlp.split("."), strict=False)
+    mlp = ".".join("*" if a != b and a.isdigit() and b.isdigit() else a for a, b in parts)
+    stacks = tuple(name.split(".")[-2] if "." in name else "" for name in found)
+    joined = replace(first, mlp=mlp, stacks=stacks)
+    if joined != replace(second, mlp=mlp, stacks=stacks) or first.mlp.count(".") != second.mlp.count("."):
+        raise ValueError(
+            f"Ripple must find the same MLPs in both stacks of layers, but a {kind} has "
+            f"{' and '.join(f'{_said(one)} in {name}' for name, one in found.items())}: it cannot stream "
+            "this architecture."
+        )
+    return joined
 
 
 def _said(found: Architecture) -> str:

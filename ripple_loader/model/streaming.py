@@ -9,7 +9,9 @@ Dimension key: T tokens, H hidden, N neurons, K experts a token is routed to.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -40,8 +42,8 @@ class Backend(WeightStore, Protocol):
     ) -> list[Tensor]:
         """Gradients of the input and of the tensors of `low_rank`, given that of the output."""
 
-    def begin(self, tokens: int) -> None:
-        """Called when a forward call of `tokens` tokens reaches the first streamed layer."""
+    def begin(self, tokens: int, layers: int) -> None:
+        """Called when a forward call of `tokens` tokens reaches the first of a stack's streamed layers."""
 
     def stored_as(self, first: int, count: int) -> dict[str, Tensor]:
         """The tensors of some MLPs by the checkpoint's own names, from behind the layer's number."""
@@ -50,42 +52,63 @@ class Backend(WeightStore, Protocol):
 class StreamingMLP(nn.Module):
     """Computes an MLP with neurons that are not parameters.
 
-    Its linears are modules without weights, which LoRA may wrap.
+    Its linears are modules without weights, which LoRA may wrap. `dropout` is the share that the stock MLP
+    drops in training, and `activation_name` the stock name of its activation.
 
     Args:
         backend: shared by all layers of a model.
         layer: which MLP this is.
         following: the MLP that runs after it.
+        begins: how many MLPs its stack has if it is the first of them, else 0.
         activation: the model's own.
         rows: the linear of each row of a bundle, by name, with its part of the linear.
-        linears: the streamed linears; empty where they lie in the layer itself.
+        linears: the streamed linears, if they are modules of this one.
+        layer_module: the layer, where it holds the linears itself.
+        in_float32: whether float16 inputs are computed with in float32, as the model keeps its weights.
     """
+
+    dropout = 0.0
+    activation_name: str
 
     def __init__(
         self,
         backend: Backend,
         layer: int,
         following: int,
+        begins: int,
         activation: nn.Module,
         rows: list[Projection],
         linears: list[Streamed],
+        layer_module: nn.Module | None,
+        in_float32: bool,
     ) -> None:
         super().__init__()
         self.backend, self.layer, self.following, self.activation = backend, layer, following, activation
+        self.begins, self.in_float32 = begins, in_float32
         self.rows, self.names = rows, [linear.name for linear in linears]
         for linear in linears:
             setattr(self, linear.name, linear)
+        self.__dict__["layer_module"] = layer_module  # which holds this module, so must not be one of its own
 
     def __setattr__(self, name: str, value: Any) -> None:
-        wrapped = name in self.__dict__.get("names", ()) and not isinstance(value, Streamed)
-        if wrapped and isinstance(value, nn.Module):
+        _refuse_new_activation(self, name, value)
+        if name in self.__dict__.get("names", ()):
             _accept(value)
         super().__setattr__(name, value)
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Hidden states to hidden states, shape (..., H)."""
+        _refuse_tracing()
+        if self.training and self.dropout:
+            warnings.warn(
+                f"dropout inside of streamed MLPs (p={self.dropout}) is left out: Ripple computes them as in "
+                "evaluation.",
+                stacklevel=2,
+            )
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.in_float32 and x_TH.dtype == torch.float16:
+            x_TH = x_TH.float()
         low_rank = self._low_rank(x_TH)
         y_TH: Tensor = _StreamedMLP.apply(x_TH, self, low_rank, *tensors_of(low_rank))
         return y_TH.view(hidden_states.shape)
@@ -96,8 +119,8 @@ class StreamingMLP(nn.Module):
     def _low_rank(self, x_TH: Tensor) -> tuple[LowRank, ...]:
         """All adapters on the linears, their neurons in placement order."""
         found = []
-        for row, projection in enumerate(self.rows if self.names else ()):
-            linear = getattr(self, projection.linear)
+        for row, projection in enumerate(self.rows):
+            linear = getattr(self.layer_module or self, projection.linear)
             streamed = linear if isinstance(linear, Streamed) else linear.base_layer
             pairs = [(a, b, 0.0) for a, b in streamed.merged_pairs()]
             pairs += [] if linear is streamed else linear.active()
@@ -118,13 +141,46 @@ class StreamingMLP(nn.Module):
         return LowRank(row, a, b, keep)
 
     def compute(self, x_TH: Tensor, low_rank: tuple[LowRank, ...]) -> Tensor:
-        if self.layer == 0:
-            self.backend.begin(len(x_TH))
+        if self.begins:
+            self.backend.begin(len(x_TH), self.begins)
         return self.backend.compute(self.layer, x_TH, self.activation, self.following, low_rank)
 
 
-def _accept(module: nn.Module) -> None:
-    """Let a module that wraps a streamed linear belong to its MLP; ValueError unless it is LoRA."""
+class _HoldsLinears(nn.Module):
+    """A layer that holds streamed linears itself, and accepts what replaces them as an MLP does."""
+
+    streamed_linears: tuple[str, ...]
+    activation_name: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_new_activation(self, name, value)
+        if name in self.__dict__.get("streamed_linears", ()):
+            _accept(value)
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_holder, (type(self).__bases__[1],), self.__dict__
+
+
+_holders: dict[type[nn.Module], Any] = {}
+
+
+def _holder_of(kind: type[nn.Module]) -> Any:
+    """A class of layers that hold streamed linears, by the name of the stock class."""
+    if kind not in _holders:
+        _holders[kind] = type(kind.__name__, (_HoldsLinears, kind), {"__module__": kind.__module__})
+    return _holders[kind]
+
+
+def _new_holder(kind: type[nn.Module]) -> Any:
+    holder = _holder_of(kind)
+    return holder.__new__(holder)
+
+
+def _accept(module: Any) -> None:
+    """Let a module that replaces a streamed linear belong to its MLP; ValueError unless it is LoRA."""
+    if isinstance(module, Streamed) or not isinstance(module, nn.Module):
+        return
     if "peft" not in sys.modules:
         raise ValueError(
             f"{type(module).__name__} must not replace a linear of an MLP that is streamed by Ripple: load "
@@ -135,6 +191,32 @@ def _accept(module: nn.Module) -> None:
     accept(module)
 
 
+_STACKED = ("gate_up_proj", "down_proj")  # transformers' parameters of a layer's experts
+
+
+def _called_by_peft() -> bool:
+    """Whether the function that calls this one was called by PEFT."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("peft.")
+
+
+def _refuse_tracing() -> None:
+    """ValueError while a model is traced: the graph would keep the neurons of the example."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise ValueError(
+            "a model that is streamed by Ripple must not be traced or exported, because the graph would keep "
+            "the neurons of the example: use `torch.compile`, or export the model without Ripple."
+        )
+
+
+def _refuse_new_activation(module: nn.Module, name: str, value: Any) -> None:
+    """ValueError if a module's activation would be replaced where nothing would use the new one."""
+    if isinstance(value, nn.Module) and name == module.__dict__.get("activation_name"):
+        raise ValueError(
+            f"{name} must not be replaced, because its MLP is streamed by Ripple with the activation that it "
+            "was reordered for: change the model's configuration, and reorder that."
+        )
+
+
 class StreamingExperts(nn.Module):
     """Computes the routed experts of a layer; it does not read experts that no token is routed to.
 
@@ -142,14 +224,17 @@ class StreamingExperts(nn.Module):
         backend: shared by all layers of a model.
         first: number of the layer's first expert among all streamed MLPs.
         experts: how many experts the layer has.
+        layers: how many layers of the model have streamed experts.
         activation: the model's own.
         name: of this module in its layer.
     """
 
-    def __init__(self, backend: Backend, first: int, experts: int, activation: nn.Module, name: str) -> None:
+    def __init__(
+        self, backend: Backend, first: int, experts: int, layers: int, activation: nn.Module, name: str
+    ) -> None:
         super().__init__()
         self.backend, self.first, self.experts, self.activation = backend, first, experts, activation
-        self.name, self.loaded = name, False
+        self.layers, self.name, self.loaded = layers, name, False
 
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -160,10 +245,30 @@ class StreamingExperts(nn.Module):
             top_k_index: the experts of each token, shape (T, K); numbers from `experts` on are no expert.
             top_k_weights: the factor of each of their outputs, shape (T, K).
         """
+        _refuse_tracing()
         return _StreamedExperts.apply(hidden_states, top_k_weights, top_k_index, self)
 
     def extra_repr(self) -> str:
         return f"first={self.first}, experts={self.experts}"
+
+    def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """None; for PEFT, which looks for parameters to adapt here, an error if it wants one of them."""
+        yield from super().named_parameters(*arguments, **options)
+        if _called_by_peft():
+            for name in _STACKED:
+                yield name, nn.Parameter(torch.empty(0))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _STACKED and _called_by_peft():
+            raise ValueError(
+                f"{name} of routed experts must have no adapter, because the experts are streamed by Ripple: "
+                "leave them out of `target_modules` and `target_parameters`."
+            )
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_new_activation(self, name, value)
+        super().__setattr__(name, value)
 
     def routed(self, index_TK: Tensor) -> list[int]:
         """The experts that tokens are routed to, ascending."""
@@ -171,7 +276,7 @@ class StreamingExperts(nn.Module):
 
     def compute(self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if self.first == 0:
-            self.backend.begin(len(x_TH))
+            self.backend.begin(len(x_TH), self.layers)
         y_TH = torch.zeros_like(x_TH)
         routed = self.routed(index_TK)
         for expert, following in zip(routed, [*routed[1:], None], strict=True):
@@ -261,11 +366,14 @@ def is_streamed(model: nn.Module) -> bool:
 
 
 def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
-    """Replace the MLPs of a model."""
+    """Replace the MLPs of a model, in the order in which they run."""
+    stacks = [site.stack for site in sites]
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     for number, site in enumerate(sites):
         if site.experts is not None:
             first, name = number * site.experts, site.architecture.mlp
-            experts = StreamingExperts(backend, first, site.experts, site.activation, name)
+            experts = StreamingExperts(backend, first, site.experts, len(sites), site.activation, name)
+            experts.train(site.container.training).activation_name = site.architecture.activation
             site.replace(model, experts)
             continue
         inside = bool(site.architecture.mlp)
@@ -275,16 +383,32 @@ def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
                 backend,
                 number,
                 projections,
-                adapts=inside,
+                inside=inside,
                 is_down=projections == [site.architecture.down],
             )
             for linear, projections in site.linears()
         ]
         architecture = site.architecture
-        rows = [architecture.projections[role] for role in architecture.bundle]
-        following = (number + 1) % len(sites)
-        mlp = StreamingMLP(backend, number, following, site.activation, rows, linears if inside else [])
+        # After the last layer comes the first of the decoder, for the next token.
+        following = number + 1 if number + 1 < len(sites) else stacks.index(stacks[-1])
+        mlp = StreamingMLP(
+            backend,
+            number,
+            following,
+            stacks.count(site.stack) if number == stacks.index(site.stack) else 0,
+            site.activation,
+            [architecture.projections[role] for role in architecture.bundle],
+            linears if inside else [],
+            None if inside else site.container,
+            in_float32=architecture.down.linear in kept,
+        )
+        mlp.train(site.container.training).dropout = site.dropout
+        mlp.activation_name = architecture.activation
         site.replace(model, mlp, {linear.name: linear for linear in linears})
+        if not inside:
+            site.container.__class__ = _holder_of(type(site.container))
+            site.container.streamed_linears = tuple(linear.name for linear in linears)
+            site.container.activation_name = architecture.activation
 
 
 def loaded(model: nn.Module) -> None:

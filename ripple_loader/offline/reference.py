@@ -139,11 +139,9 @@ def load_reference(source: SourceModel, part: Part | None = None, dtype: Any = "
         part: the MLPs' weights, by default the checkpoint's.
         dtype: to load and compute in.
     """
-    from transformers import AutoModelForCausalLM
-
     weights = _Weights(source.architecture.forms()[0], part or source.part, source.experts)
     config = _ReferenceConfig(weights=weights)
-    return AutoModelForCausalLM.from_pretrained(
+    return source.loader.from_pretrained(
         source.directory, variant=source.variant, dtype=dtype, quantization_config=config
     )
 

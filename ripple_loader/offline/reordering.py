@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
+from ripple_loader.checkpoint.dequantizing import open_quantized
 from ripple_loader.checkpoint.hub import local_directory
 from ripple_loader.checkpoint.source import SourceModel, open_source
 from ripple_loader.config import ReorderConfig
@@ -38,8 +40,9 @@ def reorder(
     and written weight files.
 
     Args:
-        model_dir: directory or hub id of a causal LM in float32, float16 or bfloat16, saved as safetensors or
-            as `pytorch_model.bin`.
+        model_dir: directory or hub id of a language model in float32, float16 or bfloat16, saved as
+            safetensors or as `pytorch_model.bin`; or a model in fp8 blocks or a GGUF file, which is first
+            written dequantized beside `out_dir`, one tensor at a time.
         out_dir: a directory that does not exist yet.
         calibration: texts, rows with a "text" or "input_ids" column, or tensors of token ids.
         config: how to trace and place.
@@ -59,31 +62,63 @@ def reorder(
     """
     config, out = config or ReorderConfig(), Path(out_dir)
     check_new(out)
-    source = open_reorderable(model_dir, revision, variant)
-    check_space(out, sum(output_bytes(source, ReorderPlan.unplaced(source, config))))
     if (trace is None) == (calibration is None):
         got = "neither" if trace is None else "both"
         raise ValueError(f"one of `calibration` and `trace` must be given, got {got}.")
-    traced = trace_of(source, Path(trace)) if trace is not None else None
-    if traced is not None and predictor_rank(source, config):
-        traced.check_inputs()
-    sequences = cut_sequences(source, calibration, config) if calibration is not None else []
+    directory = local_directory(model_dir, revision=revision, variant=variant)
+    quantized = open_quantized(directory, variant)
+    if quantized is not None:
+        if config.sidecar_only:
+            raise ValueError(
+                "`sidecar_only` streams from the original's weight files, which must hold plain floats, but "
+                f"{directory} is quantized: leave it out."
+            )
+        with working_on(out) as work:
+            stage = work.stage("dequantized", quantized.description)
+            quantized.write(stage)
+            source = open_source(stage)
+            return _write(source, *_texts(source, calibration, trace, config), config, work)
+    source = open_reorderable(directory, variant=variant)
+    check_space(out, sum(output_bytes(source, ReorderPlan.unplaced(source, config))))
+    texts = _texts(source, calibration, trace, config)
     with working_on(out) as work:
-        if traced is None:
-            stage = work.stage("trace", trace_description(source, sequences, config))
-            traced = trace_source(source, sequences, config, stage)
-        plan = plan_orders(source, traced, config, work)
-        tqdm.write(
-            "expected reads per token and MLP: {reads_identity:.1f} in the model's order, {reads:.1f} in "
-            "{placement} order; {activity:.1%} of the neurons active, {hot:.1%} hot".format(**plan.profile),
-            file=sys.stderr,
-        )
-        orders = [hashlib.sha256(order.tobytes()).hexdigest() for order in plan.orders]
-        written = [config.bundles, config.sketches, config.sidecar_only]
-        key = [traced.description, written, plan.hot, plan.rank, orders]
-        output = work.stage(Workspace.OUTPUT, key)
-        write_copy(source, plan, traced, output)
-        check_copy(source, output)
+        return _write(source, *texts, config, work)
+
+
+def _texts(
+    source: SourceModel, calibration: Iterable[Any] | None, trace: str | Path | None, config: ReorderConfig
+) -> tuple[list[Tensor], Trace | None]:
+    """The calibration set as token ids, or the finished trace."""
+    if trace is None:
+        return cut_sequences(source, calibration or (), config), None
+    traced = trace_of(source, Path(trace))
+    if predictor_rank(source, config):
+        traced.check_inputs()
+    return [], traced
+
+
+def _write(
+    source: SourceModel,
+    sequences: list[Tensor],
+    traced: Trace | None,
+    config: ReorderConfig,
+    work: Workspace,
+) -> ReorderPlan:
+    """Trace, place and write; all in stages of `work`."""
+    if traced is None:
+        stage = work.stage("trace", trace_description(source, sequences, config))
+        traced = trace_source(source, sequences, config, stage)
+    plan = plan_orders(source, traced, config, work)
+    tqdm.write(
+        "expected reads per token and MLP: {reads_identity:.1f} in the model's order, {reads:.1f} in "
+        "{placement} order; {activity:.1%} of the neurons active, {hot:.1%} hot".format(**plan.profile),
+        file=sys.stderr,
+    )
+    orders = [hashlib.sha256(order.tobytes()).hexdigest() for order in plan.orders]
+    written = [config.bundles, config.sketches, config.sidecar_only]
+    output = work.stage(Workspace.OUTPUT, [traced.description, written, plan.hot, plan.rank, orders])
+    write_copy(source, plan, traced, output)
+    check_copy(source, output)
     return plan
 
 

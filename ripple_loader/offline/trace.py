@@ -26,6 +26,7 @@ from ripple_loader.checkpoint.shards import fingerprint
 from ripple_loader.checkpoint.source import SourceModel
 from ripple_loader.config import ReorderConfig
 from ripple_loader.files import whole_file
+from ripple_loader.model.classes import text_inputs
 from ripple_loader.offline.active_sets import BitSets
 from ripple_loader.offline.tracer import INPUTS_EVERY, Tracer, load_traced
 
@@ -142,7 +143,8 @@ def trace_source(source: SourceModel, sequences: list[Tensor], config: ReorderCo
             tracer = Tracer(source, config)
             model = load_traced(tracer, state.device)
         for number in missing:
-            model(sequences[number].to(state.device), use_cache=False)
+            inputs = text_inputs(model.config, sequences[number].to(state.device))
+            model(**inputs, use_cache=False)
             with whole_file(_sequence_file(out, number)) as partial:
                 save_file(tracer.take(), partial)
             bar.update(sequences[number].shape[1])

@@ -39,7 +39,7 @@ class Tracer:
     def __deepcopy__(self, memo: Any) -> Tracer:
         return self  # transformers copies the config that holds the tracer
 
-    def begin(self, tokens: int) -> None:
+    def begin(self, tokens: int, layers: int) -> None:
         pass
 
     def gradients(self, *_: Any) -> list[Tensor]:
@@ -53,7 +53,7 @@ class Tracer:
         """Nothing, as `stored`."""
         return {}
 
-    def is_own(self, directory: str) -> bool:
+    def is_own(self, base: str) -> bool:
         """No: a model that is traced has no adapters."""
         return False
 
@@ -121,9 +121,7 @@ class _TraceQuantizer(StreamingQuantizer):
 
 def load_traced(tracer: Tracer, device: torch.device) -> Any:
     """The tracer's model; memory is that of the model without its MLPs, and of one MLP when it runs."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
+    return tracer.source.loader.from_pretrained(
         tracer.source.directory,
         variant=tracer.source.variant,
         dtype="auto",

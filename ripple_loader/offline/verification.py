@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ripple_loader.checkpoint.dequantizing import open_quantized
 from ripple_loader.checkpoint.hub import local_directory
 from ripple_loader.checkpoint.shards import DTYPES, sha256
 from ripple_loader.checkpoint.source import SourceModel, open_source
 from ripple_loader.config import RippleConfig
 from ripple_loader.format.bundles import pack_bundles
 from ripple_loader.format.sidecar import Sidecar
+from ripple_loader.model.classes import text_inputs
 from ripple_loader.offline.reference import bundled, load_reference
 from ripple_loader.offline.writing import permuted
 
@@ -24,12 +27,15 @@ _COPY_TOLERANCE = 1e-3
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def verify(directory: str | Path, original: str | Path | None = None) -> Iterator[tuple[str, str]]:
+def verify(
+    directory: str | Path, original: str | Path | None = None, *, revision: str | None = None
+) -> Iterator[tuple[str, str]]:
     """Run the checks one by one; yields the name and the result of each that holds.
 
     Args:
         directory: a reordered directory.
         original: directory or hub id of the original model; without it only integrity is checked.
+        revision: branch, tag or commit of the original's hub id.
 
     Raises:
         FileNotFoundError: a directory or file is missing.
@@ -54,14 +60,29 @@ def verify(directory: str | Path, original: str | Path | None = None) -> Iterato
     yield "bundles", f"equal the weights beside them, {copy.layers} layers of {copy.neurons} neurons"
     if original is None:
         return
-    source = open_source(local_directory(original))
+    path = local_directory(original, revision=revision)
+    quantized = open_quantized(path)
+    if quantized is None:
+        yield from _compare(sidecar, copy, open_source(path), orders)
+        return
+    with TemporaryDirectory(prefix=".ripple-", dir=Path(directory).absolute().parent) as plain:
+        quantized.write(Path(plain))
+        yield from _compare(sidecar, copy, open_source(Path(plain)), orders)
+
+
+def _compare(
+    sidecar: Sidecar, copy: SourceModel, source: SourceModel, orders: list[Tensor]
+) -> Iterator[tuple[str, str]]:
+    """The checks against the original, dequantized if it is quantized."""
     for shard in source.shards:
         if sha256(shard.path) != sidecar.header.base.get(shard.path.name):
             raise ValueError(
-                f"{directory} must be made from {shard.path}, but that file differs from its source."
+                f"{copy.directory} must be made from {shard.path}, but that file differs from its source."
             )
     yield "original", f"SHA-256 of {len(source.shards)} files as recorded"
-    _check_tensors(source, copy, unmoved if in_original_order else orders)
+    if sidecar.header.in_original_order:
+        orders = [torch.arange(sidecar.header.neurons)] * copy.layers
+    _check_tensors(source, copy, orders)
     yield "tensors", f"{len(source.spots)} equal the original's, MLPs up to the order of their neurons"
     rounded = sidecar.header.dtype != source.down.dtype
     yield from _check_logits(source, copy, sidecar.header.dtype if rounded else None)
@@ -109,7 +130,7 @@ def _check_logits(
     tolerance = _TOLERANCE[DTYPES[source.down.dtype]]
     loaders = {
         "logits": lambda: load_reference(copy),
-        "streamed logits": lambda: _streamed(copy.directory, "auto"),
+        "streamed logits": lambda: _streamed(copy, "auto"),
     }
     for kind, load in loaders.items():
         error = _difference(_logits(load()), reference)
@@ -139,7 +160,7 @@ def check_copy(source: SourceModel, directory: Path) -> None:
     wanted = reference
     if rounded:
         wanted = _logits(load_reference(copy, bundled(sidecar, copy), dtype=torch.float32))
-    streamed = _logits(_streamed(directory, torch.float32))
+    streamed = _logits(_streamed(copy, torch.float32))
     for kind, got, expected in (("files", stored, reference), ("sidecar", streamed, wanted)):
         error = _difference(got, expected)
         if not error <= _COPY_TOLERANCE:
@@ -157,11 +178,9 @@ def _difference(got: Tensor, expected: Tensor) -> float:
     return float(torch.where(same, 0.0, (got - expected).abs() / scale).amax())
 
 
-def _streamed(directory: Path, dtype: torch.dtype | str) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _streamed(copy: SourceModel, dtype: torch.dtype | str) -> Any:
     config = RippleConfig(dram_budget=_BUDGET)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=config)
+    return copy.loader.from_pretrained(copy.directory, dtype=dtype, quantization_config=config)
 
 
 @torch.no_grad()
@@ -169,4 +188,5 @@ def _logits(model: Any) -> Tensor:
     """Logits of random tokens, float32."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
-    return model(torch.randint(size, (1, _TOKENS), generator=generator)).logits.float()
+    ids = torch.randint(size, (1, _TOKENS), generator=generator)
+    return model(**text_inputs(model.config, ids), use_cache=False).logits.float()

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ripple_loader.checkpoint.shards import ORIGINAL, Shard, TensorSpot, fingerprint, sha256, stamp
+from ripple_loader.checkpoint.shards import (
+    ORIGINAL,
+    Shard,
+    TensorSpot,
+    fingerprint,
+    safetensors_name,
+    sha256,
+    stamp,
+)
 from ripple_loader.checkpoint.source import SourceModel
 from ripple_loader.files import LEFTOVERS, check_space, whole_file
 from ripple_loader.format.encoding import ENCODINGS, Encoding, rounding_error
@@ -81,10 +89,7 @@ def _weight_files(source: SourceModel, plan: ReorderPlan) -> list[str]:
         return [f"{ORIGINAL}/{name}" for name in names]
     if source.variant is None and all(name.endswith(".safetensors") for name in names):
         return names
-    count = len(names)
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return [safetensors_name(number, len(names)) for number in range(len(names))]
 
 
 def _copy_others(source: SourceModel, names: list[str], out: Path) -> None:

@@ -10,13 +10,13 @@ import os
 import threading
 import weakref
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ripple_loader.checkpoint.hub import base_directory
 from ripple_loader.checkpoint.mapped import StoredWeights
 from ripple_loader.config import RippleConfig
 from ripple_loader.format.layout import SIDECAR
@@ -175,10 +175,11 @@ class Engine:
         """A projection's bias, float32: of a row that selects (N,), or of the last row, the output (H,)."""
         return self._products.bias(layer, row)
 
-    def begin(self, tokens: int) -> None:
-        """Count the tokens of a new forward call."""
+    def begin(self, tokens: int, layers: int) -> None:
+        """Count the tokens of a new forward call of a stack of layers."""
         with self._lock:
             self.report.calls += 1
+            self.report.layer_calls += layers
             self.report.tokens += tokens
             self._fetcher.pause()
 
@@ -188,11 +189,24 @@ class Engine:
             self._places[layer] = torch.from_numpy(self.sidecar.permutation(layer)).long()
         return self._places[layer]
 
-    def is_own(self, directory: str) -> bool:
-        """Whether a directory holds the permuted weight files that are streamed, here or copied."""
-        if not (Path(directory) / SIDECAR).is_file():
+    def is_own(self, base: str) -> bool:
+        """Whether an adapter's base holds the permuted weight files that are streamed, here or copied.
+
+        Raises:
+            FileNotFoundError: it is a directory that is gone, so that its order of neurons is unknown.
+        """
+        if self.header.in_original_order:
             return False
-        return not self.header.in_original_order and Sidecar(directory).header.files == self.header.files
+        directory = base_directory(base)
+        if directory is None:
+            self.report.fall_back(
+                f"an adapter's base, {base}, is neither a directory nor in the cache of the hub: its order "
+                "of neurons is taken for the original model's, as it is unless the base is a reordered copy"
+            )
+            return False
+        if not (directory / SIDECAR).is_file():
+            return False
+        return Sidecar(directory).header.files == self.header.files
 
     def file_order(self, layer: int) -> Tensor:
         """The model's own index of the neuron at each place in the weight files, int64, shape (N,)."""

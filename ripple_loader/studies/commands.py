@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from ripple_loader.config import check_share
-from ripple_loader.registry import BUNDLES
+from ripple_loader.registry import BUNDLES, CACHE_POLICIES
 
-Model = Annotated[str, typer.Argument(help="The model's directory, as it was traced.")]
+Model = Annotated[str, typer.Argument(help="The model's directory or hub id, as it was traced.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 TraceOption = Annotated[str, typer.Option("--trace", help="Directory that `ripple trace` wrote for it.")]
 Devices = Annotated[str | None, typer.Option(help="YAML file of devices instead of the package's.")]
 Cache = Annotated[str, typer.Option(help='Memory for neurons, as a share of all of them: 0.25 or "25%".')]
@@ -31,14 +32,14 @@ def _share(text: str) -> float:
     return share
 
 
-def _workload(model: str, trace: str, bundles: str, tokens: int) -> Any:
+def _workload(model: str, revision: str | None, trace: str, bundles: str, tokens: int) -> Any:
     from ripple_loader.config import ReorderConfig
     from ripple_loader.format.encoding import ENCODINGS
     from ripple_loader.offline.reordering import open_reorderable, trace_of
     from ripple_loader.offline.writing import stored_as
     from ripple_loader.studies.simulation import workload_of
 
-    source, config = open_reorderable(Path(model)), ReorderConfig(bundles=bundles)
+    source, config = open_reorderable(model, revision), ReorderConfig(bundles=bundles)
     row_bytes = ENCODINGS[stored_as(source, config.bundles)].row_bytes(source.hidden)
     width = len(source.architecture.bundle) * row_bytes
     return workload_of(trace_of(source, Path(trace)), width, tokens)
@@ -64,6 +65,11 @@ def simulate(
     cache: Cache = "10%",
     tokens: Replayed = 512,
     bundles: Bundles = "same",
+    cache_policy: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Also replay Ripple with another cache policy: {CACHE_POLICIES.names()}."),
+    ] = None,
+    revision: Revision = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
 ) -> None:
     """Replay a trace to price the reads of a model's neurons on other drives, by strategy."""
@@ -73,15 +79,20 @@ def simulate(
     from ripple_loader.studies.simulation import place_contenders, replay_contenders, summarise
 
     cache_share = _share(cache)
+    for policy in cache_policy or ():
+        CACHE_POLICIES.check(policy)
     chosen = _devices(devices, device)
-    workload = _workload(model, trace, bundles, tokens)
+    workload = _workload(model, revision, trace, bundles, tokens)
     placed = place_contenders(workload)
     results: dict[str, Any] = {"cache": cache_share, "tokens": tokens, "bundle_bytes": workload.bundle_bytes}
     results["devices"] = {one.name: asdict(one) for one in chosen}
     results["strategies"] = {one.name: {} for one in chosen}
     for one in chosen:
         rows = results["strategies"][one.name]
-        for name, replayed in replay_contenders(workload, placed, one, cache_share=cache_share).items():
+        replays = replay_contenders(
+            workload, placed, one, cache_share=cache_share, policies=cache_policy or ()
+        )
+        for name, replayed in replays.items():
             rows[name] = summarise(replayed, tokens, one.model)
         table = Table(title=f"{one.name}: {one.description}", caption=one.source)
         table.add_column("")
@@ -105,6 +116,7 @@ def report(
     tokens: Replayed = 512,
     bundles: Bundles = "same",
     layer: Annotated[int, typer.Option(help="The MLP that the heat maps show.")] = 0,
+    revision: Revision = None,
 ) -> None:
     """Draw a trace, its order, and the reads that caches and drives give, as one HTML page."""
     from ripple_loader.files import whole_file
@@ -117,7 +129,7 @@ def report(
     probed = profile_path(device_of(Path(trace)))
     page = make_report(
         Path(model).name,
-        _workload(model, trace, bundles, tokens),
+        _workload(model, revision, trace, bundles, tokens),
         chosen,
         cache_share=cache_share,
         layer=layer,

@@ -190,7 +190,12 @@ def replay(
 
 
 def replay_contenders(
-    workload: Workload, placed: dict[str, list[Placed]], device: Device, *, cache_share: float
+    workload: Workload,
+    placed: dict[str, list[Placed]],
+    device: Device,
+    *,
+    cache_share: float,
+    policies: Iterable[str] = (),
 ) -> dict[str, Replay]:
     """The reads of all `CONTENDERS` on a device.
 
@@ -199,7 +204,9 @@ def replay_contenders(
         placed: from `place_contenders`.
         device: the drive.
         cache_share: memory for neurons, as a share of all of them.
+        policies: further policies of Ripple's cache, by their registered names.
     """
+    others = {f"Ripple, {policy} cache": replace(RIPPLE, cache_policy=policy) for policy in policies}
     size = int(cache_share * workload.weight_bytes)
     return {
         name: replay(
@@ -210,7 +217,7 @@ def replay_contenders(
             cache_bytes=size,
             block=device.block,
         )
-        for name, contender in CONTENDERS.items()
+        for name, contender in (CONTENDERS | others).items()
     }
 
 

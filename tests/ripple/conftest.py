@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -95,6 +97,7 @@ def token_ids(length: int = 24, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 CALIBRATION = [token_ids(64, seed=seed)[0] for seed in range(8)]
 SMALL = ReorderConfig(tokens=256, sequence_length=64)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +135,27 @@ def reordered(saved: Callable[..., Path]) -> Callable[..., Path]:
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """`cache(directory, name)`: puts a directory into a cache of the hub, where it is found offline."""
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def put(directory, name):
+        repository = folder / f"models--{name.replace('/', '--')}"
+        for part in ("refs", "blobs", f"snapshots/{COMMIT}"):
+            (repository / part).mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        for number, file in enumerate(directory.iterdir()):
+            shutil.copyfile(file, repository / "blobs" / f"{number:040}")
+            link = repository / "snapshots" / COMMIT / file.name
+            link.symlink_to(f"../../blobs/{number:040}")
+        return repository / "snapshots" / COMMIT
+
+    return put
 
 
 def load(directory: Path, **options: Any) -> PreTrainedModel:

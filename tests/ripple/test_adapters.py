@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+import pickle
 
 import peft
 import pytest
@@ -26,6 +28,7 @@ TARGETS = {
     "nemotron": ["up_proj", "down_proj"],
     "arcee": "all-linear",
     "mistral": "all-linear",
+    "opt": "all-linear",
     "starcoder2": "all-linear",
 }
 
@@ -65,7 +68,7 @@ def test_lora_in_streamed_mlps(name, saved, reordered, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3"])
 @pytest.mark.parametrize("safe", [False, True])
 def test_merged_adapters(name, safe, saved, reordered, tmp_path):
     stock, folder = adapted(saved, name, tmp_path)
@@ -202,17 +205,49 @@ def test_other_tuners_work_outside_of_the_mlps(kind, saved, reordered):
     assert relative_error(*outputs) < 1e-5
 
 
-@pytest.mark.parametrize("targets", [["fc1", "q_proj"], ["fc2"], "all-linear"])
-def test_linears_that_lie_in_the_layer_itself_are_refused(targets, reordered):
-    with pytest.raises(ValueError, match=r"fc[12] of MLP 0 must have no adapter"):
-        get_peft_model(load(reordered("opt")), LoraConfig(target_modules=targets))
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoHaConfig(target_modules=["fc1"]),
+        LoraConfig(target_modules=["fc2"], use_dora=True),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["fc2"]),
+    ],
+)
+def test_other_tuners_are_refused_on_linears_that_lie_in_the_layer_itself(config, reordered):
+    with pytest.raises(ValueError, match=r"stream.* by Ripple"):
+        get_peft_model(load(reordered("opt")), config)
+
+
+@torch.no_grad()
+def test_copies_of_layers_that_hold_adapted_linears(saved, reordered, tmp_path):
+    stock, folder = adapted(saved, "opt", tmp_path)
+    wanted = stock(token_ids()).logits
+    model = PeftModel.from_pretrained(load(reordered("opt")), folder).eval()
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert relative_error(one(token_ids()).logits, wanted) < 1e-5
+        one.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert relative_error(merged(token_ids()).logits, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
-def test_peft_says_that_it_finds_no_experts(parameter, reordered):
-    config = LoraConfig(target_modules=["q_proj"], target_parameters=[f"mlp.experts.{parameter}"])
-    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
-        get_peft_model(load(reordered("qwen3_moe")), config)
+def test_adapters_on_routed_experts_are_refused(parameter, reordered, saved, tmp_path):
+    targets = {"target_modules": ["q_proj"], "target_parameters": [f"mlp.experts.{parameter}"]}
+    with pytest.raises(ValueError, match=rf"{parameter} of routed experts must have no adapter"):
+        get_peft_model(load(reordered("qwen3_moe")), LoraConfig(**targets))
+    _, folder = adapted(saved, "qwen3_moe", tmp_path, **targets)
+    with pytest.raises(ValueError, match=rf"{parameter} of routed experts must have no adapter"):
+        PeftModel.from_pretrained(load(reordered("qwen3_moe")), folder)
+    with pytest.raises(ValueError, match=rf"{parameter} of routed experts must have no adapter"):
+        load(reordered("qwen3_moe")).load_adapter(str(folder))
+
+
+@torch.no_grad()
+def test_adapters_beside_routed_experts_work(reordered, saved, tmp_path):
+    stock, folder = adapted(saved, "qwen3_moe", tmp_path, target_modules=["q_proj", "o_proj"])
+    model = PeftModel.from_pretrained(load(reordered("qwen3_moe")), folder).eval()
+    assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5
+    assert not [name for name, _ in model.named_parameters() if "experts" in name]
 
 
 def test_an_adapted_model_is_not_attached(saved, reordered, tmp_path):
@@ -246,3 +281,35 @@ def test_an_adapter_of_the_copy_has_the_copys_order(name, reordered, tmp_path):
     whole.save_pretrained(tmp_path / "merged")
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative_error(written(ids).logits, wanted) < 1e-5
+
+
+def renamed(folder, base):
+    """The adapter in `folder` names `base` as its base model from now on."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+
+
+@torch.no_grad()
+def test_an_adapter_whose_base_is_gone_is_refused(reordered, tmp_path):
+    stock, folder = adapted(reordered, "llama", tmp_path)
+    renamed(folder, tmp_path / "gone")
+    model = PeftModel.from_pretrained(load(reordered("llama")), folder).eval()
+    with pytest.raises(FileNotFoundError, match=r"gone is gone: set `base_model_name_or_path`"):
+        model(token_ids())
+    renamed(folder, reordered("llama"))
+    model = PeftModel.from_pretrained(load(reordered("llama")), folder).eval()
+    assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_copy_on_the_hub_has_the_copys_order(reordered, saved, hub_cache, tmp_path):
+    stock, folder = adapted(reordered, "llama", tmp_path)
+    hub_cache(reordered("llama"), "somebody/reordered")
+    renamed(folder, "somebody/reordered")
+    model = PeftModel.from_pretrained(load(reordered("llama")), folder).eval()
+    assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5
+    stock, folder = adapted(saved, "llama", tmp_path)
+    renamed(folder, "somebody/unknown")
+    model = PeftModel.from_pretrained(load(reordered("llama")), folder).eval()
+    with pytest.warns(UserWarning, match="somebody/unknown, is neither a directory nor in the cache"):
+        assert relative_error(model(token_ids()).logits, stock(token_ids()).logits) < 1e-5

@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ripple_loader import reorder
@@ -79,7 +79,8 @@ def model_of(*mlps: nn.Module) -> nn.Module:
 
     model = nn.Module()
     model.blocks = nn.ModuleList(map(Layer, mlps))
-    model.config = type("Config", (), {"model_type": "toy"})()
+    model.config = PreTrainedConfig()
+    model.config.model_type = "toy"
     return model
 
 
@@ -129,7 +130,7 @@ def test_the_probe_finds_what_the_table_says(name):
 def test_a_model_that_is_no_causal_lm_is_refused():
     from transformers import ViTConfig
 
-    with pytest.raises(ValueError, match=r"must be given a causal language model, but .* for a vit"):
+    with pytest.raises(ValueError, match=r"must be given a causal language model, .* has none for a vit"):
         architecture_of(ViTConfig())
 
 
@@ -138,7 +139,10 @@ def outcome(model_type, folder) -> str:
     if model is None:
         return "not built"
     model.save_pretrained(folder / "model")
-    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    except ValueError:  # transformers cannot load the text model of emu3 and mllama by this class
+        return "not built"
     try:
         reorder(folder / "model", folder / "reordered", CALIBRATION[:2], SMALL)
     except ValueError:
@@ -150,6 +154,11 @@ def outcome(model_type, folder) -> str:
 @pytest.mark.parametrize("model_type", ["cohere", "glm4", "gptj", "jais2", "olmo3", "seed_oss"])
 def test_a_family_without_an_entry_streams(model_type, tmp_path):
     assert model_type not in ARCHITECTURES
+    assert outcome(model_type, tmp_path) == "equal"
+
+
+@pytest.mark.parametrize("model_type", ["biogpt", "xglm", "trocr"])
+def test_a_decoder_whose_layers_hold_the_linears_streams(model_type, tmp_path):
     assert outcome(model_type, tmp_path) == "equal"
 
 
@@ -166,7 +175,7 @@ def test_no_causal_lm_of_transformers_is_wrong(tmp_path):
     for result, types in outcomes.items():
         print(f"{result}: {len(types)}: {', '.join(types)}")
     assert set(outcomes) == {"equal", "refused", "not built"}
-    assert len(outcomes["equal"]) >= 60
+    assert len(outcomes["equal"]) >= 86
 
 
 def test_the_probe_reads_no_weights():

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ripple_loader import ReorderConfig, reorder
 from ripple_loader.files import Workspace
@@ -401,9 +401,3 @@ def test_a_model_with_code_of_its_own_is_refused(saved, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="must be a model of transformers' own, but runs code"):
         reorder(tmp_path / "model", tmp_path / "out", CALIBRATION, SMALL)
-
-
-def test_an_encoder_decoder_is_refused(tmp_path):
-    T5Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="but t5 is an encoder-decoder"):
-        reorder(tmp_path, tmp_path / "out", CALIBRATION, SMALL)

@@ -13,6 +13,8 @@ from ripple_loader.cli import app
 from ripple_loader.offline.calibration import cut_sequences
 from ripple_loader.offline.placement import Placed
 from ripple_loader.offline.trace import trace_source
+from ripple_loader.online.cache import NeuronCache
+from ripple_loader.registry import CACHE_POLICIES
 from ripple_loader.storage.devices import Device, load_devices
 from ripple_loader.storage.drive import DriveProfile, Measurement, device_of
 from ripple_loader.studies.html_report import coactivation_map
@@ -211,6 +213,7 @@ def test_simulate_and_report_on_the_command_line(traced, tmp_path, monkeypatch):
         ("simulate", ["--cache", "7"], "`cache` must be at least 0 and at most 1, got 7"),
         ("simulate", ["--cache", "some"], "`cache` must be a share such as"),
         ("simulate", ["--cache", "101%"], "`cache` must be at least 0 and at most 1, got 1.01"),
+        ("simulate", ["--cache-policy", "lfu"], "`cache_policy` must be one of"),
         ("simulate", ["--bundles", "int3"], "`bundles` must be one of"),
         ("simulate", ["--devices", "nowhere.yaml"], "No such file: nowhere.yaml"),
         ("report", ["--layer", "9"], "`layer` must be from 0 to 1"),
@@ -243,3 +246,24 @@ def test_the_cache_in_percent(traced, tmp_path):
         assert run.exit_code == 0, run.output
         written.append(out.read_text())
     assert written[0] == written[1]
+
+
+def test_any_registered_cache_policy_is_replayed(traced, tmp_path, monkeypatch):
+    monkeypatch.setattr(CACHE_POLICIES, "_choices", dict(CACHE_POLICIES._choices))
+
+    @CACHE_POLICIES.register("first")
+    class FirstCache(NeuronCache):
+        """The first neurons make room."""
+
+        def victims(self, count):
+            return self.evictable()[:count]
+
+    (model, trace), out = traced, tmp_path / "numbers.json"
+    given = [part for policy in ("first", *CACHE_POLICIES) for part in ("--cache-policy", policy)]
+    options = ["--device", "ufs-4.0", "--tokens", "64", "--json", str(out), *given]
+    run = CliRunner().invoke(app, ["simulate", model, "--trace", trace, *options])
+    assert run.exit_code == 0, run.output
+    rows = json.loads(out.read_text())["strategies"]["ufs-4.0"]
+    assert set(rows) == {*CONTENDERS, *(f"Ripple, {policy} cache" for policy in CACHE_POLICIES)}
+    assert rows["Ripple, linked cache"] == rows["Ripple"]
+    assert rows["Ripple, first cache"]["hits"] > 0

@@ -1,9 +1,7 @@
 """Models as they are found: hub ids, `pytorch_model.bin`, variants; other formats are refused by name."""
 
 import json
-import shutil
 
-import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,10 +11,10 @@ from ripple_loader import ReorderConfig, RippleConfig, attach, reorder
 from ripple_loader.checkpoint.shards import read_shard
 from ripple_loader.checkpoint.source import open_source
 from ripple_loader.cli import app
+from ripple_loader.offline.trace import trace_source
 from ripple_loader.offline.verification import verify
-from tests.ripple.conftest import CALIBRATION, SMALL, load, make_model, relative_error, token_ids
+from tests.ripple.conftest import CALIBRATION, COMMIT, SMALL, load, make_model, relative_error, token_ids
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONLY = ReorderConfig(tokens=256, sequence_length=64, sidecar_only=True)
 
 
@@ -27,24 +25,8 @@ def same(out, model, **options):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """`cache(directory, name)`: puts a directory into a cache of the hub, where it is found offline."""
-    folder = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-    def put(directory, name):
-        repository = folder / f"models--{name.replace('/', '--')}"
-        for part in ("refs", "blobs", f"snapshots/{COMMIT}"):
-            (repository / part).mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
-        for number, file in enumerate(directory.iterdir()):
-            shutil.copyfile(file, repository / "blobs" / f"{number:040}")
-            link = repository / "snapshots" / COMMIT / file.name
-            link.symlink_to(f"../../blobs/{number:040}")
-        return repository / "snapshots" / COMMIT
-
-    return put
+def cache(hub_cache):
+    return hub_cache
 
 
 @pytest.mark.parametrize("config", [SMALL, ONLY], ids=["copy", "sidecar only"])
@@ -161,68 +143,39 @@ def test_a_variant_is_reordered(size, config, tmp_path):
         open_source(tmp_path / "model", "int8")
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "awq", "compressed-tensors", "bitsandbytes"])
-def test_a_quantized_checkpoint_is_refused_by_its_method(method, saved, tmp_path):
-    shutil.copytree(saved("llama"), tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}})
-    )
-    with pytest.raises(ValueError, match=rf"is quantized with {method}: .*"):
-        reorder(tmp_path / "model", tmp_path / "out", CALIBRATION, SMALL)
-
-
-def quantize(tensor):
-    """A weight in fp8 and the scale of each block of 128 by 128."""
-    rows, columns = tensor.shape
-    sizes = (-1, min(rows, 128), max(1, columns // 128), min(columns, 128))
-    blocks = tensor.float().view(sizes)
-    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
-    return (blocks / scale).view(rows, columns).to(torch.float8_e4m3fn), scale[:, 0, :, 0].contiguous()
-
-
-def test_the_way_out_of_fp8_works(tmp_path):
-    from safetensors.torch import save_file
-    from transformers import FineGrainedFP8Config
-
-    sizes = {"mlp_bias": False, "hidden_size": 128, "intermediate_size": 256}
-    model, folder = make_model("llama", torch.bfloat16, **sizes), tmp_path / "fp8"
-    model.save_pretrained(folder)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if "proj" in name:
-            tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensor)
-        else:
-            tensors[name] = tensor.clone()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"save_pretrained\(NEW, save_original_format=False\)"):
-        reorder(folder, tmp_path / "out", CALIBRATION, SMALL)
-    dequantized = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=FineGrainedFP8Config(dequantize=True)
-    )
-    dequantized.save_pretrained(tmp_path / "new", save_original_format=False)
-    reorder(tmp_path / "new", tmp_path / "out", CALIBRATION, SMALL)
-    with torch.no_grad():
-        error = relative_error(load(tmp_path / "out")(token_ids()).logits, dequantized(token_ids()).logits)
-    assert error < 5e-2  # of bfloat16
-
-
-def test_a_gguf_file_is_refused_with_the_way_out(tmp_path):
-    (tmp_path / "model.gguf").touch()
-    for path in (tmp_path, tmp_path / "model.gguf"):
-        with pytest.raises(ValueError, match=r"holds a GGUF file: load it .*gguf_file=NAME"):
-            reorder(path, tmp_path / "out", CALIBRATION, SMALL)
-
-
 def test_the_command_line_takes_a_hub_id(cache, saved, tmp_path):
     cache(saved("llama"), "somebody/model")
-    from ripple_loader.offline.trace import trace_source
-
     trace_source(open_source(saved("llama")), [token_ids(64)], ReorderConfig(), tmp_path / "trace")
     options = ["--trace", str(tmp_path / "trace"), "--revision", "main", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, ["reorder", "somebody/model", *options])
     assert result.exit_code == 0, result.output
     assert same(tmp_path / "out", saved("llama"))
+
+
+def test_every_command_that_takes_a_hub_id_takes_a_revision(cache, saved, reordered, tmp_path):
+    cache(saved("llama"), "somebody/model")
+    cache(reordered("llama"), "somebody/reordered")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    trace_source(
+        open_source(saved("llama")),
+        [ids[None] for ids in CALIBRATION[:4]],
+        ReorderConfig(),
+        tmp_path / "trace",
+    )
+    trace, out = ["--trace", str(tmp_path / "trace")], str(tmp_path / "new")
+    text = ["--calibration", str(tmp_path / "text.jsonl")]
+    commands = {
+        "trace": ["trace", "somebody/model", *text, "--out", out],
+        "reorder": ["reorder", "somebody/model", *trace, "--out", out],
+        "simulate": ["simulate", "somebody/model", *trace, "--tokens", "64", "--device", "ufs-4.0"],
+        "report": ["report", "somebody/model", *trace, "--tokens", "64", "--out", str(tmp_path / "x.html")],
+        "verify": ["verify", str(reordered("llama")), "--original", "somebody/model"],
+        "generate": ["generate", "somebody/reordered", "a"],
+    }
+    for name, arguments in commands.items():
+        result = CliRunner().invoke(app, [*arguments, "--revision", "nowhere"])
+        assert result.exit_code == 2, name
+        assert "could not be fetched" in result.output, name
+    for name in ("reorder", "simulate", "report", "verify"):
+        result = CliRunner().invoke(app, [*commands[name], "--revision", COMMIT])
+        assert result.exit_code == 0, result.output
