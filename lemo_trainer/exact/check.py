@@ -72,8 +72,8 @@ _STANCE = threading.Lock()
 def _try(parts: CausalLM, run: Run, lazy: bool) -> Trial:
     runs: dict[str, bool] = {}
     sizes: dict[str, LayerBytes] = {}
-    # Nothing is worth compiling (flex attention) for 8 tokens. The stance is the whole process's: threads would
-    # restore each other's.
+    # Nothing is worth compiling (flex attention) for 8 tokens. The stance is the whole process's: threads
+    # would restore each other's.
     with _STANCE, torch.compiler.set_stance("force_eager"):
         for padding in (0, 2):  # of two samples, one is padded
             for layer, (x_BSD, arguments) in zip(parts.layers, _calls(parts, padding, lazy), strict=True):
