@@ -1,0 +1,81 @@
+"""The same graph on the same machine gets the same plan, whatever else the machine does."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import ollie_compile
+from ollie_compile import backend
+from ollie_compile.measure.machine import Machine
+
+BUSY = "while True: pass"
+
+
+class SideBySide(nn.Module):
+    """Products of one tensor, which are joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(256, 96, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return [part(x).relu() for part in self.parts]
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(32, 16, 1), nn.ReLU(), nn.Conv2d(16, 1, 7, padding=3)).eval()
+
+
+CASES = {
+    "default options": (convolutions, (1, 32, 48, 48), {}),
+    "frozen": (convolutions, (1, 32, 48, 48), {"freeze": True, "budget_s": 30, "max_depth": 0}),
+    "subprograms": (SideBySide, (1, 256), {"freeze": True, "budget_s": 30, "max_depth": 0}),
+}
+
+
+@contextlib.contextmanager
+def busy():
+    """A busy process for each core of this one, and one more."""
+    loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(len(os.sched_getaffinity(0)) + 1)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_plans_are_the_same_beside_busy_processes(name, monkeypatch, tmp_path):
+    make, shape, options = CASES[name]
+    torch.manual_seed(0)
+    net, x = make().eval(), torch.randn(shape)
+
+    def planned(folder):
+        """Of each operator: the steps of its derivation, and the program with its kernels."""
+        monkeypatch.setenv("OLLIE_CACHE_DIR", str(tmp_path / folder / "plans"))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / folder / "inductor"))
+        monkeypatch.setattr(backend.CONTEXT, "machine", Machine())
+        torch.compiler.reset()
+        backend.CONTEXT.reset()
+        report = ollie_compile.explain(net, x, **options)
+        winners = [(str(plan.operator), plan.winner) for _, plan in report.plans]
+        return [
+            (operator, winner and (str(winner.program), [step.rules for step in winner.derivation.steps]))
+            for operator, winner in winners
+        ]
+
+    planned(
+        "warm"
+    )  # Inductor has compiled its headers, whose time is part of the first graph's default budget
+    alone = planned("alone")
+    with busy():
+        beside = planned("beside")
+    assert [operator for operator, winner in alone if winner] != []
+    assert beside == alone
