@@ -27,15 +27,11 @@ class SideBySide(nn.Module):
         return [part(x).relu() for part in self.parts]
 
 
-def convolutions():
-    return nn.Sequential(nn.Conv2d(32, 16, 1), nn.ReLU(), nn.Conv2d(16, 1, 7, padding=3)).eval()
-
-
-CASES = {
-    "default options": (convolutions, (1, 32, 48, 48), {}),
-    "frozen": (convolutions, (1, 32, 48, 48), {"freeze": True, "budget_s": 30, "max_depth": 0}),
-    "subprograms": (SideBySide, (1, 256), {"freeze": True, "budget_s": 30, "max_depth": 0}),
+CASES = {  # with budgets that suffice: what a budget cuts short depends on the speed of the processor
+    "a convolution": (lambda: nn.Conv2d(32, 1, 5, padding=2), (1, 32, 48, 48)),
+    "subprograms": (SideBySide, (1, 256)),
 }
+OPTIONS = {"freeze": True, "budget_s": 60, "max_depth": 0, "candidates": 1}
 
 
 @contextlib.contextmanager
@@ -53,7 +49,7 @@ def busy():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_plans_are_the_same_beside_busy_processes(name, monkeypatch, tmp_path):
-    make, shape, options = CASES[name]
+    make, shape = CASES[name]
     torch.manual_seed(0)
     net, x = make().eval(), torch.randn(shape)
 
@@ -64,16 +60,13 @@ def test_plans_are_the_same_beside_busy_processes(name, monkeypatch, tmp_path):
         monkeypatch.setattr(backend.CONTEXT, "machine", Machine())
         torch.compiler.reset()
         backend.CONTEXT.reset()
-        report = ollie_compile.explain(net, x, **options)
+        report = ollie_compile.explain(net, x, **OPTIONS)
         winners = [(str(plan.operator), plan.winner) for _, plan in report.plans]
         return [
             (operator, winner and (str(winner.program), [step.rules for step in winner.derivation.steps]))
             for operator, winner in winners
         ]
 
-    planned(
-        "warm"
-    )  # Inductor has compiled its headers, whose time is part of the first graph's default budget
     alone = planned("alone")
     with busy():
         beside = planned("beside")
