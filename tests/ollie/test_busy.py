@@ -16,20 +16,8 @@ from ollie_compile.measure.machine import Machine
 BUSY = "while True: pass"
 
 
-class SideBySide(nn.Module):
-    """Products of one tensor, which are joined."""
-
-    def __init__(self):
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(256, 96, bias=False) for _ in range(3))
-
-    def forward(self, x):
-        return [part(x).relu() for part in self.parts]
-
-
 CASES = {  # with budgets that suffice: what a budget cuts short depends on the speed of the processor
     "a convolution": (lambda: nn.Conv2d(32, 1, 5, padding=2), (1, 32, 48, 48)),
-    "subprograms": (SideBySide, (1, 256)),
 }
 OPTIONS = {"freeze": True, "budget_s": 60, "max_depth": 0, "candidates": 1}
 
