@@ -117,6 +117,21 @@ def test_a_check_that_would_not_end_in_time_does_not_begin(context, check):
     assert rejected(made).count(candidates.OUT_OF_TIME) >= preparing.MAX_BOUNDED - 1
 
 
+def test_a_candidate_whose_check_fails_leaves_the_others(context, check, caplog, monkeypatch):
+    raised = iter([RuntimeError("no such dimension")])
+
+    def fault(self, candidate):
+        if (error := next(raised, None)) is not None:
+            raise error
+
+    monkeypatch.setattr(check.checks, "_fault", fault)
+    made = planner.plan(conv(), MODEL, 10.0, context)
+    assert "its check failed: no such dimension" in rejected(made)
+    assert made.winner is not None
+    assert "is dropped, it raised" in caplog.text
+    caplog.clear()
+
+
 def test_checks_leave_time_to_measure(context, check, compiling):
     check.seconds, compiling.seconds = 2.0, 1.0
     made = planner.plan(conv(), MEASURE, 10.0, context)
