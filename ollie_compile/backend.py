@@ -95,7 +95,15 @@ def _fastest(
 
     def rewritten(graph: fx.GraphModule, more: dict[str, Any], config: OllieConfig, changed: bool) -> Any:
         return build(
-            graph, patches(config, inductor | more, next(reports, Report()), context, changed=changed)
+            graph,
+            patches(
+                config,
+                inductor | more,
+                next(reports, Report()),
+                context,
+                inputs=example_inputs,
+                changed=changed,
+            ),
         )
 
     def original(graph: fx.GraphModule, more: dict[str, Any]) -> Any:
@@ -126,11 +134,12 @@ def patches(
     report: Report,
     context: Context = CONTEXT,
     *,
+    inputs: Sequence[Any] = (),
     changed: bool = False,
 ) -> dict[str, Any]:
-    """Inductor's options with the pass behind the user's own; `changed` as in `DerivationPass`."""
+    """Inductor's options with the pass behind the user's own; `inputs`, `changed` as in `DerivationPass`."""
     before = _passes(inductor, "joint_custom_pre_pass")
-    derivation = DerivationPass(config, report, context, before, changed=changed)
+    derivation = DerivationPass(config, report, context, before, inputs=inputs, changed=changed)
     own = {"joint_custom_pre_pass": derivation, "freezing": config.freeze}
     return _libraries(config, inductor, report, context) | own
 

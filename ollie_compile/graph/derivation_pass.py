@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ollie_compile import compat, store
 from ollie_compile.compat import CustomGraphPass, get_hash_for_files
+from ollie_compile.compat import freezing as inductor
 from ollie_compile.config import OllieConfig
-from ollie_compile.graph import precision
+from ollie_compile.graph import precision, weights
 from ollie_compile.graph.splicing import NOT_SPLICED, splice
 from ollie_compile.lift.aten import unsupported
 from ollie_compile.lift.declared import declarations
@@ -47,6 +48,7 @@ class DerivationPass(CustomGraphPass):
     Args:
         context: the plans and the machine of the process.
         before: the user's own passes.
+        inputs: of the graph of Dynamo; operators that read weights which are not finite are left.
         changed: whether to stop the compilation with `UnchangedError` when nothing is rewritten.
     """
 
@@ -57,9 +59,12 @@ class DerivationPass(CustomGraphPass):
         context: Context,
         before: Sequence[Callable[[fx.Graph], None]],
         *,
+        inputs: Sequence[Any] = (),
         changed: bool = False,
     ) -> None:
         self.config, self.report, self.context = config, report, context
+        self.not_finite = weights.not_finite(inputs)
+        self.parameters = [place for place, one in enumerate(inputs) if isinstance(one, nn.Parameter)]
         self.before, self.changed = before, changed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DerivationPass:
@@ -69,7 +74,7 @@ class DerivationPass(CustomGraphPass):
     def uuid(self) -> Any:
         """None, so that Inductor caches nothing, if passes, rules or kernels of users have no identity."""
         theirs = [custom.uuid() if isinstance(custom, CustomGraphPass) else None for custom in self.before]
-        decisive = (asdict(self.config), torch.get_num_threads(), declarations(), theirs)
+        decisive = (asdict(self.config), torch.get_num_threads(), declarations(), theirs, self.not_finite)
         return None if None in theirs or user_extensions() else get_hash_for_files(_SOURCES, repr(decisive))
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -79,18 +84,20 @@ class DerivationPass(CustomGraphPass):
             custom(graph)
         rounded = self._widen(graph)
         targets = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+        spoilt = self._spoilt(graph)
         joint = [] if compat.is_joint_graph(graph) else self._subprograms(graph)
+        joint = [found for found in joint if spoilt.isdisjoint(found[1].inputs)]
         targets.subtract(self._report_declared(graph, joint))
         deadline = self.context.machine.now() + self.config.budget_s
         wanted = Counter(operator for operator, _ in joint)
-        wanted.update(operator for operator, _ in _single(graph) if not isinstance(operator, str))
+        wanted.update(operator for operator, _ in _single(graph, spoilt) if not isinstance(operator, str))
         plans = plan_all(wanted, self.config, self.config.budget_s, self.context)
         replaced: dict[fx.Node, fx.Node] = {}
         for operator, site in joint:
             if self._replace(graph, site, plans[operator], replaced):
                 targets.subtract(str(node.target) for node in site.nodes)
         # Winners may hold convolutions that are new, and have replaced some of those above.
-        single = _single(graph)
+        single = _single(graph, spoilt)
         new = Counter(operator for operator, _ in single if not isinstance(operator, str))
         left_s = deadline - self.context.machine.now()
         left_s -= sum(compiling_s(plan, wanted[operator]) for operator, plan in plans.items())
@@ -108,6 +115,19 @@ class DerivationPass(CustomGraphPass):
         logger.info("ollie: %s", self.report.summary)
         if self.changed and not rounded and not self.report.rewritten:
             raise UnchangedError
+
+    def _spoilt(self, graph: fx.Graph) -> frozenset[fx.Node]:
+        """The weights that are not finite, and what is computed from weights with one of them."""
+        traced = inductor.traced_parameters()
+        places = [*weights.not_finite(traced), *(len(traced) + place for place in self.not_finite)]
+        # For gradients AOTAutograd does not say which inputs are weights.
+        known = {*compat.static_inputs(), *range(len(traced)), *(len(traced) + n for n in self.parameters)}
+        places = sorted(known.intersection(places))
+        if not places:
+            return frozenset()
+        self.report.note(f"weights that hold values which are not finite: {len(places)}")
+        placeholders = graph.find_nodes(op="placeholder")
+        return weights.readers(graph, [placeholders[place] for place in places], _fixed(graph))
 
     def _widen(self, graph: fx.Graph) -> int:
         """Compute products of half precision in float32 if that is asked for; returns their number."""
@@ -169,14 +189,20 @@ def operator_count(graph: fx.Graph) -> int:
     return sum(node.op.startswith("call_") for node in graph.nodes)
 
 
-def _single(graph: fx.Graph) -> list[tuple[Operator | str, Site]]:
-    """Convolutions and their gradients, or why one cannot be derived, with where they stand."""
+def _single(graph: fx.Graph, spoilt: Set[fx.Node]) -> list[tuple[Operator | str, Site]]:
+    """Convolutions and their gradients, or why one cannot be derived, with where they stand.
+
+    Args:
+        spoilt: nodes that no derived operator may read.
+    """
     found: list[tuple[Operator | str, Site]] = []
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
         found.append((dynamic.recognize(node), Site((node,), (node,), tuple(node.args[:2]))))
     for node, inputs, operator in gradients.find(graph):
         found.append((operator, Site((node,), (node,), inputs)))
-    return found
+    return [
+        (operator if spoilt.isdisjoint(site.inputs) else weights.REASON, site) for operator, site in found
+    ]
 
 
 def _guards(graph: fx.Graph) -> list[str]:

@@ -46,6 +46,8 @@ def effects_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Effects:
     Args:
         inputs: the graph's inputs; tensors may be fake.
     """
+    if any(isinstance(value, Tensor) and value.device.type == "meta" for value in inputs):
+        return Effects(unsafe="tensors on the device meta have no data")
     called = [target for module in _graphs(gm) for target in _targets(module)]
     communicates = _first(map(_communicates, [*called, *inputs]))
     unsafe = _first(map(_why_unsafe, called))

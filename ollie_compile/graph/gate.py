@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from ollie_compile.graph.derivation_pass import UnchangedError, operator_count
 from ollie_compile.graph.effects import Effects
 from ollie_compile.measure.isolation import outside_compilation
 from ollie_compile.measure.machine import Machine
+from ollie_compile.measure.timing import fastest_first
 from ollie_compile.plan.extensions import user_extensions
 from ollie_compile.report.report import Report
 
@@ -33,7 +34,7 @@ LONG_S = 20.0  # a budget that pays for one compilation more
 TUNING_S = 5.0  # what Inductor takes to tune a product
 FEW_ROWS = 4  # of a product, for which Inductor's own kernels may be faster than the libraries'
 AGAIN = 0.25  # of Inductor's time, what it takes for a graph most of whose kernels it has built before
-MARGIN = 0.03  # by which eager torch must be faster
+NOISE = 0.03  # share by which times of equally fast graphs may differ
 
 Compiled = Callable[..., Any]
 Compiler = Callable[..., Compiled]
@@ -128,7 +129,7 @@ def _compared(
             built[INDUCTOR] = first
         seconds = _measured(built, inputs, machine)
         for end in further:
-            best = min(seconds.keys() - {EAGER}, key=seconds.__getitem__)
+            best = _chosen(seconds.keys() - {EAGER}, seconds)
             # What is merged may be tuned less well than what it was merged from.
             for which in [it for it in built if it in (best, INDUCTOR)] if end == TUNED else [best]:
                 built[which + end] = build(which + end, copied(spare), config)
@@ -136,11 +137,17 @@ def _compared(
     except Exception as error:  # such as too little memory for all of them
         report.note(f"the whole graph was not compared: {str(error).partition(chr(10))[0]}")
         return last, None
-    chosen = min(seconds, key=lambda which: seconds[which] * (1 + MARGIN * (which == EAGER)))
+    chosen = _chosen(seconds.keys(), seconds)
     _say(report, chosen, seconds)
     if not chosen.startswith(REWRITTEN):
         report.kept += replaced
     return built[chosen], {"chosen": chosen, "seconds": seconds, "planning_s": config.budget_s}
+
+
+def _chosen(among: Collection[str], seconds: dict[str, float]) -> str:
+    """The fastest way; of equally fast ones the rewritten graph, then Inductor's, then eager torch."""
+    order = sorted(among, key=lambda which: (which == EAGER, not which.startswith(REWRITTEN), which))
+    return fastest_first(order, seconds.__getitem__, NOISE)[0]
 
 
 def _for_planning(config: OllieConfig, graph: fx.Graph, inductor_s: float) -> tuple[OllieConfig, list[str]]:
@@ -158,7 +165,7 @@ def _for_planning(config: OllieConfig, graph: fx.Graph, inductor_s: float) -> tu
     left_s = config.budget_s - inductor_s * AGAIN
     further = []
     for end, seconds in takes_s.items():
-        if config.budget_s >= LONG_S and (end == CONTIGUOUS or seconds < left_s):
+        if config.budget_s >= LONG_S and seconds < left_s:
             further.append(end)
             left_s -= seconds
     return replace(config, budget_s=max(0.0, left_s)), further

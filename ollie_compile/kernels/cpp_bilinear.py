@@ -347,7 +347,7 @@ def reference(x: Tensor, weight: Tensor, size: Sequence[int], form: Form) -> Ten
     index = torch.where(held.unsqueeze(-1), index + along.flatten(), 0)
     taken = x.flatten()[index] * held.unsqueeze(-1)  # [*tiles, *columns, channels]
     weights = math.prod(tiles[:apart])
-    taken = taken.flatten(0, len(tiles) - 1)
+    taken = taken.reshape(-1, *taken.shape[len(tiles) :])  # one tile where there is no loop over tiles
     for matrix in data:  # each takes the first of the columns and leaves its rows as the last
         taken = torch.tensordot(taken, matrix, ([1], [1]))
     planes = taken.flatten(2).unflatten(0, (weights, -1))

@@ -79,6 +79,8 @@ def unsupported(node: fx.Node, tensors: Sequence[fx.Node] = ()) -> str | None:
         return f"dtypes {' and '.join(sorted(map(str, dtypes)))}"
     if len(devices) != 1:
         return f"devices {' and '.join(sorted(map(str, devices)))}"
+    if devices == {torch.device("meta")}:
+        return "tensors without data, on the device meta"
     return None
 
 

@@ -39,8 +39,6 @@ EMITTED = {
         aten.select.int,
         aten.slice.Tensor,
         aten.split_with_sizes.default,
-        aten.squeeze.dim,
-        aten.t.default,
         aten.transpose.int,
         aten.unfold.default,
         aten.unsqueeze.default,

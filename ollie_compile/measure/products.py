@@ -98,7 +98,11 @@ def move_packed(node: fx.Node, profile: Profile, margin: float) -> str:
 
 
 def fastest(offered: dict[str, timing.Call], kept: str, margin: float, what: str, profile: Profile) -> str:
-    """Which call is fastest by what is measured now or was before; one must beat `kept` by the margin."""
+    """Which call is fastest by what is measured now or was before; it beats those in front by the margin.
+
+    Args:
+        kept: comes first; the others come as they are offered.
+    """
     measured: dict[str, float] = {}
 
     def of(which: str) -> float:
@@ -111,4 +115,5 @@ def fastest(offered: dict[str, timing.Call], kept: str, margin: float, what: str
     seconds = {
         which: profile.seconds(cpu, f"{which}: {what}", functools.partial(of, which)) for which in offered
     }
-    return min(seconds, key=lambda which: seconds[which] * (1 if which == kept else 1 + margin))
+    order = sorted(offered, key=lambda which: which != kept)
+    return timing.fastest_first(order, seconds.__getitem__, margin)[0]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import TypeVar
 
 import torch
 
 from ollie_compile.measure import clock
 
 Call = Callable[[], object]
+T = TypeVar("T")
 ROUNDS, FEWEST_ROUNDS = 15, 3
 SAMPLE_S = 0.001  # one sample repeats a call for about this long
 BUDGET_S, LEAST_BUDGET_S = 0.02, 0.04  # for which one call is repeated, to find its median and its least time
+NOISE = 0.05  # share by which times of equally fast calls may differ
 
 
 def measure(
@@ -70,6 +74,23 @@ def _times(call: Call, budget_s: float) -> list[float]:
         synchronize()
         times.append(clock.of_calls() - start)
     return sorted(times)
+
+
+def fastest_first(things: Iterable[T], seconds: Callable[[T], float], noise: float = NOISE) -> list[T]:
+    """Sort by time; things that differ by noise alone keep their order, so that noise decides nothing.
+
+    Args:
+        noise: share of the fastest thing's time by which another may take longer and count as equally fast.
+    """
+    timed = [(seconds(thing), place, thing) for place, thing in enumerate(things)]
+    groups: list[list[tuple[int, T]]] = []
+    limit = -math.inf
+    for taken, place, thing in sorted(timed, key=itemgetter(0)):
+        if taken > limit:
+            groups.append([])
+            limit = taken * (1 + noise)
+        groups[-1].append((place, thing))
+    return [thing for group in groups for _, thing in sorted(group, key=itemgetter(0))]
 
 
 def synchronize() -> None:

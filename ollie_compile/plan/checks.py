@@ -163,7 +163,13 @@ class Checks:
         """Whether a candidate is right and rounds no more than it may; otherwise it is rejected."""
         start = self.machine.now()
         late = start + self.slowest_s > self.deadline
-        candidate.rejected = OUT_OF_TIME if late else self._fault(candidate)
+        try:
+            candidate.rejected = OUT_OF_TIME if late else self._fault(candidate)
+        except Exception as error:  # of a kernel, or too little memory: the other candidates still stand
+            candidate.rejected = f"its check failed: {error}"
+            logger.error(
+                "ollie: %s: %s is dropped, it raised", self.operator, candidate.program, exc_info=True
+            )
         self.slowest_s = max(self.slowest_s, self.machine.now() - start)
         return candidate.rejected is None
 

@@ -7,7 +7,7 @@ import math
 
 from ollie_compile.config import OllieConfig
 from ollie_compile.measure.machine import Machine
-from ollie_compile.measure.timing import Call
+from ollie_compile.measure.timing import Call, fastest_first
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate, Plan
 from ollie_compile.plan.checks import Checks
 from ollie_compile.plan.placing import (
@@ -24,7 +24,6 @@ from ollie_compile.plan.placing import (
 logger = logging.getLogger(__name__)
 
 COMPARED = 2  # programs as they are called that are timed once more, beside the original
-NOISE = 0.05  # share by which timings of equally fast programs may differ; the lowest bound wins among them
 NO_FASTER = "measured no faster than the original"
 
 
@@ -53,9 +52,8 @@ def _measure(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) 
     finalists = _best_calls(plan, config, machine, checks, bar_s, deadline)
     bar_s = min([bar_s, *(candidate.measured_s or math.inf for candidate in finalists)])
     hopeful = [one for one in plan.open if one.bound_s < bar_s and not one.program.standalone]
-    hopeful.sort(key=lambda candidate: candidate.bound_s * (candidate.measured_s or math.inf))
     compiled = 0
-    for candidate in hopeful:
+    for candidate in fastest_first(hopeful, lambda one: one.bound_s * (one.measured_s or math.inf)):
         if compiled == config.candidates:
             break
         if not _may_compile(plan, candidate, machine, checks, deadline, known=candidate in finalists):
@@ -79,7 +77,7 @@ def _best_calls(
 ) -> dict[Candidate, Call]:
     """The fastest programs as they are called, of those that beat `bar_s` and pass the checks."""
     finalists: dict[Candidate, Call] = {}
-    for candidate in sorted(plan.open, key=lambda candidate: candidate.measured_s or math.inf):
+    for candidate in fastest_first(plan.open, lambda candidate: candidate.measured_s or math.inf):
         if (candidate.measured_s or math.inf) > bar_s or len(finalists) == COMPARED:
             break
         candidate.compile_s = seconds_in_graph(candidate, machine)
@@ -122,7 +120,8 @@ def _compare(
 ) -> None:
     """Measure the finalists and the original in turn.
 
-    Of the fastest, the one with the lowest bound wins, if it beats the original enough.
+    Of those that beat the original enough the fastest wins, and the first in the plan's order of those that
+    are equally fast.
     """
     operator = plan.operator
     build = machine.called if is_library_call(operator) else machine.compiled
@@ -140,10 +139,8 @@ def _compare(
     if not faster:
         plan.reason = "the original measured fastest"
         return
-    # Timings that differ by noise alone must not change the plan from one run to the next.
-    best_s = min(candidate.measured_s or 0.0 for candidate in faster)
-    near = [one for one in faster if (one.measured_s or 0.0) <= best_s * (1 + NOISE)]
-    plan.winner = min(near, key=plan.candidates.index)
+    faster.sort(key=plan.candidates.index)
+    plan.winner = fastest_first(faster, lambda candidate: candidate.measured_s or 0.0)[0]
     plan.reason = "measured fastest"
     for candidate in faster:
         if candidate is not plan.winner:

@@ -15,6 +15,7 @@ import torch
 
 from ollie_compile.config import OllieConfig
 from ollie_compile.measure.isolation import outside_compilation
+from ollie_compile.measure.timing import fastest_first
 from ollie_compile.plan import choice, preparing, saved
 from ollie_compile.plan.candidates import OUT_OF_TIME, SAME_BUDGET, Plan, compiling_s
 from ollie_compile.plan.context import Context, PlanKey
@@ -24,6 +25,7 @@ from ollie_compile.problems.operators import Operator
 logger = logging.getLogger(__name__)
 
 PREPARED = 0.7  # share of a graph's budget after which no search, bound or first timing begins
+LEAST_WEIGHT = 1e-9  # seconds; lighter plans are equally light
 LEAST_S = 1.5  # in which an operator can be searched, and its best candidate be built and timed
 
 
@@ -120,9 +122,12 @@ class Planner:
     ) -> None:
         """Take a step of every plan, the heaviest first, each with a share of the time by its weight.
 
+        Equally heavy ones come in the order of the graph.
+
         A plan gets at least `LEAST_S`: a short budget serves a few operators instead of none.
         """
-        plans = sorted((one for one in results.values() if isinstance(one, Plan)), key=weight, reverse=True)
+        plans = [one for one in results.values() if isinstance(one, Plan)]
+        plans = fastest_first(plans, lambda plan: 1 / max(weight(plan), LEAST_WEIGHT))
         weights = [weight(plan) for plan in plans]
         for place, plan in enumerate(plans):
             start = self.machine.now()

@@ -14,6 +14,7 @@ from ollie_compile.lower.layouts import programs
 from ollie_compile.lower.lowering import Program
 from ollie_compile.measure.bounds import largest_elements
 from ollie_compile.measure.machine import Machine
+from ollie_compile.measure.timing import fastest_first
 from ollie_compile.plan import exactness
 from ollie_compile.plan.candidates import OUT_OF_TIME, Candidate, Plan
 from ollie_compile.plan.checks import check_notation
@@ -93,7 +94,10 @@ def _reject_constants(plan: Plan) -> None:
 
 
 def _bound(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) -> None:
-    """Bound every candidate's time, reject what cannot win, and sort by the bound."""
+    """Bound every candidate's time, reject what cannot win, and sort by the bound.
+
+    Bounds rest on measured products, so that those which differ by noise are sorted by the least work.
+    """
     operator = plan.operator
     assert plan.original_s is not None
     limit_s, most_elements = plan.original_s * (1 - config.margin), largest_allowed(operator)
@@ -113,7 +117,7 @@ def _bound(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) -
             )
             if candidate.bound_s > limit_s:
                 candidate.rejected = "its cost bound does not beat the original"
-    plan.candidates.sort(key=lambda candidate: candidate.bound_s)
+    plan.candidates = fastest_first(plan.candidates, lambda candidate: candidate.bound_s)
 
 
 def _ahead(scope: Scope, parameters: tuple[str, ...]) -> Scope:

@@ -58,6 +58,8 @@ class Counting(nn.Module):
         ((2.0, 1.0, 3.0, 4.0), gate.INDUCTOR),
         ((2.0, 2.0, 1.0, 4.0), gate.EAGER),
         ((1.0, 2.0, 0.99, 4.0), gate.REWRITTEN),  # within the noise
+        ((1.0, 0.98, 0.99, 0.98), gate.REWRITTEN),
+        ((2.0, 1.0, 0.99, 0.98), gate.INDUCTOR),
         ((2.0, 3.0, 3.0, 1.0), gate.REWRITTEN + gate.CONTIGUOUS),
     ],
 )
@@ -233,3 +235,4 @@ def test_tuning_that_the_budget_does_not_pay_for_is_left_out():
     assert planned(linear, gate.LONG_S - 1)[1] == []
     assert planned(linear, gate.LONG_S, inductor_s=19.0)[1] == []
     assert planned(convolution, gate.LONG_S)[1] == [gate.CONTIGUOUS]
+    assert planned(convolution, None, inductor_s=30.0) == (pytest.approx(30.0 * (1 - gate.AGAIN)), [])

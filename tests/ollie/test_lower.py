@@ -10,6 +10,7 @@ from ollie_compile.lower.lowering import Program
 from ollie_compile.plan.checks import check_program, rounding_error
 from ollie_compile.search.hybrid import search
 from ollie_compile.targets.banded import match_banded
+from ollie_compile.targets.bilinear import CppBilinearForms
 from ollie_compile.targets.selective_add import match_selective_add
 from tests.ollie.strategies import convolutions, operator
 
@@ -146,3 +147,19 @@ def test_banded_products_are_kernels_on_a_gpu_and_nothing_elsewhere(write):
     want = evaluate(scope, arrays, points, None).reshape(scope.shape)
     got = program({name: torch.tensor(array).double() for name, array in arrays.items()})
     assert got.tolist() == want.tolist()
+
+
+def test_an_image_of_one_tile_has_no_loop_over_tiles():
+    conv = operator(torch.zeros(1, 2, 6, 6), torch.zeros(3, 2, 3, 3))
+    found = search(conv.expression(), max_depth=1, budget_s=20.0).derivations
+    written = [program for derivation in found for program in programs(derivation.scope, CPU)]
+    single = [
+        program
+        for program in written
+        for kernel, matches in program.used.items()
+        if isinstance(kernel, CppBilinearForms) and not matches[0].tiles
+    ]
+    assert single
+    for program in single:
+        assert check_program(conv, program) is None
+        assert rounding_error(conv, program) < 1e-4

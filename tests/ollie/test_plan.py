@@ -1,5 +1,6 @@
 """Planning within a budget: a clock that only the checks and compilations move."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -79,7 +80,7 @@ def check(context):
             self.machine.clock_s += check.seconds
             check.calls += 1
 
-    context.checks = Counted
+    context.checks = check.checks = Counted
     return check
 
 
@@ -116,6 +117,21 @@ def test_a_check_that_would_not_end_in_time_does_not_begin(context, check):
     assert rejected(made).count(candidates.OUT_OF_TIME) >= preparing.MAX_BOUNDED - 1
 
 
+def test_a_candidate_whose_check_fails_leaves_the_others(context, check, caplog, monkeypatch):
+    raised = iter([RuntimeError("no such dimension")])
+
+    def fault(self, candidate):
+        if (error := next(raised, None)) is not None:
+            raise error
+
+    monkeypatch.setattr(check.checks, "_fault", fault)
+    made = planner.plan(conv(), MODEL, 10.0, context)
+    assert "its check failed: no such dimension" in rejected(made)
+    assert made.winner is not None
+    assert "is dropped, it raised" in caplog.text
+    caplog.clear()
+
+
 def test_checks_leave_time_to_measure(context, check, compiling):
     check.seconds, compiling.seconds = 2.0, 1.0
     made = planner.plan(conv(), MEASURE, 10.0, context)
@@ -135,6 +151,46 @@ def test_noise_of_a_few_percent_does_not_change_the_winner(context, check, compi
         made = planner.plan(conv(), MEASURE, 10.0, context)
         winners.add(str(made.winner.program))
     assert len(winners) == 1
+
+
+class Noisy(Compiling):
+    """Every time that is measured differs by up to 2% from what it should be."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.random = random.Random(seed)
+        self.times = iter([1.0, 1.0])  # of the original, in both of its layouts
+        self.candidate_s = 0.5
+
+    def noise(self):
+        return self.random.uniform(0.98, 1.02)
+
+    def bound_seconds(self, program, dtype, device, *, limit=0.0):
+        return 0.1 * self.noise()
+
+    def median_seconds(self, call, *, budget_s=0.0):
+        return super().median_seconds(call) * self.noise()
+
+    def measure(self, calls, deadline=0.0):
+        return [self.noise() * (0.5 if place < len(calls) - 2 else 1.0) for place in range(len(calls))]
+
+
+@pytest.mark.parametrize("tune", ["model", "measure"])
+def test_noise_decides_nothing_among_equally_fast_programs(check, tune):
+    """Bounds, timings as called and timings in turn are all equal but for noise."""
+    winners = set()
+    for seed in range(4):
+        noisy = Context(Noisy(seed), checks=check.checks)
+        made = planner.plan(conv(), OllieConfig(tune=tune, margin=0.0, candidates=2), 1e6, noisy)
+        assert made.winner is not None
+        winners.add((str(made.winner.program), made.winner.program.kernels))
+    assert len(winners) == 1
+
+
+def test_times_that_differ_by_noise_keep_their_order():
+    times = {"a": 1.04, "b": 1.0, "c": 2.0, "d": 1.06, "e": float("inf"), "f": float("inf")}
+    assert "".join(timing.fastest_first(times, times.__getitem__)) == "abdcef"
+    assert "".join(timing.fastest_first(times, times.__getitem__, noise=0.0)) == "badcef"
 
 
 def test_no_compilation_begins_that_would_not_end_in_time(context, check, compiling):

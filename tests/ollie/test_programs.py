@@ -61,6 +61,30 @@ def test_a_wrong_number_is_found(off_by_a_thousandth, seed):
     assert program_runs.outcome(program).wrong is not None
 
 
+def test_a_program_goes_on_after_a_graph_break_in_front_of_a_lambda():
+    source = """
+import torch
+
+def run(x):
+    y = torch.vmap(lambda row: row * 2)(x)
+    return y if y.sum().item() > -1e30 else x
+
+def session(compiled):
+    yield 'result', compiled(run)(torch.ones(2, 3))
+"""
+    (label, result) = program_runs.values(source, lambda f: torch.compile(f, backend="eager"))[-1]
+    assert label == "result"
+    assert result.tolist() == [[2.0] * 3] * 2
+
+
+def test_rounding_does_not_change_signs():
+    x = torch.tensor([[8.0, 0.01], [-4.0, 6.0]], dtype=torch.bfloat16)
+    with program_runs.Noise(0):
+        assert (x.square().mean(0) > 0).all()
+        assert (torch.rms_norm(x, (2,)) - torch.rms_norm(x.double(), (2,))).abs().max() < 0.02
+        assert (x @ x - x.double() @ x.double()).abs().max() > 0.1
+
+
 @pytest.mark.filterwarnings("ignore:ollie")
 def test_a_failing_program_is_shrunk_to_source_that_runs_alone(off_by_a_thousandth, tmp_path, capsys):
     off_by_a_thousandth()
