@@ -105,7 +105,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     except BaseException:
         session.undo()
         raise
-    report = LemoReport(session)
+    report = LemoReport(session, parts.model)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return report
 
@@ -188,7 +188,7 @@ def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
     except BaseException:
         session.undo()
         raise
-    report = LemoReport(session)
+    report = LemoReport(session, parts.model)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return report
 
@@ -230,6 +230,7 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
     transformers, which would recompute the choice too.
     """
 
+    @functools.wraps(layer_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         session: LemoSession = self._lemo_session
         config = session.config

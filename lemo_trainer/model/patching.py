@@ -76,6 +76,15 @@ class Passes:
         finally:
             self._thread.running = None
 
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Inside the block, every call in this thread runs the model's own code."""
+        before, self._thread.running = self.running, False
+        try:
+            yield
+        finally:
+            self._thread.running = before
+
     def _has_cache(self, given: dict[str, Any]) -> bool:
         cache = given.get("past_key_values")
         if cache is None and not given.get("use_cache"):
