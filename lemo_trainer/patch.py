@@ -276,6 +276,14 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
 
 def _recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
     """What runs a layer in the present pass: a kind of checkpointing, or nothing but a call."""
+    run = _kind_of_recomputation(layer, session)
+    # Segments recompute inside of the forward pass, on a GPU in a thread of autograd's.
+    if run is operator.call or not session.passes.running or session.config.mode == "segments":
+        return run
+    return session.passes.alone(run, layer)
+
+
+def _kind_of_recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
     config, running = session.config, session.passes.running
     if not layer.training or not (running or torch.is_grad_enabled()):
         return operator.call
