@@ -17,7 +17,7 @@ from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.layers.segments import FLOAT16
 from lemo_trainer.measure import StepMeter
 from lemo_trainer.patch import apply_lemo, remove_lemo
-from lemo_trainer.report import LemoReport
+from lemo_trainer.report import LemoReport, against_plain
 from lemo_trainer.session import LemoSession, session_of
 
 logger = logging.getLogger(__name__)
@@ -34,16 +34,20 @@ class LemoCallback(TrainerCallback):
     or `lemo_segments`, and `lemo_kept_share`, the share of the tokens that carries gradient in the
     `lemo_patched_layers` (`lemo_kept_share/layer_N` where the layers differ). A warning comes once if no
     batch so far was long enough for LeMo to do something. The first entry after a measured step gets
-    `lemo_saved_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the progress bar and the
-    reporting callbacks (TensorBoard, W&B). `lemo_config.json`, and the predictors of `selector="predictor"`,
-    are written into every checkpoint and into the output folder; a resumed run uses those of its checkpoint.
-    With `predictor_refresh` the recall of each layer is logged as `lemo_recall/layer_N`.
+    `lemo_saved_bytes`, `lemo_plain_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the
+    progress bar and the reporting callbacks (TensorBoard, W&B). With `predictor_refresh` the recall of each
+    layer is logged as `lemo_recall/layer_N`. After the first step one line tells how samples are cut, and how
+    many bytes wait for the backward pass with and without LeMo, or how to get that number.
+
+    `lemo_config.json`, and the predictors of `selector="predictor"`, are written into every checkpoint and
+    into the output folder; a resumed run uses those of its checkpoint.
 
     Args:
         config: the configuration of LeMo; None is `LemoConfig()`.
         measure: whether to measure the first optimizer step that leaves tokens out, in this process: the
             bytes that its largest micro-batch saves for the backward pass, and the FLOPs of all its forward
-            and backward passes. Only that step is slower.
+            and backward passes. Only that step is slower. The bytes that plain training would save for the
+            same micro-batch (`LemoReport.plain_bytes`) are counted after it.
 
     Raises:
         TypeError: `config` is not a LemoConfig.
@@ -57,6 +61,7 @@ class LemoCallback(TrainerCallback):
         self.report: LemoReport | None = None
         self._session: LemoSession | None = None
         self._meter: StepMeter | None = None
+        self._measured: dict[str, float] = {}  # for the next log entry
         self._new = True
 
     def on_init_end(
@@ -101,9 +106,29 @@ class LemoCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._new and self.report is not None and self.report.seq_len:
+        if self.report is None:
+            return
+        measured = ""
+        if self._meter is not None and self._meter.done:
+            measured = self._take_measurement(self.report, self._meter)
+        if self._new and self.report.seq_len:
             self._new = False
-            logger.info("LeMo, first step: %s.", self.report.last_batch)
+            logger.info(
+                "LeMo, first step: %s; %s.", self.report.last_batch, measured or self.report.saved_bytes
+            )
+        elif measured:
+            logger.info("LeMo, measured step: %s.", measured)
+
+    def _take_measurement(self, report: LemoReport, meter: StepMeter) -> str:
+        """Keep what was measured for the next log entry; returns a sentence about the bytes."""
+        self._meter = None
+        self._measured = {"lemo_saved_bytes": meter.saved_bytes, "lemo_step_flops": meter.flops}
+        try:
+            plain = report.plain_bytes(*meter.shape)
+        except ValueError as error:
+            return f"{meter.saved_bytes / 1e6:,.1f} MB wait for the backward pass (measured). {error}"
+        self._measured["lemo_plain_bytes"] = plain
+        return against_plain(meter.saved_bytes, plain, "measured")
 
     def on_log(
         self,
@@ -128,9 +153,8 @@ class LemoCallback(TrainerCallback):
         if len(set(shares.values())) > 1:
             metrics |= {f"lemo_kept_share/layer_{i}": round(share, 4) for i, share in shares.items()}
         metrics |= self._session.selector.metrics()
-        if self._meter is not None and self._meter.done:
-            metrics |= {"lemo_saved_bytes": self._meter.saved_bytes, "lemo_step_flops": self._meter.flops}
-            self._meter = None
+        metrics |= self._measured
+        self._measured = {}
         logs.update(metrics)
         state.log_history[-1].update(metrics)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 from collections import Counter
@@ -196,12 +197,14 @@ class StepMeter:
     Attributes:
         saved_bytes: the most bytes that waited for a backward pass in one micro-batch
             (`ActivationBytes.saved_bytes`).
+        shape: samples and tokens of the largest micro-batch.
         flops: floating-point operations of the forward and backward passes.
         done: whether the step has been measured.
     """
 
     def __init__(self) -> None:
         self.saved_bytes = 0
+        self.shape = (0, 0)
         self.flops = 0
         self.done = False
         self._contexts = contextlib.ExitStack()
@@ -213,8 +216,11 @@ class StepMeter:
         counter = self._contexts.enter_context(FlopCounter())
         before = 0
 
-        def begin(*_: Any) -> None:
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal before
+            given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+            shapes = [(each.shape[0], each.shape[1]) for each in given if isinstance(each, Tensor)]
+            self.shape = max([self.shape, *shapes[:1]], key=math.prod)
             if saved.backward_passes > before:  # gradients of the last micro-batch are not activations
                 before = saved.backward_passes
                 saved.forget()
@@ -222,7 +228,7 @@ class StepMeter:
         def finish() -> None:
             self.saved_bytes, self.flops, self.done = saved.saved_bytes, counter.flops, True
 
-        self._contexts.callback(model.register_forward_pre_hook(begin).remove)
+        self._contexts.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
         self._contexts.callback(finish)
 
     def stop(self) -> None:

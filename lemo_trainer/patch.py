@@ -105,7 +105,7 @@ def apply_lemo(model: nn.Module, config: LemoConfig) -> LemoReport:
     except BaseException:
         session.undo()
         raise
-    report = LemoReport(session)
+    report = LemoReport(session, parts.model)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return report
 
@@ -188,7 +188,7 @@ def _apply_exact(parts: CausalLM, config: LemoConfig) -> LemoReport:
     except BaseException:
         session.undo()
         raise
-    report = LemoReport(session)
+    report = LemoReport(session, parts.model)
     logger.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return report
 
@@ -230,6 +230,7 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
     transformers, which would recompute the choice too.
     """
 
+    @functools.wraps(layer_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         session: LemoSession = self._lemo_session
         config = session.config
@@ -275,6 +276,14 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
 
 def _recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
     """What runs a layer in the present pass: a kind of checkpointing, or nothing but a call."""
+    run = _kind_of_recomputation(layer, session)
+    # Segments recompute inside of the forward pass, on a GPU in a thread of autograd's.
+    if run is operator.call or not session.passes.running or session.config.mode == "segments":
+        return run
+    return session.passes.alone(run, layer)
+
+
+def _kind_of_recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
     config, running = session.config, session.passes.running
     if not layer.training or not (running or torch.is_grad_enabled()):
         return operator.call

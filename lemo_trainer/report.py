@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import weakref
+
+from torch import nn
 
 from lemo_trainer.config import WITHOUT_CHOICE, LemoConfig
 from lemo_trainer.exact.auto import Choice
+from lemo_trainer.exact.fake import CannotCountError
+from lemo_trainer.exact.plain import plain_bytes
 from lemo_trainer.informativeness.predictors import PatternPredictors
 from lemo_trainer.layers.wiring import Wiring
-from lemo_trainer.session import LemoSession
+from lemo_trainer.session import LemoSession, session_of
 
 
 class LemoReport:
@@ -17,8 +22,9 @@ class LemoReport:
     It follows the training and stays readable after `remove_lemo`. `str(report)` is one sentence.
     """
 
-    def __init__(self, session: LemoSession) -> None:
+    def __init__(self, session: LemoSession, model: nn.Module) -> None:
         self._session = session
+        self._model = weakref.ref(model)
 
     def at_step(self, step: int) -> None:
         """Follow warm-up and ramp in a training loop of your own: call it in front of each optimizer step.
@@ -115,6 +121,32 @@ class LemoReport:
             f"{self.kept_share:.0%} of the tokens {share} in a patched layer"
         )
 
+    def plain_bytes(self, batch_size: int, seq_len: int) -> int:
+        """The bytes that a step without LeMo and without checkpointing would save for its backward pass.
+
+        They are counted on fake tensors, which takes some seconds and no memory, for samples of `seq_len`
+        tokens. `ActivationBytes` measures those of a step with LeMo.
+
+        Raises:
+            ValueError: the model is gone, or a step of it cannot be counted.
+        """
+        model = self._model()
+        if model is None:
+            raise ValueError("`plain_bytes` needs the model, which no longer exists: call it earlier.")
+        try:
+            session = session_of(model) or self._session
+            return plain_bytes(model, session.passes, batch_size, seq_len)
+        except CannotCountError as error:
+            raise ValueError(f"A step of {type(model).__name__} cannot be counted: {error}.") from error
+
+    @property
+    def saved_bytes(self) -> str:
+        """One sentence about the bytes that wait for the backward pass, or how to get them."""
+        predicted = self.choice and self.choice.saved_bytes
+        if predicted:
+            return against_plain(*predicted, "predicted")
+        return "LemoCallback(measure=True) measures the bytes that wait for the backward pass"
+
     @property
     def kernels(self) -> str:
         """Which of LeMo's own kernels the patched layers call; the rest is the model's own code."""
@@ -144,3 +176,8 @@ class LemoReport:
         elif self.config.mode == "auto":
             text += ": the first batch decides how they run"
         return "; ".join([text, *self.notes])
+
+
+def against_plain(saved: float, plain: float, how: str) -> str:
+    """Bytes that wait for the backward pass, beside those of plain training."""
+    return f"{saved / 1e6:,.1f} MB wait for the backward pass ({how}), {plain / 1e6:,.1f} in plain training"

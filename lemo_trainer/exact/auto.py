@@ -37,6 +37,7 @@ class Choice:
         state: bytes of weights, gradients and optimizer states, beside every peak.
         memory: bytes that all of it may take.
         reason: why this way.
+        cost: of a step by this way; None where nothing could be predicted.
     """
 
     way: Way | Detached
@@ -46,6 +47,13 @@ class Choice:
     state: float
     memory: float
     reason: str
+    cost: WayCost | None = None
+
+    @property
+    def saved_bytes(self) -> tuple[float, float] | None:
+        """Bytes that wait for the backward pass, by this way and in plain training; None without a table."""
+        plain = next((cost.saved for cost in self.table if cost.way == Way(scheme="plain")), None)
+        return None if plain is None or self.cost is None else (self.cost.saved, plain)
 
     def fits(self, cost: WayCost) -> bool:
         """Whether a step of this cost stays within the memory."""
@@ -141,8 +149,8 @@ class AutoChoice:
         cut = tuple(size for size in sizes if size < seq_len)
         state = state_bytes(model)
 
-        def chosen(way: Way | Detached, table: list[WayCost], reason: str) -> Choice:
-            return Choice(way, batch_size, seq_len, tuple(table), state, self._memory, reason)
+        def chosen(cost: WayCost, table: list[WayCost], reason: str) -> Choice:
+            return Choice(cost.way, batch_size, seq_len, tuple(table), state, self._memory, reason, cost)
 
         try:
             parts = count_step(self._parts, head_forward, batch_size, seq_len, cut, self._uncut)
@@ -153,19 +161,20 @@ class AutoChoice:
                     f"{config.memory!r}; train fewer weights (LoRA), or raise `memory`."
                 ) from error
             way = Way(scheme="layers", segment_tokens=config.segment_tokens)
-            return chosen(way, [], f"the costs of this model cannot be predicted, because {error}")
+            reason = f"the costs of this model cannot be predicted, because {error}"
+            return Choice(way, batch_size, seq_len, (), state, self._memory, reason)
         table = price(parts, sizes, self._only_layers, device.type == "cuda")
         fitting = [cost for cost in table if fits(cost, state, self._memory)]
         needed = f"{self._memory / 1e9:.2f} GB"
         if fitting and config.speed == 1:
             total = (fitting[0].peak + state) / 1e9
-            return chosen(fitting[0].way, table, f"{total:.2f} GB, the fastest exact way that fits {needed}")
+            return chosen(fitting[0], table, f"{total:.2f} GB, the fastest exact way that fits {needed}")
         limit = fitting[0].seconds / config.speed if fitting else float("inf")
         speeds = CUDA if device.type == "cuda" else CPU
         for share in SHARES:
             cost = detached_cost(Detached(share), parts, speeds)
             if cost.seconds <= limit and fits(cost, state, self._memory):
-                return chosen(cost.way, table, _of_detached(share, bool(fitting), config.speed, needed))
+                return chosen(cost, table, _of_detached(share, bool(fitting), config.speed, needed))
         if fitting:
             raise ValueError(
                 f"`speed` must be one that keeping a tenth of the tokens reaches, got {config.speed}; "
@@ -187,7 +196,7 @@ class AutoChoice:
                 f"`memory` must hold a step: {text} given, {self._config.memory!r}. Take shorter samples, a "
                 "smaller batch or `segment_tokens`, or raise `memory`."
             )
-        return chosen(smallest.way, table, f"{text} that seem free; the way that needs least")
+        return chosen(smallest, table, f"{text} that seem free; the way that needs least")
 
 
 def _of_detached(share: float, exact_fits: bool, speed: float, memory: str) -> str:

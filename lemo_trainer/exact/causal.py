@@ -74,6 +74,9 @@ def fits(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> 
 def attend_tail(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Heads [B, H, n, d] of the last n queries [B, H, n, d] over keys and values [B, G, T, d], causal."""
     if query.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu"):  # which casts for SDPA, but not for the kernel in it
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         heads: Tensor = _CausalTail.apply(query, key, value, scale)
         return heads
     from torch.nn.attention.bias import causal_lower_right

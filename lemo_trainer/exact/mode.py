@@ -34,6 +34,7 @@ from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, s
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import CACHES, layer_arguments
 from lemo_trainer.model.hooks import counts_from_the_end
+from lemo_trainer.model.patching import Passes
 
 Forward = Callable[..., Any]
 
@@ -51,6 +52,7 @@ class ExactMode:
         way: how the layers run in the latest forward pass; None before the first.
         auto: what chooses it under `mode="auto"`; None under "exact".
         on_batch: called with the tokens of a sample and of its segments when a forward pass begins.
+        passes: those of the session, which let one thread train at a time.
     """
 
     config: LemoConfig
@@ -61,6 +63,7 @@ class ExactMode:
     way: Way | None = None
     auto: AutoChoice | None = None
     on_batch: Callable[[int, int], None] = lambda seq_len, size: None
+    passes: Passes = field(default_factory=Passes)
     _thread: threading.local = field(default_factory=threading.local)
     _calls: list[LayerCall] = field(default_factory=list)
 
@@ -122,7 +125,9 @@ class ExactMode:
         if not self.way.selective:
             return forward(layer, x_BSD, **arguments)
         arguments = {name: value for name, value in arguments.items() if name not in CACHES}
-        return saving_matmuls(functools.partial(forward, layer, **arguments), x_BSD)
+        run = self.passes.alone(saving_matmuls, layer)
+        output: Tensor = run(functools.partial(forward, layer, **arguments), x_BSD)
+        return output
 
     def _choose(self, x_BSD: Tensor) -> Way:
         if self.auto is None:
@@ -146,7 +151,8 @@ class ExactMode:
     def _walk_layer(self, way: Way, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
         whole = index in self.trial.uncut or counts_from_the_end(call.layer)
         size = call.seq_len if whole or not way.segment_tokens else way.segment_tokens
-        walk = Walk([call], segments_of(call.seq_len, size), keep_heads=False, run=operator.call)
+        segments = segments_of(call.seq_len, size)
+        walk = Walk([call], segments, keep_heads=False, run=operator.call, passes=self.passes)
         with saved_in(way.boundaries, x_BSD, len(self.parts.layers) - index):
             return walk_through(walk, x_BSD)
 
@@ -156,6 +162,7 @@ class ExactMode:
         if self.auto is not None:
             run = saving_matmuls if way.selective else operator.call
         if len(segments) == 1:
+            run = run if run is operator.call else self.passes.alone(run, call.layer)
             return run(functools.partial(call, segment=segments[0]), x_BSD)
         if index == 0 and (seams := self._seams()):
             raise ValueError(
@@ -166,7 +173,8 @@ class ExactMode:
         if index < len(self.parts.layers) - 1:
             return x_BSD
         assert len(self._calls) == len(self.parts.layers)
-        return walk_through(Walk(self._calls, segments, keep_heads=True, run=run), x_BSD)
+        walk = Walk(self._calls, segments, keep_heads=True, run=run, passes=self.passes)
+        return walk_through(walk, x_BSD)
 
     def _seams(self) -> list[str]:
         """Whoever wants hidden states of a whole sample between two layers, where no layer has made them."""

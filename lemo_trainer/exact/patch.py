@@ -31,7 +31,7 @@ def patch_exact(parts: CausalLM, session: LemoSession, leave: Callable[[float], 
     """
     mode = ExactMode.of(parts, session.config)
     session.mode_notes = mode.notes
-    mode.on_batch = session.note_segments
+    mode.on_batch, mode.passes = session.note_segments, session.passes
     for index, layer in enumerate(parts.layers):
         swap_class(layer, _exact_layer(layer.__class__), session.on_undo, _lemo_mode=mode, _lemo_index=index)
     patches: dict[Any, Callable[..., Any]] = {parts.decoder: functools.partial(_run_decoder, mode)}

@@ -29,6 +29,7 @@ from lemo_trainer.exact.replay import RandomState, present_autocast
 from lemo_trainer.layers.checkpointing import without_graph
 from lemo_trainer.model.hooks import ForwardHooks
 from lemo_trainer.model.leaves import Leaves, check_versions, trained_parameters, versions
+from lemo_trainer.model.patching import Passes
 
 Run = Callable[..., Tensor]
 
@@ -43,10 +44,17 @@ class Walk:
             makes them again.
         run: calls its first argument on the others, with graph: the layers' gradient checkpointing, or
             nothing but a call.
+        passes: those of the session, which let one thread train at a time.
     """
 
     def __init__(
-        self, calls: Sequence[LayerCall], segments: Sequence[Segment], *, keep_heads: bool, run: Run
+        self,
+        calls: Sequence[LayerCall],
+        segments: Sequence[Segment],
+        *,
+        keep_heads: bool,
+        run: Run,
+        passes: Passes,
     ) -> None:
         self.calls = calls
         self.segments = segments
@@ -55,6 +63,7 @@ class Walk:
         self.recorded: list[str] = []  # the names of the outputs behind the first
         self._keep_heads = keep_heads
         self._run = run
+        self._passes = passes
         self._names = recorded.recorded_names()
         self._random: list[RandomState | None] = []
 
@@ -102,7 +111,12 @@ class Walk:
         check_versions(self.parameters, self._versions)
         grad_x_BSD = torch.zeros_like(x_BSD, memory_format=torch.contiguous_format) if want_input else None
         leaves = Leaves(self.parameters)
-        with self._autocast, self._hooks.restored(), leaves.in_place_of_parameters(self.layers):
+        with (
+            self._passes.running_again(self.layers),
+            self._autocast,
+            self._hooks.restored(),
+            leaves.in_place_of_parameters(self.layers),
+        ):
             self._restore_heads(x_BSD, heads)
             for place in reversed(range(len(self.segments))):
                 segment = self.segments[place]

@@ -61,8 +61,8 @@ def _once_backward(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
             raise
         raise RuntimeError(
             "A second backward pass through the same graph (retain_graph=True) needs "
-            "selective_checkpointing=False and save_attention=False: torch's selective checkpointing keeps "
-            "results for one only."
+            'selective_checkpointing=False and save_attention=False, and mode="exact" in place of "auto", '
+            "which chooses that itself: torch's selective checkpointing keeps results for one only."
         ) from error
 
 

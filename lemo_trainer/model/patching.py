@@ -16,7 +16,7 @@ import inspect
 import logging
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ _PREFIX_TUNING = (
     "P-tuning v2): the gradient would reach them without LeMo only. Train without LeMo, or use another "
     "tuner, such as LoRA."
 )
+_ONE_THREAD = (
+    "LeMo trains a model in one thread at a time, and another thread is in a training pass of this one: hold "
+    "a lock around forward and backward, or train a copy (copy.deepcopy) in each thread."
+)
 
 
 class Passes:
@@ -50,6 +54,9 @@ class Passes:
 
     def __init__(self) -> None:
         self._thread = threading.local()  # another thread may evaluate the model during a training pass
+        self._lock = threading.Lock()
+        self._forward_in: int | None = None  # the thread that is in a training pass
+        self._backward_in: dict[int, int] = {}  # by layers that are run again: the thread that runs them
         self.in_scope: Callable[[], bool] = lambda: True
         self.without_gradient = False
         self.with_cache = False
@@ -64,17 +71,75 @@ class Passes:
         """Yields whether the call of `module` with arguments `given` runs patched.
 
         The outermost patched module decides for all inside it.
+
+        Raises:
+            RuntimeError: another thread is in a training pass of the same model.
         """
         if self.running is not None:
             yield self.running
             return
         recording = torch.is_grad_enabled() or self.without_gradient
         trains = module.training and recording and self.in_scope() and not self._has_cache(given)
-        self._thread.running = trains
+        with self._forward_alone() if trains else contextlib.nullcontext():
+            self._thread.running = trains
+            try:
+                yield trains
+            finally:
+                self._thread.running = None
+
+    @contextlib.contextmanager
+    def _forward_alone(self) -> Iterator[None]:
+        this = threading.get_ident()
+        with self._lock:
+            if self._forward_in not in (None, this) or any(t != this for t in self._backward_in.values()):
+                raise RuntimeError(_ONE_THREAD)
+            before, self._forward_in = self._forward_in, this
         try:
-            yield trains
+            yield
         finally:
-            self._thread.running = None
+            self._forward_in = before
+
+    @contextlib.contextmanager
+    def running_again(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside the block, a backward pass runs these layers again.
+
+        Raises:
+            RuntimeError: another thread runs them, or is in a training pass of the same model.
+        """
+        this = threading.get_ident()
+        keys = [id(layer) for layer in layers]
+        with self._lock:
+            taken = any(self._backward_in.get(key, this) != this for key in keys)
+            if taken or self._forward_in not in (None, this):
+                raise RuntimeError(_ONE_THREAD)
+            new = [key for key in keys if key not in self._backward_in]
+            self._backward_in.update(dict.fromkeys(new, this))
+        try:
+            yield
+        finally:
+            for key in new:
+                del self._backward_in[key]
+
+    def alone(self, run: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+        """`run`, a kind of checkpointing, of which the recomputation too is alone with the layer."""
+
+        def run_alone(function: Callable[..., Any], *args: Any) -> Any:
+            def again(*inner: Any) -> Any:
+                with self.running_again([layer]):
+                    return function(*inner)
+
+            return run(again, *args)
+
+        return run_alone
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Inside the block, every call in this thread runs the model's own code."""
+        before, self._thread.running = self.running, False
+        try:
+            yield
+        finally:
+            self._thread.running = before
 
     def _has_cache(self, given: dict[str, Any]) -> bool:
         cache = given.get("past_key_values")

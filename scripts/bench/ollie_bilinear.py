@@ -21,7 +21,7 @@ from ollie_compile.measure.profile import Profile
 from ollie_compile.plan.checks import check_program
 from ollie_compile.problems.operators import Convolution, Layout
 from ollie_compile.rules import simplify
-from ollie_compile.rules.bilinear import TILES, bilinear_decomposition, growth
+from ollie_compile.rules.bilinear import TILES, bilinear_decomposition
 
 SHAPES = ["64x56x1", "128x28x1", "256x14x1", "512x7x1", "256x14x16", "512x7x16"]
 
@@ -40,15 +40,15 @@ def operator(x: Tensor, weight: Tensor) -> Convolution:
     )
 
 
-def bilinear(x: Tensor, weight: Tensor) -> dict[str, tuple[Any, float]]:
-    """The call of each tile's form, and how much it amplifies rounding."""
+def bilinear(x: Tensor, weight: Tensor) -> dict[str, Any]:
+    """The call of each tile's form."""
     conv, found = operator(x, weight), {}
     for tile, derived in zip(TILES, bilinear_decomposition(conv.expression()), strict=True):
         program = Program(simplify(derived)[0], "rows", "cpp")
         assert check_program(conv, program) is None
         values = (x, weight, *program.constants(x.dtype, x.device).values())
         call = calls.compiled(conv.finished(program), values, constant=1, profile=Profile())
-        found[f"F({tile}x{tile})"] = call, growth(program.scope)
+        found[f"F({tile}x{tile})"] = call
     return found
 
 
@@ -79,19 +79,11 @@ def main() -> None:
             "eager channels last": partial(torch.conv2d, x_last, weight_last, padding=1),
             "inductor freezing": partial(first_call("inductor freezing", layer, x), x),
         }
-        derived = bilinear(x_last, weight_last)
-        contenders |= {name: call for name, (call, _) in derived.items()}
+        contenders |= bilinear(x_last, weight_last)
         race = Race(contenders, equal=equal, want=torch.conv2d(x.double(), weight.double(), padding=1))
-        times = race.run(options.rounds, calls=5)
-        best = min(each.median for name, each in times.items() if name not in derived)
-        for name, each in times.items():
-            table.add(
-                f"{shape}: {name}",
-                **each.columns("ms"),
-                speedup_over_best_peer=best / each.median,
-                largest_relative_error=race.errors[name],
-                term_growth=derived[name][1] if name in derived else 1.0,
-            )
+        for name, each in race.run(options.rounds, calls=5).items():
+            error = {"largest_relative_error": race.errors[name]}
+            table.add(f"{shape}: {name}", **each.columns("ms"), **error)
     table.finish()
 
 

@@ -26,7 +26,7 @@ def seconds_to_first_result(name: str, contender: str, budget_s: float) -> float
     torch.set_num_threads(1)
     build, shape = NETS[name]
     torch.manual_seed(0)
-    net, x = build().eval(), torch.randn(1, *shape)
+    net, x = build().eval(), torch.randn(shape)
     net(x)
     return timed(lambda: first_call(contender, net, x, budget_s)).wall
 

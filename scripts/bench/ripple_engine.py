@@ -3,12 +3,10 @@
     python scripts/bench/ripple_engine.py [--file FILE] [--rounds 5] [--seconds 0.4]
 
 Every contender reads random places of one file with O_DIRECT, in turn. fio runs with libaio, one job of that
-depth, and with psync, a thread for each read in flight. Where fio is not installed its rows are missing, and
-a bare loop around preadv, one read after the other, is all there is to compare with.
+depth, and with psync, a thread for each read in flight. fio must be installed.
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -48,19 +46,6 @@ def rate(read: Callable[[np.ndarray], None], file: Path, size: int, seconds: flo
     return done / took
 
 
-def bare(reads: Reads, file: Path, size: int, seconds: float) -> float:
-    """A loop around preadv."""
-    descriptor, memory = os.open(file, os.O_RDONLY | os.O_DIRECT), [reads.buffer.memory[:size]]
-
-    def read(offsets: np.ndarray) -> None:
-        for offset in offsets.tolist():
-            os.preadv(descriptor, memory, offset)
-
-    found = rate(read, file, size, seconds, 256)
-    os.close(descriptor)
-    return found
-
-
 def contenders_of(file: Path, size: int, depth: int, seconds: float) -> dict[str, Callable[[], float]]:
     """Calls that return reads a second."""
     count = BUFFER // size
@@ -70,15 +55,15 @@ def contenders_of(file: Path, size: int, depth: int, seconds: float) -> dict[str
         f"Ripple, {engine}": partial(rate, partial(reads, lengths=lengths), file, size, seconds, count)
         for engine, reads in engines.items()
     }
-    if depth == 1:
-        found["bare preadv"] = partial(bare, engines["threads"], file, size, seconds)
-    if shutil.which("fio"):
-        found |= {f"fio, {one}": partial(fio, one, file, size, depth, seconds) for one in ("libaio", "psync")}
-    return found
+    return found | {
+        f"fio, {one}": partial(fio, one, file, size, depth, seconds) for one in ("libaio", "psync")
+    }
 
 
 def main() -> None:
     options = parse(__doc__, file=option(Path, "by default SmolLM2's weights"), rounds=5, seconds=0.4)
+    if not shutil.which("fio"):
+        raise SystemExit("ripple_engine: fio must be installed, for example by apt-get install fio.")
     file = options.file or assets.model_dir() / "model.safetensors"
     table = Table(
         "ripple_engine",
@@ -91,7 +76,7 @@ def main() -> None:
         race = Race(contenders_of(file, size, depth, options.seconds), equal=None, keep=True)
         rates = {name: times.results for name, times in race.run(options.rounds).items()}
         reads = {name: statistics.median(each) for name, each in rates.items()}
-        best = max((value for name, value in reads.items() if "fio" in name), default=float("nan"))
+        best = max(value for name, value in reads.items() if "fio" in name)
         for name, value in reads.items():
             row = {"reads_per_s": value, "MB_per_s": value * size / 1e6, "share": value / best}
             table.add(f"{kib} KiB, {depth} in flight: {name}", **row, slowest=min(rates[name]))

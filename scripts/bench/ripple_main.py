@@ -27,7 +27,6 @@ from models import language
 
 from ripple_loader import ReorderConfig, RippleConfig
 from ripple_loader.checkpoint.source import open_source
-from ripple_loader.format.sidecar import Sidecar
 from ripple_loader.storage.probing import probe
 
 PLACEMENTS = ("identity", "random", "frequency", "linked")
@@ -143,22 +142,19 @@ def main() -> None:
                 decoder.report.reset()
         race.run(options.rounds, samples=STEP_TOKENS)
         parts.require_same_text(race)
-        runs = {name: Sidecar(copy).header.profile["reads"] for name, copy in copies.items()}
         conditions = (
             f"float32, {source.layers} MLPs of {source.neurons} neurons",
             f"DRAM budget {options.dram_budget}",
             f"batch 1, {options.rounds} x {STEP_TOKENS} tokens after {PROMPT_TOKENS}",
             f"{torch.get_num_threads()} threads",
             f"perplexity on {HELD_OUT[0]} x {HELD_OUT[1]} held-out tokens",
-            "runs: of half of the neurons, without cache or merging",
             "reads and KiB: per token and layer",
             f"drive: {drive.summary()}",
         )
         title = "Ripple: SmolLM2-135M-Instruct with its MLPs on disk"
         table = Table("ripple_main", title, "; ".join(conditions))
         for name, decoder in decoders.items():
-            own = {"runs": runs.get(name.split(", ")[-1], ""), **row(decoder, race.times[name])}
-            table.add(name, **own, perplexity=perplexities[decoder.keep])
+            table.add(name, **row(decoder, race.times[name]), perplexity=perplexities[decoder.keep])
         table.finish()
 
 

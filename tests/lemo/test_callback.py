@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -321,6 +322,59 @@ def test_the_logged_bytes_are_those_that_activation_bytes_measures(tmp_path, mod
     with ActivationBytes() as activations:
         model(**inputs, num_items_in_batch=torch.tensor(59)).loss.backward()
     assert logged == pytest.approx(activations.saved_bytes, abs=64)
+
+
+@modes
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_the_first_line_of_the_log_compares_with_the_bytes_of_plain_training(
+    tmp_path, mode, checkpointed, caplog
+):
+    """Those that ActivationBytes measures without LeMo and without checkpointing."""
+    caplog.set_level("INFO", "lemo_trainer")
+    model, inputs = lora(tiny_model()), {name: values[None] for name, values in samples(1)[0].items()}
+    with ActivationBytes() as plain:
+        model(**inputs, use_cache=False).loss.backward()
+    callback = LemoCallback(MODES[mode], measure=True)
+    options = {checkpointing_argument(): checkpointed, "per_device_train_batch_size": 1}
+    trainer = trainer_for(model, tmp_path, [callback], max_steps=1, **options)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["lemo_plain_bytes"] == pytest.approx(plain.saved_bytes, abs=64)
+    assert callback.report.plain_bytes(1, 32) == entry["lemo_plain_bytes"]
+    saved, whole = (entry[f"lemo_{name}_bytes"] / 1e6 for name in ("saved", "plain"))
+    line = f"{saved:,.1f} MB wait for the backward pass (measured), {whole:,.1f} in plain training."
+    assert caplog.text.count("LeMo, first step: ") == caplog.text.count(line) == 1
+
+
+def test_bytes_are_measured_in_the_first_step_after_the_warm_up(tmp_path, caplog):
+    caplog.set_level("INFO", "lemo_trainer")
+    config = dataclasses.replace(CONFIG, warmup_steps=1)
+    trainer = trainer_for(tiny_model(), tmp_path, [LemoCallback(config, measure=True)], max_steps=2)
+    trainer.train()
+    assert ["lemo_plain_bytes" in entry for entry in trainer.state.log_history[:2]] == [False, True]
+    assert "LeMo, first step: samples of 32 tokens" in caplog.text
+    assert caplog.text.count("LeMo, measured step: ") == 1
+
+
+@modes
+def test_the_first_line_of_the_log_says_how_to_measure_bytes(tmp_path, mode, caplog):
+    caplog.set_level("INFO", "lemo_trainer")
+    trainer_for(tiny_model(), tmp_path, [LemoCallback(MODES[mode])], max_steps=1).train()
+    told = "LemoCallback(measure=True) measures the bytes that wait for the backward pass."
+    assert caplog.text.count(told) == 1
+
+
+def test_auto_predicts_the_bytes_of_the_first_line(tmp_path, caplog):
+    caplog.set_level("INFO", "lemo_trainer")
+    callback = LemoCallback(LemoConfig(segment_tokens=8))
+    trainer_for(tiny_model(), tmp_path, [callback], max_steps=1).train()
+    saved, plain = callback.report.choice.saved_bytes
+    assert plain == pytest.approx(callback.report.plain_bytes(2, 32), rel=0.05)
+    assert saved <= plain
+    line = (
+        f"{saved / 1e6:,.1f} MB wait for the backward pass (predicted), {plain / 1e6:,.1f} in plain training."
+    )
+    assert caplog.text.count(line) == 1
 
 
 @pytest.mark.parametrize("given", ["segments", {"mode": "segments"}, 0.5])

@@ -164,10 +164,11 @@ def test_dropout_of_one_segment_is_that_of_the_dense_step():
 
 
 @schemes
+@pytest.mark.parametrize("kind", ["left", "plain"])  # with a mask and by a kernel that needs none
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, scheme):
+def test_autocast(dtype, kind, scheme):
     """As close to the gradient in float32 as the dense step under autocast is."""
-    model, inputs = tiny_model(), batch("left")
+    model, inputs = tiny_model(), {**batch(kind), "use_cache": False}
     exact = loss_and_gradients(model, inputs)
 
     def step():

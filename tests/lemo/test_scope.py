@@ -175,6 +175,64 @@ def test_another_thread_evaluates_during_a_training_pass(mode):
 
 
 @modes
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_second_thread_that_trains_the_same_model_is_refused(mode, phase):
+    """Here from a hook in the middle of the pass; the first thread's step is right all the same."""
+    model, inputs = tiny_model(), batch("left")
+    apply_lemo(model, CONFIGS[mode])
+    wanted = loss_and_gradients(model, inputs)
+    phases, errors = ["forward"], []
+
+    def train():
+        try:
+            model(**inputs)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def in_a_thread(*_):
+        if phases[-1] == phase and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=train)
+            thread.start()
+            thread.join()
+
+    handle = model.model.layers[1].mlp.act_fn.register_forward_hook(in_a_thread)
+    model.zero_grad()
+    loss = model(**inputs).loss
+    phases.append("backward")
+    loss.backward()
+    handle.remove()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_same_step((loss.detach(), gradients), wanted)
+    runs_again = mode in ("exact", "detach", "eliminate")  # auto runs such a small model as it is
+    assert bool(errors) == (phase == "forward" or runs_again)
+    assert all(error.startswith("LeMo trains a model in one thread at a time") for error in errors)
+    assert_same_step(loss_and_gradients(model, inputs), wanted)  # and afterwards
+
+
+@modes
+def test_threads_take_turns_with_one_model(mode):
+    """Each between the forward and the backward pass of the other."""
+    model, inputs = tiny_model(), [batch("left"), batch("plain")]
+    apply_lemo(model, CONFIGS[mode])
+    wanted = [loss_and_gradients(model, each)[0] for each in inputs]
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def forward(each):
+        return model(**each).loss
+
+    def backward(loss):
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    alone = [backward(forward(each)) for each in inputs]
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        pools = (one, other)
+        losses = [pools[n].submit(forward, inputs[n]).result() for n in range(2)]
+        gradients = [pools[n].submit(backward, losses[n]).result() for n in range(2)]
+    torch.testing.assert_close(torch.stack(losses).detach(), torch.stack(wanted))
+    torch.testing.assert_close(gradients, alone)
+
+
+@modes
 def test_threads_train_models_of_their_own(mode):
     inputs = batch("left")
     models = [tiny_model() for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The nets of scripts/bench/ollie_pays.py that are read from files or have parts with a known answer."""
+"""Nets of `ollie_main.py --nets pays` that are read from files or have parts with a known answer."""
 
 import struct
 import sys

@@ -158,16 +158,16 @@ class SlidingAttention(nn.Module):
 
 
 Net = tuple[Callable[[], nn.Module], tuple[int, ...]]
-"""Builds a network, and the shape of its input."""
+"""Builds a network, and the shape of its input at batch 1."""
 
 NETS: dict[str, Net] = {
-    "infogan": (infogan, (228, 1, 1)),
-    "dcgan": (dcgan, (100, 1, 1)),
-    "fsrcnn": (fsrcnn, (1, 32, 32)),
-    "gcn": (GCN, (3, 224, 224)),
-    "resnet18": (resnet18, (3, 224, 224)),
-    "csrnet": (csrnet, (512, 14, 14)),
-    "longformer": (SlidingAttention, (1024, 512)),
+    "infogan": (infogan, (1, 228, 1, 1)),
+    "dcgan": (dcgan, (1, 100, 1, 1)),
+    "fsrcnn": (fsrcnn, (1, 1, 32, 32)),
+    "gcn": (GCN, (1, 3, 224, 224)),
+    "resnet18": (resnet18, (1, 3, 224, 224)),
+    "csrnet": (csrnet, (1, 512, 14, 14)),
+    "longformer": (SlidingAttention, (1, 1024, 512)),
 }
-"""The seven networks of the paper, shapes without the batch; Longformer at a tenth of its length, because
-eager torch holds every window in memory."""
+"""The seven networks of the paper; Longformer at a tenth of its length, because eager torch holds every
+window in memory."""
