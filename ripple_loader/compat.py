@@ -7,6 +7,7 @@ Each name says in which version it was seen, its purpose, and what happens if a 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -41,12 +42,15 @@ except ImportError as error:
 __all__ = [
     "LoadingHooks",
     "QuantizationConfigMixin",
+    "called_by_peft",
     "expect_missing",
     "fp8_values",
     "gguf_names",
     "has_integer_units",
     "integer_product",
     "is_compiled",
+    "kept_in_float32",
+    "loads",
     "pickled_tensors",
     "register_quantization_config",
     "register_quantizer",
@@ -127,6 +131,33 @@ def is_compiled(model: Any) -> bool:
     owners = (model, "_orig_mod"), (model.forward, "_torchdynamo_orig_callable")
     named = any(hasattr(owner, name) for owner, name in owners)
     return named or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def called_by_peft() -> bool:
+    """Whether the function that calls this one was called by PEFT.
+
+    PEFT 0.21 has no way for a module to refuse an adapter by name, so this looks at the frames of the call.
+    If PEFT's modules get another name, adapters on streamed experts find no parameters, and PEFT only warns.
+    """
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("peft.")
+
+
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """The names of modules whose weights a float16 model keeps in float32, such as T5's `wo`.
+
+    transformers 5.23.0: `PreTrainedModel._keep_in_fp32_modules`. If a version lacks it, streamed MLPs are
+    computed in float16, which overflows for some inputs of T5.
+    """
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def loads(automatic: Any, config: Any) -> bool:
+    """Whether an automatic class of transformers, such as `AutoModelForCausalLM`, loads a configuration.
+
+    transformers 5.23.0: `_model_mapping` of the class, by types of configurations. If a version lacks it,
+    opening a model fails with Python's own error.
+    """
+    return type(config) in automatic._model_mapping
 
 
 def pickled_tensors(path: Path) -> dict[str, tuple[Tensor, int]]:

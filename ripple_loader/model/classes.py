@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ripple_loader.compat import loads
+
 
 def model_class(config: Any) -> Any:
     """The automatic class that loads a model: for causal models, encoder-decoders, or images and text.
@@ -22,7 +24,7 @@ def model_class(config: Any) -> Any:
     causal = (AutoModelForCausalLM, AutoModelForImageTextToText)
     classes = (AutoModelForSeq2SeqLM,) if is_encoder_decoder(config) else causal
     for one in classes:
-        if type(config) in one._model_mapping:
+        if loads(one, config):
             return one
     raise ValueError(
         "Ripple must be given a causal language model, an encoder-decoder of texts, or a model of images and "

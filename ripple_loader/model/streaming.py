@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ripple_loader.compat import called_by_peft, kept_in_float32
 from ripple_loader.model.architectures import MLPSite, Projection
 from ripple_loader.model.linears import Streamed, WeightStore, refuse_others, streamed_linear
 from ripple_loader.model.lowrank import LowRank, tensors_of, with_tensors
@@ -194,11 +195,6 @@ def _accept(module: Any) -> None:
 _STACKED = ("gate_up_proj", "down_proj")  # transformers' parameters of a layer's experts
 
 
-def _called_by_peft() -> bool:
-    """Whether the function that calls this one was called by PEFT."""
-    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("peft.")
-
-
 def _refuse_tracing() -> None:
     """ValueError while a model is traced: the graph would keep the neurons of the example."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
@@ -254,12 +250,12 @@ class StreamingExperts(nn.Module):
     def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """None; for PEFT, which looks for parameters to adapt here, an error if it wants one of them."""
         yield from super().named_parameters(*arguments, **options)
-        if _called_by_peft():
+        if called_by_peft():
             for name in _STACKED:
                 yield name, nn.Parameter(torch.empty(0))
 
     def __getattr__(self, name: str) -> Any:
-        if name in _STACKED and _called_by_peft():
+        if name in _STACKED and called_by_peft():
             raise ValueError(
                 f"{name} of routed experts must have no adapter, because the experts are streamed by Ripple: "
                 "leave them out of `target_modules` and `target_parameters`."
@@ -368,7 +364,7 @@ def is_streamed(model: nn.Module) -> bool:
 def stream(model: nn.Module, sites: list[MLPSite], backend: Backend) -> None:
     """Replace the MLPs of a model, in the order in which they run."""
     stacks = [site.stack for site in sites]
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = kept_in_float32(model)
     for number, site in enumerate(sites):
         if site.experts is not None:
             first, name = number * site.experts, site.architecture.mlp

@@ -3,9 +3,10 @@
 import importlib
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, T5Config
 from transformers.quantizers.base import HfQuantizer
 
 from ripple_loader import RippleConfig, compat
@@ -54,6 +55,27 @@ def test_streamed_tensors_are_not_reported_as_unexpected(reordered):
     )
     assert not found["unexpected_keys"]
     assert not found["missing_keys"]
+
+
+def test_only_calls_from_peft_are_calls_of_peft():
+    source = "def ask(): return function()"
+    outcomes = []
+    for name in ("peft.tuners.lora", "peftish", "tests"):
+        namespace = {"__name__": name, "function": lambda: compat.called_by_peft()}
+        exec(source, namespace)
+        outcomes.append(namespace["ask"]())
+    assert outcomes == [True, False, False]
+    assert Path(peft.tuners.lora.__file__).parts[-4:-2] == ("peft", "tuners")
+
+
+def test_t5_keeps_its_last_linear_in_float32():
+    model = AutoModelForSeq2SeqLM.from_config(T5Config(num_layers=1, d_model=8, d_ff=8, vocab_size=9))
+    assert "wo" in compat.kept_in_float32(model)
+
+
+def test_automatic_classes_know_what_they_load():
+    assert compat.loads(AutoModelForSeq2SeqLM, T5Config())
+    assert not compat.loads(AutoModelForCausalLM, T5Config())
 
 
 def test_the_numbers_of_a_pickled_tensor_lie_where_they_are_said_to(tmp_path):
