@@ -129,16 +129,7 @@ def _read_pickled(path: Path) -> Shard:
     """The tensors of a file of `torch.save`, which lie in it uncompressed; no code in it runs."""
     try:
         tensors = {name: _pickled_spot(path, name, *found) for name, found in pickled_tensors(path).items()}
-    except (
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-        OSError,
-        ImportError,
-        AttributeError,
-        TypeError,
-        KeyError,
-    ) as error:
+    except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} must be a whole file of tensors that `torch.save` wrote, but cannot be read ({reason}): "

@@ -11,6 +11,16 @@ from hypothesis import strategies as st
 from ollie_compile.expr import Affine, Input, Loop, Read, Scope, parse, quotient, remainder
 from ollie_compile.problems.operators import Convolution, Layout
 
+FORCED = {
+    "tune": "model",
+    "margin": 0.0,
+    "budget_s": 120,
+    "max_depth": 0,
+    "candidates": 1,
+    "portable": True,
+}
+"""Options by which everything is rewritten that can be, without a kernel to compile."""
+
 
 def operator(x: torch.Tensor, weight: torch.Tensor, **settings: Any) -> Convolution:
     """The operator of a convolution of these tensors; settings as in torch, per dimension or one int."""

@@ -12,14 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-OPTIONS = {
-    "tune": "model",
-    "margin": 0.0,
-    "budget_s": 120,
-    "max_depth": 0,
-    "candidates": 1,
-    "portable": True,
-}
+from tests.ollie.strategies import FORCED
+
 pytestmark = pytest.mark.usefixtures("fresh", "always_rewrite", "uncompiled")
 
 
@@ -159,7 +153,7 @@ def session(function, calls, train):
 @pytest.mark.parametrize("train", [False, True], ids=["frozen", "with gradients"])
 @pytest.mark.parametrize("function", CASES, ids=lambda function: function.__name__)
 def test_programs_of_bug_reports_equal_eager(function, train):
-    run = torch.compile(function, backend="ollie", options=OPTIONS | {"freeze": not train})
+    run = torch.compile(function, backend="ollie", options=FORCED | {"freeze": not train})
     for name in ("first", "copy"):
         want = session(function, CASES[function], train)
         got = session(run, CASES[function], train)
@@ -168,4 +162,4 @@ def test_programs_of_bug_reports_equal_eager(function, train):
         )
         if function is not copied_after_compiling_128121:
             return
-        run = torch.compile(copy.deepcopy(run), backend="ollie", options=OPTIONS | {"freeze": not train})
+        run = torch.compile(copy.deepcopy(run), backend="ollie", options=FORCED | {"freeze": not train})

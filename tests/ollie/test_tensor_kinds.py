@@ -9,16 +9,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from ollie_compile.backend import compile_with
 from ollie_compile.report.report import Report
+from tests.ollie.strategies import FORCED
 
-OPTIONS = {
-    "tune": "model",
-    "margin": 0.0,
-    "budget_s": 120,
-    "max_depth": 0,
-    "candidates": 1,
-    "portable": True,
-    "freeze": True,
-}
+OPTIONS = {**FORCED, "freeze": True}
 X = torch.randn(1, 3, 4, 4)
 
 pytestmark = [
