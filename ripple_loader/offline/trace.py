@@ -9,6 +9,7 @@ Dimension key: T tokens, N neurons, H hidden.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -83,11 +84,12 @@ class Trace:
 
     def _tensors(self, name: str) -> list[npt.NDArray[Any]]:
         """A tensor of each sequence."""
-        parts = []
-        for file in self._files:
-            with safe_open(file, "np") as stored:
-                parts.append(stored.get_tensor(name))
-        return parts
+        return [stored.get_tensor(name) for stored in self._opened]
+
+    @functools.cached_property
+    def _opened(self) -> list[Any]:
+        """The files, opened once: each lists all MLPs, of which a mixture of experts has thousands."""
+        return [safe_open(file, "np").__enter__() for file in self._files]
 
 
 def trace_description(source: SourceModel, sequences: list[Tensor], config: ReorderConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ripple_loader import ReorderConfig, reorder
 from ripple_loader.checkpoint.source import open_source
+from ripple_loader.offline import trace as module
 from ripple_loader.offline.active_sets import active_mask, unpack
 from ripple_loader.offline.calibration import cut_sequences
 from ripple_loader.offline.trace import Trace, trace_source
@@ -43,6 +44,16 @@ def test_a_dense_model_is_traced_as_the_stock_model_computes_it(name, saved, tmp
         got = unpack(found.sets(layer), source.neurons)
         assert got.shape == wanted.shape == (SMALL.tokens, source.neurons)
         assert (got == wanted).mean() > 0.999  # ties and rounding at the threshold
+
+
+def test_a_file_of_a_trace_is_opened_once_for_all_mlps(saved, tmp_path, monkeypatch):
+    """Each lists all MLPs: opened for every one, it would take the square of their number."""
+    found, opened = trace(saved("llama"), tmp_path), []
+    open_file = module.safe_open
+    monkeypatch.setattr(module, "safe_open", lambda *given: opened.append(given) or open_file(*given))
+    for layer in range(2):
+        found.sets(layer)
+    assert len(opened) == found.description["sequences"]
 
 
 @torch.no_grad()
