@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -65,7 +65,9 @@ def recorded(program: Program, operator: Operator | None) -> polynomials.Calls:
 @given(st.one_of(convolutions(), contractions()), st.integers(0, 1))
 def test_lowering_calls_what_plan_files_may_call(drawn, depth):
     operator = None if isinstance(drawn, Scope) else drawn
-    assert called(drawn if operator is None else operator.expression(), operator, depth)
+    names = called(drawn if operator is None else operator.expression(), operator, depth)
+    assume(names)  # some expressions have no program
+    assert names <= set(map(str, EMITTED))
 
 
 def subprograms_of(function: Callable[..., Any], *inputs: torch.Tensor) -> list[Operator]:
