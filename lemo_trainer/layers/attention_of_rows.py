@@ -95,6 +95,8 @@ class AttentionOfRows:
         """
         if self.fused and self.mask is None and fits(query_BHTd, value_BGSd, options):
             return attend(query_BHTd, key_BGSd, value_BGSd, index_BT, scaling=options["scaling"])
+        if not index_BT.shape[1]:  # thresholds may choose every token, so that no rows are left
+            return query_BHTd.transpose(1, 2)[..., : value_BGSd.shape[-1]]
         heads = []
         pieces = query_BHTd.split(QUERIES_OF_A_PIECE, 2), index_BT.split(QUERIES_OF_A_PIECE, 1)
         for query, index in zip(*pieces, strict=True):

@@ -9,7 +9,7 @@ from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
 from lemo_trainer.offline.budget import Budget
 from lemo_trainer.offline.thresholds import search_thresholds
 
-from .tiny import batch, tiny_model
+from .tiny import assert_same_step, batch, loss_and_gradients, tiny_model
 
 CONFIG = LemoConfig(mode="eliminate", block_size=4, layers="all", selector="norm", sink_blocks=0)
 
@@ -54,6 +54,15 @@ def test_the_model_is_left_as_it_was():
     assert not model.training
     assert [type(layer) for layer in model.model.layers] == classes
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("mode", ["detach", "eliminate"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "phi"])
+def test_thresholds_that_every_token_meets_leave_the_step_dense(mode, kind):
+    model, inputs = tiny_model(kind), batch("plain")
+    wanted = loss_and_gradients(model, inputs)
+    apply_lemo(model, LemoConfig(mode=mode, block_size=4, thresholds={1: 1e-9}, loss_segment=16))
+    assert_same_step(loss_and_gradients(model, inputs), wanted)
 
 
 def test_dropout_is_off():
