@@ -386,11 +386,12 @@ def parse_bytes(name: str, text: str) -> float:
     units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
     try:
         number = text.rstrip("BGIMbgim ")
-        return float(number) * units[text[len(number) :].strip().upper()]
+        size = float(number) * units[text[len(number) :].strip().upper()]
+        if 0 < size < math.inf:
+            return size
     except (AttributeError, KeyError, ValueError):
-        raise ValueError(
-            f'`{name}` must be like "12GiB", "800 MB" or a number of bytes, got {text!r}.'
-        ) from None
+        pass
+    raise ValueError(f'`{name}` must be like "12GiB", "800 MB" or a positive number of bytes, got {text!r}.')
 
 
 def _is_number(value: object) -> bool:

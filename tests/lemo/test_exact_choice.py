@@ -85,6 +85,9 @@ def test_auto_is_the_default():
         ({"mode": "exact", "memory": "1GiB"}, "`memory` must be left out unless `mode` is \"auto\".*'1GiB'"),
         ({"mode": "detach", "speed": 1.5}, "`speed` must be left out unless"),
         ({"memory": "much"}, "`memory` must be like \"12GiB\".*'much'"),
+        ({"memory": "0"}, "`memory` must be like \"12GiB\".*positive number of bytes, got '0'"),
+        ({"memory": "-5GiB"}, "`memory` must be like \"12GiB\".*got '-5GiB'"),
+        ({"memory": "inf"}, "`memory` must be like \"12GiB\".*got 'inf'"),
         ({"speed": 0.5}, "`speed` must be a number of at least 1, got 0.5"),
     ],
 )
