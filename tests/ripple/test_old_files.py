@@ -73,7 +73,7 @@ def test_sidecars_of_a_version_have_the_same_bytes(dtype, tmp_path):
 @pytest.mark.parametrize(
     "expected",
     [
-        RippleConfig(dram_budget="1MiB", keep=0.5),
+        RippleConfig(dram_budget="1MiB", keep=0.5, buffer="2MiB"),  # the default of its time
         ReorderConfig(tokens=7),
         RippleReport(directory="d", layers=1, neurons=2, budget=3),
     ],
