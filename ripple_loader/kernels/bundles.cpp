@@ -79,21 +79,20 @@ inline Ints integers(const uint8_t *from) {
 // Each encoding gives the 32 weights of a group as two vectors, and the scale of the group. The order of the
 // weights in the vectors is the encoding's own: `place` is the index of the weight at a position.
 
-struct F32 {
+template <int BYTES> struct Plain {
   static constexpr bool SCALED = false;
-  static int64_t stored(int64_t H) { return 4 * H; }
-  static constexpr int group_bytes = 4 * GROUP;
+  static constexpr int group_bytes = BYTES * GROUP;
+  static int64_t stored(int64_t H) { return BYTES * H; }
   static int place(int position) { return position; }
+};
+
+struct F32 : Plain<4> {
   static void weights(const uint8_t *from, Floats &first, Floats &second) {
     first = load<Floats>(from), second = load<Floats>(from + 4 * LANES);
   }
 };
 
-struct BF16 {
-  static constexpr bool SCALED = false;
-  static int64_t stored(int64_t H) { return 2 * H; }
-  static constexpr int group_bytes = 2 * GROUP;
-  static int place(int position) { return position; }
+struct BF16 : Plain<2> {
   static Floats widened(const uint8_t *from) {
     return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
   }
@@ -102,21 +101,14 @@ struct BF16 {
   }
 };
 
-struct F16 {
-  static constexpr bool SCALED = false;
-  static int64_t stored(int64_t H) { return 2 * H; }
-  static constexpr int group_bytes = 2 * GROUP;
-  static int place(int position) { return position; }
+struct F16 : Plain<2> {
   static void weights(const uint8_t *from, Floats &first, Floats &second) {
     first = single(load<Halves>(from)), second = single(load<Halves>(from + 2 * LANES));
   }
 };
 
-struct I8 {
+struct I8 : Plain<1> {
   static constexpr bool SCALED = true;
-  static int64_t stored(int64_t H) { return H; }
-  static constexpr int group_bytes = GROUP;
-  static int place(int position) { return position; }
   static void weights(const uint8_t *from, Floats &first, Floats &second) {
     first = __builtin_convertvector(integers(from), Floats);
     second = __builtin_convertvector(integers(from + LANES), Floats);
@@ -135,17 +127,23 @@ struct I4 {
   }
 };
 
-// A row of weights: whole groups as they lie, and the rest of the last one copied to where 32 can be read.
+// A row of weights.
 template <typename E> struct Row {
-  const uint8_t *integers, *scales;
-  int64_t whole;
-  uint8_t rest[4 * GROUP] = {};
+  const uint8_t *at;
+  int64_t H;
 
-  Row(const uint8_t *row, int64_t H) : integers(row), scales(row + E::stored(H)), whole(H / GROUP) {
-    std::memcpy(rest, row + whole * E::group_bytes, E::stored(H) - whole * E::group_bytes);
+  // Writes the weights of a group, and zeros behind the last one of a row; returns the group's scale.
+  float group(int64_t g, Floats &first, Floats &second) const {
+    const uint8_t *from = at + g * E::group_bytes;
+    uint8_t rest[4 * GROUP];
+    if ((g + 1) * GROUP > H) {
+      std::memset(rest, 0, sizeof rest);
+      std::memcpy(rest, from, E::stored(H) - g * E::group_bytes);
+      from = rest;
+    }
+    E::weights(from, first, second);
+    return E::SCALED ? single(load<uint16_t>(at + E::stored(H) + 2 * g)) : 1.0f;
   }
-  const uint8_t *group(int64_t g) const { return g < whole ? integers + g * E::group_bytes : rest; }
-  float scale(int64_t g) const { return E::SCALED ? single(load<uint16_t>(scales + 2 * g)) : 1.0f; }
 };
 
 // Asks for a group of a row that is needed soon: rows lie apart, and processors read ahead within a page only.
@@ -157,13 +155,14 @@ template <typename E> void prefetch(const uint8_t *row, int64_t g) {
 
 int64_t groups_of(int64_t H) { return (H + GROUP - 1) / GROUP; }
 
-// x (tokens, H) with the numbers of each group in the encoding's order: out (tokens, 32 G).
-template <typename E> void spread(const float *x, float *out, int64_t tokens, int64_t H) {
+// Calls `run` with the index of each number of (tokens, 32 G), whose groups are in the encoding's order, and with
+// its index in (tokens, H).
+template <typename E, typename F> void spread(int64_t tokens, int64_t H, F run) {
   int64_t width = groups_of(H) * GROUP;
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t position = 0; position < width; position++) {
       int64_t h = position / GROUP * GROUP + E::place(position % GROUP);
-      if (h < H) out[t * width + position] = x[t * H + h];
+      if (h < H) run(t * width + position, t * H + h);
     }
 }
 
@@ -174,14 +173,13 @@ void project(const uint8_t *memory, const int64_t *offsets, int64_t U, int64_t S
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t u = 0; u < U; u++)
     for (int64_t s = 0; s < S; s++) {
-      Row<E> row(memory + offsets[u] + s * row_bytes, H);
+      Row<E> row{memory + offsets[u] + s * row_bytes, H};
       const uint8_t *next = memory + offsets[u + 1 < U ? u + 1 : u] + s * row_bytes;
       Floats total[T] = {};
       for (int64_t g = 0; g < G; g++) {
         Floats first, second;
         prefetch<E>(next, g);
-        E::weights(row.group(g), first, second);
-        Floats scale = all(row.scale(g));
+        Floats scale = all(row.group(g, first, second));
         for (int t = 0; t < T; t++) {
           const float *at = x + t * width + g * GROUP;
           Floats part = first * load<Floats>(at) + second * load<Floats>(at + LANES);
@@ -212,19 +210,10 @@ void accumulate_groups(const uint8_t *memory, const int64_t *offsets, int64_t U,
         high[t] = load<Floats>(y + t * width + g * GROUP + LANES);
       }
       for (int64_t i = 0; i < count; i++) {
-        const uint8_t *down = memory + offsets[used[i]];
-        uint8_t rest[4 * GROUP];
-        const uint8_t *from = down + g * E::group_bytes;
         int64_t next = used[i] + NEURONS_AT_ONCE;
         prefetch<E>(memory + offsets[next < U ? next : U - 1], g);
-        if ((g + 1) * GROUP > H) {
-          std::memset(rest, 0, sizeof rest);
-          std::memcpy(rest, from, E::stored(H) - g * E::group_bytes);
-          from = rest;
-        }
         Floats first, second;
-        E::weights(from, first, second);
-        float scale = E::SCALED ? single(load<uint16_t>(down + E::stored(H) + 2 * g)) : 1.0f;
+        float scale = Row<E>{memory + offsets[used[i]], H}.group(g, first, second);
         for (int t = 0; t < T; t++) {
           Floats factor = all(a[t * U + used[i]] * scale);
           low[t] += factor * first, high[t] += factor * second;
@@ -283,7 +272,7 @@ extern "C" int ripple_project(int64_t encoding, const uint8_t *memory, const int
     using E = decltype(encoded);
     Zeros spread_x(T * groups_of(H) * GROUP);
     if (!spread_x.at) return 1;
-    spread<E>(x, spread_x.at, tokens, H);
+    spread<E>(tokens, H, [&](int64_t to, int64_t from) { spread_x.at[to] = x[from]; });
     project<E, T>(memory, offsets, U, S, row_bytes, H, spread_x.at, out, tokens, threads);
     return 0;
   });
@@ -295,17 +284,12 @@ extern "C" int ripple_accumulate(int64_t encoding, const uint8_t *memory, const 
                                  int threads) {
   return with_constants(encoding, tokens, [&](auto encoded, auto T) {
     using E = decltype(encoded);
-    int64_t width = groups_of(H) * GROUP;
-    Zeros spread_y(T * width), every_a(T * U);
+    Zeros spread_y(T * groups_of(H) * GROUP), every_a(T * U);
     if (!spread_y.at || !every_a.at) return 1;
-    spread<E>(y, spread_y.at, tokens, H);
+    spread<E>(tokens, H, [&](int64_t to, int64_t from) { spread_y.at[to] = y[from]; });
     std::memcpy(every_a.at, a, tokens * U * sizeof(float));
     accumulate<E, T>(memory + skipped, offsets, U, H, every_a.at, spread_y.at, threads);
-    for (int64_t t = 0; t < tokens; t++)
-      for (int64_t position = 0; position < width; position++) {
-        int64_t h = position / GROUP * GROUP + E::place(position % GROUP);
-        if (h < H) y[t * H + h] = spread_y.at[t * width + position];
-      }
+    spread<E>(tokens, H, [&](int64_t from, int64_t to) { y[to] = spread_y.at[from]; });
     return 0;
   });
 }
