@@ -97,7 +97,7 @@ def _text(path: str) -> Iterator[str]:
 
 
 Model = Annotated[str | None, typer.Argument(help="Model directory, or hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Revision = commands.Revision
 Calibration = Annotated[
     str | None,
     typer.Option(

@@ -24,6 +24,12 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
+def cache_folder(kind: str) -> Path:
+    """The folder in the user's cache for things of this kind; it need not exist."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "ripple_loader" / kind
+
+
 LEFTOVERS = ".*.part"
 """Matches the unfinished files that `whole_file` leaves behind when its process is killed."""
 

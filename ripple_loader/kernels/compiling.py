@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from ripple_loader.files import whole_file
+from ripple_loader.files import cache_folder, whole_file
 
 SOURCE = Path(__file__).with_name("bundles.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -50,8 +50,7 @@ def _compiler() -> str:
 
 def _folder() -> Path:
     """Libraries are run: a folder that others may write into is refused."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "ripple_loader" / "kernels"
+    folder = cache_folder("kernels")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:

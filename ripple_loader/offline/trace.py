@@ -89,7 +89,7 @@ class Trace:
     @functools.cached_property
     def _opened(self) -> list[Any]:
         """The files, opened once: each lists all MLPs, of which a mixture of experts has thousands."""
-        return [safe_open(file, "np").__enter__() for file in self._files]
+        return [safe_open(file, "np") for file in self._files]
 
 
 def trace_description(source: SourceModel, sequences: list[Tensor], config: ReorderConfig) -> dict[str, Any]:

@@ -60,14 +60,15 @@ def verify(
     yield "bundles", f"equal the weights beside them, {copy.layers} layers of {copy.neurons} neurons"
     if original is None:
         return
+    in_files = unmoved if in_original_order else orders
     path = local_directory(original, revision=revision)
     quantized = open_quantized(path)
     if quantized is None:
-        yield from _compare(sidecar, copy, open_source(path), orders)
+        yield from _compare(sidecar, copy, open_source(path), in_files)
         return
     with TemporaryDirectory(prefix=".ripple-", dir=Path(directory).absolute().parent) as plain:
         quantized.write(Path(plain))
-        yield from _compare(sidecar, copy, open_source(Path(plain)), orders)
+        yield from _compare(sidecar, copy, open_source(Path(plain)), in_files)
 
 
 def _compare(
@@ -80,8 +81,6 @@ def _compare(
                 f"{copy.directory} must be made from {shard.path}, but that file differs from its source."
             )
     yield "original", f"SHA-256 of {len(source.shards)} files as recorded"
-    if sidecar.header.in_original_order:
-        orders = [torch.arange(sidecar.header.neurons)] * copy.layers
     _check_tensors(source, copy, orders)
     yield "tensors", f"{len(source.spots)} equal the original's, MLPs up to the order of their neurons"
     rounded = sidecar.header.dtype != source.down.dtype

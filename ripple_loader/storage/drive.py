@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ripple_loader.files import whole_file
+from ripple_loader.files import cache_folder, whole_file
 
 Array = npt.NDArray[Any]
 NORMS = (1.0, 2.0, math.inf)
@@ -213,5 +213,4 @@ def device_of(path: Path) -> str:
 
 def profile_path(device: str) -> Path:
     """The file that a device's probe is saved in."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ripple_loader" / "drives" / f"{device.replace(' ', '-').replace(':', '-')}.json"
+    return cache_folder("drives") / f"{device.replace(' ', '-').replace(':', '-')}.json"
