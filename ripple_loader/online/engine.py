@@ -129,7 +129,7 @@ class Engine:
             buffers = [AlignedBuffer(allocation.buffer) for _ in range(BUFFERS)]
             drive = known_drive(reader)
             undecided = self._strategy is None and config.strategy == "auto" and needs_sketch(header, config)
-            stored = compiled_products(header, self.report)
+            stored = compiled_products(header, dtype, self.report)
             pace = measure_pace(header, allocation, dtype, buffers, stored) if undecided else Pace()
             if self._strategy is None:  # a copy must select as the original does
                 self._strategy = decide(header, config, dtype, drive, pace, block=reader.block)

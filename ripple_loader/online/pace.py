@@ -63,13 +63,13 @@ def measure_pace(
     integers = buffers[2].bytes[: width_K * sketched].view(torch.int8).view(sketched, width_K)
     estimates = torch.empty(1, sketched, dtype=torch.float32)
 
-    offsets = np.arange(rows) * width
-    y_1H = torch.zeros(1, H, dtype=torch.float32, device="cpu")
+    offsets, like = np.arange(rows) * width, {"dtype": torch.float32, "device": "cpu"}
+    a_1U, y_1H = torch.ones(1, rows, **like), torch.zeros(1, H, **like)  # inactive neurons would be left out
 
     def compute() -> Tensor:
         if products is not None:
-            factors_S1U = products.project(stored.view(-1), offsets, y_1H)
-            products.accumulate(stored.view(-1), offsets, factors_S1U[0], y_1H)
+            products.project(stored.view(-1), offsets, x_1H.float())
+            products.accumulate(stored.view(-1), offsets, a_1U, y_1H)
             return y_1H
         *selecting, down_UH = unpack_bundles(stored, header, dtype).unbind(1)
         return sum((F.linear(x_1H, weight_UH) for weight_UH in selecting), torch.zeros(())) @ down_UH

@@ -5,6 +5,7 @@ Dimension key: T tokens, N neurons, U of them in a batch, R rows of a bundle, S 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,9 +42,21 @@ class Inputs:
     low_rank: tuple[LowRank, ...]
     mask: Tensor | None
 
+    @functools.cached_property
+    def x_float32(self) -> Tensor:
+        """The input for products with stored neurons."""
+        return self.x.float().contiguous()
 
-def compiled_products(header: SidecarHeader, report: RippleReport) -> StoredProducts | None:
-    """Products with stored bundles; None, with a note in the report, where they cannot be compiled."""
+
+def compiled_products(
+    header: SidecarHeader, dtype: torch.dtype, report: RippleReport
+) -> StoredProducts | None:
+    """Products with stored bundles, which are in float32.
+
+    None for a model of another dtype and, with a note in the report, where they cannot be compiled.
+    """
+    if dtype not in _SUMMED_IN_FLOAT32:
+        return None
     try:
         return stored_products(header.dtype, header.row_bytes, header.hidden, header.rows - 1)
     except OSError as error:
@@ -75,14 +88,13 @@ class Products:
 
     def add(self, y_TH: Tensor, batch: Batch, inputs: Inputs) -> None:
         """Add what a batch contributes to `y_TH`, which is in float32, or in float64 for such inputs."""
-        x_TH = inputs.x
-        if self._stored is None or not self._few(x_TH):
+        if self._stored is None or not self._few(inputs.x):
             for part_TH in self.decoded(batch, inputs):
                 y_TH += part_TH
             return
         batch = batch.without_gaps()
         places = torch.from_numpy(batch.places)
-        factors_STU = self._stored.project(batch.memory, batch.offsets, x_TH.float().contiguous())
+        factors_STU = self._stored.project(batch.memory, batch.offsets, inputs.x_float32)
         for row, factor_TU in enumerate(factors_STU if self._biased[inputs.layer] else ()):
             factor_TU += self.bias(inputs.layer, row)[places]
         a_TU = self._activated(list(factors_STU), places, inputs)
@@ -93,7 +105,7 @@ class Products:
     def _few(self, x_TH: Tensor) -> bool:
         """Whether products with stored neurons are faster than decoding these and a library's product."""
         most = MOST_TOKENS if self._encoding.stores(x_TH.dtype) else _MOST_TOKENS_DECODED
-        return len(x_TH) <= most and x_TH.dtype in _SUMMED_IN_FLOAT32 and x_TH.device.type == "cpu"
+        return len(x_TH) <= most and x_TH.device.type == "cpu"
 
     def decoded(self, batch: Batch, inputs: Inputs) -> Iterator[Tensor]:
         """What parts of a batch contribute, each of shape (T, H); gradients flow to the inputs."""
