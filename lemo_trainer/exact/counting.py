@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lemo_trainer.compat import attention_implementation
-from lemo_trainer.exact.fake import CannotCountError, faked
+from lemo_trainer.exact.fake import faked
 from lemo_trainer.exact.layer import LayerCall, Segment
 from lemo_trainer.exact.masks import lazy_masks
 from lemo_trainer.exact.replay import present_autocast
@@ -147,28 +147,21 @@ def count_step(
     Raises:
         CannotCountError: the model does not run on fake tensors.
     """
-    try:
-        with faked(parts.model), lazy_masks(attention_implementation(parts.model.config)):
-            head, calls, autocast = _count_head(parts, head_forward, batch, seq_len)
-            kinds: Counter[str] = Counter()
-            first: dict[str, int] = {}
-            for index, (layer, (_, arguments)) in enumerate(zip(parts.layers, calls, strict=True)):
-                mask = arguments.get("attention_mask")
-                kind = f"{index in uncut} {type(mask).__name__} {layer!r}"
-                kinds[kind] += 1
-                first.setdefault(kind, index)
-            counted = []
-            for kind, count in kinds.items():
-                index = first[kind]
-                cut = () if index in uncut else sizes
-                with autocast:
-                    counted.append(_count_kind(parts.layers[index], *calls[index], cut, count))
-    except CannotCountError:
-        raise
-    except Exception as error:
-        raise CannotCountError(
-            f"it does not run on fake tensors ({type(error).__name__}: {error})"
-        ) from error
+    with faked(parts.model), lazy_masks(attention_implementation(parts.model.config)):
+        head, calls, autocast = _count_head(parts, head_forward, batch, seq_len)
+        kinds: Counter[str] = Counter()
+        first: dict[str, int] = {}
+        for index, (layer, (_, arguments)) in enumerate(zip(parts.layers, calls, strict=True)):
+            mask = arguments.get("attention_mask")
+            kind = f"{index in uncut} {type(mask).__name__} {layer!r}"
+            kinds[kind] += 1
+            first.setdefault(kind, index)
+        counted = []
+        for kind, count in kinds.items():
+            index = first[kind]
+            cut = () if index in uncut else sizes
+            with autocast:
+                counted.append(_count_kind(parts.layers[index], *calls[index], cut, count))
     return StepParts(batch, seq_len, head, tuple(counted))
 
 

@@ -46,24 +46,34 @@ def faked(model: nn.Module) -> Iterator[None]:
 
     Raises:
         CannotCountError: weights are sharded or quantized, so that their shapes are not those they compute
-            with.
+            with; or what runs in the block fails.
     """
     for name, weight in model.named_parameters():
         if not weight.is_meta and not is_whole(weight):
             raise CannotCountError("its weights are sharded")
         if type(weight) not in (Tensor, nn.Parameter):
             raise CannotCountError(f"{name} is a {type(weight).__name__}")
-    with FakeTensorMode(allow_non_fake_inputs=True), _UsualValues(), one_document(), _own_state_kept(model):
-        fakes: dict[int, Tensor] = {}
-        for part in model.modules():
-            for own in (part._parameters, part._buffers):
-                for name, tensor in own.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in fakes:  # tied weights stay tied
-                        fakes[id(tensor)] = _fake(tensor)
-                    own[name] = fakes[id(tensor)]
-        yield
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with fake, _UsualValues(), one_document(), _own_state_kept(model):
+            _fake_weights(model)
+            yield
+    except Exception as error:
+        raise CannotCountError(
+            f"it does not run on fake tensors ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _fake_weights(model: nn.Module) -> None:
+    fakes: dict[int, Tensor] = {}
+    for part in model.modules():
+        for own in (part._parameters, part._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:  # tied weights stay tied
+                    fakes[id(tensor)] = _fake(tensor)
+                own[name] = fakes[id(tensor)]
 
 
 @contextlib.contextmanager

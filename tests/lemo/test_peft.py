@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from unittest import mock
 
 import peft
@@ -13,7 +12,7 @@ import torch
 
 from lemo_trainer import apply_lemo
 
-from .tiny import EVERY_MODE, assert_same_step, batch, every_mode, loss_and_gradients, tiny_model
+from .tiny import EVERY_MODE, assert_same_step, batch, documented, every_mode, loss_and_gradients, tiny_model
 
 # peft 0.21 still reads transformers' old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -122,12 +121,6 @@ def test_tuner(name, mode):
 
 
 def test_the_table_in_the_docs_is_this_one():
-    page = Path(__file__).parents[2] / "docs" / "lemo_works_with.md"
-    section = page.read_text("utf-8").partition("## PEFT's tuners\n")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
-    header, *rows = [[cell.strip() for cell in row] for row in rows]
-    assert header[1:] == [f"`{mode}`" for mode in KEEPING_ALL]
-    got = {name: cells for name, *cells in rows}
-    assert got == {
+    assert documented("PEFT's tuners") == {
         name: ["refused" if (name, mode) in REFUSED else "equal" for mode in KEEPING_ALL] for name in TUNERS
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from lemo_trainer import LemoCallback
 from lemo_trainer.session import session_of
 
-from .tiny import VOCAB, every_mode, lora, tiny_model
+from .tiny import VOCAB, documented, every_mode, lora, tiny_model
 from .training import losses, samples, trainer_for, training_arguments
 
 # peft 0.21 still reads transformers' old name.
@@ -265,12 +264,7 @@ def test_seq2seq_trainer_is_refused(mode, tmp_path):
 
 
 def test_the_table_in_the_docs_is_this_one():
-    page = Path(__file__).parents[2] / "docs" / "lemo_works_with.md"
-    section = page.read_text("utf-8").partition("## Trainers\n")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
-    header, *rows = [[cell.strip() for cell in row] for row in rows]
-    assert header[1:] == [f"`{mode}`" for mode in MODES]
     wanted = {
         name: ["refused" if (name, mode) in REFUSED else "equal" for mode in MODES] for name in TRAINERS
     }
-    assert {name: cells for name, *cells in rows} == {**wanted, "Seq2SeqTrainer": ["refused"] * 5}
+    assert documented("Trainers") == {**wanted, "Seq2SeqTrainer": ["refused"] * 5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,3 +158,14 @@ def checkpointing(model: Any, *, reentrant: bool) -> None:
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+def documented(title: str) -> dict[str, list[str]]:
+    """The table of a section of docs/lemo_works_with.md: the cells of each row, one for each mode."""
+    page = Path(__file__).parents[2] / "docs" / "lemo_works_with.md"
+    section = page.read_text("utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
+    header, *rows = [[cell.strip() for cell in row] for row in rows]
+    assert header[1:] == [f"`{mode}`" for mode in EVERY_MODE]
+    assert all(len(row) == len(header) for row in rows)
+    return {name: cells for name, *cells in rows}
