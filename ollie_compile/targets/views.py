@@ -88,10 +88,11 @@ class Window:
             value = value.diagonal(0, first, second)
             names = [name for place, name in enumerate(names) if place not in (first, second)] + [repeated]
         used = [loop.name for loop in loops if loop.name in names]
-        value = value.permute([names.index(name) for name in used])
-        for place, loop in enumerate(loops):
-            if loop.name not in names:
-                value = value.unsqueeze(place)
+        if used != names:
+            value = value.permute([names.index(name) for name in used])
+        if len(used) < len(loops):
+            sizes = dict(zip(used, value.shape, strict=True))
+            value = value.view([sizes.get(loop.name, 1) for loop in loops])
         return value
 
 
@@ -111,14 +112,16 @@ def _take(value: Tensor, axis: int, index: Affine, low: int, ranges: Ranges) -> 
     first, last = index.bounds(ranges)
     if not index.terms:
         return value.select(axis, first - low), []
-    value = value.narrow(axis, first - low, last - first + 1)
     span = last - first + 1
+    if span != value.shape[axis]:
+        value = value.narrow(axis, first - low, span)
     names = []
     for name, step in sorted(((str(a), c) for a, c in index.terms), key=lambda term: -abs(term[1])):
         start, stop = ranges[name]
         span -= abs(step) * (stop - 1 - start)  # covered by the iterators after this one
         if span == 1:
-            value = value[(slice(None),) * axis + (slice(None, None, abs(step)),)]
+            if abs(step) > 1:
+                value = value[(slice(None),) * axis + (slice(None, None, abs(step)),)]
         else:
             value = value.unfold(axis, span, abs(step)).movedim(-1, axis + 1)
         if step < 0:
