@@ -17,7 +17,7 @@ from ollie_compile.graph import gate
 from ollie_compile.graph.comparing import copied
 from ollie_compile.graph.derivation_pass import DerivationPass
 from ollie_compile.graph.effects import Effects, effects_of
-from ollie_compile.graph.frozen import frozen
+from ollie_compile.graph.frozen import frozen, unfit_by_default, unfit_to_freeze
 from ollie_compile.graph.library_pass import LibraryPass
 from ollie_compile.plan.context import Context
 from ollie_compile.report.report import Report
@@ -62,9 +62,6 @@ def compile_with(
         config, inductor = config.for_mode(mode), mode_options(mode) | inductor
     except ValueError as error:
         compat.refuse(error)
-    config = replace(config, freeze=config.freeze or compat.inductor_config.freezing)
-    if config.freeze and torch.is_grad_enabled():
-        config = _unfrozen(config, report, "it needs torch.no_grad(), and gradients are enabled")
     effects = effects_of(gm, example_inputs)
     if effects.communicates:
         report.note(
@@ -72,13 +69,17 @@ def compile_with(
             "exchanges data between them"
         )
         config = replace(config, budget_s=0.0)
+    asked = bool(config.freeze or compat.inductor_config.freezing)
+    config = _freezing(replace(config, freeze=asked or config.freeze), example_inputs, effects, report)
     spare = copied(gm) if config.freeze else gm
     try:
         return _fastest(gm, example_inputs, config, inductor, report, context, effects)
     except Exception as error:  # in some versions Inductor cannot freeze convolutions in float64
         if not config.freeze:
             raise
-        config = _unfrozen(config, report, f"Inductor failed: {str(error).partition(chr(10))[0]}")
+        report.clear()
+        why = f"Inductor failed: {str(error).partition(chr(10))[0]}"
+        config = _unfrozen(config, report, why, aloud=asked)
         return _fastest(spare, example_inputs, config, inductor, report, context, effects)
 
 
@@ -121,9 +122,19 @@ def _fastest(
     )
 
 
-def _unfrozen(config: OllieConfig, report: Report, why: str) -> OllieConfig:
-    warnings.warn(f"ollie: `freeze`: {why}: compiled without freezing.", stacklevel=4)
-    report.clear()
+def _freezing(config: OllieConfig, inputs: Sequence[Any], effects: Effects, report: Report) -> OllieConfig:
+    """`config` with `freeze` decided: as asked for where that can be done, by itself where it is None."""
+    asked = config.freeze is not None
+    never = config.portable or config.budget_s == 0 or torch.is_grad_enabled()
+    if config.freeze is False or (never and not asked):
+        return replace(config, freeze=False)
+    why = unfit_to_freeze(inputs) or (None if asked else unfit_by_default(inputs, effects))
+    return replace(config, freeze=True) if why is None else _unfrozen(config, report, why, aloud=asked)
+
+
+def _unfrozen(config: OllieConfig, report: Report, why: str, *, aloud: bool) -> OllieConfig:
+    if aloud:
+        warnings.warn(f"ollie: `freeze`: {why}: compiled without freezing.", stacklevel=5)
     report.note(f"compiled without freezing: {why}")
     return replace(config, freeze=False)
 

@@ -44,7 +44,9 @@ class OllieConfig:
         margin: share by which a candidate must beat the original to replace it.
         freeze: hold weights as constants, so that their transforms cost nothing at run time; only under
             `torch.no_grad()`. Calls with other or changed weights transform these anew; what is written
-            through `weight.data` in place is not seen (`refreeze`).
+            through `weight.data` in place may go unseen (`refreeze`). None holds them where the result can
+            be compared with eager's first: on a CPU, for tensors of known sizes, in graphs without side
+            effects, and with a budget to compile for.
         half_in_float32: compute products of float16 and bfloat16 on a CPU in float32, which is many times
             faster on CPUs without units for them and rounds less, but not as eager does.
         portable: use torch's own operators alone, as a program must that is exported and runs without Python
@@ -60,7 +62,7 @@ class OllieConfig:
     tolerance: float = 2e-5
     non_finite: str = "spread"
     margin: float = 0.05
-    freeze: bool = False
+    freeze: bool | None = None
     half_in_float32: bool = False
     portable: bool = False
 
@@ -80,12 +82,12 @@ class OllieConfig:
             ("tolerance", (int, float), lambda value: value > 0, "more than 0"),
             ("non_finite", (str,), lambda value: value in ("spread", "exact"), '"spread" or "exact"'),
             ("margin", (int, float), lambda value: 0 <= value < 1, "in [0, 1)"),
-            ("freeze", (bool,), lambda value: True, "true or false"),
+            ("freeze", (bool, NoneType), lambda value: True, "true, false or None"),
             ("half_in_float32", (bool,), lambda value: True, "true or false"),
             ("portable", (bool,), lambda value: True, "true or false"),
         ):
             value = getattr(self, name)
-            known = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
+            known = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
             if not known or not valid(value):
                 raise ValueError(f"`{name}` must be {must}, got {value!r}.")
 

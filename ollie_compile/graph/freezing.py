@@ -96,7 +96,8 @@ class Freezer:
             logger.warning("ollie: frozen for one set of weights: its transforms could not be repeated")
             function = None
         program = Program(compiled, tuple(inside), function, aliases(weights))
-        return FrozenGraph(program, held, others, weights, of_weights)
+        with outside_compilation():
+            return FrozenGraph(program, held, others, weights, of_weights)
 
     def _holdable(self, inputs: Sequence[Any], values: Sequence[Any]) -> tuple[int, ...]:
         """The places of parameters and buffers that the graph only reads and no result shares memory with."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from ollie_compile.compat import freezing as inductor
 from ollie_compile.config import OllieConfig
@@ -20,6 +22,9 @@ from ollie_compile.measure.isolation import outside_compilation
 from ollie_compile.report.report import Report
 
 logger = logging.getLogger(__name__)
+
+INSIST = "; `freeze=True` does it all the same"
+MOST_OF_MEMORY = 0.5  # that weights may take, which freezing may hold twice
 
 
 class Frozen:
@@ -54,7 +59,7 @@ class Frozen:
 
     def _without_constants(self, values: Sequence[Any]) -> Callable[..., Any]:
         if self._unfrozen is None:
-            logger.warning("ollie: a graph is compiled without freezing for weights other than the first")
+            logger.warning("ollie: a graph is compiled without freezing too, for weights that it cannot hold")
             with outside_compilation(autocast=True):
                 self._unfrozen = (
                     inductor.compile_unfrozen(copied(self._graph), values, self._options)
@@ -62,6 +67,32 @@ class Frozen:
                     else self._graph
                 )
         return self._unfrozen
+
+
+def unfit_to_freeze(inputs: Sequence[Any]) -> str | None:
+    """Why the weights among a graph's inputs cannot be held as constants now, or None if they can."""
+    if torch.is_grad_enabled():
+        return "it needs torch.no_grad(), and gradients are enabled"
+    weights = sum(value.nbytes for value in inputs if isinstance(value, nn.Parameter))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if weights > MOST_OF_MEMORY * memory:
+        sizes = f"{weights / 2**30:.1f} GiB of the memory's {memory / 2**30:.1f} GiB"
+        return f"it may hold the weights twice, and they take {sizes}"
+    return None
+
+
+def unfit_by_default(inputs: Sequence[Any], effects: Effects) -> str | None:
+    """Why a graph is not frozen unless that is asked for, or None if it is.
+
+    Inductor's freezing has faults of its own, so it is the default only where `frozen` compares its results.
+    """
+    if not is_static(inputs):
+        return f"results cannot be compared first (sizes are dynamic){INSIST}"
+    if effects.unsafe is not None:
+        return f"results cannot be compared first ({effects.unsafe}){INSIST}"
+    if any(value.device.type != "cpu" for value in inputs):
+        return f"it is tested on CPUs alone{INSIST}"
+    return None
 
 
 def frozen(

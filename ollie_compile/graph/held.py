@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ollie_compile.compat import freezing as inductor
 from ollie_compile.graph.transforms import Function, transformed
 
-MOST_SETS = 8  # of weights that a graph keeps constants for; the least recently used goes first
+MOST_SETS = 64  # of weights that a graph keeps constants for; the least recently used goes first
+MOST_REMADE = 16  # sets that may be made ahead of as many calls that need none
+SAMPLES = 64  # values of a weight that are compared in each call
 
-_version, _pointer = attrgetter("_version"), Tensor.data_ptr
+_version, _pointer, _bytes = attrgetter("_version"), Tensor.data_ptr, np.ndarray.tobytes
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 class OtherWeightsError(Exception):
-    """Raised for weights that a graph has no constants for and cannot make any."""
+    """Raised for weights that a graph has no constants for and does not make any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class _Set:
     come to lie in memory that is freed.
     """
 
-    __slots__ = ("call", "inputs", "pointers", "storages", "versions", "weights")
+    __slots__ = ("call", "inputs", "pointers", "samples", "storages", "values", "versions", "weights")
 
     def __init__(
         self,
@@ -64,10 +68,23 @@ class _Set:
     ) -> None:
         self.versions, self.pointers = list(map(_version, weights)), list(map(_pointer, weights))
         self.storages = [weight.untyped_storage() for weight in weights]
+        self.samples = [_sample(weight) for weight in weights if weight.is_cpu]
+        self.values = self._sampled()
         self.weights = [weakref.ref(weight, dead) for weight in weights]
         inside = dict(zip(program.inside, constants, strict=False))
         self.call = inductor.with_constants(program.compiled, inside) if inside else program.compiled
         self.inputs = tuple(constants[len(inside) :])
+
+    def unchanged(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these, which are the same tensors, have the same values as far as can be seen quickly."""
+        return (
+            list(map(_version, weights)) == self.versions
+            and list(map(_pointer, weights)) == self.pointers
+            and self._sampled() == self.values
+        )
+
+    def _sampled(self) -> list[bytes]:
+        return list(map(_bytes, self.samples))
 
 
 class FrozenGraph:
@@ -95,6 +112,8 @@ class FrozenGraph:
         self._sets: dict[tuple[int, ...], _Set] = {}
         self._latest: tuple[int, ...] = ()
         self._constant_results: tuple[int, ...] | None = None
+        self._may_make = MOST_REMADE
+        self._refused: tuple[int, ...] = ()
         self._add(weights, constants)
         if program.inside:
             inductor.drop_constants(program.compiled, program.inside)
@@ -104,20 +123,19 @@ class FrozenGraph:
         """Run the graph.
 
         Raises:
-            OtherWeightsError: the weights changed, and constants cannot be made of them.
+            OtherWeightsError: constants cannot be made of these weights, or have been made so often that they
+                do not pay.
         """
         weights = self._weights(args)
         ids = tuple(map(id, weights))
         known = self._sets.get(ids)
-        if (
-            known is None
-            or list(map(_version, weights)) != known.versions
-            or list(map(_pointer, weights)) != known.pointers
-        ):
+        if known is None or not known.unchanged(weights):
             known = self._add(weights, self._made(weights))
-        elif ids != self._latest:
-            self._latest = ids
-            self._sets[ids] = self._sets.pop(ids, known)
+        else:
+            self._may_make = min(self._may_make + 1, MOST_REMADE)
+            if ids != self._latest:
+                self._latest = ids
+                self._sets[ids] = self._sets.pop(ids, known)
         others = self._others(args)
         args.clear()
         results = known.call([*others, *known.inputs])
@@ -134,6 +152,12 @@ class FrozenGraph:
     def _made(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._program.transforms is None or aliases(weights) != self._program.aliases:
             raise OtherWeightsError
+        if self._may_make > 0:
+            self._may_make -= 1
+        else:  # weights that no longer change are those of the call before
+            before, self._refused = self._refused, (*map(id, weights), *map(_version, weights))
+            if before != self._refused:
+                raise OtherWeightsError
         return transformed(self._program.transforms, weights)
 
     def _add(self, weights: Sequence[Tensor], constants: Sequence[Tensor]) -> _Set:
@@ -163,6 +187,15 @@ def refreeze(model: nn.Module | None = None) -> None:
     ids = None if model is None else {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for graph in list(_frozen):
         graph.forget(ids)
+
+
+def _sample(weight: Tensor) -> np.ndarray:
+    """A few values of a weight, from its first to its last, as a view of its memory."""
+    if not weight.numel():
+        return np.empty(0)
+    step = (_reach(weight) - 1) // (SAMPLES - 1)
+    few = weight.detach().as_strided((SAMPLES if step else 1,), (max(step, 1),))
+    return few.view(_INTEGERS[few.itemsize]).numpy()
 
 
 def aliases(weights: Sequence[Tensor]) -> list[int]:

@@ -55,7 +55,7 @@ def test_inductors_options_stand_beside_the_own(asked):
     torch.compile(nn.Linear(2, 2), backend="ollie", options=options)(torch.zeros(1, 2))
     assert asked["max_autotune"] is True
     assert asked["triton.cudagraphs"] is False
-    assert asked["joint_custom_pre_pass"].config == ollie_compile.OllieConfig(budget_s=1)
+    assert asked["joint_custom_pre_pass"].config == ollie_compile.OllieConfig(budget_s=1, freeze=False)
 
 
 def test_a_budget_that_is_not_given_goes_by_the_graph_and_the_mode(asked):
