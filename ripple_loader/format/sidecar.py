@@ -42,7 +42,7 @@ class Sidecar:
                 f"`ripple reorder {directory} --calibration TEXT --out NEW_DIRECTORY` and load that."
             )
         self.header = self._read_header()
-        self.layout = self.header.layout()
+        self.layout, self._sizes = self.header.layout(), self.header.section_bytes()
         with self.path.open("rb") as file:
             container = file.read(len(self.layout.container))
         if container != self.layout.container:
@@ -80,7 +80,7 @@ class Sidecar:
 
     def section(self, layer: int, kind: str) -> tuple[int, int]:
         """Byte offset and unpadded size of a layer's section."""
-        return self.layout.offsets[f"layers.{layer}.{kind}"], self.header.section_bytes()[kind]
+        return self.layout.offsets[f"layers.{layer}.{kind}"], self._sizes[kind]
 
     def _read(self, layer: int, kind: str) -> Array:
         """A whole section, uint8, after its checksum was checked."""
