@@ -35,7 +35,7 @@ class Sidecar:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.path = Path(directory) / SIDECAR
+        self.path = Path(directory).absolute() / SIDECAR  # copies open it again, perhaps from elsewhere
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"{directory} must hold {SIDECAR}, but does not: make a streaming copy of the model with "
