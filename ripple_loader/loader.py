@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +17,9 @@ from ripple_loader.checkpoint.hub import local_directory, local_file
 from ripple_loader.checkpoint.shards import ORIGINAL, check_original
 from ripple_loader.compat import is_compiled, register_quantization_config, register_quantizer
 from ripple_loader.config import RippleConfig
-from ripple_loader.format.bundles import unpack_bundles
-from ripple_loader.format.encoding import FloatEncoding
+from ripple_loader.format.bundles import pack_bundles, unpack_bundles
+from ripple_loader.format.checks import Numbers, numbers_of
+from ripple_loader.format.encoding import Encoding, FloatEncoding
 from ripple_loader.format.layout import SIDECAR
 from ripple_loader.format.sidecar import Sidecar
 from ripple_loader.model.architectures import MLPSite
@@ -29,7 +31,7 @@ from ripple_loader.report import RippleReport
 if TYPE_CHECKING:
     from ripple_loader.model.streaming import Backend
 
-_ROUNDING_TOLERANCE = 0.3  # of a row's norm; 4-bit integers lose a tenth
+_NEURONS_AT_ONCE = 64
 
 register_quantization_config("ripple")(RippleConfig)
 
@@ -110,41 +112,64 @@ def _check_weights(sidecar: Sidecar, sites: list[MLPSite]) -> None:
                 "the weights of a model must be in memory to attach a directory, but accelerate has "
                 "offloaded some: load the directory itself, `from_pretrained(DIR, quantization_config=...)`."
             )
-        orders = {order for order in orders if _equal(sidecar, layer, projections, order)}
+        orders = _matching_orders(sidecar, layer, projections, orders)
         if not orders:
             raise ValueError(
                 f"{sidecar.path} must be made from this model's weights, but layer {layer} differs: "
-                "give the directory that this model was reordered to."
+                "give the directory that this model was reordered to, and load the model in the dtype of its "
+                "checkpoint."
             )
 
 
-def _equal(sidecar: Sidecar, layer: int, projections: list[tuple[Tensor, Tensor | None]], order: str) -> bool:
-    """Whether an MLP's bundles and biases are a model's weights, within the error of their encoding."""
-    stored_NRH = unpack_bundles(sidecar.bundles(layer), sidecar.header, torch.float32)
-    vectors, places = sidecar.vectors(layer), torch.from_numpy(sidecar.permutation(layer)).long()
-    if order == "copy":
-        places = torch.arange(len(places))
-    for row, (weight_NH, bias) in enumerate(projections):
+def _matching_orders(
+    sidecar: Sidecar, layer: int, projections: list[tuple[Tensor, Tensor | None]], orders: set[str]
+) -> set[str]:
+    """The orders of neurons in which a model's MLP has the weights and biases of the sidecar's.
+
+    The weights are encoded as the sidecar's and compared by the checksum of each bundle, so that no bundle is
+    read. Only weights that were cast, whose bytes are others, are compared with the bundles themselves.
+    """
+    places = torch.from_numpy(sidecar.permutation(layer)).long()
+    placed = {"original": places, "copy": torch.arange(len(places))}
+    weights = [weight.cpu().contiguous() for weight, _ in projections]
+    possible = {order for order in orders if _same_biases(sidecar, layer, projections, placed[order])}
+    numbers = _checksums(weights, sidecar.header.encoding)
+    recorded = sidecar.checks(layer).bundles
+    same = {order for order in possible if np.array_equal(numbers[placed[order].numpy()], recorded)}
+    if same or not possible or not isinstance(sidecar.header.encoding, FloatEncoding):
+        return same
+    stored_NRH = unpack_bundles(sidecar.bundles(layer), sidecar.header, sidecar.header.encoding.dtype)
+    return {
+        order
+        for order in possible
+        if all(
+            torch.equal(stored_NRH[:, row].to(weight.dtype), weight[placed[order]])
+            for row, weight in enumerate(weights)
+        )
+    }
+
+
+def _checksums(weights_RNH: list[Tensor], encoding: Encoding) -> Numbers:
+    """The CRC-32C of each neuron's bundle, shape (N,); a few neurons at a time, which caches hold."""
+    numbers = []
+    for rows in zip(*(weight_NH.split(_NEURONS_AT_ONCE) for weight_NH in weights_RNH), strict=True):
+        bundles = pack_bundles(list(rows), encoding)
+        starts = np.arange(len(bundles)) * bundles.shape[1]
+        numbers.append(numbers_of(memoryview(bundles.numpy()).cast("B"), starts, bundles.shape[1]))
+    return np.concatenate(numbers)
+
+
+def _same_biases(
+    sidecar: Sidecar, layer: int, projections: list[tuple[Tensor, Tensor | None]], places: Tensor
+) -> bool:
+    vectors = sidecar.vectors(layer)
+    for row, (_, bias) in enumerate(projections):
         selects = row < len(projections) - 1
-        if not _same(stored_NRH[:, row], weight_NH[places.to(weight_NH.device)], sidecar):
-            return False
-        stored_bias = torch.from_numpy(vectors.bias[row] if selects else vectors.down_bias)
-        own = torch.zeros(len(stored_bias)) if bias is None else bias
-        if selects and bias is not None:
-            own = bias[places.to(bias.device)]
-        if not torch.equal(stored_bias.to(own), own):
+        stored = torch.from_numpy(vectors.bias[row] if selects else vectors.down_bias)
+        own = torch.zeros(len(stored)) if bias is None else bias.cpu()
+        if not torch.equal(stored.to(own.dtype), own[places] if selects else own):
             return False
     return True
-
-
-def _same(stored_NH: Tensor, weight_NH: Tensor, sidecar: Sidecar) -> bool:
-    """Whether float32 rows of bundles equal rows of a weight, within the error of their encoding."""
-    encoding, stored_NH = sidecar.header.encoding, stored_NH.to(weight_NH.device)
-    if isinstance(encoding, FloatEncoding):
-        rounded = weight_NH.to(encoding.dtype).float()
-        return torch.equal(stored_NH.to(weight_NH.dtype), weight_NH) or torch.equal(stored_NH, rounded)
-    errors_N = (stored_NH - weight_NH).norm(dim=1)
-    return bool((errors_N <= _ROUNDING_TOLERANCE * weight_NH.norm(dim=1)).all())
 
 
 def matching_sites(model: nn.Module, sidecar: Sidecar) -> list[MLPSite]:

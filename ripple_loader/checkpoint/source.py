@@ -19,10 +19,11 @@ _WAY_OUT = {
     "fp8": "`ripple reorder` and `ripple verify` dequantize it; for this save it dequantized, "
     "`from_pretrained(DIR, quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(NEW, "
     "save_original_format=False)`.",
-    "mxfp4": "its models, gpt_oss, have experts with a gate of their own kind, which Ripple does not stream.",
+    "mxfp4": "its models, gpt_oss, have experts with biases and a gate of their own kind, which Ripple "
+    "cannot stream.",
     **dict.fromkeys(
         ("gptq", "awq", "compressed-tensors", "bitsandbytes"),
-        "transformers dequantizes that with a package of its own only, so reorder the checkpoint that it was "
+        "`ripple reorder` and `ripple verify` dequantize it; for this give the checkpoint that it was "
         "quantized from.",
     ),
 }
@@ -168,7 +169,7 @@ def open_source(directory: Path, variant: str | None = None) -> SourceModel:
 def read_config(directory: Path) -> Any:
     """A model's config; ValueError where the model is not one of transformers' own."""
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)  # None asks at a terminal
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

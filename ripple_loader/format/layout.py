@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
@@ -136,14 +136,15 @@ class SidecarHeader:
 
     def layout(self) -> SidecarLayout:
         """The offsets of all sections."""
-        description = asdict(self)
+        description = {part.name: getattr(self, part.name) for part in fields(self)}
         if self.sketches:  # sidecars were written without this name when all had sketches
             del description["sketches"]
         entries: dict[str, Any] = {"__metadata__": {"ripple": json.dumps(description)}}
         starts, end = {}, 0
+        padded = {kind: align(size) for kind, size in self.section_bytes().items()}
         for layer in range(self.layers):
-            for kind, size in self.section_bytes().items():
-                name, start, end = f"layers.{layer}.{kind}", end, end + align(size)
+            for kind, size in padded.items():
+                name, start, end = f"layers.{layer}.{kind}", end, end + size
                 entries[name] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
                 starts[name] = start
         checksums = 1 + -(-end // CHECKSUM_CHUNK)

@@ -35,14 +35,14 @@ class Sidecar:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.path = Path(directory) / SIDECAR
+        self.path = Path(directory).absolute() / SIDECAR  # copies open it again, perhaps from elsewhere
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"{directory} must hold {SIDECAR}, but does not: make a streaming copy of the model with "
                 f"`ripple reorder {directory} --calibration TEXT --out NEW_DIRECTORY` and load that."
             )
         self.header = self._read_header()
-        self.layout = self.header.layout()
+        self.layout, self._sizes = self.header.layout(), self.header.section_bytes()
         with self.path.open("rb") as file:
             container = file.read(len(self.layout.container))
         if container != self.layout.container:
@@ -80,7 +80,7 @@ class Sidecar:
 
     def section(self, layer: int, kind: str) -> tuple[int, int]:
         """Byte offset and unpadded size of a layer's section."""
-        return self.layout.offsets[f"layers.{layer}.{kind}"], self.header.section_bytes()[kind]
+        return self.layout.offsets[f"layers.{layer}.{kind}"], self._sizes[kind]
 
     def _read(self, layer: int, kind: str) -> Array:
         """A whole section, uint8, after its checksum was checked."""

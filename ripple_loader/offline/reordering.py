@@ -41,8 +41,9 @@ def reorder(
 
     Args:
         model_dir: directory or hub id of a language model in float32, float16 or bfloat16, saved as
-            safetensors or as `pytorch_model.bin`; or a model in fp8 blocks or a GGUF file, which is first
-            written dequantized beside `out_dir`, one tensor at a time.
+            safetensors or as `pytorch_model.bin`; or a model quantized with fp8, GPTQ, AWQ,
+            compressed-tensors or bitsandbytes, or a GGUF file, which is first written dequantized beside
+            `out_dir`, one tensor at a time.
         out_dir: a directory that does not exist yet.
         calibration: texts, rows with a "text" or "input_ids" column, or tensors of token ids.
         config: how to trace and place.

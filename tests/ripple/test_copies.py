@@ -51,6 +51,16 @@ def test_a_copy_opens_the_directory_again(name, clone, reordered):
     assert other.ripple_report.strategy == "sparse, as `strategy` says"
 
 
+@torch.no_grad()
+def test_a_model_of_a_relative_path_is_copied_and_saved_from_another_folder(reordered, tmp_path, monkeypatch):
+    monkeypatch.chdir(reordered("llama").parent)
+    model = load(reordered("llama").name)
+    monkeypatch.chdir(tmp_path)
+    assert copy.deepcopy(model)(token_ids()).logits.equal(model(token_ids()).logits)
+    model.save_pretrained("saved")
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
 def test_a_copy_of_a_directory_that_was_replaced_is_refused(reordered, tmp_path):
     for file in reordered("llama").iterdir():
         (tmp_path / file.name).symlink_to(file)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5EncoderModel
 
 from ripple_loader import RippleConfig, attach, reorder
+from ripple_loader.format.sidecar import Sidecar
 from tests.ripple.conftest import CALIBRATION, SMALL, load, make_model, relative_error, token_ids
 from tests.ripple.test_encoder_decoder import save
 
@@ -33,15 +34,25 @@ def test_attach_compares_every_weight(name, loaded, saved, reordered):
         attach(model, CONFIG, reordered(name))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("loaded", ["original", "copy"])
+def test_attach_compares_checksums_and_reads_no_bundle(name, loaded, saved, reordered, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(saved(name) if loaded == "original" else reordered(name))
+    monkeypatch.setattr(Sidecar, "bundles", lambda *_: pytest.fail("bundles were read"))
+    assert attach(model, CONFIG, reordered(name)).budget
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bundles", ["bfloat16", "int8", "int4"])
 def test_attach_to_rounded_bundles(bundles, saved, tmp_path):
     reorder(saved("llama"), tmp_path / "out", CALIBRATION, dataclasses.replace(SMALL, bundles=bundles))
     model = AutoModelForCausalLM.from_pretrained(saved("llama"))
-    model.model.layers[0].mlp.up_proj.weight.data[3] *= 2
+    weight = model.model.layers[0].mlp.up_proj.weight.data
+    before = weight.clone()
+    weight += torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1]) * 0.02  # as a merged adapter does
     with pytest.raises(ValueError, match="but layer 0 differs"):
         attach(model, CONFIG, tmp_path / "out")
-    model.model.layers[0].mlp.up_proj.weight.data[3] /= 2
+    weight.copy_(before)
     attach(model, CONFIG, tmp_path / "out")
     assert relative_error(model(token_ids()).logits, load(tmp_path / "out")(token_ids()).logits) < 1e-5
 
