@@ -70,13 +70,11 @@ class Case:
 RELU, SMOLLM2 = "relu-lm", assets.SMOLLM2
 _RELU = ReorderConfig(tokens=4096, sequence_length=256)
 _HALF = ReorderConfig(tokens=1280, sequence_length=256, active="top_k", active_share=0.5)
-_TENTH = replace(_HALF, active_share=0.1)
 CASES = {
     "relu-lm": Case(RELU, _RELU, 512, "ReLU model trained here"),
     "relu-lm-code": Case(RELU, _RELU, 512, "ReLU model trained here, Python code replayed", True),
     "smollm2": Case(SMOLLM2, _HALF, 192, "half of the neurons"),
     "smollm2-code": Case(SMOLLM2, _HALF, 192, "half of the neurons, Python code replayed", True),
-    "smollm2-tenth": Case(SMOLLM2, _TENTH, 192, "a tenth of the neurons: sparsity, not quality"),
 }
 
 
@@ -162,11 +160,6 @@ class Study:
         return by_token
 
     def finish(self, medium: str, more: str, measured: dict[str, list[float]]) -> None:
-        rows = {name: self.row(name, measured.get(name)) for name in self.replays}
-        ratios = ", ".join(
-            f"{rows[name]['ms'] / rows['Ripple']['ms']:.2f}x over {name.removesuffix(', collapse')}"
-            for name in ("dense", "LLM in a Flash", "frequency, collapse")
-        )
         case, work = self.case, self.work
         conditions = (
             f"{case.directory.name}, {case.note}",
@@ -176,10 +169,10 @@ class Study:
             more,
             "reads, KiB: a token and layer, over all replayed tokens",
         )
-        title = f"Ripple, reads of a token, {medium}. Ripple: {ratios}"
+        title = f"Ripple, reads of a token, {medium}"
         table = Table("ripple_simulate", title, "; ".join(conditions))
-        for name, row in rows.items():
-            table.add(name, **row)
+        for name in self.replays:
+            table.add(name, **self.row(name, measured.get(name)))
         table.finish()
 
 
