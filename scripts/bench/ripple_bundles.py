@@ -18,7 +18,7 @@ from common import Table, assets, option, parse, scratch
 from harness import Race
 from models import language
 from ripple_parts import streamed
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import LlamaConfig, Qwen2Config
 
 from ripple_loader import ReorderConfig, reorder
 from ripple_loader.format.layout import SIDECAR
@@ -26,26 +26,9 @@ from ripple_loader.format.sidecar import Sidecar
 
 HELD_OUT = (2, 512)  # sequences, tokens
 BUDGET = "96MiB"
-SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen2.5-0.5B": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "Llama, 1536 wide, 8 layers": {
-        "model_type": "llama",
-        "hidden_size": 1536,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
+SHAPES = {  # class of the config, and `language.SIZES`
+    "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 24, 14, 2),
+    "Llama, 1536 wide, 8 layers": (LlamaConfig, 1536, 4096, 8, 12, 4),
 }
 
 
@@ -95,9 +78,8 @@ def decode(options: Any) -> Table:
     )
     for shape, sizes in SHAPES.items():
         with scratch() as folder:
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(**sizes, max_position_embeddings=512)
-            models = {"stock": AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)}
+            tied = {"tie_word_embeddings": shape.startswith("Qwen")}
+            models = {"stock": language.random(*sizes, max_position_embeddings=512, **tied)}
             models["stock"].save_pretrained(folder / "model")
             for name, bundles in {"bfloat16": "same", "int8": "int8", "int4": "int4"}.items():
                 copy = folder / bundles

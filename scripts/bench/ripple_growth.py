@@ -45,7 +45,7 @@ def main() -> None:
             active = float(placed.result.profile["activity"])
             table.add(name, trace_s=traced.wall, reorder_s=placed.wall, active=active)
             streaming = streamed(copy, dram_budget="25%", strategy="sparse", buffer="1MiB")
-            decoders[name] = Decoder(streaming, iter(text.tolist()))
+            decoders[name] = Decoder(streaming, text.tolist())
         race = Race(decoders, equal=None)  # models of different sizes
         for decoder in decoders.values():
             for _ in range(STEP_TOKENS):

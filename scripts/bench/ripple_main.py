@@ -46,7 +46,7 @@ from common import ROOT, Table, assets, option, parse, scratch
 from harness import Contender, OwnProcess, Race, in_own_process
 from models import language
 from other_engines import airllm, llama_cpp, write_gguf
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from ripple_loader import ReorderConfig
 from ripple_loader.config import parse_size
@@ -219,10 +219,9 @@ def status(name: str) -> int:
 
 def warm_up() -> None:
     """Load whatever code loading and generating need."""
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(folder)
-        model = LlamaForCausalLM.from_pretrained(folder)
+        language.random(LlamaConfig, 16, 16, 1, 2, 2, vocab_size=32).save_pretrained(folder)
+        model = language.load(Path(folder), dtype=torch.float32)
         model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
     gc.collect()
 
