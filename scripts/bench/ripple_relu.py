@@ -90,8 +90,8 @@ def main() -> None:
         f"{MODEL.name}, float32, {source.layers} MLPs of {source.neurons} neurons, {active:.1%} active; "
         f"bundles of {bundle} bytes, {source.neurons * bundle / 2**10:,.0f} KiB a layer if all are read; "
         f"DRAM budget {options.dram_budget} where there is a cache; {options.tokens} held-out tokens, one by "
-        f"one, after {WARM_UP}; order from {TRACED} tokens; runs: of active neurons on traced tokens that did "
-        "not shape the order, hot ones left out; all but runs and KiB a read: per token and layer",
+        f"one, after {WARM_UP}; order from {TRACED} tokens; runs: of active neurons on traced tokens that "
+        "did not shape the order, hot ones left out; all but runs and KiB a read: per token and layer",
     )
     with scratch() as folder:
         config = ReorderConfig(tokens=TRACED, sequence_length=SEQUENCE)
