@@ -273,7 +273,7 @@ def test_options(monkeypatch):
 
 
 def test_there_are_scripts():
-    assert len(SCRIPTS) == 25
+    assert len(SCRIPTS) == 18
     assert "lemo_main" in SCRIPTS
 
 

@@ -105,7 +105,9 @@ class Table:
         self.rows.setdefault(contender, {}).update(metrics)
 
     def finish(self) -> None:
-        """Append the rows to docs/results/NAME.csv and print them."""
+        """Append the rows, if there are any, to docs/results/NAME.csv and print them."""
+        if not self.rows:
+            return
         path = RESULTS / f"{self.name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -151,7 +151,8 @@ class OwnProcess:
     """A call in a process of its own, which times it and hands back its result.
 
     Args:
-        target: a function at a module's top level that returns a context manager, which yields the call.
+        target: a function at a module's top level that returns a context manager, which yields the call, or a
+            `Contender`.
         args: its arguments.
         environment: variables that are set in that process only.
         exact: whether its result must equal the reference's.
@@ -176,7 +177,8 @@ class OwnProcess:
 
     @classmethod
     def _enter(cls, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        cls._contender = Contender(cls._entered.enter_context(target(*args)))
+        call = cls._entered.enter_context(target(*args))
+        cls._contender = call if isinstance(call, Contender) else Contender(call)
 
     @classmethod
     def _turn(cls, counts: dict[str, int]) -> list[Timing]:

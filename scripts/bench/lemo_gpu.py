@@ -18,6 +18,7 @@ from common import option
 from harness import Contender, Race, close
 from models import language, lora
 from torch import Tensor
+from transformers import LlamaConfig
 
 from lemo_trainer import LemoConfig
 from lemo_trainer.measure import ActivationBytes
@@ -107,7 +108,12 @@ def main() -> None:
     if device == "cpu" and not options.tiny:
         raise SystemExit("lemo_gpu: no GPU: torch sees no CUDA device; --tiny tries the script without one.")
     seq_lens = sorted({min(256, each) for each in options.seq_lens}) if options.tiny else options.seq_lens
-    models = models_of(partial(language.llama, max(seq_lens), device, tiny=options.tiny))
+    sizes = (64, 128, 4, 4, 2) if options.tiny else (2048, 8192, 16, 32, 8)  # those of Llama 3.2 1B
+    config = {"vocab_size": 256 if options.tiny else 128256, "max_position_embeddings": max(seq_lens)}
+    with torch.device(device):
+        models = models_of(
+            partial(language.random, LlamaConfig, *sizes, rope_parameters={"rope_theta": 5e5}, **config)
+        )
     for seq_len in seq_lens:
         measure(models, seq_len, options, device)
 

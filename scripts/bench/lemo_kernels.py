@@ -1,35 +1,47 @@
-"""LeMo's permutation-free branch against gather, run, pad and add; attention of chosen queries.
+"""LeMo's parts alone: the branch without permutations, attention of chosen queries, head and loss.
 
     python scripts/bench/lemo_kernels.py [--tokens 2048 8192] [--widths 576 2048] [--repeats 7]
+    python scripts/bench/lemo_kernels.py --tables loss --tokens 2048 --repeats 5
 
-A chain of eight residual branches, forward and backward, on half of the rows in blocks of 64. A branch is its
-norm and a factor: attention and MLP are left out, so that what is measured is what surrounds them. On CUDA
-LeMo's rows are Triton's. All contenders give equal results first.
+All contenders give equal results first. On CUDA LeMo's rows are Triton's.
+
+- branches: a chain of eight residual branches, forward and backward, on half of the rows in blocks of 64. A
+  branch is its norm and a factor: attention and MLP are left out, so that what is measured is what surrounds
+  them.
+- attention: of half of the tokens over all.
+- loss: SmolLM2's head (49,152 x 576, frozen) and loss, forward and backward, on the CPU, beside torch's
+  linear_cross_entropy and all logits at once. MB are what a process of its own needs beyond its tensors.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import common
+import psutil
 import torch
 from common import option
-from harness import Race, close
+from harness import Race, close, in_own_process
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lemo_trainer.head.loss import segmented_cross_entropy
 from lemo_trainer.kernels.attention import attend, reference
 from lemo_trainer.kernels.dispatch import runs_triton
 from lemo_trainer.kernels.norm import norm_rows
 from lemo_trainer.kernels.rows import gather
 from lemo_trainer.layers.stream import Streams
-from lemo_trainer.measure import ActivationBytes
+from lemo_trainer.measure import ActivationBytes, peak_rss_bytes
 
 BRANCHES, BLOCK, EPS = 8, 64, 1e-5
-HEADS, GROUPS, HEAD = 9, 3, 64  # SmolLM2's attention
+HEADS, GROUPS, HEAD, WIDTH, VOCABULARY = 9, 3, 64, 576, 49152  # SmolLM2's
+SEGMENT = 256  # tokens of the loss, or queries, at a time
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Norm = Callable[..., Tensor]
 
@@ -120,7 +132,7 @@ def bytes_of(step: Callable[[], Any], stream: int) -> dict[str, float]:
     return {metric: value / BRANCHES / 1e6 for metric, value in row.items()}
 
 
-def branches(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> None:
+def branches(tokens: int, dtype: torch.dtype, width: int, repeats: int) -> None:
     table = common.Table(
         "lemo_kernels",
         f"A residual branch's surroundings, {tokens} tokens x {width}, {str(dtype).removeprefix('torch.')}",
@@ -149,14 +161,14 @@ def branches(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> None:
     table.finish()
 
 
-def pieces(query: Tensor, key: Tensor, value: Tensor, index: Tensor, size: int = 256) -> Tensor:
+def pieces(query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:
     """What LeMo does where no kernel runs."""
-    heads, attend_masked = [], nn.functional.scaled_dot_product_attention
-    for q, at in zip(query.split(size, 2), index.split(size, 1), strict=True):
+    heads = []
+    for q, at in zip(query.split(SEGMENT, 2), index.split(SEGMENT, 1), strict=True):
         keys = int(at[:, -1].max()) + 1
         mask = torch.arange(keys, device=at.device) <= at[:, None, :, None]
-        k, v = key[:, :, :keys], value[:, :, :keys]
-        heads.append(attend_masked(q, k, v, mask, scale=0.1, enable_gqa=True))
+        kv = key[:, :, :keys], value[:, :, :keys]
+        heads.append(functional.scaled_dot_product_attention(q, *kv, mask, scale=0.1, enable_gqa=True))
     return torch.cat(heads, 2).transpose(1, 2)
 
 
@@ -191,20 +203,88 @@ def attention(tokens: int, dtype: torch.dtype, repeats: int) -> None:
     table.finish()
 
 
+def all_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy((hidden @ weight.T).float(), labels)
+
+
+def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=SEGMENT)
+    return functional.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "all logits": all_logits,
+    "LeMo, segments of 256": partial(segmented_cross_entropy, segment=SEGMENT),
+}
+if hasattr(functional, "linear_cross_entropy"):  # torch >= 2.13
+    LOSSES["F.linear_cross_entropy, chunks of 256"] = torch_chunked
+
+
+def labelled(tokens: int, ignored: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [tokens, width], the head's weight, and labels of which a share is ignored."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, WIDTH).to(dtype).requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (tokens,))
+    labels[torch.rand(tokens) < ignored] = -100
+    return hidden, torch.randn(VOCABULARY, WIDTH).mul_(0.04).to(dtype), labels
+
+
+def loss_step(name: str, tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[float, Tensor]:
+    loss = LOSSES[name](*tensors)
+    return loss.item(), torch.autograd.grad(loss, tensors[0])[0]
+
+
+def equal_losses(got: tuple[float, Tensor], want: tuple[float, Tensor]) -> None:
+    close(rtol=1e-2, atol=0)(got[0], want[0])
+    close(rtol=2e-2, atol=1e-4)(got[1], want[1])
+
+
+def loss_memory(name: str, tokens: int, dtype: torch.dtype) -> float:
+    """MB that one step adds to this process."""
+    tensors = labelled(tokens, 0.0, dtype)
+    if (refs := Path("/proc/self/clear_refs")).exists():
+        refs.write_text("5")  # the peak starts anew, without what making the tensors took
+    before = psutil.Process().memory_info().rss
+    loss_step(name, tensors)
+    return (peak_rss_bytes() - before) / 1e6
+
+
+def losses(tokens: int, dtype: torch.dtype, repeats: int) -> None:
+    table = common.Table(
+        "lemo_loss",
+        f"Language-model head and loss, {dtype}",
+        f"{tokens} tokens x {WIDTH}, vocabulary {VOCABULARY}, head frozen, "
+        f"{torch.get_num_threads()} threads, median of {repeats}",
+    )
+    kind = str(dtype).removeprefix("torch.")
+    for ignored in (0.0, 0.5):
+        tensors = labelled(tokens, ignored, dtype)
+        race = Race({name: partial(loss_step, name, tensors) for name in LOSSES}, equal=equal_losses)
+        for name, times in race.run(repeats).items():
+            table.add(name, **{f"s_{kind}_{ignored:.0%}_unlabelled": times.median})
+    for name in LOSSES:
+        table.add(name, **{f"MB_{kind}": in_own_process(loss_memory, name, tokens, dtype)})
+    table.finish()
+
+
 def main() -> None:
     options = common.parse(
         __doc__,
+        tables=option(["branches", "attention"], choices=("branches", "attention", "loss")),
         tokens=[2048, 8192],
-        widths=[576, 2048],
+        widths=option([576, 2048], "of branches"),
         dtypes=option(["float32", "bfloat16"], choices=("float32", "bfloat16")),
-        repeats=option(7, "0 counts bytes only"),
+        repeats=option(7, "0 counts the bytes of branches only"),
     )
-    for dtype in (getattr(torch, name) for name in options.dtypes):
-        for tokens in options.tokens:
+    for dtype, tokens in itertools.product(options.dtypes, options.tokens):
+        size = tokens, getattr(torch, dtype)
+        if "branches" in options.tables:
             for width in options.widths:
-                branches(tokens, width, dtype, options.repeats)
-            if options.repeats:
-                attention(tokens, dtype, options.repeats if DEVICE == "cuda" else 1)
+                branches(*size, width, options.repeats)
+        if "attention" in options.tables and options.repeats:
+            attention(*size, options.repeats if DEVICE == "cuda" else 1)
+        if "loss" in options.tables:
+            losses(*size, options.repeats)
 
 
 if __name__ == "__main__":

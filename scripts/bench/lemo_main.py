@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import common
@@ -110,7 +111,7 @@ class StepMeter(TrainerCallback):
             self.steps.append(taken)
 
 
-def run_contender(name: str, seq_len: int, options: Options, before: bool) -> dict[str, float]:
+def run_contender(name: str, seq_len: int, options: Options, before: bool = False) -> dict[str, float]:
     """One contender's metrics, measured in this process.
 
     Args:
@@ -165,8 +166,7 @@ def run_contender(name: str, seq_len: int, options: Options, before: bool) -> di
     }
 
 
-def measured(name: str, seq_len: int, options: Options, before: bool = False) -> dict[str, float]:
-    return in_own_process(run_contender, name, seq_len, options, before, environment=ENVIRONMENT)
+measured = partial(in_own_process, run_contender, environment=ENVIRONMENT)
 
 
 def predicted(name: str, seq_len: int, options: Options) -> StepCost:

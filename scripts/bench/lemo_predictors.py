@@ -1,6 +1,6 @@
 """Which blocks a layer would choose, foretold: recall against time, predictors and cheaper designs.
 
-    python scripts/bench/lemo_predictors.py [--steps 200] [--seq-len 1024] [--layers all] [--save DIR]
+    python scripts/bench/lemo_predictors.py [--steps 200] [--save DIR]
 
 SmolLM2-135M, float32. All trained designs learn from the same forward passes over the same samples, one step
 of AdamW each; recall is that of held-out text, of the half of the blocks that score highest by all queries.
@@ -17,10 +17,12 @@ of a training step (LoRA r 8, detach 50%, gradient checkpointing) when every lay
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import common
 import torch
@@ -39,8 +41,8 @@ from lemo_trainer.model.capture import attention_inputs
 from lemo_trainer.offline.observation import LayerInput, Observer
 
 DESIGNS = {"paper": (16, 16, 16), "max": (32, 32, 32)}
-QUERIES = (64, 32, 24, 16, 8)
-RANKS = (64, 192)
+QUERIES, RANKS = (32, 24, 16, 8), (64, 192)
+SEQ_LEN, HELD_OUT, RATE = 1024, 6, 3e-3  # tokens, samples, learning rate
 
 
 class LinearProbe(nn.Module):
@@ -58,52 +60,49 @@ class LinearProbe(nn.Module):
         return self.linear(torch.cat([mean_BND, place_N2.expand(len(mean_BND), -1, -1)], 2))[..., 0]
 
 
-def low_rank(weight: Tensor, rank: int) -> nn.Linear:
-    """A projection with the `rank` largest singular directions of `weight`, as two factors in one module."""
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    first = nn.Linear(weight.shape[1], rank, bias=False)
-    second = nn.Linear(rank, weight.shape[0], bias=False)
+def low_rank(projection: nn.Linear, rank: int) -> nn.Module:
+    """A projection with the `rank` largest singular directions of its weight, in two factors."""
+    u, s, v = torch.linalg.svd(projection.weight.data, full_matrices=False)
+    first, second = nn.Linear(len(v[0]), rank, bias=False), nn.Linear(rank, len(u), bias=False)
     first.weight.data, second.weight.data = v[:rank], u[:, :rank] * s[:rank]
     return nn.Sequential(first, second)
 
 
-def scorers(model: Any, config: LemoConfig, trained: dict[str, PatternPredictors], probes: Any) -> Any:
-    """By contender: the scores [B, N] from a layer's input, or None for what is read off other layers."""
-    rotary, layers = model.model.rotary_emb, model.model.layers
+Scorer = Callable[[LayerInput], Tensor]
+"""Scores of a layer's blocks [B, N], from what the layer is given."""
 
-    def from_queries(count: int) -> Callable[[LayerInput], Tensor]:
-        def scores(seen: LayerInput) -> Tensor:
-            layer = layers[seen.index]
-            x_BSD = layer.input_layernorm(seen.hidden)
-            positions = rotary(x_BSD, torch.arange(x_BSD.shape[1])[None])
-            rest = {"position_embeddings": positions, "attention_mask": None}
-            inputs = attention_inputs(layer.self_attn, x_BSD, **rest)
-            return map_scores(attention_map(inputs, None, config.block_size, count))
 
-        return scores
+def scorers(
+    model: Any, config: LemoConfig, trained: dict[str, PatternPredictors], probes: Any
+) -> dict[str, Scorer]:
+    """Of each contender that looks at a layer's input."""
+    layers = model.model.layers
 
-    def copies(rank: int) -> Callable[[LayerInput], Tensor]:
+    def from_queries(seen: LayerInput, count: int = config.block_size) -> Tensor:
+        layer = layers[seen.index]
+        x_BSD = layer.input_layernorm(seen.hidden)
+        positions = model.model.rotary_emb(x_BSD, torch.arange(x_BSD.shape[1])[None])
+        inputs = attention_inputs(layer.self_attn, x_BSD, position_embeddings=positions, attention_mask=None)
+        return map_scores(attention_map(inputs, None, config.block_size, count))
+
+    def copies(rank: int) -> Scorer:
+        names = "q_proj", "k_proj"
         attentions = [layer.self_attn for layer in layers]
-        factors = [[low_rank(p.weight.data, rank) for p in (each.q_proj, each.k_proj)] for each in attentions]
+        factors = [{name: low_rank(getattr(each, name), rank) for name in names} for each in attentions]
 
         def scores(seen: LayerInput) -> Tensor:
-            attention = attentions[seen.index]
-            own = attention.q_proj, attention.k_proj
-            attention.q_proj, attention.k_proj = factors[seen.index]
-            try:
-                return from_queries(config.block_size)(seen)
-            finally:
-                attention.q_proj, attention.k_proj = own
+            with mock.patch.dict(attentions[seen.index]._modules, factors[seen.index]):
+                return from_queries(seen)
 
         return scores
 
-    def learned(predictors: PatternPredictors) -> Callable[[LayerInput], Tensor]:
+    def learned(predictors: PatternPredictors) -> Scorer:
         return lambda seen: map_scores(predictors.pooled_map(seen.index, seen.hidden, None))
 
     return {
-        "exact": from_queries(config.block_size),
+        "exact": from_queries,
         "position": lambda seen: -torch.arange(seen.hidden.shape[1] // config.block_size).float()[None],
-        **{f"{count} queries of 64": from_queries(count) for count in QUERIES[1:]},
+        **{f"{count} queries of 64": partial(from_queries, count=count) for count in QUERIES},
         **{f"low rank {rank}": copies(rank) for rank in RANKS},
         "linear probe": lambda seen: probes[str(seen.index)](seen.hidden),
         **{name: learned(predictors) for name, predictors in trained.items()},
@@ -118,14 +117,14 @@ def layer_seconds(model: Any, tokens: Tensor) -> float:
         return race.run(3)["step"].median / model.config.num_hidden_layers
 
 
-def train(observer: Observer, trained: dict[str, PatternPredictors], probes: Any, options: Any) -> int:
+def train(observer: Observer, trained: dict[str, PatternPredictors], probes: Any, steps: int) -> int:
     """Fit all designs to the same passes over training text; returns the number of its samples."""
-    text = [torch.tensor([each["input_ids"]]) for each in lora.samples("train", options.seq_len)]
+    text = [torch.tensor([each["input_ids"]]) for each in lora.samples("train", SEQ_LEN)]
     parameters = [*probes.parameters(), *(p for each in trained.values() for p in each.parameters())]
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps)
-    order = torch.randperm(len(text)).repeat(-(-options.steps // len(text)))
-    for step in tqdm(range(options.steps), desc="training", unit="step"):
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+    order = torch.randperm(len(text)).repeat(-(-steps // len(text)))
+    for step in tqdm(range(steps), desc="training", unit="step"):
         for seen in observer({"input_ids": text[order[step]]}):
             for predictors in trained.values():
                 predictors.of(seen.index).loss(seen.hidden, None, seen.exact_map)[0].backward()
@@ -140,9 +139,9 @@ def train(observer: Observer, trained: dict[str, PatternPredictors], probes: Any
 class Judged:
     """Recall of each contender in each layer, and the race of those that look at the layer's input."""
 
-    def __init__(self, contenders: dict[str, Callable[[LayerInput], Tensor]], kept: int) -> None:
+    def __init__(self, contenders: dict[str, Scorer], kept: int) -> None:
         self.kept = kept
-        self.recall: dict[str, dict[int, list[float]]] = {}
+        self.recall: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         calls = {name: partial(lambda each: each(self.seen), each) for name, each in contenders.items()}
         self.race = Race(calls, equal=None, keep=True)
 
@@ -159,41 +158,32 @@ class Judged:
             self.add("previous layer", layer, exact[max(layer - 1, 0)], wanted)
 
     def add(self, name: str, layer: int, got_BN: Tensor, wanted_BN: Tensor) -> None:
-        recalls = self.recall.setdefault(name, {}).setdefault(layer, [])
-        recalls.append(recall_at_kept(got_BN, wanted_BN, self.kept))
+        self.recall[name][layer].append(recall_at_kept(got_BN, wanted_BN, self.kept))
 
     def by_layer(self, name: str) -> dict[int, float]:
         return {layer: statistics.mean(recalls) for layer, recalls in self.recall[name].items()}
-
-
-def parameters_of(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def main() -> None:
     options = common.parse(
         __doc__,
         steps=200,
-        seq_len=1024,
-        held_out=option(6, "held-out samples"),
-        layers="all",
-        lr=3e-3,
         save=option(Path, "folder for the trained predictors, one a design"),
     )
     language.quiet()
     torch.manual_seed(0)
     model = language.load(dtype=torch.float32).eval()
-    config = LemoConfig(mode="detach", layers=options.layers)
+    config = LemoConfig(mode="detach", layers="all")
     observer, width = Observer(model, config), model.config.hidden_size
     trained = {
         name: PatternPredictors(observer.layers, design=name, width=width, ranks=ranks)  # type: ignore[arg-type]
         for name, ranks in DESIGNS.items()
     }
     probes = nn.ModuleDict({str(layer): LinearProbe(width) for layer in observer.layers})
-    samples = train(observer, trained, probes, options)
-    kept = BlockPlan.of(options.seq_len, config).kept_blocks
+    samples = train(observer, trained, probes, options.steps)
+    kept = BlockPlan.of(SEQ_LEN, config).kept_blocks
     judged = Judged(scorers(model, config, trained, probes), kept)
-    held_out = lora.samples("held_out", options.seq_len)[: options.held_out]
+    held_out = lora.samples("held_out", SEQ_LEN)[:HELD_OUT]
     ids = [torch.tensor([sample["input_ids"]]) for sample in held_out]
     for each in tqdm(ids, desc="held out"):
         judged.sample(observer, each)
@@ -204,12 +194,12 @@ def main() -> None:
     table = common.Table(
         "lemo_predictors",
         "Which blocks a layer would choose, foretold",
-        f"SmolLM2-135M, float32, blocks of 64, half kept, layers {options.layers}; {options}; steps are of "
+        f"SmolLM2-135M, float32, blocks of 64, half kept, all layers; {options}; steps are of "
         f"one of {samples} samples; {torch.get_num_threads()} threads",
     )
-    sizes = {name: parameters_of(each) for name, each in (*trained.items(), ("linear probe", probes))}
-    total = model.num_parameters()
-    step = layer_seconds(model, ids[0])
+    modules = {**trained, "linear probe": probes}
+    sizes = {name: sum(p.numel() for p in each.parameters()) for name, each in modules.items()}
+    total, step = model.num_parameters(), layer_seconds(model, ids[0])
     for name in judged.recall:
         means = judged.by_layer(name).values()
         row: dict[str, float] = {"recall": statistics.mean(means), "lowest_layer": min(means)}

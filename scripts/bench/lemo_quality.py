@@ -1,9 +1,8 @@
 """What token sparsity costs in quality: dense held-out loss after training on the same tokens.
 
-    python scripts/bench/lemo_quality.py [--seeds 3] [--steps 16] [--seq-len 512] [--contenders NAME ...]
-        [--predictors DIR]
+    python scripts/bench/lemo_quality.py [--seeds 3] [--steps 16] [--contenders NAME ...] [--predictors DIR]
 
-SmolLM2-135M, LoRA on all linear layers, AdamW, bfloat16 weights (or --dtype float32), float32 adapter. In
+SmolLM2-135M, LoRA on all linear layers, AdamW, bfloat16 weights, float32 adapter. In
 each seed all contenders start from the same adapter and see the same samples in the same order; every loss is
 that of the dense model on held-out text.
 "all queries" makes the scores from all queries of each block, the others
@@ -25,6 +24,7 @@ from lemo_trainer import LemoConfig, apply_lemo
 from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.offline.thresholds import search_thresholds
 
+SEQ_LEN, HELD_OUT, RATE = 512, 8, 1e-3  # tokens of a sample, samples of the loss, learning rate
 SEARCHED = "searched"  # stands for what `search_thresholds` finds on other held-out text
 SEGMENTS = {"mode": "segments", "segment_tokens": 128, "selector": "random"}
 SHARED = {"mode": "detach", "keep_ratio": 0.5}
@@ -99,11 +99,7 @@ def main() -> None:
         __doc__,
         seeds=3,
         steps=16,
-        seq_len=512,
-        held_out=option(8, "held-out samples of the loss"),
-        lr=1e-3,
         contenders=option(DEFAULT, choices=CONTENDERS),
-        dtype=option("bfloat16", choices=("bfloat16", "float32")),
         predictors=option("", "folder for the predicted rows, which then join the default ones"),
     )
     if options.predictors and options.contenders == DEFAULT:
@@ -112,8 +108,8 @@ def main() -> None:
         lemo["predictors"] = options.predictors
     language.quiet()
 
-    text, held_out = (lora.samples(split, options.seq_len) for split in ("train", "held_out"))
-    held_out, for_search = held_out[: options.held_out], held_out[options.held_out :][:2]
+    text, held_out = (lora.samples(split, SEQ_LEN) for split in ("train", "held_out"))
+    held_out, for_search = held_out[:HELD_OUT], held_out[HELD_OUT:][:2]
     losses: dict[str, list[float]] = {name: [] for name in options.contenders}
     saved: dict[str, float] = {}
     runs = [(seed, name) for seed in range(options.seeds) for name in options.contenders]
@@ -123,17 +119,17 @@ def main() -> None:
         if lemo and lemo.get("thresholds") == SEARCHED:
             lemo["thresholds"] = searched_thresholds(for_search)
         samples = [] if lemo is None else [text[i] for i in order.tolist()]
-        model = lora.smollm2(seed, getattr(torch, options.dtype))
-        saved[name] = train(model, LemoConfig(**(lemo or {})), samples, options.lr)
+        model = lora.smollm2(seed, torch.bfloat16)
+        saved[name] = train(model, LemoConfig(**(lemo or {})), samples, RATE)
         losses[name].append(held_out_loss(model, held_out))
         tqdm.write(f"seed {seed}: {name}: {losses[name][-1]:.4f}")
 
     table = common.Table(
         "lemo_quality",
         "Dense held-out loss after training with token sparsity, SmolLM2-135M",
-        f"{options.dtype} weights, float32 adapter, {options.steps} steps of {options.seq_len} tokens, "
-        f"lr {options.lr:g}, LoRA r 8 on all linear layers, {options.seeds} seeds; held-out loss over "
-        f"{len(held_out) * options.seq_len} tokens; default layers of each mode",
+        f"bfloat16 weights, float32 adapter, {options.steps} steps of {SEQ_LEN} tokens, "
+        f"lr {RATE:g}, LoRA r 8 on all linear layers, {options.seeds} seeds; held-out loss over "
+        f"{len(held_out) * SEQ_LEN} tokens; default layers of each mode",
     )
     for name, values in losses.items():
         spread = {"lowest": min(values), "highest": max(values)}

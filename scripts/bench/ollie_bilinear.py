@@ -27,13 +27,11 @@ SHAPES = ["64x56x1", "128x28x1", "256x14x1", "512x7x1", "256x14x16", "512x7x16"]
 
 
 def operator(x: Tensor, weight: Tensor) -> Convolution:
-    layouts = [
-        Layout(tuple(t.shape), tuple(t.stride())) for t in (x, weight, torch.conv2d(x, weight, padding=1))
-    ]
-    shape = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "output_padding": (0, 0), "groups": 1}
+    """The 3x3 convolution with a padding of 1 of these tensors."""
+    tensors = {"input": x, "weight": weight, "output": torch.conv2d(x, weight, padding=1)}
     return Convolution(
-        **dict(zip(("input", "weight", "output"), layouts, strict=True)),
-        **shape,
+        **{name: Layout.of(tensor) for name, tensor in tensors.items()},
+        **{"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "output_padding": (0, 0), "groups": 1},
         transposed=False,
         dtype=x.dtype,
         device=x.device,

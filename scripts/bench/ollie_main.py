@@ -52,8 +52,7 @@ def main() -> None:
             rows = compare(net, x, options.contenders, options.rounds, options.calls, options.budget_s)
             for contender, row in rows.items():
                 table.add(f"{name} batch {batch}: {contender}", **row)
-        if table.rows:
-            table.finish()
+        table.finish()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ A depth is a number of explorative steps. The paper's artifact (C++, its own mac
 contraction is a matrix product.
 """
 
-import contextlib
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 from common import Table, parse
@@ -57,15 +57,7 @@ def one_search(make: Callable[[], Scope], **options: float) -> dict[str, float |
         "met_again": float(stats.duplicates),
         "candidates": float(stats.candidates),
         "steps_to_products": steps_to_operators(result),
-        "complete": str(stats.complete),
     }
-
-
-@contextlib.contextmanager
-def forgotten() -> Iterator[None]:
-    """Scopes remember what was derived from them; no search profits from another's."""
-    gc.collect()
-    yield
 
 
 def main() -> None:
@@ -74,9 +66,11 @@ def main() -> None:
     table = Table("ollie_search", "Derivation search", f"medians of interleaved rounds; {options}")
     for name, make in OPERATORS.items():
         searches = {mode: partial(one_search, make, **limits, **flags) for mode, flags in MODES.items()}
-        race = Race(
-            {mode: Contender(call, forgotten) for mode, call in searches.items()}, equal=None, keep=True
-        )
+        # Scopes remember what was derived from them: no search profits from another's.
+        forgotten = {
+            mode: Contender(call, lambda: nullcontext(gc.collect())) for mode, call in searches.items()
+        }
+        race = Race(forgotten, equal=None, keep=True)
         # Searches take seconds and begin with nothing: no untimed ones.
         for mode, times in race.run(options.rounds, untimed=0).items():
             seconds = statistics.median(float(row["seconds"]) for row in times.results)

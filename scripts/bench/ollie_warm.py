@@ -17,18 +17,24 @@ from compilers import caches, first_call
 from harness import Race, in_own_process, timed
 from models.nets import NETS
 
-NAMES = ("inductor", "inductor freezing", "ollie", "ollie freeze")
+PEERS = {  # whose times a contender's are divided by
+    "inductor": "inductor",
+    "inductor freezing": "inductor freezing",
+    "ollie": "inductor",
+    "ollie freeze": "inductor freezing",
+}
+BUDGET_S = 30.0  # of OLLIE's search and measurement
 
 
 @torch.no_grad()
-def seconds_to_first_result(name: str, contender: str, budget_s: float) -> float:
+def seconds_to_first_result(name: str, contender: str) -> float:
     """From torch.compile on, in this process."""
     torch.set_num_threads(1)
     build, shape = NETS[name]
     torch.manual_seed(0)
     net, x = build().eval(), torch.randn(shape)
     net(x)
-    return timed(lambda: first_call(contender, net, x, budget_s)).wall
+    return timed(partial(first_call, contender, net, x, BUDGET_S)).wall
 
 
 def main() -> None:
@@ -36,30 +42,21 @@ def main() -> None:
         __doc__,
         nets=option(["fsrcnn", "dcgan"], choices=NETS),
         rounds=option(3, "warm compilations, contenders in turn"),
-        budget_s=option(30.0, "OLLIE's search and measurement"),
     )
     config = f"fp32, 1 thread, no_grad, batch 1, warm: medians of {options.rounds} processes"
-    table = Table("ollie_warm", "Seconds to the first result", f"{config}, budget {options.budget_s:.0f} s")
+    table = Table("ollie_warm", "Seconds to the first result", f"{config}, budget {BUDGET_S:.0f} s")
     for net in options.nets:
         with tempfile.TemporaryDirectory() as base:
-            calls = {
-                name: partial(
-                    in_own_process,
-                    seconds_to_first_result,
-                    net,
-                    name,
-                    options.budget_s,
-                    environment=caches(Path(base) / name.replace(" ", "_")),
-                )
-                for name in NAMES
-            }
-            cold = {name: call() for name, call in calls.items()}
+            calls = {}
+            for name in PEERS:
+                environment = caches(Path(base) / name.replace(" ", "_"))
+                arguments = seconds_to_first_result, net, name
+                calls[name] = partial(in_own_process, *arguments, environment=environment)
             # A new process is as untouched by the contender before as an untimed call leaves it.
-            race = Race(calls, equal=None, keep=True)
-            race.run(options.rounds, untimed=0)
-        warm = {name: statistics.median(times.results) for name, times in race.times.items()}
-        for name in NAMES:
-            peer = name.replace("ollie freeze", "inductor freezing").replace("ollie", "inductor")
+            times = Race(calls, equal=None, keep=True).run(1 + options.rounds, untimed=0)
+        cold = {name: each.results[0] for name, each in times.items()}
+        warm = {name: statistics.median(each.results[1:]) for name, each in times.items()}
+        for name, peer in PEERS.items():
             table.add(
                 f"{net}: {name}",
                 cold_s=cold[name],

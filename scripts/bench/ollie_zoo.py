@@ -1,15 +1,17 @@
-"""A zoo nobody tuned for: Inductor and OLLIE with its default budget (docs/results/ollie_zoo.csv).
+"""Models nobody tuned for, and chains of many layers: Inductor and OLLIE with its default budget.
 
     python scripts/bench/ollie_zoo.py [--models resnet gpt2 ...] [--rounds 30] [--training]
+    python scripts/bench/ollie_zoo.py --models growth --rounds 0     # compile time by number of layers
 
-Random weights, small widths. Results, and with --training gradients, must equal eager's before anything is
-timed; every compilation is cold, in a cache folder of its own. Times are medians of interleaved rounds on
-one thread; a model that fails is a row that says so.
+Random weights, small widths; "growth" are chains of 3x3 convolutions with batch norms, all alike or each
+wider by a channel. Results, and with --training gradients, must equal eager's before anything is timed; every
+compilation is cold, in a cache folder of its own. Times are medians of interleaved rounds on one thread; a
+model that fails is a row that says so.
 """
 
 import argparse
 import contextlib
-import time
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,10 +20,23 @@ import torch
 from common import Table, option, parse
 from compilers import BACKENDS, cold, largest_error, warm_up
 from harness import Race, require_equal, timed
-from models.zoo import LANGUAGE, VISION_AND_AUDIO, ZOO, build, loss
+from models.zoo import LANGUAGE, VISION_AND_AUDIO, ZOO, Built, build, loss
 from torch import Tensor, nn
 
-GROUPS = {"vision": list(VISION_AND_AUDIO), "language": list(LANGUAGE)}
+
+def chain(widths: list[int]) -> Built:
+    """Convolutions from each width to the next, on [1, channels, 16, 16]."""
+    parts: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        parts += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*parts).eval(), {"input": torch.randn(1, widths[0], 16, 16)}
+
+
+CHAINS = {
+    **{f"{layers} layers, alike": partial(chain, [8] * (layers + 1)) for layers in (10, 20, 40, 80)},
+    **{f"{n} layers, different": partial(chain, [8, *range(9, 9 + n)]) for n in (10, 20, 40)},
+}
+GROUPS = {"vision": VISION_AND_AUDIO, "language": LANGUAGE, "growth": CHAINS}
 
 
 def run(module: Callable[..., Tensor], inputs: Mapping[str, Tensor], training: bool) -> list[Tensor]:
@@ -49,7 +64,7 @@ def equal(got: list[Tensor], want: list[Tensor]) -> float:
 
 def compare(name: str, options: argparse.Namespace) -> dict[str, float]:
     torch.compiler.reset()
-    net, inputs = build(name)
+    net, inputs = build(name) if name in ZOO else CHAINS[name]()
     want = run(net, inputs, options.training)
     # What only the first compilation of a process, or of a model, pays: imports and Python's caches.
     with contextlib.suppress(RuntimeError):  # aot_eager's own, such as group norm's of strided inputs
@@ -63,41 +78,39 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, float]:
             took = timed(calls[backend])
         row[f"{backend}_compile_s"] = took.wall
         row[f"{backend}_error"] = require_equal([(backend, took.result)], equal, want)[backend]
-    times = Race(calls, equal=equal, want=want).run(options.rounds, calls=options.calls)
-    for backend in BACKENDS:
-        columns = times[backend].columns("ms", median="ms")
-        row |= {f"{backend}_{column}": value for column, value in columns.items()}
-    row["speedup"] = times["inductor"].median / times["ollie"].median
     row["compile_ratio"] = row["ollie_compile_s"] / row["inductor_compile_s"]
+    if options.rounds:
+        times = Race(calls, equal=equal, want=want).run(options.rounds, calls=options.calls)
+        for backend in BACKENDS:
+            columns = times[backend].columns("ms", median="ms")
+            row |= {f"{backend}_{column}": value for column, value in columns.items()}
+        row["speedup"] = times["inductor"].median / times["ollie"].median
     return row
 
 
 def main() -> None:
     options = parse(
         __doc__,
-        models=option(list(GROUPS), choices=[*GROUPS, *ZOO]),
-        rounds=30,
+        models=option(["vision", "language"], choices=[*GROUPS, *ZOO, *CHAINS]),
+        rounds=option(30, "0 compiles only"),
         calls=option(5, "calls timed together"),
         training=option(False, "forward and backward"),
-        seconds=option(float("inf"), "no model begins after these"),
         threads=1,
     )
     warnings.simplefilter("ignore")
     job = "forward and backward" if options.training else "forward, no_grad"
     config = f"fp32, {job}, small random models, default options, medians, cold compilations; {options}"
-    table = Table("ollie_zoo", "A zoo nobody tuned for: OLLIE beside Inductor", config)
+    zoo = Table("ollie_zoo", "A zoo nobody tuned for: OLLIE beside Inductor", config)
+    growth = Table("ollie_growth", "Compile time by number of layers", config)
     warm_up()
-    stop = time.perf_counter() + options.seconds
-    names = [name for chosen in options.models for name in GROUPS.get(chosen, [chosen])]
-    for number, name in enumerate(names):
-        if time.perf_counter() > stop:
-            print("not begun:", *names[number:])
-            break
+    for name in (name for chosen in options.models for name in GROUPS.get(chosen, [chosen])):
+        table = zoo if name in ZOO else growth
         try:
             table.add(name, **compare(name, options))
         except Exception as fault:  # a row that says so; the others go on
             table.add(name, failed=f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]}")
-    table.finish()
+    zoo.finish()
+    growth.finish()
 
 
 if __name__ == "__main__":

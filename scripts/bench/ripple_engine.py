@@ -36,28 +36,25 @@ def fio(engine: str, file: Path, size: int, depth: int, seconds: float) -> float
     return float(json.loads(output[output.index("{") :])["jobs"][0]["read"]["iops"])
 
 
-def rate(read: Callable[[np.ndarray], None], file: Path, size: int, seconds: float, count: int) -> float:
-    """Reads a second at random offsets, `count` of them at once."""
-    random, blocks = np.random.default_rng(0), file.stat().st_size // size
+def rate(reads: Reads, file: Path, size: int, seconds: float) -> float:
+    """Reads a second at random offsets, as many at once as the buffer holds."""
+    random, blocks, count = np.random.default_rng(0), file.stat().st_size // size, BUFFER // size
     done, start = 0, time.perf_counter()
     while (took := time.perf_counter() - start) < seconds:
-        read(random.integers(0, blocks, count) * size)
+        reads(random.integers(0, blocks, count) * size, np.full(count, size))
         done += count
     return done / took
 
 
 def contenders_of(file: Path, size: int, depth: int, seconds: float) -> dict[str, Callable[[], float]]:
     """Calls that return reads a second."""
-    count = BUFFER // size
-    lengths = np.full(count, size)
-    engines = {engine: Reads(file, depth, BUFFER, engine) for engine in ("aio", "threads")}
-    found: dict[str, Callable[[], float]] = {
-        f"Ripple, {engine}": partial(rate, partial(reads, lengths=lengths), file, size, seconds, count)
-        for engine, reads in engines.items()
-    }
-    return found | {
-        f"fio, {one}": partial(fio, one, file, size, depth, seconds) for one in ("libaio", "psync")
-    }
+    found: dict[str, Callable[[], float]] = {}
+    for engine in ("aio", "threads"):
+        reads = Reads(file, depth, BUFFER, engine)
+        found[f"Ripple, {engine}"] = partial(rate, reads, file, size, seconds)
+    for engine in ("libaio", "psync"):
+        found[f"fio, {engine}"] = partial(fio, engine, file, size, depth, seconds)
+    return found
 
 
 def main() -> None:

@@ -39,14 +39,13 @@ def main() -> None:
         for name, (layers, neurons) in SIZES.items():
             folder = base / f"{layers}x{neurons}"
             language.opt(layers, neurons, HIDDEN, GROUP, BIAS).save_pretrained(folder / "model")
-            traced = timed(partial(trace_of, folder / "model", config, folder / "trace", [text]))
-            placed = timed(
-                partial(reorder, folder / "model", folder / "copy", config=config, trace=folder / "trace")
-            )
+            model, copy, trace = (folder / part for part in ("model", "copy", "trace"))
+            traced = timed(partial(trace_of, model, config, trace, [text]))
+            placed = timed(partial(reorder, model, copy, config=config, trace=trace))
             active = float(placed.result.profile["activity"])
             table.add(name, trace_s=traced.wall, reorder_s=placed.wall, active=active)
-            model = streamed(folder / "copy", dram_budget="25%", strategy="sparse", buffer="1MiB")
-            decoders[name] = Decoder(model, iter(text.tolist()))
+            streaming = streamed(copy, dram_budget="25%", strategy="sparse", buffer="1MiB")
+            decoders[name] = Decoder(streaming, text.tolist())
         race = Race(decoders, equal=None)  # models of different sizes
         for decoder in decoders.values():
             for _ in range(STEP_TOKENS):
@@ -54,13 +53,8 @@ def main() -> None:
             decoder.model.ripple_report.reset()
         for name, times in race.run(options.rounds * STEP_TOKENS).items():
             report = decoders[name].model.ripple_report
-            row = counts(report)
-            table.add(
-                name,
-                **times.columns("ms", median="ms_a_token"),
-                reads=row["reads"] * report.layers,
-                KiB=row["KiB"] * report.layers,
-            )
+            reads = {key: counts(report)[key] * report.layers for key in ("reads", "KiB")}
+            table.add(name, **times.columns("ms", median="ms_a_token"), **reads)
     table.finish()
 
 

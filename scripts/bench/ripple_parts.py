@@ -32,12 +32,9 @@ def trace_of(model: Path, config: ReorderConfig, folder: Path, text: Any = None)
     return trace_source(source, sequences, config, folder)
 
 
-def reordered(
-    model: Path, folder: Path, configs: Mapping[str, ReorderConfig], text: Any = None
-) -> dict[str, Any]:
+def reordered(model: Path, folder: Path, configs: Mapping[str, ReorderConfig]) -> dict[str, Any]:
     """The plans of copies in `folder`, by their names: the model in each order, all from one trace."""
-    for config in list(configs.values())[:1]:
-        trace_of(model, config, folder / "trace", text)
+    trace_of(model, next(iter(configs.values())), folder / "trace")
     return {
         name: reorder(model, folder / name, config=config, trace=folder / "trace")
         for name, config in configs.items()
@@ -59,31 +56,23 @@ def counts(report: Any) -> dict[str, float]:
 
 
 class Decoder:
-    """A model that is given a text token by token; a call gives the likeliest token to follow.
+    """A model that is given a text token by token; a call reads the next one."""
 
-    Args:
-        model: called as transformers' models are.
-        text: the tokens, by default each time the likeliest after the prompt.
-        prompt: read at once at the start, [1, tokens].
-    """
-
-    def __init__(self, model: Any, text: Iterator[int] | None = None, prompt: Tensor | None = None) -> None:
-        self.model, self.text, self.cache = model, text, None
-        if prompt is not None:
-            self.read(prompt)
+    def __init__(self, model: Any, text: Iterable[int] = ()) -> None:
+        self.model, self.text, self.cache = model, iter(text), None
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits of the last token of `ids` [1, tokens]."""
         output = self.model(ids, past_key_values=self.cache, use_cache=True)
-        self.cache, self.logits = output.past_key_values, output.logits[0, -1]
-        return self.logits
+        self.cache = output.past_key_values
+        return output.logits[0, -1]
 
     def after(self, token: int) -> int:
         """The likeliest token after this one."""
         return int(self.read(torch.tensor([[token]])).argmax())
 
     def __call__(self) -> int:
-        return self.after(int(self.logits.argmax()) if self.text is None else next(self.text))
+        return self.after(next(self.text))
 
 
 def same_token(got: Any, want: Any) -> None:

@@ -48,18 +48,15 @@ def stock_logits(ids: Tensor) -> tuple[Tensor, float]:
 
 def settings(directory: Path, dram_budget: str) -> dict[str, RippleConfig]:
     """What the orders are compared under; without cache the budget holds buffers and sketches only."""
-    with_cache = RippleConfig(
-        dram_budget=dram_budget, buffer=BUFFER, merge_gap=GAP, strategy="sparse", prefetch=False
-    )
-    whole = dataclasses.replace(with_cache, dram_budget="100%")
+    shared = {"buffer": BUFFER, "merge_gap": GAP, "strategy": "sparse", "prefetch": False}
+    whole = RippleConfig(dram_budget="100%", **shared)
     held = allocate(Sidecar(directory).header, whole, torch.float32).resident
-    budget = sum(held[kind] for kind in ("buffers", "vectors", "sketch"))
-    without = dataclasses.replace(whole, dram_budget=budget)
+    least = sum(held[kind] for kind in ("buffers", "vectors", "sketch"))
     return {
-        "no cache, not merged": dataclasses.replace(without, merge_gap=0),
-        "no cache, merged": without,
-        "LRU, merged": dataclasses.replace(with_cache, cache_policy="lru"),
-        "Ripple's cache, merged": with_cache,
+        "no cache, not merged": RippleConfig(dram_budget=least, **shared | {"merge_gap": 0}),
+        "no cache, merged": RippleConfig(dram_budget=least, **shared),
+        "LRU, merged": RippleConfig(dram_budget=dram_budget, cache_policy="lru", **shared),
+        "Ripple's cache, merged": RippleConfig(dram_budget=dram_budget, **shared),
     }
 
 
@@ -87,16 +84,15 @@ def main() -> None:
     ids = ids.view(-1, min(options.tokens, SEQUENCE))
     expected, active = stock_logits(ids)
     bundle = 2 * source.hidden * 4
-    conditions = (
-        f"{MODEL.name}, float32, {source.layers} MLPs of {source.neurons} neurons, {active:.1%} active",
-        f"bundles of {bundle} bytes, {source.neurons * bundle / 2**10:,.0f} KiB a layer if all are read",
-        f"DRAM budget {options.dram_budget} where there is a cache",
-        f"{options.tokens} held-out tokens, one by one, after {WARM_UP}",
-        f"order from {TRACED} tokens",
-        "runs: of active neurons on traced tokens that did not shape the order, hot ones left out",
-        "all but runs and KiB a read: per token and layer; error: of the logits, relative",
+    table = Table(
+        "ripple_relu",
+        "Ripple: orders of a ReLU model trained here",
+        f"{MODEL.name}, float32, {source.layers} MLPs of {source.neurons} neurons, {active:.1%} active; "
+        f"bundles of {bundle} bytes, {source.neurons * bundle / 2**10:,.0f} KiB a layer if all are read; "
+        f"DRAM budget {options.dram_budget} where there is a cache; {options.tokens} held-out tokens, one by "
+        f"one, after {WARM_UP}; order from {TRACED} tokens; runs: of active neurons on traced tokens that "
+        "did not shape the order, hot ones left out; all but runs and KiB a read: per token and layer",
     )
-    table = Table("ripple_relu", "Ripple: orders of a ReLU model trained here", "; ".join(conditions))
     with scratch() as folder:
         config = ReorderConfig(tokens=TRACED, sequence_length=SEQUENCE)
         orders = {each: dataclasses.replace(config, placement=each) for each in PLACEMENTS}

@@ -56,27 +56,21 @@ TRACES = ROOT / ".cache" / "ripple-traces"
 class Case:
     """A model to stream: what is active, how many tokens are replayed, and of which text."""
 
-    model: str
+    directory: Path
     config: ReorderConfig
     replayed: int
     note: str
     code: bool = False
 
-    @property
-    def directory(self) -> Path:
-        return ROOT / ".cache" / self.model if self.model == RELU else assets.model_dir(self.model)
 
-
-RELU, SMOLLM2 = "relu-lm", assets.SMOLLM2
+RELU, SMOLLM2 = ROOT / ".cache" / "relu-lm", assets.cache_dir() / assets.SMOLLM2
 _RELU = ReorderConfig(tokens=4096, sequence_length=256)
 _HALF = ReorderConfig(tokens=1280, sequence_length=256, active="top_k", active_share=0.5)
-_TENTH = replace(_HALF, active_share=0.1)
 CASES = {
     "relu-lm": Case(RELU, _RELU, 512, "ReLU model trained here"),
     "relu-lm-code": Case(RELU, _RELU, 512, "ReLU model trained here, Python code replayed", True),
     "smollm2": Case(SMOLLM2, _HALF, 192, "half of the neurons"),
     "smollm2-code": Case(SMOLLM2, _HALF, 192, "half of the neurons, Python code replayed", True),
-    "smollm2-tenth": Case(SMOLLM2, _TENTH, 192, "a tenth of the neurons: sparsity, not quality"),
 }
 
 
@@ -112,12 +106,11 @@ def rivals_of(case: Case, work: simulation.Workload, width_int8: int) -> Rivals:
         "Ripple, the model's order": replace(RIPPLE, placement="identity"),
         "Ripple, no collapse": replace(RIPPLE, collapse=False),
     }
-    placements = sorted({contender.placement for contender in contenders.values()})
+    placements = {contender.placement for contender in contenders.values()}
     placed = {placement: simulation.place_all(work, placement, case.config) for placement in placements}
     unpinned = simulation.place_all(work, "linked", replace(case.config, hot_share=0.0))
     return {
-        name: (work, contender, placed[contender.placement]) for name, contender in contenders.items()
-    } | {
+        **{name: (work, each, placed[each.placement]) for name, each in contenders.items()},
         "Ripple, nothing pinned": (work, RIPPLE, unpinned),
         "Ripple, nothing pinned, S3-FIFO": (work, replace(RIPPLE, cache_policy="s3fifo"), unpinned),
         "Ripple, nothing pinned, LRU": (work, replace(RIPPLE, cache_policy="lru"), unpinned),
@@ -152,34 +145,26 @@ class Study:
         return row | {"hits": f"{found.hits / max(1, found.active):.0%}"}
 
     def plans(self, name: str) -> list[list[tuple[Any, Any]]]:
-        """For each token, offsets and lengths of the reads of each layer that reads something."""
+        """For each of the last tokens, offsets and lengths of the reads of each layer that reads."""
         found = self.replays[name]
-        starts = np.flatnonzero(np.diff(found.step, prepend=-1))
         by_token: list[list[tuple[Any, Any]]] = [[] for _ in range(self.work.tokens)]
-        for first, last in itertools.pairwise([*starts, len(found.step)]):
-            step = slice(first, last)
-            by_token[found.token[found.step[first]]].append((found.offsets[step], found.lengths[step]))
-        return by_token
+        steps, first = np.unique(found.step, return_index=True)
+        reads = zip(np.split(found.offsets, first[1:]), np.split(found.lengths, first[1:]), strict=True)
+        for step, each in zip(steps, reads, strict=False):
+            by_token[found.token[step]].append(each)
+        return by_token[-self.read - 1 :]
 
     def finish(self, medium: str, more: str, measured: dict[str, list[float]]) -> None:
-        rows = {name: self.row(name, measured.get(name)) for name in self.replays}
-        ratios = ", ".join(
-            f"{rows[name]['ms'] / rows['Ripple']['ms']:.2f}x over {name.removesuffix(', collapse')}"
-            for name in ("dense", "LLM in a Flash", "frequency, collapse")
-        )
         case, work = self.case, self.work
-        conditions = (
-            f"{case.directory.name}, {case.note}",
-            f"{len(work.replayed)} MLPs of {work.neurons} neurons of {work.bundle_bytes} bytes",
-            f"order from {case.config.tokens - work.tokens} tokens",
-            f"cache of {self.cache:.0%} of the MLPs",
-            more,
-            "reads, KiB: a token and layer, over all replayed tokens",
+        table = Table(
+            "ripple_simulate",
+            f"Ripple, reads of a token, {medium}",
+            f"{case.directory.name}, {case.note}; {len(work.replayed)} MLPs of {work.neurons} neurons of "
+            f"{work.bundle_bytes} bytes; order from {case.config.tokens - work.tokens} tokens; cache of "
+            f"{self.cache:.0%} of the MLPs; {more}; reads, KiB: a token and layer, over all replayed tokens",
         )
-        title = f"Ripple, reads of a token, {medium}. Ripple: {ratios}"
-        table = Table("ripple_simulate", title, "; ".join(conditions))
-        for name, row in rows.items():
-            table.add(name, **row)
+        for name in self.replays:
+            table.add(name, **self.row(name, measured.get(name)))
         table.finish()
 
 
@@ -215,7 +200,7 @@ def throttled(study: Study) -> None:
     with real_reads(study.work) as reads, limited_drive(reads.reader.path, **limits):
         for name in study.replays:
             time.sleep(PAUSE)
-            call = partial(read_next, reads, iter(study.plans(name)[-study.read - 1 :]))
+            call = partial(read_next, reads, iter(study.plans(name)))
             measured[name] = Race({name: call}, equal=None).run(1, samples=study.read)[name].wall
     told = f"{slow.iops:,} reads and {slow.bandwidth:,} bytes a second"
     study.finish("throttled by the kernel", told, measured)
@@ -227,7 +212,7 @@ def on_drive(study: Study) -> None:
         study.replay(model, reads.reader.block)
         calls = {}
         for name in study.replays:
-            pairs = itertools.pairwise(study.plans(name)[-study.read - 1 :])  # untimed, timed
+            pairs = itertools.pairwise(study.plans(name))  # untimed, timed
             calls[name] = partial(read_next, reads, itertools.chain.from_iterable(pairs))
         times = Race(calls, equal=None).run(study.read)
     told = f"the last {study.read} tokens; {model.summary()}, p = {model.norm:g}"

@@ -9,7 +9,9 @@ import torch
 import transformers
 from common import assets
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 
 
 def quiet() -> None:
@@ -44,15 +46,17 @@ def own_bytes(model: Any) -> int:
     return sum({p.data_ptr(): p.nbytes for p in model.parameters() if p.device.type != "meta"}.values())
 
 
-def llama(seq_len: int, device: str, tiny: bool) -> Any:
-    """A Llama in bfloat16 with random weights and Llama 3.2 1B's sizes, or four narrow layers."""
-    names = "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"
-    sizes = dict(zip(names, (64, 128, 4, 2, 16) if tiny else (2048, 8192, 32, 8, 64), strict=True))
-    sizes |= {"num_hidden_layers": 4 if tiny else 16, "vocab_size": 256 if tiny else 128256}
+def random(kind: type, *sizes: int, **others: Any) -> Any:
+    """A causal LM in bfloat16 with random weights.
+
+    Args:
+        kind: class of its config.
+        sizes: the values of `SIZES`.
+        others: of the config's fields.
+    """
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, max_position_embeddings=seq_len, rope_parameters={"rope_theta": 5e5})
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    config = kind(**dict(zip(SIZES, sizes, strict=True)), **others)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
 
 
 def opt(layers: int, neurons: int, hidden: int, group: int, bias: float) -> Any:

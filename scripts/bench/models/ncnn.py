@@ -104,8 +104,11 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
     return x * scale[:, :, None, None]
 
 
-def activated(module: nn.Module, line: Line) -> nn.Module:
-    """The module, followed by the activation that its line names."""
+def filled(module: Any, weight: nn.Parameter, line: Line, weights: Weights) -> nn.Module:
+    """The module with its weight and bias, followed by the activation that its line names."""
+    module.weight = weight
+    if module.bias is not None:
+        module.bias = weights.plain(len(module.bias))
     kind, values = line.integer(9), line.params.pop(10, [])
     line.need(kind in (0, 1, 2, 4))
     kinds = {1: nn.ReLU, 2: nn.LeakyReLU, 4: nn.Sigmoid}
@@ -120,24 +123,17 @@ def convolution(line: Line, weights: Weights) -> nn.Module:
     line.need(padding == (bottom, right) and min(padding) >= 0)
     bias, count = bool(line.integer(5)), line.integer(6)
     shape = out, count // (out * math.prod(kernel)), *kernel
-    transposed = line.kind == "Deconvolution"
-    module = (nn.ConvTranspose2d if transposed else nn.Conv2d)(
-        shape[1], out, kernel, stride, padding, dilation=dilation, bias=bias
-    )
-    weight = weights.tagged(*shape)
-    module.weight = nn.Parameter(weight.transpose(0, 1).contiguous()) if transposed else weight
-    if bias:
-        module.bias = weights.plain(out)
-    return activated(module, line)
+    weight, how = weights.tagged(*shape), {"dilation": dilation, "bias": bias}
+    if line.kind == "Convolution":
+        return filled(nn.Conv2d(shape[1], out, kernel, stride, padding, **how), weight, line, weights)
+    weight = nn.Parameter(weight.transpose(0, 1).contiguous())
+    return filled(nn.ConvTranspose2d(shape[1], out, kernel, stride, padding, **how), weight, line, weights)
 
 
 def inner_product(line: Line, weights: Weights) -> nn.Module:
     out, bias, count = line.integer(0), bool(line.integer(1)), line.integer(2)
-    module = nn.Linear(count // out, out, bias)
-    module.weight = weights.tagged(out, count // out)
-    if bias:
-        module.bias = weights.plain(out)
-    return activated(module, line)
+    weight = weights.tagged(out, count // out)
+    return filled(nn.Linear(count // out, out, bias), weight, line, weights)
 
 
 def pooling(line: Line, weights: Weights) -> nn.Module:
@@ -164,11 +160,6 @@ def interp(line: Line, weights: Weights) -> nn.Module:
     return nn.Upsample(scale_factor=factors, mode={1: "nearest", 2: "bilinear", 3: "bicubic"}[kind])
 
 
-def crop(line: Line, weights: Weights) -> Callable[..., Tensor]:
-    line.need(len(line.inputs) == 2)
-    return partial(cropped, left=line.integer(0), top=line.integer(1))
-
-
 def eltwise(line: Line, weights: Weights) -> Callable[..., Tensor]:
     line.need(line.integer(0) == 1)
     return partial(weighted_sum, factors=line.params.pop(1, [1.0] * len(line.inputs)))
@@ -190,7 +181,7 @@ LAYERS: dict[str, Callable[[Line, Weights], Any]] = {
     "BinaryOp": binary,
     "Concat": lambda line, weights: partial(concat, dim=line.integer(0) + 1),  # ncnn does not count the batch
     "Convolution": convolution,
-    "Crop": crop,
+    "Crop": lambda line, weights: partial(cropped, left=line.integer(0), top=line.integer(1)),
     "Deconvolution": convolution,
     "Eltwise": eltwise,
     "InnerProduct": inner_product,

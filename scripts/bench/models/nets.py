@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import ResNetConfig, ResNetForImageClassification
 
 
 def fsrcnn(scale: int = 2, wide: int = 56, narrow: int = 12, middle: int = 4) -> nn.Module:
@@ -38,37 +39,17 @@ def infogan() -> nn.Module:
     return _generator((228, 448, 256, 128, 64, 3), first_taps=2)
 
 
-def _normed(before: int, after: int, taps: int, stride: int = 1) -> nn.Module:
-    convolution = nn.Conv2d(before, after, taps, stride, taps // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(after))
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(_normed(before, after, 3, stride), nn.ReLU(), _normed(after, after, 3))
-        same = stride == 1 and before == after
-        self.shortcut = nn.Identity() if same else _normed(before, after, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(self.body(x) + self.shortcut(x))
-
-
-def _stages() -> tuple[nn.Module, nn.ModuleList]:
-    """The stem and the four stages of ResNet-18 (arXiv 1512.03385)."""
-    stem = nn.Sequential(_normed(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-    stages = nn.ModuleList()
-    for before, after, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
-        stages.append(nn.Sequential(BasicBlock(before, after, stride), BasicBlock(after, after, 1)))
-    return stem, stages
+def _resnet() -> ResNetForImageClassification:
+    """ResNet-18 (arXiv 1512.03385)."""
+    sizes = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
+    return ResNetForImageClassification(ResNetConfig(layer_type="basic", num_labels=1000, **sizes))
 
 
 def resnet18() -> nn.Module:
     """ResNet-18: [batch, 3, 224, 224] -> [batch, 1000]."""
-    stem, stages = _stages()
-    return nn.Sequential(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+    model = _resnet()
+    encoder = model.resnet
+    return nn.Sequential(encoder.embedder, *encoder.encoder.stages, encoder.pooler, model.classifier)
 
 
 class LargeKernel(nn.Module):
@@ -103,7 +84,8 @@ class GCN(nn.Module):
 
     def __init__(self, classes: int = 21) -> None:
         super().__init__()
-        self.stem, self.stages = _stages()
+        resnet = _resnet().resnet
+        self.stem, self.stages = resnet.embedder, resnet.encoder.stages
         sizes = ((64, 7), (128, 7), (256, 5), (512, 5))
         self.blocks = nn.ModuleList(LargeKernel(channels, classes, taps) for channels, taps in sizes)
         self.refined = nn.ModuleList(Refinement(classes) for _ in range(9))
