@@ -44,10 +44,11 @@ from lemo_trainer.layers.segments import (
 from lemo_trainer.layers.stream import Streams
 from lemo_trainer.layers.wiring import Wiring, find_wiring
 from lemo_trainer.model.architectures import CausalLM, check_attention, find_causal_lm
-from lemo_trainer.model.calls import CACHES, bind, layer_arguments, split_arguments
+from lemo_trainer.model.calls import CACHES, bind, kept_apart, layer_arguments, split_arguments
 from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_rows
 from lemo_trainer.model.norms import recognised_norms
 from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
+from lemo_trainer.model.state import repeating
 from lemo_trainer.report import LemoReport
 from lemo_trainer.session import LemoSession, session_of
 
@@ -234,16 +235,17 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         session: LemoSession = self._lemo_session
         config = session.config
-        run = _recomputation(self, session)
-        if not session.passes.running and run is operator.call:
+        kind = _kind_of_recomputation(self, session)
+        if not session.passes.running and kind is operator.call:
             return layer_class.forward(self, *args, **kwargs)
         hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
-        if run is not operator.call:  # a recomputation would fill the model's cache again
+        if kind is not operator.call:  # a recomputation would fill the model's cache again
             arguments = {
                 name: value
                 for name, value in arguments.items()
                 if name not in CACHES or isinstance(value, SegmentCache)
             }
+        run = _recomputation(kind, self, session, arguments)
         leave_out: LayerForward | None = self._lemo_forward
         plan = None
         if self.training and session.passes.running and leave_out:
@@ -274,16 +276,20 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
     return subclass_of(layer_class, forward=forward, **{CHECKPOINTING: hidden})
 
 
-def _recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
-    """What runs a layer in the present pass: a kind of checkpointing, or nothing but a call."""
-    run = _kind_of_recomputation(layer, session)
+def _recomputation(
+    kind: Callable[..., Any], layer: Any, session: LemoSession, arguments: dict[str, Any]
+) -> Callable[..., Any]:
+    """`kind` of checkpointing, whose recomputation meets the layer and its arguments as they are now."""
+    if kind is operator.call:
+        return kind
     # Segments recompute inside of the forward pass, on a GPU in a thread of autograd's.
-    if run is operator.call or not session.passes.running or session.config.mode == "segments":
-        return run
-    return session.passes.alone(run, layer)
+    if not session.passes.running or session.config.mode == "segments":
+        return repeating(kind, layer, arguments)
+    return session.passes.alone(kind, layer, arguments)
 
 
 def _kind_of_recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
+    """What runs a layer in the present pass: a kind of checkpointing, or nothing but a call."""
     config, running = session.config, session.passes.running
     if not layer.training or not (running or torch.is_grad_enabled()):
         return operator.call
@@ -312,7 +318,7 @@ def _patch_forwards(parts: CausalLM, session: LemoSession) -> None:
 
 def _run_decoder(session: LemoSession, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     session.start_batch()
-    return forward(*args, **kwargs)
+    return forward(*args, **kept_apart(kwargs))
 
 
 def _train(

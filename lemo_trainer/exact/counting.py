@@ -263,7 +263,7 @@ def _count_segments(
 
 def _last_attention(call: LayerCall, x_BSD: Tensor) -> Any:
     """The module that attends last in a layer, where filling its keys and values stops."""
-    trial = LayerCall(call.layer, type(call.layer).forward, call._arguments, call.seq_len)
+    trial = LayerCall(call.layer, type(call.layer).forward, call.arguments, call.seq_len)
     segment = Segment(0, 1, call.seq_len)
     with torch.no_grad():
         trial(segment.of(x_BSD), segment)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lemo_trainer.compat import attention_implementation, is_whole
+from lemo_trainer.compat import attention_implementation, global_hooks, is_whole
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.exact import recorded
 from lemo_trainer.exact.auto import AutoChoice
@@ -33,8 +34,10 @@ from lemo_trainer.exact.ways import Way, WayScheme
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import CACHES, layer_arguments
-from lemo_trainer.model.hooks import counts_from_the_end
+from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_gradients, name_of
 from lemo_trainer.model.patching import Passes
+
+logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 
@@ -66,6 +69,7 @@ class ExactMode:
     passes: Passes = field(default_factory=Passes)
     _thread: threading.local = field(default_factory=threading.local)
     _calls: list[LayerCall] = field(default_factory=list)
+    _told_of_hooks: bool = False
 
     @classmethod
     def of(cls, parts: CausalLM, config: LemoConfig) -> ExactMode:
@@ -125,7 +129,7 @@ class ExactMode:
         if not self.way.selective:
             return forward(layer, x_BSD, **arguments)
         arguments = {name: value for name, value in arguments.items() if name not in CACHES}
-        run = self.passes.alone(saving_matmuls, layer)
+        run = self.passes.alone(saving_matmuls, layer, arguments)
         output: Tensor = run(functools.partial(forward, layer, **arguments), x_BSD)
         return output
 
@@ -149,12 +153,24 @@ class ExactMode:
         return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
 
     def _walk_layer(self, way: Way, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
-        whole = index in self.trial.uncut or counts_from_the_end(call.layer)
+        whole = index in self.trial.uncut or counts_from_the_end(call.layer) or self._is_watched(call.layer)
         size = call.seq_len if whole or not way.segment_tokens else way.segment_tokens
         segments = segments_of(call.seq_len, size)
         walk = Walk([call], segments, keep_heads=False, run=operator.call, passes=self.passes)
         with saved_in(way.boundaries, x_BSD, len(self.parts.layers) - index):
             return walk_through(walk, x_BSD)
+
+    def _is_watched(self, layer: nn.Module) -> bool:
+        """Whether a hook sees gradients of a part of the layer, which must then be those of whole samples."""
+        hooks = hooks_on_gradients(layer, inside=True)
+        if hooks and not self._told_of_hooks:
+            self._told_of_hooks = True
+            logger.warning(
+                "LeMo found %s, which must see gradients of whole samples: such a layer runs over a whole "
+                "sample at a time, which takes more memory.",
+                hooks[0],
+            )
+        return bool(hooks)
 
     def _walk_all(self, way: Way, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
         segments = segments_of(call.seq_len, way.segment_tokens)
@@ -162,7 +178,7 @@ class ExactMode:
         if self.auto is not None:
             run = saving_matmuls if way.selective else operator.call
         if len(segments) == 1:
-            run = run if run is operator.call else self.passes.alone(run, call.layer)
+            run = run if run is operator.call else self.passes.alone(run, call.layer, call.arguments)
             return run(functools.partial(call, segment=segments[0]), x_BSD)
         if index == 0 and (seams := self._seams()):
             raise ValueError(
@@ -180,7 +196,8 @@ class ExactMode:
         """Whoever wants hidden states of a whole sample between two layers, where no layer has made them."""
         seams = ["`output_hidden_states`"] if recorded.wants_hidden_states() else []
         seams += ["the adapter of aLoRA"] if any(map(counts_from_the_end, self.parts.layers)) else []
-        return seams + list(_foreign_hooks(self.parts.layers))
+        seams += _foreign_hooks(self.parts.layers)
+        return seams + [hook for layer in self.parts.layers for hook in hooks_on_gradients(layer)]
 
 
 def _only_layers(parts: CausalLM, trial: Trial) -> str:
@@ -196,14 +213,16 @@ def _only_layers(parts: CausalLM, trial: Trial) -> str:
 
 
 def _foreign_hooks(layers: nn.ModuleList) -> Iterator[str]:
-    """The hooks that are given hidden states between two layers, by name."""
+    """The forward hooks that are given hidden states between two layers, by name."""
+    for hook in global_hooks():
+        yield f"the hook {name_of(hook)} on all modules"
     last = len(layers) - 1
     for index, layer in enumerate(layers):
         seen = [*layer._forward_hooks.values()] * (index < last)
         seen += [*layer._forward_pre_hooks.values()] * (index > 0)
         for hook in seen:
             if not recorded.is_recording(hook):
-                yield f"the hook {getattr(hook, '__qualname__', hook)} on layer {index}"
+                yield f"the hook {name_of(hook)} on layer {index}"
 
 
 def _recomputing(layer: Any, config: LemoConfig) -> Callable[..., Tensor]:

@@ -120,7 +120,7 @@ class DetachingLayer:
         mlp = functools.partial(self.architecture.mlp_branch, layer)
         segment = self.config.mlp_segment
         if segment:
-            return update + in_segments(mlp, source, segment)
+            return update + in_segments(mlp, layer, source, segment)
         with hooks(index):
             return update + mlp(source)
 

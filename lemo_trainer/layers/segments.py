@@ -177,7 +177,7 @@ def _forward_and_backward(
     parts: CausalLM, forward: Forward, segment: inspect.BoundArguments, leaves: Leaves
 ) -> Any:
     """The output of a segment, whose gradients are added to those of `leaves`."""
-    with torch.enable_grad(), leaves.in_place_of_parameters([parts.model]):
+    with torch.enable_grad(), leaves.in_place_of_parameters(parts.model.modules()):
         output = forward(segment)
         output.loss.backward()
     leaves.add_up()

@@ -28,6 +28,20 @@ def bind(module: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> in
     return signature.bind(*args, **kwargs)
 
 
+def kept_apart(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a decoder's call, with copies of the masks and positions [B, S].
+
+    Layers that run again in the backward pass read them then, when a caller may have written the next batch
+    over them. Without LeMo, the model has read them by then.
+    """
+    copied = {
+        name: value.clone()
+        for name in ("attention_mask", "position_ids")
+        if isinstance(value := kwargs.get(name), Tensor) and not value.is_floating_point() and value.ndim <= 3
+    }
+    return {**kwargs, **copied}
+
+
 def layer_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
