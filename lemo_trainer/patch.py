@@ -43,7 +43,7 @@ from lemo_trainer.layers.segments import (
 )
 from lemo_trainer.layers.stream import Streams
 from lemo_trainer.layers.wiring import Wiring, find_wiring
-from lemo_trainer.model.architectures import CausalLM, check_attention, find_causal_lm
+from lemo_trainer.model.architectures import CausalLM, check_attention, find_causal_lm, first_depths
 from lemo_trainer.model.calls import CACHES, bind, kept_apart, layer_arguments, split_arguments
 from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_rows
 from lemo_trainer.model.norms import recognised_norms
@@ -164,8 +164,9 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
     # Models of the table keep no layer's input for later; a probed model might.
     streams = Streams(in_place=not wiring.probed)
     if config.mode == "detach":
-        first = parts.layers[chosen[0]]
-        return session, DetachingLayer(wiring.architecture, selector, first, streams)
+        detaching = DetachingLayer(wiring.architecture, selector, parts.layers[chosen[0]], streams)
+        session.on_batch = detaching.start_batch
+        return session, detaching
     return session, EliminatingLayer(wiring.architecture, selector, streams)
 
 
@@ -213,7 +214,7 @@ def _patch_layers(parts: CausalLM, layer_forward: LayerForward | None, session: 
     """Patch the layers that leave tokens out, and all others if recomputation in them saves bytes."""
     config, wiring = session.config, session.wiring
     recomputes = config.selective_checkpointing or config.save_attention or config.mode == "segments"
-    for index, layer in enumerate(parts.layers):
+    for layer, index in first_depths(parts.layers).items():
         leaves_out = layer_forward is not None and index in session.patched_layers
         if not leaves_out and not recomputes:
             continue

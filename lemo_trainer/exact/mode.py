@@ -40,6 +40,10 @@ from lemo_trainer.model.patching import Passes
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
+_OTHER_LAYERS = (
+    'scheme="segments" needs the layers that the model had when LeMo was applied, all of them, in order and '
+    'with nothing between them, got others; use scheme="layers", or change layers before apply_lemo.'
+)
 
 
 @dataclass
@@ -69,6 +73,8 @@ class ExactMode:
     passes: Passes = field(default_factory=Passes)
     _thread: threading.local = field(default_factory=threading.local)
     _calls: list[LayerCall] = field(default_factory=list)
+    _handed_on: Tensor | None = None  # what the latest call returned in place of its layer's output
+    _begun: bool = False
     _told_of_hooks: bool = False
 
     @classmethod
@@ -96,12 +102,14 @@ class ExactMode:
         implementation = attention_implementation(self.parts.model.config)
         lazy = self.trial.lazy_masks and not self._runs_plain()
         masks = lazy_masks(implementation) if lazy else contextlib.nullcontext()
-        self._thread.running, self._calls = True, []
+        self._thread.running, self._begun, self._calls = True, False, []
         try:
             with masks:
                 yield
+            if self._calls:
+                raise ValueError(_OTHER_LAYERS)
         finally:
-            self._thread.running, self._calls = False, []
+            self._thread.running, self._calls, self._handed_on = False, [], None
 
     def run_layer(
         self, index: int, layer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,7 +118,8 @@ class ExactMode:
         if not getattr(self._thread, "running", False):  # or in another thread
             return forward(layer, *args, **kwargs)
         x_BSD, arguments = layer_arguments(forward, args, kwargs)
-        if index == 0 or self.way is None:
+        if self.way is None or not self._begun:
+            self._begun = True
             self.way = self._choose(x_BSD)
             seq_len = x_BSD.shape[1]
             self.on_batch(seq_len, self.way.segment_tokens or seq_len)
@@ -138,7 +147,7 @@ class ExactMode:
             size, boundaries = self.config.segment_tokens, self.config.boundaries
             return Way(scheme=self._scheme(x_BSD), segment_tokens=size, boundaries=boundaries)
         way = self.auto.way
-        if way.scheme == "segments" and self._seams():
+        if way.scheme == "segments" and self._needs_layers():
             return dataclasses.replace(way, scheme="layers", selective=False)
         return way
 
@@ -147,7 +156,7 @@ class ExactMode:
         size = self.config.segment_tokens
         if self.config.scheme != "auto" or self.only_layers or self.trial.layer_bytes is None:
             return "segments" if self.config.scheme == "segments" else "layers"
-        if self._seams():
+        if self._needs_layers():
             return "layers"
         bytes_, total = self.trial.layer_bytes, len(self.parts.layers)
         return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
@@ -180,17 +189,25 @@ class ExactMode:
         if len(segments) == 1:
             run = run if run is operator.call else self.passes.alone(run, call.layer, call.arguments)
             return run(functools.partial(call, segment=segments[0]), x_BSD)
-        if index == 0 and (seams := self._seams()):
+        if not self._calls and (seams := self._seams()):
             raise ValueError(
                 'scheme="segments" has no hidden states of a whole sample between its layers, got '
                 f'{seams[0]}; use scheme="layers".'
             )
+        elsewhere = index != len(self._calls) or (index and x_BSD is not self._handed_on)
+        if elsewhere or not self.parts.has_same_layers():
+            raise ValueError(_OTHER_LAYERS)
         self._calls.append(call)
+        self._handed_on = x_BSD
         if index < len(self.parts.layers) - 1:
             return x_BSD
-        assert len(self._calls) == len(self.parts.layers)
-        walk = Walk(self._calls, segments, keep_heads=True, run=run, passes=self.passes)
+        calls, self._calls = self._calls, []
+        walk = Walk(calls, segments, keep_heads=True, run=run, passes=self.passes)
         return walk_through(walk, x_BSD)
+
+    def _needs_layers(self) -> bool:
+        """Whether this forward pass cannot run by scheme "segments"."""
+        return bool(self._seams()) or not self.parts.has_same_layers()
 
     def _seams(self) -> list[str]:
         """Whoever wants hidden states of a whole sample between two layers, where no layer has made them."""
@@ -205,6 +222,8 @@ def _only_layers(parts: CausalLM, trial: Trial) -> str:
     name = type(parts.model).__name__
     for index, reason in trial.uncut.items():
         return f"layers that keep keys and values alone, got {name}, whose layer {index} does not ({reason})"
+    if len(set(parts.layers)) < len(parts.layers):
+        return f"a layer of its own at each depth, got {name}, which uses one at several"
     if layerdrop := getattr(parts.model.config, "layerdrop", 0):
         return f"a model that runs all its layers, got {name} with layerdrop {layerdrop}"
     if not all(weight.is_meta or is_whole(weight) for weight in parts.model.parameters()):

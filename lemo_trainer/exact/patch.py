@@ -16,7 +16,7 @@ from lemo_trainer.exact.auto import AutoChoice, batch_shape
 from lemo_trainer.exact.mode import ExactMode
 from lemo_trainer.exact.ways import Detached
 from lemo_trainer.head.forward import forward_with_segmented_loss
-from lemo_trainer.model.architectures import CausalLM
+from lemo_trainer.model.architectures import CausalLM, first_depths
 from lemo_trainer.model.calls import bind, kept_apart
 from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
 from lemo_trainer.session import LemoSession
@@ -34,7 +34,7 @@ def patch_exact(parts: CausalLM, session: LemoSession, leave: Callable[[float], 
     mode = ExactMode.of(parts, session.config)
     session.mode_notes = mode.notes
     mode.on_batch, mode.passes = session.note_segments, session.passes
-    for index, layer in enumerate(parts.layers):
+    for layer, index in first_depths(parts.layers).items():
         swap_class(layer, _exact_layer(layer.__class__), session.on_undo, _lemo_mode=mode, _lemo_index=index)
     patches: dict[Any, Callable[..., Any]] = {
         parts.decoder: functools.partial(_run_decoder, mode, parts.decoder)

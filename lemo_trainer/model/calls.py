@@ -68,7 +68,7 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dic
 def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
     """Let layers return their input and append the arguments of each call to the list that this yields."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
-    own = [vars(layer).get("forward") for layer in layers]
+    own = {layer: vars(layer).get("forward") for layer in layers}  # a layer may be at several depths
 
     def idle(layer: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -77,12 +77,12 @@ def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, 
 
         return forward
 
-    for layer in layers:
+    for layer in own:
         vars(layer)["forward"] = idle(layer)
     try:
         yield calls
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, forward in own.items():
             del vars(layer)["forward"]
             if forward is not None:
                 vars(layer)["forward"] = forward
