@@ -100,6 +100,42 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def in_functional_transform() -> bool:
+    """Whether `torch.func.grad`, `vmap` or another transform of functions runs (torch has no public way)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; torch does not count that of inference tensors."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Which memory a tensor lies in, as long as it lies there.
+
+    Sharded weights move on their own: FSDP keeps the storage and changes its size, which this does not see,
+    and ZeRO-3 exchanges it, so that this is 0 for its weights and for DTensors.
+    """
+    return tensor.untyped_storage()._cdata if is_whole(tensor) else 0
+
+
+@contextlib.contextmanager
+def uncached_parametrizations() -> Iterator[None]:
+    """Inside the block, `torch.nn.utils.parametrize.cached` caches nothing.
+
+    What it cached in a pass without gradient would be a constant in the pass with gradient, and what the
+    forward pass cached would be missing when the backward pass runs it again.
+    """
+    from torch.nn.utils import parametrize
+
+    before = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether a hook sees the output of `module`, its own or a global one (private dicts of torch)."""
     return bool(module._forward_hooks or nn.modules.module._global_forward_hooks)
@@ -108,6 +144,35 @@ def has_forward_hooks(module: nn.Module) -> bool:
 def has_forward_pre_hooks(module: nn.Module) -> bool:
     """Whether a hook sees the input of `module`, its own or a global one (private dicts of torch)."""
     return bool(module._forward_pre_hooks or nn.modules.module._global_forward_pre_hooks)
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a hook of its own sees gradients of `module` (private dicts of torch)."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+_GLOBAL_FORWARD_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+_GLOBAL_BACKWARD_HOOKS = ("_global_backward_pre_hooks", "_global_backward_hooks")
+
+
+def global_hooks(*, backward_only: bool = False) -> list[Callable[..., Any]]:
+    """The hooks on all modules, as `torch.nn.modules.module.register_module_full_backward_hook` adds them."""
+    names = _GLOBAL_BACKWARD_HOOKS if backward_only else _GLOBAL_FORWARD_HOOKS + _GLOBAL_BACKWARD_HOOKS
+    return [hook for name in names for hook in getattr(nn.modules.module, name).values()]
+
+
+@contextlib.contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Inside the block, no hook that is registered for all modules runs."""
+    own = [getattr(nn.modules.module, name) for name in _GLOBAL_FORWARD_HOOKS + _GLOBAL_BACKWARD_HOOKS]
+    before = [dict(hooks) for hooks in own]
+    for hooks in own:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in zip(own, before, strict=True):
+            hooks.update(kept)
 
 
 def is_whole(weight: Tensor) -> bool:
@@ -272,6 +337,17 @@ def one_document() -> Iterator[None]:
     """
     with _documents.on(True):
         yield
+
+
+def makes_cache(decoder: Any, given: dict[str, Any]) -> bool:
+    """Whether a decoder that gets the arguments `given` makes a cache of its own.
+
+    Where it does, and gets no attention mask, transformers does not look for packed documents.
+    """
+    if given.get("past_key_values") is not None or getattr(decoder, CHECKPOINTING, False):
+        return False
+    use_cache = given.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -43,11 +43,12 @@ from lemo_trainer.layers.segments import (
 )
 from lemo_trainer.layers.stream import Streams
 from lemo_trainer.layers.wiring import Wiring, find_wiring
-from lemo_trainer.model.architectures import CausalLM, check_attention, find_causal_lm
-from lemo_trainer.model.calls import CACHES, bind, layer_arguments, split_arguments
+from lemo_trainer.model.architectures import CausalLM, check_attention, find_causal_lm, first_depths
+from lemo_trainer.model.calls import CACHES, bind, kept_apart, layer_arguments, split_arguments
 from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_rows
 from lemo_trainer.model.norms import recognised_norms
 from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
+from lemo_trainer.model.state import repeating
 from lemo_trainer.report import LemoReport
 from lemo_trainer.session import LemoSession, session_of
 
@@ -163,8 +164,9 @@ def _session_of_blocks(parts: CausalLM, config: LemoConfig) -> tuple[LemoSession
     # Models of the table keep no layer's input for later; a probed model might.
     streams = Streams(in_place=not wiring.probed)
     if config.mode == "detach":
-        first = parts.layers[chosen[0]]
-        return session, DetachingLayer(wiring.architecture, selector, first, streams)
+        detaching = DetachingLayer(wiring.architecture, selector, parts.layers[chosen[0]], streams)
+        session.on_batch = detaching.start_batch
+        return session, detaching
     return session, EliminatingLayer(wiring.architecture, selector, streams)
 
 
@@ -212,7 +214,7 @@ def _patch_layers(parts: CausalLM, layer_forward: LayerForward | None, session: 
     """Patch the layers that leave tokens out, and all others if recomputation in them saves bytes."""
     config, wiring = session.config, session.wiring
     recomputes = config.selective_checkpointing or config.save_attention or config.mode == "segments"
-    for index, layer in enumerate(parts.layers):
+    for layer, index in first_depths(parts.layers).items():
         leaves_out = layer_forward is not None and index in session.patched_layers
         if not leaves_out and not recomputes:
             continue
@@ -234,16 +236,17 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         session: LemoSession = self._lemo_session
         config = session.config
-        run = _recomputation(self, session)
-        if not session.passes.running and run is operator.call:
+        kind = _kind_of_recomputation(self, session)
+        if not session.passes.running and kind is operator.call:
             return layer_class.forward(self, *args, **kwargs)
         hidden_states, arguments = layer_arguments(layer_class.forward, args, kwargs)
-        if run is not operator.call:  # a recomputation would fill the model's cache again
+        if kind is not operator.call:  # a recomputation would fill the model's cache again
             arguments = {
                 name: value
                 for name, value in arguments.items()
                 if name not in CACHES or isinstance(value, SegmentCache)
             }
+        run = _recomputation(kind, self, session, arguments)
         leave_out: LayerForward | None = self._lemo_forward
         plan = None
         if self.training and session.passes.running and leave_out:
@@ -274,16 +277,20 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
     return subclass_of(layer_class, forward=forward, **{CHECKPOINTING: hidden})
 
 
-def _recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
-    """What runs a layer in the present pass: a kind of checkpointing, or nothing but a call."""
-    run = _kind_of_recomputation(layer, session)
+def _recomputation(
+    kind: Callable[..., Any], layer: Any, session: LemoSession, arguments: dict[str, Any]
+) -> Callable[..., Any]:
+    """`kind` of checkpointing, whose recomputation meets the layer and its arguments as they are now."""
+    if kind is operator.call:
+        return kind
     # Segments recompute inside of the forward pass, on a GPU in a thread of autograd's.
-    if run is operator.call or not session.passes.running or session.config.mode == "segments":
-        return run
-    return session.passes.alone(run, layer)
+    if not session.passes.running or session.config.mode == "segments":
+        return repeating(kind, layer, arguments)
+    return session.passes.alone(kind, layer, arguments)
 
 
 def _kind_of_recomputation(layer: Any, session: LemoSession) -> Callable[..., Any]:
+    """What runs a layer in the present pass: a kind of checkpointing, or nothing but a call."""
     config, running = session.config, session.passes.running
     if not layer.training or not (running or torch.is_grad_enabled()):
         return operator.call
@@ -312,7 +319,7 @@ def _patch_forwards(parts: CausalLM, session: LemoSession) -> None:
 
 def _run_decoder(session: LemoSession, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     session.start_batch()
-    return forward(*args, **kwargs)
+    return forward(*args, **kept_apart(kwargs))
 
 
 def _train(

@@ -65,6 +65,7 @@ class LemoSession:
         told_of_logits: not empty after a warning about `outputs.logits` that were made on demand.
         choice: what `mode="auto"` chose for the longest batch so far (`exact.auto.Choice`); None before the
             first, and in other modes.
+        on_batch: called when a training batch begins.
         mode_notes: what a user should know about how the mode runs on this model.
     """
 
@@ -98,6 +99,7 @@ class LemoSession:
         self.mode_notes: list[str] = []
         self.passes = Passes()
         self.choice: Any = None
+        self.on_batch: Callable[[], None] = lambda: None
         self._undo: list[Callable[[], None]] = []
         self.labels_BS: Tensor | None = None
         self.start_batch()
@@ -128,6 +130,7 @@ class LemoSession:
     def start_batch(self) -> None:
         """Forget the last training batch; the new one has the labels in `labels_BS`, if the model got any."""
         self.layer_kept.clear()
+        self.on_batch()
         labels_BS, self.labels_BS = self.labels_BS, None
         self._labelled_BS = None
         if self.config.protect_labels and labels_BS is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lemo_trainer.compat import attention_implementation
-from lemo_trainer.exact.fake import faked
+from lemo_trainer.exact.fake import CannotCountError, faked
 from lemo_trainer.exact.layer import LayerCall, Segment
 from lemo_trainer.exact.masks import lazy_masks
 from lemo_trainer.exact.replay import present_autocast
@@ -147,6 +147,8 @@ def count_step(
     Raises:
         CannotCountError: the model does not run on fake tensors.
     """
+    if not parts.has_same_layers():
+        raise CannotCountError("its layers were changed since LeMo was applied")
     with faked(parts.model), lazy_masks(attention_implementation(parts.model.config)):
         head, calls, autocast = _count_head(parts, head_forward, batch, seq_len)
         kinds: Counter[str] = Counter()
@@ -263,7 +265,7 @@ def _count_segments(
 
 def _last_attention(call: LayerCall, x_BSD: Tensor) -> Any:
     """The module that attends last in a layer, where filling its keys and values stops."""
-    trial = LayerCall(call.layer, type(call.layer).forward, call._arguments, call.seq_len)
+    trial = LayerCall(call.layer, type(call.layer).forward, call.arguments, call.seq_len)
     segment = Segment(0, 1, call.seq_len)
     with torch.no_grad():
         trial(segment.of(x_BSD), segment)

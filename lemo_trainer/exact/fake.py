@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.compat import FakeTensorMode, TorchDispatchMode, is_whole, one_document
+from lemo_trainer.compat import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    is_whole,
+    one_document,
+    uncached_parametrizations,
+    without_global_hooks,
+)
 
 _aten = torch.ops.aten
 
@@ -55,7 +62,14 @@ def faked(model: nn.Module) -> Iterator[None]:
             raise CannotCountError(f"{name} is a {type(weight).__name__}")
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake, _UsualValues(), one_document(), _own_state_kept(model):
+        with (
+            fake,
+            _UsualValues(),
+            one_document(),
+            without_global_hooks(),
+            uncached_parametrizations(),
+            _own_state_kept(model),
+        ):
             _fake_weights(model)
             yield
     except Exception as error:
@@ -74,6 +88,9 @@ def _fake_weights(model: nn.Module) -> None:
                 if id(tensor) not in fakes:  # tied weights stay tied
                     fakes[id(tensor)] = _fake(tensor)
                 own[name] = fakes[id(tensor)]
+        for name, value in vars(part).items():  # as pruning keeps a weight that it computed from a parameter
+            if isinstance(value, Tensor):
+                vars(part)[name] = _fake(value)
 
 
 @contextlib.contextmanager

@@ -171,6 +171,9 @@ class LayerCall:
         forward: its class's own forward.
         arguments: those of the call, without the hidden states [B, S, D] and without a cache.
         seq_len: S.
+
+    Attributes:
+        arguments: those of the call, without a cache.
     """
 
     def __init__(
@@ -179,14 +182,14 @@ class LayerCall:
         self.layer = layer
         self.seq_len = seq_len
         self._forward = forward
-        self._arguments = {name: value for name, value in arguments.items() if name not in CACHES}
-        self.attention = SegmentedAttention(layer, self._arguments.get("attention_mask"), seq_len)
+        self.arguments = {name: value for name, value in arguments.items() if name not in CACHES}
+        self.attention = SegmentedAttention(layer, self.arguments.get("attention_mask"), seq_len)
 
     def __call__(self, x_BnD: Tensor, segment: Segment) -> Tensor:
         """The layer's output for the rows of a segment; those before it have run already."""
         if segment.whole:
-            mask = made(self._arguments.get("attention_mask"), self.seq_len)
-            arguments = {**self._arguments, "attention_mask": mask} if mask is not None else self._arguments
+            mask = made(self.arguments.get("attention_mask"), self.seq_len)
+            arguments = {**self.arguments, "attention_mask": mask} if mask is not None else self.arguments
             output: Tensor = self._forward(self.layer, x_BnD, **arguments)
             return output
         with self.attention.over(segment):
@@ -204,7 +207,7 @@ class LayerCall:
     def _part(self, segment: Segment) -> dict[str, Any]:
         arguments = {
             name: _rows(value, segment) if name in POSITIONS else value
-            for name, value in self._arguments.items()
+            for name, value in self.arguments.items()
         }
         mask = self.attention.mask
         if isinstance(mask, LazyMask):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lemo_trainer.compat import attention_implementation, is_whole
+from lemo_trainer.compat import attention_implementation, global_hooks, is_whole
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.exact import recorded
 from lemo_trainer.exact.auto import AutoChoice
@@ -33,10 +34,16 @@ from lemo_trainer.exact.ways import Way, WayScheme
 from lemo_trainer.layers.checkpointing import saving_attention, saving_inputs, saving_matmuls
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import CACHES, layer_arguments
-from lemo_trainer.model.hooks import counts_from_the_end
+from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_gradients, name_of
 from lemo_trainer.model.patching import Passes
 
+logger = logging.getLogger(__name__)
+
 Forward = Callable[..., Any]
+_OTHER_LAYERS = (
+    'scheme="segments" needs the layers that the model had when LeMo was applied, all of them, in order and '
+    'with nothing between them, got others; use scheme="layers", or change layers before apply_lemo.'
+)
 
 
 @dataclass
@@ -66,6 +73,9 @@ class ExactMode:
     passes: Passes = field(default_factory=Passes)
     _thread: threading.local = field(default_factory=threading.local)
     _calls: list[LayerCall] = field(default_factory=list)
+    _handed_on: Tensor | None = None  # what the latest call returned in place of its layer's output
+    _begun: bool = False
+    _told_of_hooks: bool = False
 
     @classmethod
     def of(cls, parts: CausalLM, config: LemoConfig) -> ExactMode:
@@ -92,12 +102,14 @@ class ExactMode:
         implementation = attention_implementation(self.parts.model.config)
         lazy = self.trial.lazy_masks and not self._runs_plain()
         masks = lazy_masks(implementation) if lazy else contextlib.nullcontext()
-        self._thread.running, self._calls = True, []
+        self._thread.running, self._begun, self._calls = True, False, []
         try:
             with masks:
                 yield
+            if self._calls:
+                raise ValueError(_OTHER_LAYERS)
         finally:
-            self._thread.running, self._calls = False, []
+            self._thread.running, self._calls, self._handed_on = False, [], None
 
     def run_layer(
         self, index: int, layer: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -106,7 +118,8 @@ class ExactMode:
         if not getattr(self._thread, "running", False):  # or in another thread
             return forward(layer, *args, **kwargs)
         x_BSD, arguments = layer_arguments(forward, args, kwargs)
-        if index == 0 or self.way is None:
+        if self.way is None or not self._begun:
+            self._begun = True
             self.way = self._choose(x_BSD)
             seq_len = x_BSD.shape[1]
             self.on_batch(seq_len, self.way.segment_tokens or seq_len)
@@ -125,7 +138,7 @@ class ExactMode:
         if not self.way.selective:
             return forward(layer, x_BSD, **arguments)
         arguments = {name: value for name, value in arguments.items() if name not in CACHES}
-        run = self.passes.alone(saving_matmuls, layer)
+        run = self.passes.alone(saving_matmuls, layer, arguments)
         output: Tensor = run(functools.partial(forward, layer, **arguments), x_BSD)
         return output
 
@@ -134,7 +147,7 @@ class ExactMode:
             size, boundaries = self.config.segment_tokens, self.config.boundaries
             return Way(scheme=self._scheme(x_BSD), segment_tokens=size, boundaries=boundaries)
         way = self.auto.way
-        if way.scheme == "segments" and self._seams():
+        if way.scheme == "segments" and self._needs_layers():
             return dataclasses.replace(way, scheme="layers", selective=False)
         return way
 
@@ -143,18 +156,30 @@ class ExactMode:
         size = self.config.segment_tokens
         if self.config.scheme != "auto" or self.only_layers or self.trial.layer_bytes is None:
             return "segments" if self.config.scheme == "segments" else "layers"
-        if self._seams():
+        if self._needs_layers():
             return "layers"
         bytes_, total = self.trial.layer_bytes, len(self.parts.layers)
         return bytes_.scheme(total, batch * seq_len, batch * min(size, seq_len), self.config.boundaries)
 
     def _walk_layer(self, way: Way, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
-        whole = index in self.trial.uncut or counts_from_the_end(call.layer)
+        whole = index in self.trial.uncut or counts_from_the_end(call.layer) or self._is_watched(call.layer)
         size = call.seq_len if whole or not way.segment_tokens else way.segment_tokens
         segments = segments_of(call.seq_len, size)
         walk = Walk([call], segments, keep_heads=False, run=operator.call, passes=self.passes)
         with saved_in(way.boundaries, x_BSD, len(self.parts.layers) - index):
             return walk_through(walk, x_BSD)
+
+    def _is_watched(self, layer: nn.Module) -> bool:
+        """Whether a hook sees gradients of a part of the layer, which must then be those of whole samples."""
+        hooks = hooks_on_gradients(layer, inside=True)
+        if hooks and not self._told_of_hooks:
+            self._told_of_hooks = True
+            logger.warning(
+                "LeMo found %s, which must see gradients of whole samples: such a layer runs over a whole "
+                "sample at a time, which takes more memory.",
+                hooks[0],
+            )
+        return bool(hooks)
 
     def _walk_all(self, way: Way, index: int, call: LayerCall, x_BSD: Tensor) -> Tensor:
         segments = segments_of(call.seq_len, way.segment_tokens)
@@ -162,25 +187,34 @@ class ExactMode:
         if self.auto is not None:
             run = saving_matmuls if way.selective else operator.call
         if len(segments) == 1:
-            run = run if run is operator.call else self.passes.alone(run, call.layer)
+            run = run if run is operator.call else self.passes.alone(run, call.layer, call.arguments)
             return run(functools.partial(call, segment=segments[0]), x_BSD)
-        if index == 0 and (seams := self._seams()):
+        if not self._calls and (seams := self._seams()):
             raise ValueError(
                 'scheme="segments" has no hidden states of a whole sample between its layers, got '
                 f'{seams[0]}; use scheme="layers".'
             )
+        elsewhere = index != len(self._calls) or (index and x_BSD is not self._handed_on)
+        if elsewhere or not self.parts.has_same_layers():
+            raise ValueError(_OTHER_LAYERS)
         self._calls.append(call)
+        self._handed_on = x_BSD
         if index < len(self.parts.layers) - 1:
             return x_BSD
-        assert len(self._calls) == len(self.parts.layers)
-        walk = Walk(self._calls, segments, keep_heads=True, run=run, passes=self.passes)
+        calls, self._calls = self._calls, []
+        walk = Walk(calls, segments, keep_heads=True, run=run, passes=self.passes)
         return walk_through(walk, x_BSD)
+
+    def _needs_layers(self) -> bool:
+        """Whether this forward pass cannot run by scheme "segments"."""
+        return bool(self._seams()) or not self.parts.has_same_layers()
 
     def _seams(self) -> list[str]:
         """Whoever wants hidden states of a whole sample between two layers, where no layer has made them."""
         seams = ["`output_hidden_states`"] if recorded.wants_hidden_states() else []
         seams += ["the adapter of aLoRA"] if any(map(counts_from_the_end, self.parts.layers)) else []
-        return seams + list(_foreign_hooks(self.parts.layers))
+        seams += _foreign_hooks(self.parts.layers)
+        return seams + [hook for layer in self.parts.layers for hook in hooks_on_gradients(layer)]
 
 
 def _only_layers(parts: CausalLM, trial: Trial) -> str:
@@ -188,6 +222,8 @@ def _only_layers(parts: CausalLM, trial: Trial) -> str:
     name = type(parts.model).__name__
     for index, reason in trial.uncut.items():
         return f"layers that keep keys and values alone, got {name}, whose layer {index} does not ({reason})"
+    if len(set(parts.layers)) < len(parts.layers):
+        return f"a layer of its own at each depth, got {name}, which uses one at several"
     if layerdrop := getattr(parts.model.config, "layerdrop", 0):
         return f"a model that runs all its layers, got {name} with layerdrop {layerdrop}"
     if not all(weight.is_meta or is_whole(weight) for weight in parts.model.parameters()):
@@ -196,14 +232,16 @@ def _only_layers(parts: CausalLM, trial: Trial) -> str:
 
 
 def _foreign_hooks(layers: nn.ModuleList) -> Iterator[str]:
-    """The hooks that are given hidden states between two layers, by name."""
+    """The forward hooks that are given hidden states between two layers, by name."""
+    for hook in global_hooks():
+        yield f"the hook {name_of(hook)} on all modules"
     last = len(layers) - 1
     for index, layer in enumerate(layers):
         seen = [*layer._forward_hooks.values()] * (index < last)
         seen += [*layer._forward_pre_hooks.values()] * (index > 0)
         for hook in seen:
             if not recorded.is_recording(hook):
-                yield f"the hook {getattr(hook, '__qualname__', hook)} on layer {index}"
+                yield f"the hook {name_of(hook)} on layer {index}"
 
 
 def _recomputing(layer: Any, config: LemoConfig) -> Callable[..., Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -10,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from lemo_trainer.compat import makes_cache, one_document
 from lemo_trainer.exact.auto import AutoChoice, batch_shape
 from lemo_trainer.exact.mode import ExactMode
 from lemo_trainer.exact.ways import Detached
 from lemo_trainer.head.forward import forward_with_segmented_loss
-from lemo_trainer.model.architectures import CausalLM
-from lemo_trainer.model.calls import bind
+from lemo_trainer.model.architectures import CausalLM, first_depths
+from lemo_trainer.model.calls import bind, kept_apart
 from lemo_trainer.model.patching import patch_forward, subclass_of, swap_class
 from lemo_trainer.session import LemoSession
 
@@ -32,9 +34,11 @@ def patch_exact(parts: CausalLM, session: LemoSession, leave: Callable[[float], 
     mode = ExactMode.of(parts, session.config)
     session.mode_notes = mode.notes
     mode.on_batch, mode.passes = session.note_segments, session.passes
-    for index, layer in enumerate(parts.layers):
+    for layer, index in first_depths(parts.layers).items():
         swap_class(layer, _exact_layer(layer.__class__), session.on_undo, _lemo_mode=mode, _lemo_index=index)
-    patches: dict[Any, Callable[..., Any]] = {parts.decoder: functools.partial(_run_decoder, mode)}
+    patches: dict[Any, Callable[..., Any]] = {
+        parts.decoder: functools.partial(_run_decoder, mode, parts.decoder)
+    }
     if parts.model is not parts.decoder:
         with_loss = functools.partial(_with_segmented_loss, parts, session)
         patches[parts.model] = with_loss if parts.has_head else operator.call
@@ -60,10 +64,13 @@ def _exact_layer(original: Any) -> type[nn.Module]:
     return subclass_of(original, forward=forward, gradient_checkpointing=hidden)
 
 
-def _run_decoder(mode: ExactMode, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run_decoder(
+    mode: ExactMode, decoder: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """The decoder's own forward, without the cache that it would fill where its config says so."""
-    with mode.running():
-        return forward(*args, **{**kwargs, "use_cache": False})
+    masks = one_document() if makes_cache(decoder, kwargs) else contextlib.nullcontext()
+    with mode.running(), masks:
+        return forward(*args, **{**kept_apart(kwargs), "use_cache": False})
 
 
 class Choosing:

@@ -27,9 +27,9 @@ from lemo_trainer.exact import recorded
 from lemo_trainer.exact.layer import LayerCall, Segment
 from lemo_trainer.exact.replay import RandomState, present_autocast
 from lemo_trainer.layers.checkpointing import without_graph
-from lemo_trainer.model.hooks import ForwardHooks
-from lemo_trainer.model.leaves import Leaves, check_versions, trained_parameters, versions
+from lemo_trainer.model.leaves import Leaves
 from lemo_trainer.model.patching import Passes
+from lemo_trainer.model.state import ModuleState
 
 Run = Callable[..., Tensor]
 
@@ -59,7 +59,13 @@ class Walk:
         self.calls = calls
         self.segments = segments
         self.layers = [call.layer for call in calls]
-        self.parameters = trained_parameters(self.layers)
+        arguments = {
+            f"{name} of layer {n}" if n else name: value
+            for n, call in enumerate(calls)
+            for name, value in call.arguments.items()
+        }
+        self._state = ModuleState(self.layers, arguments)
+        self.parameters = self._state.trained
         self.recorded: list[str] = []  # the names of the outputs behind the first
         self._keep_heads = keep_heads
         self._run = run
@@ -70,8 +76,6 @@ class Walk:
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
         """The last layer's output [B, S, D], then what was recorded."""
         self._autocast = present_autocast(x_BSD.device)
-        self._versions = versions(self.parameters)
-        self._hooks = ForwardHooks(self.layers)
         outputs: list[Tensor] = []
         parts: list[dict[str, list[Tensor]]] = []
         output = x_BSD
@@ -87,6 +91,7 @@ class Walk:
             if not segment.start:
                 output = x_BnD.new_empty(*x_BSD.shape[:2], *x_BnD.shape[2:])
             segment.of(output).copy_(x_BnD)
+        self._state.after_first_run()
         for name in self._names:
             for same in zip(*(part[name] for part in parts), strict=True):
                 self.recorded.append(name)
@@ -108,14 +113,13 @@ class Walk:
             heads: what `take_heads` returned.
             gradients: of the outputs.
         """
-        check_versions(self.parameters, self._versions)
         grad_x_BSD = torch.zeros_like(x_BSD, memory_format=torch.contiguous_format) if want_input else None
         leaves = Leaves(self.parameters)
         with (
             self._passes.running_again(self.layers),
             self._autocast,
-            self._hooks.restored(),
-            leaves.in_place_of_parameters(self.layers),
+            self._state.restored(),
+            leaves.in_place_of_parameters(self._state.parts),
         ):
             self._restore_heads(x_BSD, heads)
             for place in reversed(range(len(self.segments))):

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lemo_trainer.compat import SDPA_KERNELS
+from lemo_trainer.compat import SDPA_KERNELS, uncached_parametrizations
 from lemo_trainer.kernels import attention
+from lemo_trainer.model.state import repeating
 
 _LINEAR = {
     torch.ops.aten.mm.default: 0,
@@ -75,29 +76,33 @@ def saving_inputs(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
     return output
 
 
-def in_segments(function: Callable[[Tensor], Tensor], x_BKD: Tensor, segment: int) -> Tensor:
+def in_segments(
+    function: Callable[[Tensor], Tensor], layer: nn.Module, x_BKD: Tensor, segment: int
+) -> Tensor:
     """`function(x_BKD)`, with the intermediate results of one segment at a time, forward and backward.
 
     Args:
-        function: acts on each row independently, through any modules, plain or with adapters. The backward
-            pass recomputes it, one segment after the other.
+        function: acts on each row independently, through any modules of `layer`, plain or with adapters. The
+            backward pass recomputes it, one segment after the other.
+        layer: the decoder layer.
         segment: rows of a sample that are computed together.
     """
-    parts = [saving_inputs(function, part) for part in x_BKD.split(segment, 1)]
+    run = repeating(saving_inputs, layer)
+    parts = [run(function, part) for part in x_BKD.split(segment, 1)]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 @contextlib.contextmanager
 def without_graph() -> Iterator[None]:
-    """No gradient inside, and no casts that autocast caches; usable as a decorator.
+    """No gradient inside, and nothing that is cached for later; usable as a decorator.
 
-    A cast of a trained weight that autocast cached here would have no graph, and the rows that carry gradient
-    would then use it as a constant.
+    A cast of a trained weight that autocast cached here, or a parametrized weight, would have no graph, and
+    the rows that carry gradient would then use it as a constant.
     """
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncached_parametrizations():
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)

@@ -112,6 +112,10 @@ class DetachingLayer:
             stream.add(*self._dense_mlp_update(layer, stream, run, hooks))
         return self.streams.leave(layer, stream)
 
+    def start_batch(self) -> None:
+        """Forget the choice of the last batch."""
+        self.shared_index_BK = None
+
     def _with_mlp(self, layer: nn.Module, hooks: Rows, index: Tensor, x: Tensor, update: Tensor) -> Tensor:
         """The layer's update of rows `x` at positions `index` from that of its attention."""
         if self.architecture.has_dense_mlp(layer):
@@ -120,7 +124,7 @@ class DetachingLayer:
         mlp = functools.partial(self.architecture.mlp_branch, layer)
         segment = self.config.mlp_segment
         if segment:
-            return update + in_segments(mlp, source, segment)
+            return update + in_segments(mlp, layer, source, segment)
         with hooks(index):
             return update + mlp(source)
 
@@ -141,7 +145,11 @@ class DetachingLayer:
     ) -> tuple[Tensor, AttentionInputs | None]:
         """The chosen positions [B, K], and the projections of all rows if the choice needed them."""
         if self.config.resolved_shared_blocks and layer is not self.first:
-            assert self.shared_index_BK is not None
+            if self.shared_index_BK is None:
+                raise ValueError(
+                    "`shared_blocks` needs the first patched layer, which chooses for all, to run before the "
+                    "others in each batch; use shared_blocks=False, or change layers before apply_lemo."
+                )
             plan.on_chosen(self.shared_index_BK)
             return self.shared_index_BK, None
         view = LayerView(x_BSD, attention.mask, plan, project=functools.partial(attention.project, x_BSD))

@@ -119,7 +119,7 @@ class EliminatingLayer:
         index_BK = select_tokens(scores_BN, valid_tokens(mask), plan, self.config)
         rows = flat_rows(index_BK, stream.x_BSD.shape[1])
         if self.config.mlp_segment:
-            return in_segments(mlp, stream.take(rows), self.config.mlp_segment), rows
+            return in_segments(mlp, layer, stream.take(rows), self.config.mlp_segment), rows
         return _on_rows(mlp, stream, rows, run), rows
 
     def _intermediate(self, layer: Any, x_BSD: Tensor, positions_P: Tensor) -> Tensor:

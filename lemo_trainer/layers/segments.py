@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo_trainer.compat import Cache, DynamicLayer, first_gradients_only, is_whole, uses_causal_lm_loss
+from lemo_trainer.compat import (
+    Cache,
+    DynamicLayer,
+    first_gradients_only,
+    in_backward,
+    is_whole,
+    uses_causal_lm_loss,
+)
 from lemo_trainer.head.logits import (
     LogitsOnDemand,
     WithoutGradient,
@@ -45,6 +52,10 @@ NO_LABELS = (
     "have `labels`, got none (label smoothing, `compute_loss_func`, a `compute_loss` that pops them, "
     'TRL\'s preference trainers?); use mode="exact", in which any loss works.'
 )
+_OTHER_LAYERS = (
+    'mode="segments" needs layers that all run in each segment, each with its own number in the cache '
+    '(`layer_idx`), got others; use mode="exact".'
+)
 Forward = Callable[[inspect.BoundArguments], Any]
 
 
@@ -58,10 +69,16 @@ class _SegmentLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if hasattr(self, "latest") and not in_backward():
+            raise ValueError(_OTHER_LAYERS)  # two layers write to one entry
         self.latest = key_states.detach(), value_states.detach()
         return self._after_past(key_states, value_states)
 
     def finish(self) -> None:
+        if not self.is_initialized:
+            return  # no layer writes to it
+        if not hasattr(self, "latest"):
+            raise ValueError(_OTHER_LAYERS)
         self.keys, self.values = self._after_past(*self.latest)
         del self.latest
 
@@ -177,7 +194,7 @@ def _forward_and_backward(
     parts: CausalLM, forward: Forward, segment: inspect.BoundArguments, leaves: Leaves
 ) -> Any:
     """The output of a segment, whose gradients are added to those of `leaves`."""
-    with torch.enable_grad(), leaves.in_place_of_parameters([parts.model]):
+    with torch.enable_grad(), leaves.in_place_of_parameters(parts.model.modules()):
         output = forward(segment)
         output.loss.backward()
     leaves.add_up()

@@ -13,7 +13,7 @@ they have.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -236,21 +236,30 @@ class CausalLM:
         model: the whole model.
         head: its language-model head; None for a model with another head, or with none.
         layers: its decoder layers.
+
+    Attributes:
+        decoder: the part that calls the layers.
     """
 
     model: Any
     head: Any
     layers: nn.ModuleList
+    decoder: Any = field(init=False)
+    _as_found: tuple[nn.Module, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        decoder = next(part for part in self.model.modules() if self.layers in part.children())
+        vars(self).update(decoder=decoder, _as_found=tuple(self.layers))
 
     @property
     def has_head(self) -> bool:
         """Whether it has a language-model head."""
         return self.head is not None
 
-    @property
-    def decoder(self) -> Any:
-        """The part that calls the layers."""
-        return next(part for part in self.model.modules() if self.layers in part.children())
+    def has_same_layers(self) -> bool:
+        """Whether the decoder still has the layers that were found, in their order."""
+        lists = [part for part in self.decoder.children() if isinstance(part, nn.ModuleList)]
+        return any(tuple(part) == self._as_found for part in lists)
 
 
 def find_causal_lm(model: nn.Module, *, head: bool = True) -> CausalLM:
@@ -293,6 +302,14 @@ def find_causal_lm(model: nn.Module, *, head: bool = True) -> CausalLM:
     if head:
         check_attention(parts, "detach")
     return parts
+
+
+def first_depths(layers: nn.ModuleList) -> dict[nn.Module, int]:
+    """Each distinct layer with the first index at which it stands; a model may use one at several depths."""
+    depths: dict[nn.Module, int] = {}
+    for index, layer in enumerate(layers):
+        depths.setdefault(layer, index)
+    return depths
 
 
 def check_attention(parts: CausalLM, mode: str) -> None:

@@ -28,6 +28,20 @@ def bind(module: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> in
     return signature.bind(*args, **kwargs)
 
 
+def kept_apart(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a decoder's call, with copies of the masks and positions [B, S].
+
+    Layers that run again in the backward pass read them then, when a caller may have written the next batch
+    over them. Without LeMo, the model has read them by then.
+    """
+    copied = {
+        name: value.clone()
+        for name in ("attention_mask", "position_ids")
+        if isinstance(value := kwargs.get(name), Tensor) and not value.is_floating_point() and value.ndim <= 3
+    }
+    return {**kwargs, **copied}
+
+
 def layer_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -54,7 +68,7 @@ def split_arguments(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], dic
 def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
     """Let layers return their input and append the arguments of each call to the list that this yields."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
-    own = [vars(layer).get("forward") for layer in layers]
+    own = {layer: vars(layer).get("forward") for layer in layers}  # a layer may be at several depths
 
     def idle(layer: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -63,12 +77,12 @@ def idle_layers(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, 
 
         return forward
 
-    for layer in layers:
+    for layer in own:
         vars(layer)["forward"] = idle(layer)
     try:
         yield calls
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, forward in own.items():
             del vars(layer)["forward"]
             if forward is not None:
                 vars(layer)["forward"] = forward

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lemo_trainer.compat import global_hooks, has_backward_hooks
+
 _HOOKS = ["_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"]
 _HOOKS += ["_forward_hooks_with_kwargs", "_forward_hooks_always_called"]
 _CALLED = ("_forward_pre_hooks", "_forward_hooks")  # the other dicts hold flags
@@ -66,11 +68,6 @@ class ForwardHooks:
             for part, _, now in changed:
                 vars(part).update({name: now.get(name, OrderedDict()) for name in _HOOKS})
 
-    def arguments(self) -> set[str]:
-        """The names of the arguments that they hand over (those of `functools.partial`)."""
-        hooks = [hook for kinds in self._hooks for kind in kinds.values() for hook in kind.values()]
-        return {name for hook in hooks for name in getattr(hook, "keywords", ())}
-
 
 def _of_rows(hook: Any, index_BK: Tensor, seq_len: int) -> Any:
     offsets = getattr(hook, "keywords", {}).get(_ALORA)
@@ -91,9 +88,9 @@ def hooks_on_rows(layer: nn.Module, seq_len: int) -> Rows:
 
     The block restores hooks of this forward pass too, for a recomputation in the backward pass.
     """
-    hooks = ForwardHooks([layer])
-    if _ALORA not in hooks.arguments():
+    if not counts_from_the_end(layer):
         return lambda index_BK: contextlib.nullcontext()
+    hooks = ForwardHooks([layer])
 
     def on_rows(index_BK: Tensor | None) -> contextlib.AbstractContextManager[None]:
         return (hooks if index_BK is None else hooks.of_rows(index_BK, seq_len)).restored()
@@ -103,7 +100,28 @@ def hooks_on_rows(layer: nn.Module, seq_len: int) -> Rows:
 
 def counts_from_the_end(layer: nn.Module) -> bool:
     """Whether PEFT's aLoRA is on for the running forward pass: it counts tokens from a sample's end."""
-    return _ALORA in ForwardHooks([layer]).arguments()
+    hooks = [hook for part in layer.modules() for hook in part._forward_pre_hooks.values()]
+    return any(_ALORA in getattr(hook, "keywords", ()) for hook in hooks)
+
+
+def hooks_on_gradients(layer: nn.Module, *, inside: bool = False) -> list[str]:
+    """The names of the backward hooks on all modules, and on `layer` and its parts.
+
+    Args:
+        inside: leave out those on the layer itself.
+    """
+    hooks = [(hook, "all modules") for hook in global_hooks(backward_only=True)]
+    if any(map(has_backward_hooks, layer.modules())):
+        for name, part in layer.named_modules():
+            own = [*part._backward_pre_hooks.values(), *part._backward_hooks.values()]
+            if name or not inside:
+                hooks += [(hook, f"`{name}` of a layer" if name else "a layer") for hook in own]
+    return [f"the backward hook {name_of(hook)} on {where}" for hook, where in hooks]
+
+
+def name_of(hook: Any) -> str:
+    """What a user knows a hook by."""
+    return str(getattr(hook, "__qualname__", hook))
 
 
 def hooks_on_embeddings(model: Any) -> list[str]:

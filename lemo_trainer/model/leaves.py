@@ -26,23 +26,22 @@ class Leaves:
         self._sums: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
-    def in_place_of_parameters(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Inside the block, `modules` compute with the leaves."""
+    def in_place_of_parameters(self, parts: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside the block, `parts` compute with the leaves; a part of a part counts by itself."""
         replaced = [
-            (part._parameters, name, parameter)
-            for module in modules
-            for part in module.modules()
-            for name, parameter in part._parameters.items()
-            if id(parameter) in self._leaves
+            (own, name, tensor)
+            for part in parts
+            for own in (part._parameters, part._buffers)  # a buffer may require a gradient too
+            for name, tensor in own.items()
+            if id(tensor) in self._leaves
         ]
-        own: dict[str, Tensor | None]
         try:
-            for own, name, parameter in replaced:
-                own[name] = self._leaves[id(parameter)]
+            for own, name, tensor in replaced:
+                own[name] = self._leaves[id(tensor)]
             yield
         finally:
-            for own, name, parameter in replaced:
-                own[name] = parameter
+            for own, name, tensor in replaced:
+                own[name] = tensor
 
     def add_up(self) -> None:
         """Add the gradients of half precision to sums in float32; called after each segment."""
@@ -65,19 +64,3 @@ class Leaves:
             self._sums[key].to(leaf.dtype) if key in self._sums else leaf.grad
             for key, leaf in self._leaves.items()
         ]
-
-
-def versions(parameters: Sequence[Tensor]) -> list[int]:
-    """Counts of in-place changes: parameters that changed since would give another gradient."""
-    return [p._version for p in parameters]
-
-
-def check_versions(parameters: Sequence[Tensor], wanted: list[int]) -> None:
-    """Raise RuntimeError if a parameter changed between the forward and the backward pass."""
-    for parameter, version in zip(parameters, wanted, strict=True):
-        if parameter._version != version:
-            raise RuntimeError(
-                f"A parameter of shape {tuple(parameter.shape)} was changed in place between the forward and "
-                "the backward pass, so that its layer cannot be run again as it was; call backward() before "
-                "the optimizer's step."
-            )

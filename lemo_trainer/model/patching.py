@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lemo_trainer.compat import in_functional_transform
 from lemo_trainer.model.calls import bind
+from lemo_trainer.model.state import repeating
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Passes:
         self.in_scope: Callable[[], bool] = lambda: True
         self.without_gradient = False
         self.with_cache = False
+        self._said: set[str] = set()
 
     @property
     def running(self) -> bool | None:
@@ -79,7 +82,7 @@ class Passes:
             yield self.running
             return
         recording = torch.is_grad_enabled() or self.without_gradient
-        trains = module.training and recording and self.in_scope() and not self._has_cache(given)
+        trains = module.training and recording and self.in_scope() and not self._has_other_use(given)
         with self._forward_alone() if trains else contextlib.nullcontext():
             self._thread.running = trains
             try:
@@ -120,15 +123,22 @@ class Passes:
             for key in new:
                 del self._backward_in[key]
 
-    def alone(self, run: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
-        """`run`, a kind of checkpointing, of which the recomputation too is alone with the layer."""
+    def alone(
+        self, run: Callable[..., Any], layer: nn.Module, arguments: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """`run`, a kind of checkpointing, whose recomputation is alone with `layer`, as the layer is now.
+
+        Args:
+            arguments: what the layer gets beside hidden states.
+        """
+        repeated = repeating(run, layer, arguments)
 
         def run_alone(function: Callable[..., Any], *args: Any) -> Any:
             def again(*inner: Any) -> Any:
                 with self.running_again([layer]):
                     return function(*inner)
 
-            return run(again, *args)
+            return repeated(again, *args)
 
         return run_alone
 
@@ -141,19 +151,29 @@ class Passes:
         finally:
             self._thread.running = before
 
-    def _has_cache(self, given: dict[str, Any]) -> bool:
+    def _has_other_use(self, given: dict[str, Any]) -> bool:
+        if in_functional_transform():
+            self._say_once(
+                "A training pass inside a transform of torch.func (grad, vmap) runs without LeMo: use "
+                "loss.backward() or torch.autograd.grad, also with torch.func.functional_call."
+            )
+            return True
         cache = given.get("past_key_values")
         if cache is None and not given.get("use_cache"):
             return False
         if cache is not None and any(head.requires_grad for head in _heads(cache)):
             raise ValueError(_PREFIX_TUNING)
-        if not self.with_cache:
-            self.with_cache = True
-            logger.warning(
-                "A training pass with a cache (`past_key_values` or use_cache=True) runs without LeMo, which "
-                "trains on whole sequences: leave both out."
-            )
+        self.with_cache = True
+        self._say_once(
+            "A training pass with a cache (`past_key_values` or use_cache=True) runs without LeMo, which "
+            "trains on whole sequences: leave both out."
+        )
         return True
+
+    def _say_once(self, warning: str) -> None:
+        if warning not in self._said:
+            self._said.add(warning)
+            logger.warning(warning)
 
 
 def _heads(cache: Any) -> list[Tensor]:
