@@ -19,6 +19,7 @@ from lemo_trainer.measure import StepMeter
 from lemo_trainer.patch import apply_lemo, remove_lemo
 from lemo_trainer.report import LemoReport, against_plain
 from lemo_trainer.session import LemoSession, session_of
+from lemo_trainer.sizes import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class LemoCallback(TrainerCallback):
         try:
             plain = report.plain_bytes(*meter.shape)
         except ValueError as error:
-            return f"{meter.saved_bytes / 1e6:,.1f} MB wait for the backward pass (measured). {error}"
+            return f"{size_text(meter.saved_bytes)} wait for the backward pass (measured). {error}"
         self._measured["lemo_plain_bytes"] = plain
         return against_plain(meter.saved_bytes, plain, "measured")
 

@@ -110,6 +110,14 @@ def has_forward_pre_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
+def hooks_on(module: nn.Module) -> list[str]:
+    """The names of the hooks that a call of `module` runs, forward and backward, its own and global ones."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    tables = [getattr(module, kind) for kind in kinds]
+    tables += [getattr(nn.modules.module, f"_global{kind}") for kind in kinds]
+    return [getattr(hook, "__qualname__", repr(hook)) for table in tables for hook in table.values()]
+
+
 def is_whole(weight: Tensor) -> bool:
     """Whether all of a weight is in this process: not on the meta device, nor sharded by FSDP2 or ZeRO-3.
 

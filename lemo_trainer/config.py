@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from lemo_trainer.files import read_yaml
 from lemo_trainer.registry import AUTO, SELECTORS, selector_names
+from lemo_trainer.sizes import parse_bytes
 
 Mode = Literal["auto", "exact", "segments", "detach", "eliminate"]
 LabelWeights = Literal["all", "kept", "share"]
@@ -379,19 +380,6 @@ def check_keys(values: Mapping[str, Any], known: list[str], owner: str) -> None:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.4) or sorted(known)
             raise ValueError(f"{owner} has no option {key!r}; the closest are {', '.join(close)}.")
-
-
-def parse_bytes(name: str, text: str) -> float:
-    """ "12GiB" as a number of bytes; `name` is that of the option, for the error."""
-    units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-    try:
-        number = text.rstrip("BGIMbgim ")
-        size = float(number) * units[text[len(number) :].strip().upper()]
-        if 0 < size < math.inf:
-            return size
-    except (AttributeError, KeyError, ValueError):
-        pass
-    raise ValueError(f'`{name}` must be like "12GiB", "800 MB" or a positive number of bytes, got {text!r}.')
 
 
 def _is_number(value: object) -> bool:

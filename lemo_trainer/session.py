@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import logging
 from collections import Counter
@@ -20,17 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.compat import unwrap
+from lemo_trainer.compat import loss_is_made_by_trl, unwrap
 from lemo_trainer.config import LemoConfig
+from lemo_trainer.head.checks import why_all_logits
+from lemo_trainer.head.forward import forward_with_segmented_loss
 from lemo_trainer.head.loss import IGNORE_INDEX
 from lemo_trainer.informativeness.selection import BlockPlan
 from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.segments import choose_segments
 from lemo_trainer.layers.wiring import Wiring
+from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.patching import Passes
 
 logger = logging.getLogger(__name__)
 
+_WITHOUT_LABELS = "it came without `labels` (label smoothing, a loss function of your own?)"
 PATIENCE = 8  # batches after which a loop without a callback is told that LeMo does nothing
 
 
@@ -61,7 +66,7 @@ class LemoSession:
         kernel_backend: what LeMo's kernels are written in on the model's device, "torch" or "triton".
         passes: tells the training passes, in which the patches act, from all others.
         labels_BS: labels of the training pass that begins, [B, S].
-        logits_made: whether a training batch came without `labels` and computed all its logits.
+        all_logits: why training batches computed all their logits, in spite of `loss_segment`.
         told_of_logits: not empty after a warning about `outputs.logits` that were made on demand.
         choice: what `mode="auto"` chose for the longest batch so far (`exact.auto.Choice`); None before the
             first, and in other modes.
@@ -93,7 +98,7 @@ class LemoSession:
         self.layer_kept: dict[int, list[int]] = {}
         self.fused_norms: Counter[str] = Counter()
         self.kernel_backend = "torch"
-        self.logits_made = False
+        self.all_logits: list[str] = []
         self.told_of_logits: list[bool] = []
         self.mode_notes: list[str] = []
         self.passes = Passes()
@@ -105,8 +110,8 @@ class LemoSession:
     def become(self, other: LemoSession) -> None:
         """Go on as `other`, which patched nothing yet; this session's own patches are off."""
         assert not self._undo
-        kept = {name: getattr(self, name) for name in ("choice", "mode_notes", "passes", "told_of_logits")}
-        vars(self).update(vars(other) | kept)
+        names = ("choice", "mode_notes", "passes", "told_of_logits", "all_logits")
+        vars(self).update(vars(other) | {name: getattr(self, name) for name in names})
 
     def on_undo(self, step: Callable[[], None]) -> None:
         """Remember how to take a patch off again."""
@@ -206,13 +211,38 @@ class LemoSession:
         weight_BS = sum(counted) / len(counted)
         return weight_BS if isinstance(weight_BS, Tensor) else None
 
-    def warn_of_logits(self) -> None:
-        """Warn once that `loss_segment` saves nothing for batches without labels."""
-        if not self.logits_made:
-            self.logits_made = True
+    def forward_with_loss(
+        self, parts: CausalLM, forward: Callable[..., Any], arguments: inspect.BoundArguments
+    ) -> Any:
+        """A training pass of the causal LM by its own `forward`, with the segment-wise loss where that fits.
+
+        Raises:
+            ValueError: `label_weights` need the segment-wise loss, and the batch needs all logits.
+        """
+        config, given = self.config, arguments.arguments
+        if not config.loss_segment or loss_is_made_by_trl(given):  # TRL makes its loss in pieces itself
+            return forward(*arguments.args, **arguments.kwargs)
+        without_labels = given.get("labels") is None
+        why = _WITHOUT_LABELS if without_labels else why_all_logits(parts, arguments)
+        if why and config.label_weights != "all":
+            raise ValueError(
+                f"`label_weights` must be 'all' in a batch that needs all its logits, got "
+                f"{config.label_weights!r}: {why}."
+            )
+        if why:
+            self._warn_of_logits(why)
+            return forward(*arguments.args, **arguments.kwargs)
+        return forward_with_segmented_loss(
+            parts, forward, arguments, config.loss_segment, self.label_weights, self.told_of_logits
+        )
+
+    def _warn_of_logits(self, why: str) -> None:
+        if why not in self.all_logits:
+            self.all_logits.append(why)
             logger.warning(
-                "A training batch came without `labels` (label smoothing, a loss function of your own?): all "
-                "its logits are computed at once, so that `loss_segment` saves nothing."
+                "All logits of a training batch are computed at once, so that `loss_segment` saves nothing: "
+                "%s.",
+                why,
             )
 
     def _note(self, layer: int, index_BK: Tensor) -> None:

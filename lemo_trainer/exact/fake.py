@@ -74,6 +74,9 @@ def _fake_weights(model: nn.Module) -> None:
                 if id(tensor) not in fakes:  # tied weights stay tied
                     fakes[id(tensor)] = _fake(tensor)
                 own[name] = fakes[id(tensor)]
+        for name, value in list(vars(part).items()):
+            if isinstance(value, Tensor):  # as torch.nn.utils.weight_norm makes of parameters, with a graph
+                vars(part)[name] = _fake(value).requires_grad_(value.requires_grad)
 
 
 @contextlib.contextmanager

@@ -234,13 +234,16 @@ class CausalLM:
 
     Args:
         model: the whole model.
-        head: its language-model head; None for a model with another head, or with none.
         layers: its decoder layers.
     """
 
     model: Any
-    head: Any
     layers: nn.ModuleList
+
+    @property
+    def head(self) -> Any:
+        """Its language-model head as it is now; None for a model with another head, or with none."""
+        return self.model.get_output_embeddings()
 
     @property
     def has_head(self) -> bool:
@@ -289,7 +292,7 @@ def find_causal_lm(model: nn.Module, *, head: bool = True) -> CausalLM:
             f"LeMo looked in {name} for a list of {config.num_hidden_layers} decoder layers and found lists "
             f"of these lengths: {lengths}."
         )
-    parts = CausalLM(model, model.get_output_embeddings(), layers)
+    parts = CausalLM(model, layers)
     if head:
         check_attention(parts, "detach")
     return parts

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from lemo_trainer import LemoCallback, LemoConfig, apply_lemo
 from lemo_trainer.compat import checkpointing_argument
 from lemo_trainer.measure import ActivationBytes
+from lemo_trainer.sizes import size_text
 
 from .tiny import assert_same_step, lora, loss_and_gradients, tiny_model
 from .training import losses, samples, trainer_for
@@ -341,8 +342,8 @@ def test_the_first_line_of_the_log_compares_with_the_bytes_of_plain_training(
     entry = trainer.state.log_history[0]
     assert entry["lemo_plain_bytes"] == pytest.approx(plain.saved_bytes, abs=64)
     assert callback.report.plain_bytes(1, 32) == entry["lemo_plain_bytes"]
-    saved, whole = (entry[f"lemo_{name}_bytes"] / 1e6 for name in ("saved", "plain"))
-    line = f"{saved:,.1f} MB wait for the backward pass (measured), {whole:,.1f} in plain training."
+    saved, whole = (size_text(entry[f"lemo_{name}_bytes"]) for name in ("saved", "plain"))
+    line = f"{saved} wait for the backward pass (measured), {whole} in plain training."
     assert caplog.text.count("LeMo, first step: ") == caplog.text.count(line) == 1
 
 
@@ -371,9 +372,8 @@ def test_auto_predicts_the_bytes_of_the_first_line(tmp_path, caplog):
     saved, plain = callback.report.choice.saved_bytes
     assert plain == pytest.approx(callback.report.plain_bytes(2, 32), rel=0.05)
     assert saved <= plain
-    line = (
-        f"{saved / 1e6:,.1f} MB wait for the backward pass (predicted), {plain / 1e6:,.1f} in plain training."
-    )
+    saved, plain = size_text(saved), size_text(plain)
+    line = f"{saved} wait for the backward pass (predicted), {plain} in plain training."
     assert caplog.text.count(line) == 1
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
-from lemo_trainer.config import parse_bytes
 from lemo_trainer.exact.auto import SHARES
 from lemo_trainer.exact.budget import free_bytes, state_bytes
 from lemo_trainer.exact.ways import Detached, Way
 from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.session import session_of
+from lemo_trainer.sizes import parse_bytes, size_text
 
 from .exact import relative_error
 from .tiny import batch, checkpointing, lora, loss_and_gradients, tiny_model
@@ -205,7 +205,7 @@ def test_a_sparse_choice_runs_in_the_same_session_and_is_undone():
 
 def test_a_memory_that_holds_no_step_is_refused():
     model = tiny_model(layers=4, **WIDE)
-    with pytest.raises(ValueError, match=r"`memory` must hold a step: 1 x 512 tokens need .* GB at least"):
+    with pytest.raises(ValueError, match=r"`memory` must hold a step: 1 x 512 tokens need .* [kM]B at least"):
         choice_of(model, memory="1MB")
     remove_lemo(model)
 
@@ -274,3 +274,8 @@ def test_sizes_are_read_as_text():
     assert parse_bytes("memory", "1.5 GiB") == 1.5 * 2**30
     assert parse_bytes("memory", "800MB") == 8e8
     assert SHARES[0] == 0.95
+
+
+def test_sizes_are_printed_in_the_unit_that_fits():
+    texts = [size_text(size) for size in (0, 999, 1234, 37.1e6, 999_996_000, 20.694e9, 1.5e12)]
+    assert texts == ["0 bytes", "999 bytes", "1.234 kB", "37.10 MB", "1.000 GB", "20.69 GB", "1500 GB"]
