@@ -100,6 +100,19 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+@contextlib.contextmanager
+def without_hooks_on_saved_tensors() -> Iterator[None]:
+    """Inside the block, hooks on saved tensors from around it rest (torch has no public way to ask for them).
+
+    `torch.utils.checkpoint` around a whole model has such hooks, and so has offloading.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+        yield
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether a hook sees the output of `module`, its own or a global one (private dicts of torch)."""
     return bool(module._forward_hooks or nn.modules.module._global_forward_hooks)

@@ -246,7 +246,7 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
         leave_out: LayerForward | None = self._lemo_forward
         plan = None
         if self.training and session.passes.running and leave_out:
-            plan = session.plan(self._lemo_index, hidden_states.shape[1])
+            plan = session.plan(self._lemo_index, hidden_states.shape[1], len(hidden_states))
         if leave_out and plan:
             if config.mlp_segment and counts_from_the_end(self):
                 raise ValueError(

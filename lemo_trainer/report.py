@@ -67,8 +67,8 @@ class LemoReport:
 
     @property
     def active(self) -> bool:
-        """Whether tokens are left out at this step; False in the warm-up."""
-        return self._session.active
+        """Whether LeMo acts at this step; False in the warm-up and after `remove_lemo`."""
+        return self._session.in_force and self._session.active
 
     @property
     def choice(self) -> Choice | None:

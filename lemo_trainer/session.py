@@ -87,15 +87,19 @@ class LemoSession:
         self.total_layers = total_layers
         self.patched_layers = patched_layers
         self.wiring = wiring
-        self.active = True
-        self.keep_ratio = self.config.resolved_keep_ratio
+        self._follow_schedule(0)
+        self._batches_without_step: int | None = 0  # None after the first `at_step`
         self.thresholds = self.config.layer_thresholds
         self.relative_scores: dict[int, list[Tensor]] | None = None
         self.seq_len = 0
         self.pieces = self.piece_tokens = 0
         self.batches = self.working_batches = 0
+        self._longest = 0
         self._warned_idle = False
         self.layer_kept: dict[int, list[int]] = {}
+        self._kept: Counter[int] = Counter()  # since the last `take_shares`, by layer
+        self._tokens: Counter[int] = Counter()
+        self._samples = 1
         self.fused_norms: Counter[str] = Counter()
         self.kernel_backend = "torch"
         self.all_logits: list[str] = []
@@ -122,22 +126,46 @@ class LemoSession:
         while self._undo:
             self._undo.pop()()
 
+    @property
+    def in_force(self) -> bool:
+        """Whether the model is patched: not any more after `undo`."""
+        return bool(self._undo)
+
     def at_step(self, step: int) -> None:
         """Follow the schedule: `step` is the number of optimizer steps done."""
+        self._batches_without_step = None
+        self._follow_schedule(step)
+        self.selector.at_step(step)
+
+    def _follow_schedule(self, step: int) -> None:
         after = step - self.config.warmup_steps
         self.active = after >= 0
         ramp = min(1.0, (after + 1) / (self.config.ramp_steps + 1))
         self.keep_ratio = 1 - (1 - self.config.resolved_keep_ratio) * ramp
-        self.selector.at_step(step)
 
     def start_batch(self) -> None:
         """Forget the last training batch; the new one has the labels in `labels_BS`, if the model got any."""
+        self._check_schedule()
         self.layer_kept.clear()
         labels_BS, self.labels_BS = self.labels_BS, None
+        self._samples = 1 if labels_BS is None else len(labels_BS)
         self._labelled_BS = None
         if self.config.protect_labels and labels_BS is not None:
             self._labelled_BS = labels_BS != IGNORE_INDEX
         self._label_weights: list[Tensor | float] = []
+
+    def _check_schedule(self) -> None:
+        """Warn once if nobody tells the steps of a training that begins with a warm-up or a ramp."""
+        if self._batches_without_step is None or not (self.config.warmup_steps or self.config.ramp_steps):
+            return
+        self._batches_without_step += 1
+        if self._batches_without_step == PATIENCE:
+            logger.warning(
+                "LeMo is still at step 0 of warmup_steps=%d and ramp_steps=%d: in a loop of your own, call "
+                "report.at_step(step) in front of each optimizer step (report = apply_lemo(model, config)).",
+                self.config.warmup_steps,
+                self.config.ramp_steps,
+            )
 
     def choose_segments(self, seq_len: int) -> list[bool]:
         """Which segments of a training batch carry gradient (`mode="segments"`)."""
@@ -151,9 +179,11 @@ class LemoSession:
         kept = sum(itertools.compress(sizes, chosen or itertools.repeat(True)))
         self.seq_len, self.pieces, self.piece_tokens = seq_len, len(sizes), size
         self.layer_kept = {layer: [kept] for layer in self.patched_layers}
+        for layer in self.patched_layers:
+            self._count(layer, self._samples * kept, self._samples * seq_len)
         self._note_work(len(sizes) > 1)
 
-    def plan(self, layer: int, seq_len: int) -> BlockPlan | None:
+    def plan(self, layer: int, seq_len: int, samples: int = 1) -> BlockPlan | None:
         """How many blocks patched layer number `layer` keeps of a training batch; None keeps everything."""
         size = self.piece_tokens = self.config.block_size
         self.seq_len, self.pieces = seq_len, -(-seq_len // size)
@@ -173,11 +203,24 @@ class LemoSession:
         if self.active and not plan.keeps_all and threshold != 0:
             return plan
         self.layer_kept[layer] = [seq_len]
+        self._count(layer, samples * seq_len, samples * seq_len)
         self._label_weights.append(1.0)
         return None
 
+    def take_shares(self) -> dict[int, float]:
+        """The share of all tokens that each patched layer kept since the last call of this method."""
+        shares = {layer: self._kept[layer] / tokens for layer, tokens in self._tokens.items()}
+        self._kept.clear()
+        self._tokens.clear()
+        return shares
+
+    def _count(self, layer: int, kept: int, tokens: int) -> None:
+        self._kept[layer] += kept
+        self._tokens[layer] += tokens
+
     def _note_work(self, works: bool) -> None:
         self.batches += 1
+        self._longest = max(self._longest, self.seq_len)
         self.working_batches += works
         if self.batches == PATIENCE:
             self.warn_if_idle()
@@ -193,10 +236,10 @@ class LemoSession:
         option = "block_size" if by_blocks else "segment_tokens"
         extra = " (or `sink_blocks` and `recent_blocks`, which are always kept)" if by_blocks else ""
         logger.warning(
-            "LeMo has had nothing to do in %d training batches: samples of %d tokens are too short for "
-            "%s=%d. Lower `%s`%s, or give longer samples.",
+            "LeMo has had nothing to do in the %d training batches so far: samples of up to %d tokens are "
+            "too short for %s=%d. Lower `%s`%s, or give longer samples.",
             self.batches,
-            self.seq_len,
+            self._longest,
             option,
             getattr(self.config, option),
             option,
@@ -247,6 +290,7 @@ class LemoSession:
 
     def _note(self, layer: int, index_BK: Tensor) -> None:
         self.layer_kept.setdefault(layer, []).append(index_BK.shape[1])
+        self._count(layer, index_BK.numel(), len(index_BK) * self.seq_len)
         if self.config.label_weights != "all":
             kept_BS = torch.zeros(len(index_BK), self.seq_len, device=index_BK.device)
             self._label_weights.append(kept_BS.scatter_(1, index_BK, 1.0))

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.compat import FakeTensorMode, TorchDispatchMode, is_whole, one_document
+from lemo_trainer.compat import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    is_whole,
+    one_document,
+    without_hooks_on_saved_tensors,
+)
 
 _aten = torch.ops.aten
 
@@ -55,7 +61,8 @@ def faked(model: nn.Module) -> Iterator[None]:
             raise CannotCountError(f"{name} is a {type(weight).__name__}")
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake, _UsualValues(), one_document(), _own_state_kept(model):
+        rest = without_hooks_on_saved_tensors()
+        with rest, fake, _UsualValues(), one_document(), _own_state_kept(model):
             _fake_weights(model)
             yield
     except Exception as error:

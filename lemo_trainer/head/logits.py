@@ -60,8 +60,8 @@ class LogitsOnDemand:
         if not self._told:
             self._told.append(True)
             logger.warning(
-                "The logits of a training pass were read (`outputs.logits`, return_dict=False): LeMo made "
-                "all of them, %s in this batch, which `loss_segment` otherwise avoids.",
+                "A training pass was asked for its logits (`outputs.logits`, return_dict=False): LeMo made "
+                "all logits for it, %s in this batch, which `loss_segment` otherwise avoids.",
                 size_text(logits.nbytes),
             )
 
