@@ -8,7 +8,6 @@ else, router losses, `num_items_in_batch` and `shift_labels` included, is still 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 
 from lemo_trainer.compat import loss_function
 from lemo_trainer.head.logits import (
+    LogitsOfHead,
     LogitsOnDemand,
     logit_scale,
-    logits_of_head,
     with_logits_on_demand,
 )
 from lemo_trainer.head.loss import IGNORE_INDEX, segmented_cross_entropy, shift
@@ -144,7 +143,7 @@ def forward_with_segmented_loss(
 
 
 def _logits_on_demand(parts: CausalLM, call: _HeadCall, told: list[bool]) -> LogitsOnDemand:
-    make = functools.partial(logits_of_head, parts.model, parts.head, call.autocast)
+    make = LogitsOfHead(parts.model, parts.head, call.autocast)
     dtype = call.dtype
     if call.autocast and not _autocast_dtype(call.hidden.device):
         dtype = torch.float32  # accelerate's autocast, inside this forward: it casts outputs

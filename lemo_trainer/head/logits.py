@@ -72,13 +72,36 @@ class LogitsOnDemand:
         )
 
 
-def logits_of_head(model: Any, head: Any, autocast: torch.dtype | None, hidden_BSD: Tensor) -> Tensor:
-    """The logits [B, S, V] that `model` makes of a hidden state with its `head`, under this autocast."""
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    device = hidden_BSD.device.type
-    with torch.autocast(device, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
-        logits_BSV: Tensor = head(hidden_BSD) * logit_scale(model.config)
-        return logits_BSV if softcap is None else softcap * torch.tanh(logits_BSV / softcap)
+class LogitsOfHead:
+    """Makes the logits [B, S, V] of a hidden state, as the model's head would have in the forward pass.
+
+    Args:
+        model: the causal LM.
+        head: its output head.
+        autocast: the dtype of the autocast of the forward pass; None without autocast.
+    """
+
+    def __init__(self, model: Any, head: Any, autocast: torch.dtype | None) -> None:
+        self._config, self._head, self._autocast = model.config, head, autocast
+        self._sample = _sample(head.weight)
+
+    def __call__(self, hidden_BSD: Tensor) -> Tensor:
+        if not torch.equal(_sample(self._head.weight), self._sample):
+            raise RuntimeError(
+                "The logits of a training pass under LeMo must be read before the output head changes (by an "
+                "optimizer step?): they are made when `outputs.logits` is read."
+            )
+        softcap = getattr(self._config, "final_logit_softcapping", None)
+        device, dtype = hidden_BSD.device.type, self._autocast
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+            logits_BSV: Tensor = self._head(hidden_BSD) * logit_scale(self._config)
+            return logits_BSV if softcap is None else softcap * torch.tanh(logits_BSV / softcap)
+
+
+def _sample(weight_VD: Tensor) -> Tensor:
+    """Some numbers of a weight, which tell whether it changed: fused optimizers count no version of it."""
+    rows, columns = (max(1, size // 64) for size in weight_VD.shape)
+    return weight_VD.detach()[::rows, ::columns].clone()
 
 
 def logit_scale(config: Any) -> float:

@@ -235,6 +235,19 @@ def test_a_metric_under_no_grad_leaves_the_logits_their_gradient():
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["exact", "segments"])
+def test_logits_are_not_made_after_an_optimizer_step(mode):
+    model = tiny_model()
+    apply_lemo(model, every_mode()[mode])
+    read, unread = model(**batch("plain")), model(**batch("plain"))
+    read.loss.backward()
+    before = read.logits.clone()
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+    torch.testing.assert_close(read.logits, before)
+    with pytest.raises(RuntimeError, match="must be read before the output head changes"):
+        _ = unread.logits
+
+
 @pytest.mark.parametrize("casting", ["outputs as they are", "before LeMo", "after LeMo"])
 def test_logits_have_the_dtype_of_autocast_or_of_accelerate(casting):
     """accelerate wraps the model's forward: it runs under autocast, and its outputs become float32."""
