@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import logging
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -88,7 +89,7 @@ class LemoSession:
         self.patched_layers = patched_layers
         self.wiring = wiring
         self._follow_schedule(0)
-        self._batches_without_step: int | None = 0  # None after the first `at_step`
+        self._batches_without_step: int | None = None  # since `apply_lemo`, until the first `at_step`
         self.thresholds = self.config.layer_thresholds
         self.relative_scores: dict[int, list[Tensor]] | None = None
         self.seq_len = 0
@@ -97,9 +98,9 @@ class LemoSession:
         self._longest = 0
         self._warned_idle = False
         self.layer_kept: dict[int, list[int]] = {}
-        self._kept: Counter[int] = Counter()  # since the last `take_shares`, by layer
-        self._tokens: Counter[int] = Counter()
-        self._samples = 1
+        self._kept: dict[int, float] = {}  # since the last `take_shares`, by layer
+        self._tokens: dict[int, int] = {}
+        self._samples = 0  # of the present batch; 0 when its tokens are counted
         self.fused_norms: Counter[str] = Counter()
         self.kernel_backend = "torch"
         self.all_logits: list[str] = []
@@ -110,6 +111,7 @@ class LemoSession:
         self._undo: list[Callable[[], None]] = []
         self.labels_BS: Tensor | None = None
         self.start_batch()
+        self._batches_without_step = 0
 
     def become(self, other: LemoSession) -> None:
         """Go on as `other`, which patched nothing yet; this session's own patches are off."""
@@ -146,6 +148,7 @@ class LemoSession:
     def start_batch(self) -> None:
         """Forget the last training batch; the new one has the labels in `labels_BS`, if the model got any."""
         self._check_schedule()
+        self._count_batch()
         self.layer_kept.clear()
         labels_BS, self.labels_BS = self.labels_BS, None
         self._samples = 1 if labels_BS is None else len(labels_BS)
@@ -175,16 +178,18 @@ class LemoSession:
 
     def note_segments(self, seq_len: int, size: int, chosen: list[bool] | None = None) -> None:
         """Note the tokens of a sample and of a segment, and which segments carry gradient; None is all."""
+        if self.config.mode != "segments":  # exact mode has no `start_batch`, and keeps all tokens
+            self._count_batch()
+            self._samples = 1
         sizes = [min(size, seq_len - start) for start in range(0, seq_len, size)]
         kept = sum(itertools.compress(sizes, chosen or itertools.repeat(True)))
         self.seq_len, self.pieces, self.piece_tokens = seq_len, len(sizes), size
         self.layer_kept = {layer: [kept] for layer in self.patched_layers}
-        for layer in self.patched_layers:
-            self._count(layer, self._samples * kept, self._samples * seq_len)
         self._note_work(len(sizes) > 1)
 
     def plan(self, layer: int, seq_len: int, samples: int = 1) -> BlockPlan | None:
         """How many blocks patched layer number `layer` keeps of a training batch; None keeps everything."""
+        self._samples = samples
         size = self.piece_tokens = self.config.block_size
         self.seq_len, self.pieces = seq_len, -(-seq_len // size)
         threshold = self.thresholds.get(layer)
@@ -203,20 +208,23 @@ class LemoSession:
         if self.active and not plan.keeps_all and threshold != 0:
             return plan
         self.layer_kept[layer] = [seq_len]
-        self._count(layer, samples * seq_len, samples * seq_len)
         self._label_weights.append(1.0)
         return None
 
     def take_shares(self) -> dict[int, float]:
         """The share of all tokens that each patched layer kept since the last call of this method."""
+        self._count_batch()
         shares = {layer: self._kept[layer] / tokens for layer, tokens in self._tokens.items()}
         self._kept.clear()
         self._tokens.clear()
         return shares
 
-    def _count(self, layer: int, kept: int, tokens: int) -> None:
-        self._kept[layer] += kept
-        self._tokens[layer] += tokens
+    def _count_batch(self) -> None:
+        for layer, choices in self.layer_kept.items() if self._samples else ():
+            kept = self._samples * statistics.mean(choices)
+            self._kept[layer] = self._kept.get(layer, 0) + kept
+            self._tokens[layer] = self._tokens.get(layer, 0) + self._samples * self.seq_len
+        self._samples = 0
 
     def _note_work(self, works: bool) -> None:
         self.batches += 1
@@ -290,7 +298,6 @@ class LemoSession:
 
     def _note(self, layer: int, index_BK: Tensor) -> None:
         self.layer_kept.setdefault(layer, []).append(index_BK.shape[1])
-        self._count(layer, index_BK.numel(), len(index_BK) * self.seq_len)
         if self.config.label_weights != "all":
             kept_BS = torch.zeros(len(index_BK), self.seq_len, device=index_BK.device)
             self._label_weights.append(kept_BS.scatter_(1, index_BK, 1.0))
