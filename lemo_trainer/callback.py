@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import types
 import weakref
 from pathlib import Path
@@ -19,6 +20,7 @@ from lemo_trainer.measure import StepMeter
 from lemo_trainer.patch import apply_lemo, remove_lemo
 from lemo_trainer.report import LemoReport, against_plain
 from lemo_trainer.session import LemoSession, session_of
+from lemo_trainer.sizes import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +32,11 @@ class LemoCallback(TrainerCallback):
 
     `report` is the report of the last training; it stays readable after it.
 
-    Each log entry of a training loss tells about the last batch: `lemo_tokens` of a sample, its `lemo_blocks`
-    or `lemo_segments`, and `lemo_kept_share`, the share of the tokens that carries gradient in the
-    `lemo_patched_layers` (`lemo_kept_share/layer_N` where the layers differ). A warning comes once if no
-    batch so far was long enough for LeMo to do something. The first entry after a measured step gets
+    Each log entry of a training loss tells `lemo_kept_share`, the share of all tokens since the last entry
+    that carries gradient in the `lemo_patched_layers` (`lemo_kept_share/layer_N` where the layers differ);
+    and of the last batch `lemo_tokens` of a sample and its `lemo_blocks` or `lemo_segments`. Entries after
+    `remove_lemo` have none of them. A warning comes once if none of the first eight batches, or none of a
+    shorter training, was long enough for LeMo to do something. The first entry after a measured step gets
     `lemo_saved_bytes`, `lemo_plain_bytes` and `lemo_step_flops` too. All of them reach `log_history`, the
     progress bar and the reporting callbacks (TensorBoard, W&B). With `predictor_refresh` the recall of each
     layer is logged as `lemo_recall/layer_N`. After the first step one line tells how samples are cut, and how
@@ -94,7 +97,7 @@ class LemoCallback(TrainerCallback):
     ) -> None:
         assert self._session is not None
         self._session.at_step(state.global_step)
-        if self._meter is not None and self._session.active:
+        if self._meter is not None and self.report is not None and self.report.active:
             self._meter.start(unwrap(kwargs["model"]))
 
     def on_pre_optimizer_step(
@@ -126,7 +129,7 @@ class LemoCallback(TrainerCallback):
         try:
             plain = report.plain_bytes(*meter.shape)
         except ValueError as error:
-            return f"{meter.saved_bytes / 1e6:,.1f} MB wait for the backward pass (measured). {error}"
+            return f"{size_text(meter.saved_bytes)} wait for the backward pass (measured). {error}"
         self._measured["lemo_plain_bytes"] = plain
         return against_plain(meter.saved_bytes, plain, "measured")
 
@@ -138,18 +141,18 @@ class LemoCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.report is None or self._session is None or logs is None or "loss" not in logs:
+        removed = self._session is None or session_of(kwargs["model"]) is not self._session
+        if self.report is None or self._session is None or removed or logs is None or "loss" not in logs:
             return
+        shares = self._session.take_shares()
         metrics: dict[str, float] = {
-            "lemo_kept_share": round(self.report.kept_share, 4),
+            "lemo_kept_share": round(statistics.mean(shares.values()) if shares else 1.0, 4),
             "lemo_patched_layers": len(self.report.patched_layers),
             "lemo_tokens": self.report.seq_len,
             "lemo_segments"
             if self.report.config.mode in WITHOUT_CHOICE
             else "lemo_blocks": self.report.pieces,
         }
-        self._session.warn_if_idle()
-        shares = self.report.layer_shares
         if len(set(shares.values())) > 1:
             metrics |= {f"lemo_kept_share/layer_{i}": round(share, 4) for i, share in shares.items()}
         metrics |= self._session.selector.metrics()

@@ -136,6 +136,19 @@ def uncached_parametrizations() -> Iterator[None]:
         parametrize._cache_enabled = before
 
 
+@contextlib.contextmanager
+def without_hooks_on_saved_tensors() -> Iterator[None]:
+    """Inside the block, hooks on saved tensors from around it rest (torch has no public way to ask for them).
+
+    `torch.utils.checkpoint` around a whole model has such hooks, and so has offloading.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+        yield
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether a hook sees the output of `module`, its own or a global one (private dicts of torch)."""
     return bool(module._forward_hooks or nn.modules.module._global_forward_hooks)
@@ -173,6 +186,14 @@ def without_global_hooks() -> Iterator[None]:
     finally:
         for hooks, kept in zip(own, before, strict=True):
             hooks.update(kept)
+
+
+def hooks_on(module: nn.Module) -> list[str]:
+    """The names of the hooks that a call of `module` runs, forward and backward, its own and global ones."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    tables = [getattr(module, kind) for kind in kinds]
+    tables += [getattr(nn.modules.module, f"_global{kind}") for kind in kinds]
+    return [getattr(hook, "__qualname__", repr(hook)) for table in tables for hook in table.values()]
 
 
 def is_whole(weight: Tensor) -> bool:

@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lemo_trainer.files import read_yaml
 from lemo_trainer.registry import AUTO, SELECTORS, selector_names
+from lemo_trainer.sizes import parse_bytes
 
 Mode = Literal["auto", "exact", "segments", "detach", "eliminate"]
 LabelWeights = Literal["all", "kept", "share"]
@@ -21,17 +22,24 @@ Boundaries = Literal["memory", "host", "disk"]
 
 
 NO_CONFIG = '{owner} takes a LemoConfig, such as LemoConfig(mode="detach", keep_ratio=0.5), got {got}.'
-# Options that some modes do not read; in those they must keep their defaults.
 _BLOCKS = ("detach", "eliminate")
+_SPARSE = ("segments", *_BLOCKS)
+# The modes that read each option that some mode does not; in the others it must keep its default.
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "segment_tokens": ("exact", "segments"),
+    **dict.fromkeys(("memory", "speed"), ("auto",)),
+    **dict.fromkeys(("scheme", "boundaries"), ("exact",)),
+    "segment_tokens": ("auto", "exact", "segments"),
+    **dict.fromkeys(("selective_checkpointing", "save_attention"), ("exact", *_SPARSE)),
+    **dict.fromkeys(("keep_ratio", "selector", "warmup_steps", "ramp_steps"), _SPARSE),
+    **dict.fromkeys(("block_size", "sink_blocks", "recent_blocks", "layers", "thresholds"), _BLOCKS),
+    **dict.fromkeys(("protect_labels", "label_weights", "shared_blocks", "causal_scores"), _BLOCKS),
+    **dict.fromkeys(("attention_score_tokens", "mlp_segment", "fused_kernels"), _BLOCKS),
+    **dict.fromkeys(("predictors", "predictor_refresh", "predictor_recall"), _BLOCKS),
     "mlp_score_tokens": ("eliminate",),
-    **dict.fromkeys(("block_size", "sink_blocks", "recent_blocks"), _BLOCKS),
-    **dict.fromkeys(("causal_scores", "attention_score_tokens", "fused_kernels"), _BLOCKS),
 }
-_OF_EXACT = {"mode", "scheme", "boundaries", "segment_tokens", "loss_segment", "save_attention"}
-_OF_EXACT |= {"selective_checkpointing"}
-_OF_AUTO = {"mode", "memory", "speed", "segment_tokens", "loss_segment"}
+# The mode that an option selects where none is named.
+_SELECTS = {**dict.fromkeys(("keep_ratio", "thresholds", "selector"), "detach")}
+_SELECTS |= dict.fromkeys(("scheme", "boundaries"), "exact")
 _LEAST = {  # whole numbers, and the least that each may be
     **dict.fromkeys(("sink_blocks", "recent_blocks", "warmup_steps", "ramp_steps"), 0),
     **dict.fromkeys(("loss_segment", "mlp_segment", "predictor_refresh"), 0),
@@ -54,8 +62,9 @@ class LemoConfig:
             through the residual stream unchanged (the paper's token elimination), which saves more compute
             without checkpointing and degrades small models. "segments": a sample goes forward and backward
             one segment of `segment_tokens` after the other, each attending to the keys and values of earlier
-            segments as constants; `keep_ratio` is the share of the segments that carry gradient. None is
-            "auto", or "detach" if an option is given that "auto" does not have.
+            segments as constants; `keep_ratio` is the share of the segments that carry gradient. Without a
+            mode, `keep_ratio`, `thresholds` and `selector` select "detach", `scheme` and `boundaries` select
+            "exact", and else it is "auto". An option that the mode does not read is refused.
         memory: what the tensors of a step may take at most under `mode="auto"`: weights, gradients, optimizer
             states and activations, as "12GiB". Empty is what is free when the first batch comes.
         speed: how many times faster than the fastest exact way that fits a step must be under `mode="auto"`.
@@ -163,8 +172,7 @@ class LemoConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.mode is None:
-            object.__setattr__(self, "mode", "detach" if self._beyond(_OF_AUTO) else "auto")
+        selected_by = self._select_mode()
         self._check_choices()
         self._check_numbers()
         self._check_selector()
@@ -173,11 +181,8 @@ class LemoConfig:
                 f"`label_weights` must be 'all' with loss_segment=0, got {self.label_weights!r}: the weights "
                 "are applied by the segment-wise loss."
             )
-        if self.mode == "segments":
-            self._check_segments()
-        self._check_auto()
-        self._check_exact()
-        self._check_mode_reads()
+        self._check_mode_reads(selected_by)
+        self._check_auto_and_exact()
         self._check_layers()
 
     def _check_choices(self) -> None:
@@ -226,16 +231,6 @@ class LemoConfig:
         if self.layers != "auto" and self.layers != "all":
             _parse_layers(self.layers)
 
-    def _check_segments(self) -> None:
-        without = {"protect_labels": False, "thresholds": "", "label_weights": "all", "layers": "auto"}
-        without["mlp_segment"] = 0
-        for name, value in without.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f'`{name}` must be {value!r} with mode="segments", which does not choose by layer, '
-                    f"got {getattr(self, name)!r}."
-                )
-
     def _check_selector(self) -> None:
         if self.mode not in ("auto", "exact", *SELECTORS[self.resolved_selector].modes):
             raise ValueError(
@@ -251,56 +246,37 @@ class LemoConfig:
                         f"{getattr(self, name)!r} with {self.selector!r}."
                     )
 
-    def _check_mode_reads(self) -> None:
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name, modes in _READ_BY.items():
-            value = getattr(self, name)
-            if value != defaults[name] and self.mode in (*_BLOCKS, "segments") and self.mode not in modes:
+    def _given(self) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {field.name: value for field, value in values if value != field.default}
+
+    def _select_mode(self) -> str:
+        """Set `mode` where it is None; returns what chose it, as a part of a sentence."""
+        if self.mode is not None:
+            return ""
+        given = self._given()
+        for option, mode in _SELECTS.items():
+            if option in given:
+                object.__setattr__(self, "mode", mode)
+                return f" (which `{option}` selects)"
+        object.__setattr__(self, "mode", "auto")
+        return " (the default)"
+
+    def _check_mode_reads(self, selected_by: str) -> None:
+        for name, value in self._given().items():
+            readers = _READ_BY.get(name, (self.mode,))
+            if self.mode not in readers:
                 raise ValueError(
-                    f'`{name}` must be left out with mode="{self.mode}", which does not read it '
-                    f"({' and '.join(modes)} do{'es' * (len(modes) == 1)}), got {value!r}."
+                    f'`{name}` must be left out with mode="{self.mode}"{selected_by}, which does not read it '
+                    f"({_and(readers)} do{'es' * (len(readers) == 1)}), got {value!r}."
                 )
 
-    def _beyond(self, known: set[str]) -> list[str]:
-        """The options that are given, but not in `known`."""
-        fields = dataclasses.fields(self)
-        return [
-            each.name
-            for each in fields
-            if each.name not in known and getattr(self, each.name) != each.default
-        ]
-
-    def _check_auto(self) -> None:
+    def _check_auto_and_exact(self) -> None:
         if not _is_number(self.speed) or not 1 <= self.speed < math.inf:
             raise ValueError(f"`speed` must be a number of at least 1, got {self.speed!r}.")
         if self.memory:
             parse_bytes("memory", self.memory)
-        for name in self._beyond(_OF_AUTO) if self.mode == "auto" else ():
-            raise ValueError(
-                f'`{name}` must be left out with mode="auto", which decides by itself, got '
-                f'{getattr(self, name)!r}; name a mode ("exact", "segments", "detach" or "eliminate").'
-            )
-        for name, value in (("memory", ""), ("speed", 1.0)) if self.mode != "auto" else ():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f'`{name}` must be left out unless `mode` is "auto", got {getattr(self, name)!r} with '
-                    f"{self.mode!r}."
-                )
-
-    def _check_exact(self) -> None:
-        if self.mode != "exact":
-            for name, value in (("scheme", "auto"), ("boundaries", "memory")):
-                if getattr(self, name) != value:
-                    raise ValueError(
-                        f'`{name}` must be left out unless `mode` is "exact", got {getattr(self, name)!r} '
-                        f"with {self.mode!r}."
-                    )
-            return
-        for name in self._beyond(_OF_EXACT):
-            raise ValueError(
-                f'`{name}` must be left out with mode="exact", in which every token takes part, '
-                f"got {getattr(self, name)!r}."
-            )
         if self.scheme == "segments" and self.boundaries != "memory":
             raise ValueError(
                 '`boundaries` must be "memory" with scheme="segments", which keeps keys and values in their '
@@ -381,17 +357,9 @@ def check_keys(values: Mapping[str, Any], known: list[str], owner: str) -> None:
             raise ValueError(f"{owner} has no option {key!r}; the closest are {', '.join(close)}.")
 
 
-def parse_bytes(name: str, text: str) -> float:
-    """ "12GiB" as a number of bytes; `name` is that of the option, for the error."""
-    units = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-    try:
-        number = text.rstrip("BGIMbgim ")
-        size = float(number) * units[text[len(number) :].strip().upper()]
-        if 0 < size < math.inf:
-            return size
-    except (AttributeError, KeyError, ValueError):
-        pass
-    raise ValueError(f'`{name}` must be like "12GiB", "800 MB" or a positive number of bytes, got {text!r}.')
+def _and(names: Sequence[str | None]) -> str:
+    *first, last = map(str, names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _is_number(value: object) -> bool:

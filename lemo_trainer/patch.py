@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import logging
 import operator
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from lemo_trainer.compat import (
 )
 from lemo_trainer.config import NO_CONFIG, LemoConfig
 from lemo_trainer.exact.patch import patch_exact
-from lemo_trainer.head.forward import check_head, forward_with_segmented_loss
+from lemo_trainer.head.checks import check_head
 from lemo_trainer.informativeness.selectors import selector_for
 from lemo_trainer.kernels.dispatch import backend
 from lemo_trainer.layers.causality import check_causal
@@ -250,7 +249,7 @@ def _patched_class(layer_class: Any) -> type[nn.Module]:
         leave_out: LayerForward | None = self._lemo_forward
         plan = None
         if self.training and session.passes.running and leave_out:
-            plan = session.plan(self._lemo_index, hidden_states.shape[1])
+            plan = session.plan(self._lemo_index, hidden_states.shape[1], len(hidden_states))
         if leave_out and plan:
             if config.mlp_segment and counts_from_the_end(self):
                 raise ValueError(
@@ -331,18 +330,15 @@ def _train(
     session.labels_BS = labels
     if not parts.has_head:
         return forward(*args, **kwargs)
-    if labels is None:
-        if mode == "segments":
-            raise ValueError(NO_LABELS)
-        session.warn_of_logits()
-        return forward(*args, **kwargs)
+    if labels is None and mode == "segments":
+        raise ValueError(NO_LABELS)
     makes_loss = mode == "segments" or session.config.label_weights != "all"
     if makes_loss and loss_is_made_by_trl(arguments.arguments):
         raise ValueError(
             'mode="segments" and `label_weights` compute the loss, and so does TRL, from the '
             'log-probabilities of all tokens; use mode="exact", or mode="detach" with label_weights="all".'
         )
-    with_loss = functools.partial(_with_loss, parts, session, forward)
+    with_loss = functools.partial(session.forward_with_loss, parts, forward)
     if mode == "segments":
         check_batch(parts, arguments)  # in the warm-up too, so that errors come early
         session.start_batch()
@@ -352,22 +348,3 @@ def _train(
                 parts, with_loss, arguments, segment, session.choose_segments, session.told_of_logits
             )
     return with_loss(arguments)
-
-
-def _with_loss(
-    parts: CausalLM,
-    session: LemoSession,
-    forward: Callable[..., Any],
-    arguments: inspect.BoundArguments,
-) -> Any:
-    if not session.config.loss_segment or loss_is_made_by_trl(arguments.arguments):
-        # TRL's fused head computes its loss in pieces itself
-        return forward(*arguments.args, **arguments.kwargs)
-    return forward_with_segmented_loss(
-        parts,
-        forward,
-        arguments,
-        session.config.loss_segment,
-        session.label_weights,
-        session.told_of_logits,
-    )

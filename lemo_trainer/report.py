@@ -14,6 +14,7 @@ from lemo_trainer.exact.plain import plain_bytes
 from lemo_trainer.informativeness.predictors import PatternPredictors
 from lemo_trainer.layers.wiring import Wiring
 from lemo_trainer.session import LemoSession, session_of
+from lemo_trainer.sizes import size_text
 
 
 class LemoReport:
@@ -66,8 +67,8 @@ class LemoReport:
 
     @property
     def active(self) -> bool:
-        """Whether tokens are left out at this step; False in the warm-up."""
-        return self._session.active
+        """Whether LeMo acts at this step; False in the warm-up and after `remove_lemo`."""
+        return self._session.in_force and self._session.active
 
     @property
     def choice(self) -> Choice | None:
@@ -77,11 +78,12 @@ class LemoReport:
 
     @property
     def logits_made(self) -> bool:
-        """Whether a training batch had no `labels` and so computed all logits, in spite of `loss_segment`.
+        """Whether a training batch computed all logits, in spite of `loss_segment`.
 
-        Its loss is computed outside the model (label smoothing, `compute_loss_func`).
+        It had no `labels`, because its loss is computed outside the model (label smoothing,
+        `compute_loss_func`), or the head or the loss function is not the one that LeMo computes in pieces.
         """
-        return self._session.logits_made
+        return bool(self._session.all_logits)
 
     @property
     def seq_len(self) -> int:
@@ -180,4 +182,4 @@ class LemoReport:
 
 def against_plain(saved: float, plain: float, how: str) -> str:
     """Bytes that wait for the backward pass, beside those of plain training."""
-    return f"{saved / 1e6:,.1f} MB wait for the backward pass ({how}), {plain / 1e6:,.1f} in plain training"
+    return f"{size_text(saved)} wait for the backward pass ({how}), {size_text(plain)} in plain training"

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import logging
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,17 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo_trainer.compat import unwrap
+from lemo_trainer.compat import loss_is_made_by_trl, unwrap
 from lemo_trainer.config import LemoConfig
+from lemo_trainer.head.checks import why_all_logits
+from lemo_trainer.head.forward import forward_with_segmented_loss
 from lemo_trainer.head.loss import IGNORE_INDEX
 from lemo_trainer.informativeness.selection import BlockPlan
 from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.segments import choose_segments
 from lemo_trainer.layers.wiring import Wiring
+from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.patching import Passes
 
 logger = logging.getLogger(__name__)
 
+_WITHOUT_LABELS = "it came without `labels` (label smoothing, a loss function of your own?)"
 PATIENCE = 8  # batches after which a loop without a callback is told that LeMo does nothing
 
 
@@ -61,7 +67,7 @@ class LemoSession:
         kernel_backend: what LeMo's kernels are written in on the model's device, "torch" or "triton".
         passes: tells the training passes, in which the patches act, from all others.
         labels_BS: labels of the training pass that begins, [B, S].
-        logits_made: whether a training batch came without `labels` and computed all its logits.
+        all_logits: why training batches computed all their logits, in spite of `loss_segment`.
         told_of_logits: not empty after a warning about `outputs.logits` that were made on demand.
         choice: what `mode="auto"` chose for the longest batch so far (`exact.auto.Choice`); None before the
             first, and in other modes.
@@ -83,18 +89,22 @@ class LemoSession:
         self.total_layers = total_layers
         self.patched_layers = patched_layers
         self.wiring = wiring
-        self.active = True
-        self.keep_ratio = self.config.resolved_keep_ratio
+        self._follow_schedule(0)
+        self._batches_without_step: int | None = None  # since `apply_lemo`, until the first `at_step`
         self.thresholds = self.config.layer_thresholds
         self.relative_scores: dict[int, list[Tensor]] | None = None
         self.seq_len = 0
         self.pieces = self.piece_tokens = 0
         self.batches = self.working_batches = 0
+        self._longest = 0
         self._warned_idle = False
         self.layer_kept: dict[int, list[int]] = {}
+        self._kept: dict[int, float] = {}  # since the last `take_shares`, by layer
+        self._tokens: dict[int, int] = {}
+        self._samples = 0  # of the present batch; 0 when its tokens are counted
         self.fused_norms: Counter[str] = Counter()
         self.kernel_backend = "torch"
-        self.logits_made = False
+        self.all_logits: list[str] = []
         self.told_of_logits: list[bool] = []
         self.mode_notes: list[str] = []
         self.passes = Passes()
@@ -103,12 +113,13 @@ class LemoSession:
         self._undo: list[Callable[[], None]] = []
         self.labels_BS: Tensor | None = None
         self.start_batch()
+        self._batches_without_step = 0
 
     def become(self, other: LemoSession) -> None:
         """Go on as `other`, which patched nothing yet; this session's own patches are off."""
         assert not self._undo
-        kept = {name: getattr(self, name) for name in ("choice", "mode_notes", "passes", "told_of_logits")}
-        vars(self).update(vars(other) | kept)
+        names = ("choice", "mode_notes", "passes", "told_of_logits", "all_logits")
+        vars(self).update(vars(other) | {name: getattr(self, name) for name in names})
 
     def on_undo(self, step: Callable[[], None]) -> None:
         """Remember how to take a patch off again."""
@@ -119,23 +130,48 @@ class LemoSession:
         while self._undo:
             self._undo.pop()()
 
+    @property
+    def in_force(self) -> bool:
+        """Whether the model is patched: not any more after `undo`."""
+        return bool(self._undo)
+
     def at_step(self, step: int) -> None:
         """Follow the schedule: `step` is the number of optimizer steps done."""
+        self._batches_without_step = None
+        self._follow_schedule(step)
+        self.selector.at_step(step)
+
+    def _follow_schedule(self, step: int) -> None:
         after = step - self.config.warmup_steps
         self.active = after >= 0
         ramp = min(1.0, (after + 1) / (self.config.ramp_steps + 1))
         self.keep_ratio = 1 - (1 - self.config.resolved_keep_ratio) * ramp
-        self.selector.at_step(step)
 
     def start_batch(self) -> None:
         """Forget the last training batch; the new one has the labels in `labels_BS`, if the model got any."""
+        self._check_schedule()
+        self._count_batch()
         self.layer_kept.clear()
         self.on_batch()
         labels_BS, self.labels_BS = self.labels_BS, None
+        self._samples = 1 if labels_BS is None else len(labels_BS)
         self._labelled_BS = None
         if self.config.protect_labels and labels_BS is not None:
             self._labelled_BS = labels_BS != IGNORE_INDEX
         self._label_weights: list[Tensor | float] = []
+
+    def _check_schedule(self) -> None:
+        """Warn once if nobody tells the steps of a training that begins with a warm-up or a ramp."""
+        if self._batches_without_step is None or not (self.config.warmup_steps or self.config.ramp_steps):
+            return
+        self._batches_without_step += 1
+        if self._batches_without_step == PATIENCE:
+            logger.warning(
+                "LeMo is still at step 0 of warmup_steps=%d and ramp_steps=%d: in a loop of your own, call "
+                "report.at_step(step) in front of each optimizer step (report = apply_lemo(model, config)).",
+                self.config.warmup_steps,
+                self.config.ramp_steps,
+            )
 
     def choose_segments(self, seq_len: int) -> list[bool]:
         """Which segments of a training batch carry gradient (`mode="segments"`)."""
@@ -145,14 +181,18 @@ class LemoSession:
 
     def note_segments(self, seq_len: int, size: int, chosen: list[bool] | None = None) -> None:
         """Note the tokens of a sample and of a segment, and which segments carry gradient; None is all."""
+        if self.config.mode != "segments":  # exact mode has no `start_batch`, and keeps all tokens
+            self._count_batch()
+            self._samples = 1
         sizes = [min(size, seq_len - start) for start in range(0, seq_len, size)]
         kept = sum(itertools.compress(sizes, chosen or itertools.repeat(True)))
         self.seq_len, self.pieces, self.piece_tokens = seq_len, len(sizes), size
         self.layer_kept = {layer: [kept] for layer in self.patched_layers}
         self._note_work(len(sizes) > 1)
 
-    def plan(self, layer: int, seq_len: int) -> BlockPlan | None:
+    def plan(self, layer: int, seq_len: int, samples: int = 1) -> BlockPlan | None:
         """How many blocks patched layer number `layer` keeps of a training batch; None keeps everything."""
+        self._samples = samples
         size = self.piece_tokens = self.config.block_size
         self.seq_len, self.pieces = seq_len, -(-seq_len // size)
         threshold = self.thresholds.get(layer)
@@ -174,8 +214,24 @@ class LemoSession:
         self._label_weights.append(1.0)
         return None
 
+    def take_shares(self) -> dict[int, float]:
+        """The share of all tokens that each patched layer kept since the last call of this method."""
+        self._count_batch()
+        shares = {layer: self._kept[layer] / tokens for layer, tokens in self._tokens.items()}
+        self._kept.clear()
+        self._tokens.clear()
+        return shares
+
+    def _count_batch(self) -> None:
+        for layer, choices in self.layer_kept.items() if self._samples else ():
+            kept = self._samples * statistics.mean(choices)
+            self._kept[layer] = self._kept.get(layer, 0) + kept
+            self._tokens[layer] = self._tokens.get(layer, 0) + self._samples * self.seq_len
+        self._samples = 0
+
     def _note_work(self, works: bool) -> None:
         self.batches += 1
+        self._longest = max(self._longest, self.seq_len)
         self.working_batches += works
         if self.batches == PATIENCE:
             self.warn_if_idle()
@@ -191,10 +247,10 @@ class LemoSession:
         option = "block_size" if by_blocks else "segment_tokens"
         extra = " (or `sink_blocks` and `recent_blocks`, which are always kept)" if by_blocks else ""
         logger.warning(
-            "LeMo has had nothing to do in %d training batches: samples of %d tokens are too short for "
-            "%s=%d. Lower `%s`%s, or give longer samples.",
+            "LeMo has had nothing to do in the %d training batches so far: samples of up to %d tokens are "
+            "too short for %s=%d. Lower `%s`%s, or give longer samples.",
             self.batches,
-            self.seq_len,
+            self._longest,
             option,
             getattr(self.config, option),
             option,
@@ -209,13 +265,38 @@ class LemoSession:
         weight_BS = sum(counted) / len(counted)
         return weight_BS if isinstance(weight_BS, Tensor) else None
 
-    def warn_of_logits(self) -> None:
-        """Warn once that `loss_segment` saves nothing for batches without labels."""
-        if not self.logits_made:
-            self.logits_made = True
+    def forward_with_loss(
+        self, parts: CausalLM, forward: Callable[..., Any], arguments: inspect.BoundArguments
+    ) -> Any:
+        """A training pass of the causal LM by its own `forward`, with the segment-wise loss where that fits.
+
+        Raises:
+            ValueError: `label_weights` need the segment-wise loss, and the batch needs all logits.
+        """
+        config, given = self.config, arguments.arguments
+        if not config.loss_segment or loss_is_made_by_trl(given):  # TRL makes its loss in pieces itself
+            return forward(*arguments.args, **arguments.kwargs)
+        without_labels = given.get("labels") is None
+        why = _WITHOUT_LABELS if without_labels else why_all_logits(parts, arguments)
+        if why and config.label_weights != "all":
+            raise ValueError(
+                f"`label_weights` must be 'all' in a batch that needs all its logits, got "
+                f"{config.label_weights!r}: {why}."
+            )
+        if why:
+            self._warn_of_logits(why)
+            return forward(*arguments.args, **arguments.kwargs)
+        return forward_with_segmented_loss(
+            parts, forward, arguments, config.loss_segment, self.label_weights, self.told_of_logits
+        )
+
+    def _warn_of_logits(self, why: str) -> None:
+        if why not in self.all_logits:
+            self.all_logits.append(why)
             logger.warning(
-                "A training batch came without `labels` (label smoothing, a loss function of your own?): all "
-                "its logits are computed at once, so that `loss_segment` saves nothing."
+                "All logits of a training batch are computed at once, so that `loss_segment` saves nothing: "
+                "%s.",
+                why,
             )
 
     def _note(self, layer: int, index_BK: Tensor) -> None:

@@ -24,7 +24,7 @@ LAYERS = {
         "head informativeness",
         "model",
         "config kernels measure",
-        "compat files registry texts",
+        "compat files registry sizes texts",
     ),
     "ollie_compile": (
         "__init__ cli",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lemo_trainer.config import LemoConfig, parse_bytes
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.sizes import parse_bytes, size_text
 
 if TYPE_CHECKING:
     from lemo_trainer.offline.step_cost import Setup
@@ -49,13 +50,13 @@ def predict_step(
         typer.echo(", ".join(f"{field}: {getattr(fitting, field)}" for field in names))
         config = fitting
     table = Table(title=f"One step of {batch_size} x {seq_len} tokens, {config.mode}")
-    for column in ("", "saved, MB", "peak, MB", "GFLOP", "seconds"):
+    for column in ("", "saved", "peak", "GFLOP", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     for label, with_lemo in (("without LeMo", None), ("LeMo", config)):
         for suffix, recomputing in (("", False), (" + checkpointing", True)):
             cost = predict(setup, with_lemo, checkpointing=recomputing)
-            megabytes = (f"{value / 1e6:,.0f}" for value in (cost.saved_bytes, cost.peak_bytes))
-            table.add_row(label + suffix, *megabytes, f"{cost.flops / 1e9:,.0f}", f"{cost.seconds:.2f}")
+            sizes = map(size_text, (cost.saved_bytes, cost.peak_bytes))
+            table.add_row(label + suffix, *sizes, f"{cost.flops / 1e9:,.0f}", f"{cost.seconds:.2f}")
     Console().print(table)
 
 
@@ -72,18 +73,18 @@ def _print_ways(setup: Setup, config: LemoConfig) -> None:
     plans = plan_ways(setup, config, memory, longest=bool(config.memory))
     table = Table(
         title=f"One step of {setup.batch_size} x {setup.seq_len} tokens; every way has the exact gradient",
-        caption=f"memory for tensors: {memory / 1e9:,.2f} GB; peak counts weights, gradients, AdamW's states "
+        caption=f"memory for tensors: {size_text(memory)}; peak counts weights, gradients, AdamW's states "
         "and activations; time is against the fastest way, by counts",
     )
-    columns = ("", "saved, MB", "elsewhere, MB", "peak, MB", "time", "fits")
+    columns = ("", "saved", "elsewhere", "peak", "time", "fits")
     for column in (*columns, "longest sample") if config.memory else columns:
         table.add_column(column, justify="right" if column else "left")
     for plan in plans:
         cost = plan.cost
-        megabytes = (f"{value / 1e6:,.0f}" for value in (cost.saved, cost.stored, plan.peak))
+        sizes = map(size_text, (cost.saved, cost.stored, plan.peak))
         longest = [] if plan.longest is None else [f"{plan.longest:,}"]
         table.add_row(
-            str(cost.way), *megabytes, f"{plan.relative_time:.2f}", "yes" if plan.fits else "no", *longest
+            str(cost.way), *sizes, f"{plan.relative_time:.2f}", "yes" if plan.fits else "no", *longest
         )
     console = Console()
     console.print(table)

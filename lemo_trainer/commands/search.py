@@ -11,7 +11,8 @@ import typer
 
 from lemo_trainer.commands.options import check_least, parse_shares
 from lemo_trainer.commands.plan import step_setup
-from lemo_trainer.config import LemoConfig, parse_bytes
+from lemo_trainer.config import LemoConfig
+from lemo_trainer.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from lemo_trainer.offline.budget import Budget

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lemo_trainer.config import LemoConfig, parse_bytes
+from lemo_trainer.config import LemoConfig
 from lemo_trainer.exact.budget import state_bytes, stored_budget, tensors_budget
 from lemo_trainer.exact.counting import StepParts, count_step
 from lemo_trainer.exact.fake import CannotCountError
 from lemo_trainer.exact.ways import CPU, CUDA, Detached, Way, WayCost, cost_of, detached_cost, ways_of
 from lemo_trainer.model.architectures import CausalLM
+from lemo_trainer.sizes import parse_bytes, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Choice:
         if others:
             fastest = self.table[0].seconds
             text += "; others: " + ", ".join(
-                f"{cost.way} {(cost.peak + self.state) / 1e9:.2f} GB, {cost.seconds / fastest:.2f} of the "
+                f"{cost.way} {size_text(cost.peak + self.state)}, {cost.seconds / fastest:.2f} of the "
                 f"time{'' if self.fits(cost) else ' (does not fit)'}"
                 for cost in others
             )
@@ -157,7 +158,7 @@ class AutoChoice:
         except CannotCountError as error:
             if config.memory and state > self._memory:
                 raise ValueError(
-                    f"`memory` must hold weights, gradients and optimizer states, {state / 1e9:.2f} GB, got "
+                    f"`memory` must hold weights, gradients and optimizer states, {size_text(state)}, got "
                     f"{config.memory!r}; train fewer weights (LoRA), or raise `memory`."
                 ) from error
             way = Way(scheme="layers", segment_tokens=config.segment_tokens)
@@ -165,10 +166,10 @@ class AutoChoice:
             return Choice(way, batch_size, seq_len, (), state, self._memory, reason)
         table = price(parts, sizes, self._only_layers, device.type == "cuda")
         fitting = [cost for cost in table if fits(cost, state, self._memory)]
-        needed = f"{self._memory / 1e9:.2f} GB"
+        needed = size_text(self._memory)
         if fitting and config.speed == 1:
-            total = (fitting[0].peak + state) / 1e9
-            return chosen(fitting[0], table, f"{total:.2f} GB, the fastest exact way that fits {needed}")
+            total = size_text(fitting[0].peak + state)
+            return chosen(fitting[0], table, f"{total}, the fastest exact way that fits {needed}")
         limit = fitting[0].seconds / config.speed if fitting else float("inf")
         speeds = CUDA if device.type == "cuda" else CPU
         for share in SHARES:
@@ -188,8 +189,8 @@ class AutoChoice:
         """The way with the lowest peak, where nothing fits what is free; an error under a given `memory`."""
         smallest = min(table, key=lambda cost: cost.peak)
         text = (
-            f"{batch_size} x {seq_len} tokens need {(smallest.peak + state) / 1e9:.2f} GB at least "
-            f"({smallest.way}), more than the {self._memory / 1e9:.2f} GB"
+            f"{batch_size} x {seq_len} tokens need {size_text(smallest.peak + state)} at least "
+            f"({smallest.way}), more than the {size_text(self._memory)}"
         )
         if self._config.memory:
             raise ValueError(

@@ -22,6 +22,7 @@ from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.model.architectures import ARCHITECTURES, REFUSED, CausalLM
 from lemo_trainer.model.calls import CACHES, dry_options, idle_layers
 from lemo_trainer.model.capture import without_dropout
+from lemo_trainer.model.hooks import without_hooks
 
 TOKENS = 8  # of each of two samples
 SEGMENT = 3  # of the 8 tokens: two whole segments and a shorter one
@@ -98,7 +99,8 @@ def _calls(parts: CausalLM, padding: int, lazy: bool) -> list[tuple[Tensor, dict
         inputs["attention_mask"][1, :padding] = 0
     try:
         masks = lazy_masks(attention_implementation(model.config), 0 if lazy else None)
-        with torch.no_grad(), without_dropout(model), masks, idle_layers(parts.layers) as calls:
+        calling = idle_layers(parts.layers)
+        with torch.no_grad(), without_dropout(model), without_hooks(model), masks, calling as calls:
             model(**inputs, **dry_options(model))
         assert len(calls) == len(parts.layers), f"{len(calls)} of {len(parts.layers)} layers were called"
     except Exception as error:

@@ -22,6 +22,7 @@ from lemo_trainer.compat import (
     one_document,
     uncached_parametrizations,
     without_global_hooks,
+    without_hooks_on_saved_tensors,
 )
 
 _aten = torch.ops.aten
@@ -68,6 +69,7 @@ def faked(model: nn.Module) -> Iterator[None]:
             one_document(),
             without_global_hooks(),
             uncached_parametrizations(),
+            without_hooks_on_saved_tensors(),
             _own_state_kept(model),
         ):
             _fake_weights(model)
@@ -88,9 +90,9 @@ def _fake_weights(model: nn.Module) -> None:
                 if id(tensor) not in fakes:  # tied weights stay tied
                     fakes[id(tensor)] = _fake(tensor)
                 own[name] = fakes[id(tensor)]
-        for name, value in vars(part).items():  # as pruning keeps a weight that it computed from a parameter
-            if isinstance(value, Tensor):
-                vars(part)[name] = _fake(value)
+        for name, value in list(vars(part).items()):
+            if isinstance(value, Tensor):  # as torch.nn.utils.weight_norm makes of parameters, with a graph
+                vars(part)[name] = _fake(value).requires_grad_(value.requires_grad)
 
 
 @contextlib.contextmanager

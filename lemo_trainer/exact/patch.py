@@ -15,6 +15,7 @@ from lemo_trainer.compat import makes_cache, one_document
 from lemo_trainer.exact.auto import AutoChoice, batch_shape
 from lemo_trainer.exact.mode import ExactMode
 from lemo_trainer.exact.ways import Detached
+from lemo_trainer.head.checks import why_all_logits
 from lemo_trainer.head.forward import forward_with_segmented_loss
 from lemo_trainer.model.architectures import CausalLM, first_depths
 from lemo_trainer.model.calls import bind, kept_apart
@@ -87,6 +88,7 @@ class Choosing:
     ) -> None:
         self._auto, self._leave, self._parts, self._session = auto, leave, parts, session
         self._own_forward = parts.model.forward
+        self._why_all_logits = ""
         self._chosen = self._counting = False
 
     def before(self, run: Callable[..., Any], module: Any) -> Callable[..., Any]:
@@ -101,6 +103,9 @@ class Choosing:
             return forward(*args, **kwargs)
         if self._chosen:
             return run(forward, *args, **kwargs)
+        why = why_all_logits(self._parts) if self._parts.has_head else ""
+        if why != self._why_all_logits:  # the head costs something else than before
+            self._auto.choice, self._why_all_logits = None, why
         whole = forward if module is self._parts.model else self._own_forward
         count = loss_forward(self._parts, whole, self._session.config.loss_segment)
         shape = batch_shape(bind(module, forward, args, kwargs).arguments)
@@ -121,7 +126,7 @@ class Choosing:
 
 def loss_forward(parts: CausalLM, forward: Callable[..., Any], segment: int) -> Callable[..., Any]:
     """The causal LM's `forward` by keywords, with the loss that exact mode gives it."""
-    if not segment or not parts.has_head:
+    if not segment or not parts.has_head or why_all_logits(parts):
         return forward
     signature = inspect.signature(forward)
 
@@ -136,13 +141,4 @@ def loss_forward(parts: CausalLM, forward: Callable[..., Any], segment: int) -> 
 def _with_segmented_loss(
     parts: CausalLM, session: LemoSession, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """The causal LM's own forward, with its loss made of a few tokens at a time where it makes one."""
-    arguments = bind(parts.model, forward, args, kwargs)
-    segment, given = session.config.loss_segment, arguments.arguments
-    if given.get("labels") is None:
-        session.warn_of_logits()
-    elif segment and not given.get("kwargs", {}).get("fused_lm_head"):  # TRL's makes its loss in pieces
-        return forward_with_segmented_loss(
-            parts, forward, arguments, segment, lambda: None, session.told_of_logits
-        )
-    return forward(*args, **kwargs)
+    return session.forward_with_loss(parts, forward, bind(parts.model, forward, args, kwargs))

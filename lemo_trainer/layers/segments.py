@@ -28,10 +28,11 @@ from lemo_trainer.compat import (
     is_whole,
     uses_causal_lm_loss,
 )
+from lemo_trainer.head.checks import hook_on_head, unusual_loss
 from lemo_trainer.head.logits import (
     LogitsOnDemand,
     WithoutGradient,
-    logits_maker,
+    logits_on_demand,
     with_logits_on_demand,
 )
 from lemo_trainer.head.loss import IGNORE_INDEX, shift
@@ -39,8 +40,9 @@ from lemo_trainer.informativeness.selectors import Selector
 from lemo_trainer.layers.checkpointing import without_graph
 from lemo_trainer.measure import are_gradients
 from lemo_trainer.model.architectures import CausalLM
+from lemo_trainer.model.calls import ask_for_dict
 from lemo_trainer.model.capture import without_dropout
-from lemo_trainer.model.hooks import counts_from_the_end, hooks_on_embeddings
+from lemo_trainer.model.hooks import counts_from_the_end, hooks_outside_layers, without_hooks
 from lemo_trainer.model.leaves import Leaves, trained_parameters
 
 FLOAT16 = (
@@ -138,14 +140,15 @@ def forward_in_segments(
         arguments: those of the whole sample.
         segment_tokens: tokens of a segment.
         choose: maps the tokens of a sample to a list that says of each segment whether it carries gradient.
-        told: see `with_logits_on_demand`.
+        told: see `LogitsOnDemand`.
     """
     labels = arguments.arguments["labels"]
-    return_tuple = arguments.arguments.setdefault("kwargs", {}).pop("return_dict", True) is False
+    arguments.arguments.setdefault("kwargs", {})
+    wants_tuple = ask_for_dict(arguments)
     shift_labels = _shift_labels(arguments)
     kept = choose(labels.shape[1])
     outputs: list[Any] = []
-    logits: list[Callable[[], Tensor]] = []
+    logits: list[LogitsOnDemand] = []
 
     def run(parameters: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
         total = torch.zeros((), device=labels.device)
@@ -175,8 +178,9 @@ def forward_in_segments(
         result: Tensor = WithoutGradient.apply(whole, loss)
         return result
 
-    output = with_logits_on_demand(type(outputs[0])(loss=loss), all_logits, told)
-    return output.to_tuple() if return_tuple else output
+    made = LogitsOnDemand(all_logits, dtype=logits[0].dtype, told=told)
+    output = with_logits_on_demand(type(outputs[0])(loss=loss), made)
+    return output.to_tuple() if wants_tuple else output
 
 
 def _shift_labels(arguments: inspect.BoundArguments) -> Tensor:
@@ -202,13 +206,13 @@ def _forward_and_backward(
     return output
 
 
-def _detached_logits(output: Any) -> Callable[[], Tensor]:
+def _detached_logits(output: Any) -> LogitsOnDemand:
     """What makes the logits of a segment, without graph."""
-    make = logits_maker(output)
-    if isinstance(make, LogitsOnDemand):
-        return make.detached()
-    made: Tensor = output.logits.detach()  # loss_segment=0
-    return lambda: made
+    on_demand = logits_on_demand(output)
+    if on_demand is not None:
+        return on_demand.detached()
+    logits: Tensor = output.logits.detach()  # loss_segment=0
+    return LogitsOnDemand(lambda made: made, logits, dtype=logits.dtype, told=[True])
 
 
 def _segment(arguments: inspect.BoundArguments, start: int, stop: int) -> inspect.BoundArguments:
@@ -245,11 +249,13 @@ def check_batch(parts: CausalLM, arguments: inspect.BoundArguments) -> None:
             'use mode="detach", or pad instead of packing.'
         )
     _check_outputs(parts, {**given.get("kwargs", {}), **given})
-    if hooks := hooks_on_embeddings(parts.model):
+    if hooks := hooks_outside_layers(parts):
         raise ValueError(
-            'mode="segments" embeds a sample piece by piece, and a hook on the embeddings (NEFTune?) '
-            f'wants it whole, got {", ".join(hooks)}; use mode="exact".'
+            'mode="segments" runs a sample piece by piece, and a hook on the embeddings (NEFTune?), the last '
+            f'norm or the decoder wants it whole, got {", ".join(hooks)}; use mode="exact".'
         )
+    if why := unusual_loss(parts.model, arguments) or hook_on_head(parts.head):
+        raise ValueError(f'mode="segments" makes the loss piece by piece, and {why}; use mode="exact".')
     if any(map(counts_from_the_end, parts.layers)):
         raise ValueError(
             'mode="segments" runs a sample piece by piece, and PEFT\'s aLoRA counts tokens from its end; '
@@ -303,7 +309,7 @@ def check_segments(parts: CausalLM) -> None:
     tokens = torch.arange(1, 9, device=embeddings.device)[None] % embeddings.shape[0]
     cache = SegmentCache()
     pieces = []
-    with torch.no_grad(), without_dropout(model):
+    with torch.no_grad(), without_dropout(model), without_hooks(model):
         wanted = model.base_model(input_ids=tokens, use_cache=False)[0]
         for piece in tokens.split(5, 1):
             pieces.append(model.base_model(input_ids=piece, past_key_values=cache, use_cache=False)[0])

@@ -234,7 +234,6 @@ class CausalLM:
 
     Args:
         model: the whole model.
-        head: its language-model head; None for a model with another head, or with none.
         layers: its decoder layers.
 
     Attributes:
@@ -242,7 +241,6 @@ class CausalLM:
     """
 
     model: Any
-    head: Any
     layers: nn.ModuleList
     decoder: Any = field(init=False)
     _as_found: tuple[nn.Module, ...] = field(init=False)
@@ -250,6 +248,11 @@ class CausalLM:
     def __post_init__(self) -> None:
         decoder = next(part for part in self.model.modules() if self.layers in part.children())
         vars(self).update(decoder=decoder, _as_found=tuple(self.layers))
+
+    @property
+    def head(self) -> Any:
+        """Its language-model head as it is now; None for a model with another head, or with none."""
+        return self.model.get_output_embeddings()
 
     @property
     def has_head(self) -> bool:
@@ -298,7 +301,7 @@ def find_causal_lm(model: nn.Module, *, head: bool = True) -> CausalLM:
             f"LeMo looked in {name} for a list of {config.num_hidden_layers} decoder layers and found lists "
             f"of these lengths: {lengths}."
         )
-    parts = CausalLM(model, model.get_output_embeddings(), layers)
+    parts = CausalLM(model, layers)
     if head:
         check_attention(parts, "detach")
     return parts

@@ -42,6 +42,14 @@ def kept_apart(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, **copied}
 
 
+def ask_for_dict(arguments: inspect.BoundArguments) -> bool:
+    """Let the bound call of a causal LM return a dict; tells whether its caller wants a tuple instead."""
+    given = arguments.arguments
+    if "return_dict" not in arguments.signature.parameters:
+        given = given.setdefault("kwargs", {})
+    return given.pop("return_dict", None) is False
+
+
 def layer_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lemo_trainer.compat import global_hooks, has_backward_hooks
+from lemo_trainer.compat import global_hooks, has_backward_hooks, hooks_on
+from lemo_trainer.model.architectures import CausalLM
 
 _HOOKS = ["_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"]
 _HOOKS += ["_forward_hooks_with_kwargs", "_forward_hooks_always_called"]
@@ -69,6 +70,19 @@ class ForwardHooks:
                 vars(part).update({name: now.get(name, OrderedDict()) for name in _HOOKS})
 
 
+@contextlib.contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside the block, no part of `model` has forward hooks; they belong to others."""
+    kept = [(part, {name: vars(part)[name] for name in _HOOKS}) for part in model.modules()]
+    for part, hooks in kept:
+        vars(part).update({name: OrderedDict() for name in hooks})
+    try:
+        yield
+    finally:
+        for part, hooks in kept:
+            vars(part).update(hooks)
+
+
 def _of_rows(hook: Any, index_BK: Tensor, seq_len: int) -> Any:
     offsets = getattr(hook, "keywords", {}).get(_ALORA)
     if offsets is None:
@@ -124,9 +138,12 @@ def name_of(hook: Any) -> str:
     return str(getattr(hook, "__qualname__", hook))
 
 
-def hooks_on_embeddings(model: Any) -> list[str]:
-    """The names of the hooks on the embeddings of a sample, without those that only ask for gradients."""
-    embeddings = model.get_input_embeddings()
-    hooks = [*embeddings._forward_pre_hooks.values(), *embeddings._forward_hooks.values()]
-    names = [getattr(hook, "__qualname__", repr(hook)) for hook in hooks]
+def hooks_outside_layers(parts: CausalLM) -> list[str]:
+    """The names of the hooks on the embeddings, the last norm and the decoder, which see a whole sample.
+
+    Hooks that only ask for gradients do not count.
+    """
+    decoder = parts.decoder
+    others = [part for part in decoder.children() if part is not parts.layers and list(part.parameters())]
+    names = [name for part in [decoder, *others] for name in hooks_on(part)]
     return [name for name in names if not any(part in name for part in _OF_GRADIENTS)]

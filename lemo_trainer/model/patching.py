@@ -33,6 +33,11 @@ OURS = "_lemo"  # what the names of all our attributes begin with
 SESSION = "_lemo"
 _ENTRY = "_lemo_entry"  # the patched forward that is in force
 _OWN_FORWARD = "_lemo_own_forward"  # an instance's forward from before; accelerate puts one there
+_CHUNKS = (
+    "LeMo trains on whole samples, and this pass goes on with a gradient from the cache of an earlier one (a "
+    "sample in chunks): pass whole samples without `past_key_values` and `use_cache`, detach the cache, or "
+    "train without LeMo."
+)
 _PREFIX_TUNING = (
     "LeMo leaves a cache alone, and this one has keys and values with a gradient (PEFT's prefix tuning or "
     "P-tuning v2): the gradient would reach them without LeMo only. Train without LeMo, or use another "
@@ -162,7 +167,7 @@ class Passes:
         if cache is None and not given.get("use_cache"):
             return False
         if cache is not None and any(head.requires_grad for head in _heads(cache)):
-            raise ValueError(_PREFIX_TUNING)
+            raise ValueError(_CHUNKS if self.with_cache else _PREFIX_TUNING)
         self.with_cache = True
         self._say_once(
             "A training pass with a cache (`past_key_values` or use_cache=True) runs without LeMo, which "

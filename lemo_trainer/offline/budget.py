@@ -17,6 +17,7 @@ import numpy as np
 from lemo_trainer.config import LemoConfig
 from lemo_trainer.informativeness.selection import BlockPlan
 from lemo_trainer.offline.step_cost import Setup, predict
+from lemo_trainer.sizes import size_text
 
 GRID = 20_000  # steps of the dynamic programme between the cheapest choice and the limit
 PREDICTED_SHARES = (0.25, 0.5, 0.75)
@@ -113,7 +114,7 @@ class Budget:
             return float(curve(share))
 
         if memory is not None:
-            return cls(memory, dense, saving, lambda value: f"{value / 2**30:.2f} GiB at the peak")
+            return cls(memory, dense, saving, lambda value: f"{size_text(value)} at the peak")
         assert flops_share is not None
         plain = cost(None)
         return cls(

@@ -298,7 +298,7 @@ def _measure(
     if checkpointing:
         enable_checkpointing(model)
     if lemo is not None:
-        apply_lemo(model, lemo)
+        apply_lemo(model, dataclasses.replace(lemo, warmup_steps=0, ramp_steps=0))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     tokens = torch.randint(
         setup.model_config.vocab_size, (setup.batch_size, setup.seq_len), device=setup.device

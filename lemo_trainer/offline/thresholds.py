@@ -153,7 +153,8 @@ def search_thresholds(
     batches = list(batches)
     check_search(config, max_increase, shares)
     _check_batches(batches, config.block_size)
-    report = apply_lemo(model, dataclasses.replace(config, keep_ratio=0.5, warmup_steps=0, thresholds=""))
+    of_trial = dataclasses.replace(config, keep_ratio=0.5, warmup_steps=0, ramp_steps=0, thresholds="")
+    report = apply_lemo(model, of_trial)
     layers = report.patched_layers
     if max_increase is None:
         max_increase = MAX_INCREASE if budget is None else math.inf

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lemo_trainer import LemoCallback, LemoConfig, apply_lemo
+from lemo_trainer import LemoCallback, LemoConfig, apply_lemo, remove_lemo
 from lemo_trainer.compat import checkpointing_argument
 from lemo_trainer.measure import ActivationBytes
+from lemo_trainer.sizes import size_text
 
 from .tiny import assert_same_step, lora, loss_and_gradients, tiny_model
 from .training import losses, samples, trainer_for
@@ -120,14 +121,39 @@ def test_metrics_reach_the_history_the_progress_bar_and_tensorboard(tmp_path, ca
     assert flops.value == pytest.approx(steps[0]["lemo_step_flops"])
 
 
-def test_layers_that_keep_different_shares_are_logged_one_by_one(tmp_path, monkeypatch):
-    from lemo_trainer import LemoReport
-
-    monkeypatch.setattr(LemoReport, "layer_shares", {0: 0.5, 2: 0.25})
-    trainer = trainer_for(tiny_model(), tmp_path, [LemoCallback(CONFIG)], max_steps=1)
+def test_layers_that_keep_different_shares_are_logged_one_by_one(tmp_path):
+    config = LemoConfig(mode="eliminate", thresholds="0:0,2:1.2", block_size=4)
+    trainer = trainer_for(tiny_model(), tmp_path, [LemoCallback(config)], max_steps=1)
     trainer.train()
     entry = trainer.state.log_history[0]
-    assert (entry["lemo_kept_share/layer_0"], entry["lemo_kept_share/layer_2"]) == (0.5, 0.25)
+    shares = [entry[f"lemo_kept_share/layer_{layer}"] for layer in (0, 2)]
+    assert shares[0] == 1
+    assert 0.1 < shares[1] < 0.9
+    assert entry["lemo_kept_share"] == pytest.approx(sum(shares) / 2, abs=1e-3)
+
+
+def test_the_logged_share_is_that_of_all_tokens_since_the_last_entry(tmp_path):
+    """Half of 32 tokens in seven micro-batches, all of 4 tokens in one."""
+    data = [*samples(7), *samples(1, seq_len=4)]
+    options = {"gradient_accumulation_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 1}
+    trainer = trainer_for(tiny_model(), tmp_path, [LemoCallback(CONFIG)], data=data, max_steps=2, **options)
+    trainer.train()
+    wanted = (7 * 16 + 4) / (7 * 32 + 4)
+    assert trainer.state.log_history[0]["lemo_kept_share"] == pytest.approx(wanted, abs=1e-4)
+
+
+class Remove(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        remove_lemo(model)
+
+
+def test_nothing_is_logged_after_lemo_was_removed(tmp_path):
+    callback = LemoCallback(CONFIG)
+    trainer = trainer_for(tiny_model(), tmp_path, [callback, Remove()], max_steps=2)
+    trainer.train()
+    assert not any(name.startswith("lemo") for entry in trainer.state.log_history for name in entry)
+    assert not callback.report.active
+    assert callback.report.kept_share == 0.5
 
 
 def test_measuring_changes_no_loss_and_finds_fewer_bytes_and_flops_than_dense(tmp_path):
@@ -295,8 +321,25 @@ def test_one_warning_when_samples_are_too_short(tmp_path, mode, caplog):
     assert caplog.text.count("LeMo has had nothing to do") == 1
     assert f"Lower `{option}`" in caplog.text
     caplog.clear()
-    trainer_for(tiny_model(), tmp_path, [LemoCallback(MODES[mode])]).train()
+    data = [*samples(3), *samples(1, seq_len=4)]  # one of which is short
+    options = {"per_device_train_batch_size": 1, "max_steps": 4}
+    trainer_for(tiny_model(), tmp_path, [LemoCallback(MODES[mode])], data=data, **options).train()
     assert "nothing to do" not in caplog.text
+
+
+def test_a_loop_that_tells_no_steps_stays_in_the_warm_up_and_is_told_once(caplog):
+    model = tiny_model()
+    report = apply_lemo(model, dataclasses.replace(CONFIG, warmup_steps=1))
+    sample = {name: values[None] for name, values in samples(1)[0].items()}
+    for batches in range(1, 11):
+        model(**sample).loss.backward()
+        assert caplog.text.count("call report.at_step(step)") == (batches >= 8)
+    assert (report.active, report.kept_share) == (False, 1.0)
+    report.at_step(1)
+    model(**sample)
+    assert (report.active, report.kept_share) == (True, 0.5)
+    remove_lemo(model)
+    assert not report.active
 
 
 def test_a_loop_without_a_callback_is_told_after_some_batches(caplog):
@@ -341,8 +384,8 @@ def test_the_first_line_of_the_log_compares_with_the_bytes_of_plain_training(
     entry = trainer.state.log_history[0]
     assert entry["lemo_plain_bytes"] == pytest.approx(plain.saved_bytes, abs=64)
     assert callback.report.plain_bytes(1, 32) == entry["lemo_plain_bytes"]
-    saved, whole = (entry[f"lemo_{name}_bytes"] / 1e6 for name in ("saved", "plain"))
-    line = f"{saved:,.1f} MB wait for the backward pass (measured), {whole:,.1f} in plain training."
+    saved, whole = (size_text(entry[f"lemo_{name}_bytes"]) for name in ("saved", "plain"))
+    line = f"{saved} wait for the backward pass (measured), {whole} in plain training."
     assert caplog.text.count("LeMo, first step: ") == caplog.text.count(line) == 1
 
 
@@ -371,9 +414,8 @@ def test_auto_predicts_the_bytes_of_the_first_line(tmp_path, caplog):
     saved, plain = callback.report.choice.saved_bytes
     assert plain == pytest.approx(callback.report.plain_bytes(2, 32), rel=0.05)
     assert saved <= plain
-    line = (
-        f"{saved / 1e6:,.1f} MB wait for the backward pass (predicted), {plain / 1e6:,.1f} in plain training."
-    )
+    saved, plain = size_text(saved), size_text(plain)
+    line = f"{saved} wait for the backward pass (predicted), {plain} in plain training."
     assert caplog.text.count(line) == 1
 
 

@@ -69,7 +69,7 @@ def test_detaching_leaves_the_first_and_the_last_layer_dense():
 
 def test_a_layer_that_the_model_has_not_is_named():
     with pytest.raises(ValueError, match=r"from 0 to 3 .*'2-4'"):
-        LemoConfig(layers="2-4").resolve_layers(4)
+        LemoConfig(mode="detach", layers="2-4").resolve_layers(4)
 
 
 def test_the_saved_json_reads_back_as_the_same_config(tmp_path):
@@ -134,3 +134,37 @@ def test_eliminating_layers_choose_for_themselves():
 def test_thresholds_leave_no_room_for_a_kept_share(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be left out with `thresholds`.*got {value}"):
         LemoConfig(thresholds="3:0.8", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({}, "auto"),
+        ({"memory": "1GiB", "segment_tokens": 64, "loss_segment": 0}, "auto"),
+        ({"keep_ratio": 0.5, "fused_kernels": False}, "detach"),
+        ({"thresholds": "3:1"}, "detach"),
+        ({"selector": "recency", "warmup_steps": 2}, "detach"),
+        ({"scheme": "layers", "selective_checkpointing": False}, "exact"),
+        ({"boundaries": "disk", "segment_tokens": 64}, "exact"),
+    ],
+)
+def test_without_a_mode_the_options_select_one(options, mode):
+    assert LemoConfig(**options).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fused_kernels": False}, r'mode="auto" \(the default\), .* \(detach and eliminate do\), got False'),
+        ({"layers": "0-1"}, r'mode="auto" \(the default\), .* \(detach and eliminate do\), got'),
+        ({"warmup_steps": 3}, r"\(segments, detach and eliminate do\), got 3"),
+        ({"save_attention": True}, r'mode="auto" \(the default\)'),
+        ({"keep_ratio": 0.5, "memory": "1GiB"}, r"mode=\"detach\" \(which `keep_ratio` selects\), .*'1GiB'"),
+        ({"boundaries": "disk", "block_size": 8}, r'mode="exact" \(which `boundaries` selects\)'),
+        ({"keep_ratio": 0.5, "boundaries": "disk"}, r"\(which `keep_ratio` selects\), .* \(exact does\)"),
+    ],
+)
+def test_options_that_the_selected_mode_does_not_read(options, message):
+    name = list(options)[-1]
+    with pytest.raises(ValueError, match=f"`{name}` must be left out with .*{message}"):
+        LemoConfig(**options)

@@ -6,17 +6,18 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lemo_trainer import LemoConfig, apply_lemo, remove_lemo
-from lemo_trainer.config import parse_bytes
 from lemo_trainer.exact.auto import SHARES
 from lemo_trainer.exact.budget import free_bytes, state_bytes
 from lemo_trainer.exact.ways import Detached, Way
 from lemo_trainer.measure import ActivationBytes
 from lemo_trainer.session import session_of
+from lemo_trainer.sizes import parse_bytes, size_text
 
 from .exact import relative_error
-from .tiny import batch, checkpointing, lora, loss_and_gradients, tiny_model
+from .tiny import assert_same_step, batch, checkpointing, lora, loss_and_gradients, tiny_model
 
 # peft 0.21 still reads transformers' old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -82,8 +83,8 @@ def test_auto_is_the_default():
     ("options", "message"),
     [
         ({"mode": "auto", "keep_ratio": 0.5}, '`keep_ratio` must be left out with mode="auto".*got 0.5'),
-        ({"mode": "exact", "memory": "1GiB"}, "`memory` must be left out unless `mode` is \"auto\".*'1GiB'"),
-        ({"mode": "detach", "speed": 1.5}, "`speed` must be left out unless"),
+        ({"mode": "exact", "memory": "1GiB"}, "`memory` must be left out .*\\(auto does\\), got '1GiB'"),
+        ({"mode": "detach", "speed": 1.5}, '`speed` must be left out with mode="detach"'),
         ({"memory": "much"}, "`memory` must be like \"12GiB\".*'much'"),
         ({"memory": "0"}, "`memory` must be like \"12GiB\".*positive number of bytes, got '0'"),
         ({"memory": "-5GiB"}, "`memory` must be like \"12GiB\".*got '-5GiB'"),
@@ -205,7 +206,7 @@ def test_a_sparse_choice_runs_in_the_same_session_and_is_undone():
 
 def test_a_memory_that_holds_no_step_is_refused():
     model = tiny_model(layers=4, **WIDE)
-    with pytest.raises(ValueError, match=r"`memory` must hold a step: 1 x 512 tokens need .* GB at least"):
+    with pytest.raises(ValueError, match=r"`memory` must hold a step: 1 x 512 tokens need .* [kM]B at least"):
         choice_of(model, memory="1MB")
     remove_lemo(model)
 
@@ -270,7 +271,28 @@ def test_what_cannot_be_counted_runs_by_layers():
     assert relative_error(step, wanted) < 1e-5
 
 
+def test_a_checkpoint_around_the_whole_model_is_counted_without_its_hooks():
+    model, ids = tiny_model(), batch("plain")["input_ids"]
+
+    def step():
+        model.zero_grad()
+        x_BSD = model.get_input_embeddings()(ids)
+        loss = checkpoint(lambda x: model(inputs_embeds=x, labels=ids).loss, x_BSD, use_reentrant=False)
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    wanted = step()
+    report = apply_lemo(model, LemoConfig(**AUTO))
+    assert_same_step(step(), wanted)
+    assert report.choice.cost is not None
+
+
 def test_sizes_are_read_as_text():
     assert parse_bytes("memory", "1.5 GiB") == 1.5 * 2**30
     assert parse_bytes("memory", "800MB") == 8e8
     assert SHARES[0] == 0.95
+
+
+def test_sizes_are_printed_in_the_unit_that_fits():
+    texts = [size_text(size) for size in (0, 999, 1234, 37.1e6, 999_996_000, 20.694e9, 1.5e12)]
+    assert texts == ["0 bytes", "999 bytes", "1.234 kB", "37.10 MB", "1.000 GB", "20.69 GB", "1500 GB"]

@@ -104,6 +104,15 @@ def embedding_hook(mode):
     return outcome(mode, step)
 
 
+def head_changed(mode):
+    def step(model):
+        model.lm_head.register_forward_hook(lambda _, args, output: output / 2)
+        model.lm_head.register_full_backward_hook(lambda _, inputs, outputs: (inputs[0] / 2,))
+        return loss_and_gradients(model, batch("plain"))[1]
+
+    return outcome(mode, step)
+
+
 def hidden_states(mode):
     def step(model):
         output = model(**batch("plain"), use_cache=False, output_hidden_states=True)
@@ -286,6 +295,7 @@ USES = {
     "`outputs.logits` read in `compute_loss`": logits_read,
     "heads for classification and rewards, a decoder alone": other_heads,
     "NEFTune, and other hooks on the embeddings": embedding_hook,
+    "hooks on the head, a head or `loss_function` that was changed after `apply_lemo`": head_changed,
     "`output_hidden_states`": hidden_states,
     "hooks on parameters": parameter_hooks,
     "`retain_graph=True`, two backward passes": twice,

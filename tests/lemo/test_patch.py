@@ -86,14 +86,16 @@ def test_evaluation_and_generation_are_dense():
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).tolist() == wanted_text.tolist()
 
 
-def test_training_makes_no_logits_unless_asked():
+def test_training_makes_no_logits_unless_asked(caplog):
     model = tiny_model()
     inputs = batch("plain")
     apply_lemo(model, CONFIG)
     output = model(**inputs)
-    assert "logits" not in output
     assert output["loss"] is output[0] is output.loss
-    assert model(**inputs, return_dict=False)[0].ndim == 0
+    assert not any(torch.is_tensor(value) and value.ndim == 3 for value in output.values())
+    assert "made all logits" not in caplog.text
+    assert model(**inputs, return_dict=False)[1].shape == (2, 45, 97)
+    assert "made all logits" in caplog.text
     labels = inputs.pop("labels")
     assert model(**inputs).logits.shape == (2, 45, 97)
     remove_lemo(model)
@@ -171,7 +173,7 @@ def test_a_wrapper_around_an_earlier_patch_leaves_the_next_one_alone(mode):
     old.seq_len = 0
     apply_lemo(model, config)
     assert_same_step(loss_and_gradients(model, inputs), wanted)
-    assert (old.seq_len, old.logits_made) == (0, False)
+    assert (old.seq_len, old.all_logits) == (0, [])
 
 
 def test_a_failure_while_patching_leaves_the_model_unpatched(monkeypatch):

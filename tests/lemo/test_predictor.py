@@ -109,8 +109,8 @@ def test_layers_choose_by_the_predicted_scores(tmp_path, mode, kind):
     session = session_of(model)
     plan = session.plan
 
-    def spy(layer, seq_len):
-        made = plan(layer, seq_len)
+    def spy(layer, seq_len, *samples):
+        made = plan(layer, seq_len, *samples)
         object.__setattr__(made, "on_chosen", lambda index: chosen.append(index))
         return made
 

@@ -70,6 +70,14 @@ def test_a_training_pass_with_a_cache_is_dense_and_says_so_once(mode, caplog):
     assert caplog.text.count("runs without LeMo") == 1
 
 
+def test_a_sample_in_chunks_is_refused_by_its_name():
+    model, ids = tiny_model(), batch("plain")["input_ids"]
+    apply_lemo(model, CONFIGS["exact"])
+    first = model(input_ids=ids[:, :20], labels=ids[:, :20], use_cache=True)
+    with pytest.raises(ValueError, match=r"the cache of an earlier one \(a sample in chunks\)"):
+        model(input_ids=ids[:, 20:], labels=ids[:, 20:], past_key_values=first.past_key_values)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft 0.21
 @modes
 def test_keys_and_values_with_a_gradient_are_refused_as_prefix_tuning(mode):

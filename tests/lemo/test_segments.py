@@ -172,8 +172,10 @@ def test_a_balancing_loss_of_experts_is_refused():
 def test_a_tuple_is_returned_where_one_is_asked_for():
     model, inputs = tiny_model(), batch("plain")
     apply_lemo(model, CONFIG)
-    (loss,) = model(**inputs, return_dict=False)
-    assert loss == model(**inputs).loss
+    loss, logits = model(**inputs, return_dict=False)
+    output = model(**inputs)
+    assert loss == output.loss
+    assert torch.equal(logits, output.logits)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lemo_trainer import LemoConfig
 from lemo_trainer.informativeness.selection import BlockPlan, select_tokens
 
-UNPROTECTED = LemoConfig(sink_blocks=0, recent_blocks=0)
+UNPROTECTED = LemoConfig(mode="detach", sink_blocks=0, recent_blocks=0)
 
 
 @given(

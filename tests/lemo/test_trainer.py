@@ -194,7 +194,9 @@ def test_sft_trainer(tmp_path, packing):
     assert all(0.4 < entry["lemo_kept_share"] < 0.7 for entry in runs["half"])
 
 
-@pytest.mark.parametrize("config", [LemoConfig(mode="segments"), LemoConfig(label_weights="kept")])
+@pytest.mark.parametrize(
+    "config", [LemoConfig(mode="segments"), LemoConfig(mode="detach", label_weights="kept")]
+)
 def test_sft_trainer_refuses_losses_of_lemo_before_a_step(tmp_path, config):
     trainer = sft_trainer(tmp_path, config)
     with pytest.raises(ValueError, match="compute the loss, and so does TRL"):
