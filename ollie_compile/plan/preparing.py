@@ -102,6 +102,8 @@ def _bound(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) -
     assert plan.original_s is not None
     limit_s, most_elements = plan.original_s * (1 - config.margin), largest_allowed(operator)
     plan.candidates.sort(key=lambda candidate: work(candidate.program.scope))
+    for order, candidate in enumerate(plan.candidates):
+        candidate.order = order
     for place, candidate in enumerate(plan.open):
         program = candidate.program
         if place >= MAX_BOUNDED:

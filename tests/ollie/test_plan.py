@@ -9,7 +9,7 @@ import torch
 from ollie_compile.config import OllieConfig
 from ollie_compile.measure import pace, timing
 from ollie_compile.measure.machine import Machine
-from ollie_compile.plan import candidates, checks, placing, planner, preparing
+from ollie_compile.plan import candidates, checks, choice, placing, planner, preparing
 from ollie_compile.plan.context import Context
 from tests.ollie.strategies import operator
 
@@ -187,6 +187,15 @@ def test_noise_decides_nothing_among_equally_fast_programs(check, tune):
     assert len(winners) == 1
 
 
+def test_of_equally_fast_candidates_the_one_with_the_least_work_wins(compiling):
+    """Whatever their bounds, which are measured."""
+    light, heavy = (candidates.Candidate(None, None, order=order, bound_s=2.0 - order) for order in range(2))
+    made = candidates.Plan(conv(), 1.0, candidates=[heavy, light])
+    compiling.measure = lambda calls, deadline: [0.50, 0.51, *[1.0] * (len(calls) - 2)]
+    choice._compare(made, MEASURE, compiling, {heavy: None, light: None}, 0.0)
+    assert made.winner is light
+
+
 def test_times_that_differ_by_noise_keep_their_order():
     times = {"a": 1.04, "b": 1.0, "c": 2.0, "d": 1.06, "e": float("inf"), "f": float("inf")}
     assert "".join(timing.fastest_first(times, times.__getitem__)) == "abdcef"
@@ -330,7 +339,7 @@ def test_measuring_ends_with_the_budget_after_a_few_rounds(deadline, rounds, mon
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_other_programs_take_is_not_measured(seed, monkeypatch):
-    """Beside busy programs calls take up to ten times as long, but for a fifth of the time; the order stays."""
+    """Beside busy programs calls take up to ten times as long, for four fifths of the time."""
     draw, now = random.Random(seed), 0.0
     true = [20e-6, 18e-6, 300e-6]
     slower = [1 if draw.random() < 0.2 else draw.uniform(1.5, 10) for _ in range(10_000)]  # of each 0.5 ms
@@ -358,7 +367,7 @@ def test_a_quiet_machine_is_measured_in_fewer_rounds_than_a_busy_one(monkeypatch
     assert calls == 2 + timing.ROUNDS
     calls, quiet = 0, False
     timing.measure([call], now=lambda: 0.0)
-    assert 2 * timing.ROUNDS < calls
+    assert calls > 2 * timing.ROUNDS
 
 
 def test_an_exact_result_stands_for_the_one_that_would_be_computed():
