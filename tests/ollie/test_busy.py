@@ -21,7 +21,7 @@ class LowRank(nn.Module):
 
     def __init__(self):
         super().__init__()
-        shapes = (512, 512), (512, 16), (16, 512)
+        shapes = (256, 256), (256, 8), (8, 256)
         self.full, self.down, self.up = (nn.Parameter(torch.randn(shape)) for shape in shapes)
 
     def forward(self, x):
@@ -30,7 +30,7 @@ class LowRank(nn.Module):
 
 CASES = {  # with budgets that suffice: what a budget cuts short depends on the speed of the processor
     "a convolution": (lambda: nn.Conv2d(32, 1, 5, padding=2), (1, 32, 48, 48), True),
-    "a low-rank sum": (LowRank, (1, 512), False),
+    "a low-rank sum": (LowRank, (1, 256), False),
 }
 OPTIONS = {"freeze": True, "budget_s": 60, "max_depth": 0, "candidates": 1}
 
