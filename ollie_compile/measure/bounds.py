@@ -12,7 +12,7 @@ import torch
 from ollie_compile.expr import Scope
 from ollie_compile.lower.lowering import Program
 from ollie_compile.measure.profile import Profile
-from ollie_compile.measure.timing import least_seconds, median_seconds
+from ollie_compile.measure.timing import least_seconds
 from ollie_compile.targets.matmul import timed_product
 from ollie_compile.targets.target import Timed
 
@@ -21,7 +21,7 @@ def library_seconds(timed: Timed, dtype: torch.dtype, device: torch.device, prof
     """Measured seconds of library calls, the fastest of them."""
 
     def measure() -> float:
-        return min(median_seconds(call) for call in timed.calls(dtype, device))
+        return min(least_seconds(call) for call in timed.calls(dtype, device))
 
     return profile.seconds(device, f"{timed.name} {dtype}", measure)
 

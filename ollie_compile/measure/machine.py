@@ -50,10 +50,10 @@ class Machine:
         """A call of `function(*inputs)` through Inductor; `constant` as in `calls.called`."""
         return calls.compiled(function, inputs, constant, self.profile)
 
-    def median_seconds(self, call: timing.Call, *, budget_s: float = timing.BUDGET_S) -> float:
-        """Median time of a call, repeated for about `budget_s`."""
-        return timing.median_seconds(call, budget_s=budget_s)
+    def least_seconds(self, call: timing.Call, *, budget_s: float = timing.BUDGET_S) -> float:
+        """Least time of a call, repeated for about `budget_s`."""
+        return timing.least_seconds(call, budget_s=budget_s)
 
     def measure(self, calls: Sequence[timing.Call], deadline: float = math.inf) -> list[float]:
-        """Median seconds of each call, all in turn in every round; few rounds after `deadline` of `now`."""
+        """Least seconds of each call, all in turn in every round; few rounds after `deadline` of `now`."""
         return timing.measure(calls, deadline)

@@ -18,6 +18,7 @@ class Candidate:
     """A program for an operator, with its predicted and measured times.
 
     Attributes:
+        order: its place among the operator's candidates by their work, which no measurement changes.
         bound_s: seconds that one call takes at least, by the cost model.
         measured_s: seconds of one call, as measured last.
         operators: how many operators of torch the program calls, without views.
@@ -31,6 +32,7 @@ class Candidate:
 
     program: Program
     derivation: Derivation
+    order: int = 0
     bound_s: float = math.inf
     measured_s: float | None = None
     operators: int = 0

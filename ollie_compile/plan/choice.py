@@ -120,8 +120,8 @@ def _compare(
 ) -> None:
     """Measure the finalists and the original in turn.
 
-    Of those that beat the original enough the fastest wins, and the first in the plan's order of those that
-    are equally fast.
+    Of those that beat the original enough the fastest wins, and the one with the least work of those that are
+    equally fast.
     """
     operator = plan.operator
     build = machine.called if is_library_call(operator) else machine.compiled
@@ -139,12 +139,12 @@ def _compare(
     if not faster:
         plan.reason = "the original measured fastest"
         return
-    faster.sort(key=plan.candidates.index)
+    faster.sort(key=lambda candidate: (candidate.order, plan.candidates.index(candidate)))
     plan.winner = fastest_first(faster, lambda candidate: candidate.measured_s or 0.0)[0]
     plan.reason = "measured fastest"
     for candidate in faster:
         if candidate is not plan.winner:
-            candidate.rejected = "another candidate measured faster, or as fast with a lower bound"
+            candidate.rejected = "another candidate measured faster, or as fast with less work"
 
 
 def _take_cheapest(plan: Plan, config: OllieConfig, machine: Machine, checks: Checks) -> None:

@@ -42,7 +42,7 @@ def time_original(plan: Plan, config: OllieConfig, machine: Machine, deadline: f
         return
     layouts = memory_layouts(plan.operator)
     plan.original_s = min(
-        machine.median_seconds(
+        machine.least_seconds(
             machine.called(same.reference, same.example_inputs(), constant_inputs(same, config)),
             budget_s=min(ORIGINAL_S, TIMED * left_s / len(layouts)),
         )
@@ -102,6 +102,8 @@ def _bound(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) -
     assert plan.original_s is not None
     limit_s, most_elements = plan.original_s * (1 - config.margin), largest_allowed(operator)
     plan.candidates.sort(key=lambda candidate: work(candidate.program.scope))
+    for order, candidate in enumerate(plan.candidates):
+        candidate.order = order
     for place, candidate in enumerate(plan.open):
         program = candidate.program
         if place >= MAX_BOUNDED:
@@ -164,7 +166,7 @@ def _call(plan: Plan, config: OllieConfig, machine: Machine, deadline: float) ->
             timed += 1
             call = machine.called(*as_function(plan.operator, candidate, config))
             candidate.operators = call.operators
-            candidate.measured_s = machine.median_seconds(call)
+            candidate.measured_s = machine.least_seconds(call)
             best_s = min(best_s, candidate.measured_s)
             machine.built.update(new)
             slowest_s = slowest_s if new else max(slowest_s, machine.now() - start)

@@ -16,8 +16,21 @@ from ollie_compile.measure.machine import Machine
 BUSY = "while True: pass"
 
 
+class LowRank(nn.Module):
+    """A sum of products, whose programs are about as fast as torch's calls: the original is kept."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = (256, 256), (256, 8), (8, 256)
+        self.full, self.down, self.up = (nn.Parameter(torch.randn(shape)) for shape in shapes)
+
+    def forward(self, x):
+        return (x @ self.full + (x @ self.down) @ self.up * 0.5).relu()
+
+
 CASES = {  # with budgets that suffice: what a budget cuts short depends on the speed of the processor
-    "a convolution": (lambda: nn.Conv2d(32, 1, 5, padding=2), (1, 32, 48, 48)),
+    "a convolution": (lambda: nn.Conv2d(32, 1, 5, padding=2), (1, 32, 48, 48), True),
+    "a low-rank sum": (LowRank, (1, 256), False),
 }
 OPTIONS = {"freeze": True, "budget_s": 60, "max_depth": 0, "candidates": 1}
 
@@ -37,7 +50,7 @@ def busy():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_plans_are_the_same_beside_busy_processes(name, monkeypatch, tmp_path):
-    make, shape = CASES[name]
+    make, shape, rewritten = CASES[name]
     torch.manual_seed(0)
     net, x = make().eval(), torch.randn(shape)
 
@@ -58,5 +71,5 @@ def test_plans_are_the_same_beside_busy_processes(name, monkeypatch, tmp_path):
     alone = planned("alone")
     with busy():
         beside = planned("beside")
-    assert [operator for operator, winner in alone if winner] != []
+    assert any(winner for _, winner in alone) == rewritten
     assert beside == alone

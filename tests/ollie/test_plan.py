@@ -9,7 +9,7 @@ import torch
 from ollie_compile.config import OllieConfig
 from ollie_compile.measure import pace, timing
 from ollie_compile.measure.machine import Machine
-from ollie_compile.plan import candidates, checks, placing, planner, preparing
+from ollie_compile.plan import candidates, checks, choice, placing, planner, preparing
 from ollie_compile.plan.context import Context
 from tests.ollie.strategies import operator
 
@@ -31,7 +31,7 @@ class Still(Machine):
     def now(self):
         return self.clock_s
 
-    def median_seconds(self, call, *, budget_s=0.0):
+    def least_seconds(self, call, *, budget_s=0.0):
         return 1.0
 
     def bound_seconds(self, program, dtype, device, *, limit=0.0):
@@ -58,7 +58,7 @@ class Compiling(Still):
         self.calls += 1
         return lambda: None
 
-    def median_seconds(self, call, *, budget_s=0.0):
+    def least_seconds(self, call, *, budget_s=0.0):
         return next(self.times, self.candidate_s)
 
     def measure(self, calls, deadline=0.0):
@@ -168,8 +168,8 @@ class Noisy(Compiling):
     def bound_seconds(self, program, dtype, device, *, limit=0.0):
         return 0.1 * self.noise()
 
-    def median_seconds(self, call, *, budget_s=0.0):
-        return super().median_seconds(call) * self.noise()
+    def least_seconds(self, call, *, budget_s=0.0):
+        return super().least_seconds(call) * self.noise()
 
     def measure(self, calls, deadline=0.0):
         return [self.noise() * (0.5 if place < len(calls) - 2 else 1.0) for place in range(len(calls))]
@@ -185,6 +185,15 @@ def test_noise_decides_nothing_among_equally_fast_programs(check, tune):
         assert made.winner is not None
         winners.add((str(made.winner.program), made.winner.program.kernels))
     assert len(winners) == 1
+
+
+def test_of_equally_fast_candidates_the_one_with_the_least_work_wins(compiling):
+    """Whatever their bounds, which are measured."""
+    light, heavy = (candidates.Candidate(None, None, order=order, bound_s=2.0 - order) for order in range(2))
+    made = candidates.Plan(conv(), 1.0, candidates=[heavy, light])
+    compiling.measure = lambda calls, deadline: [0.50, 0.51, *[1.0] * (len(calls) - 2)]
+    choice._compare(made, MEASURE, compiling, {heavy: None, light: None}, 0.0)
+    assert made.winner is light
 
 
 def test_times_that_differ_by_noise_keep_their_order():
@@ -320,11 +329,45 @@ def test_a_complete_plan_is_kept_for_any_budget_but_none(context):
 @pytest.mark.parametrize(
     ("deadline", "rounds"), [(-1.0, timing.FEWEST_ROUNDS), (float("inf"), timing.ROUNDS)]
 )
-def test_measuring_ends_with_the_budget_after_a_few_rounds(deadline, rounds):
+def test_measuring_ends_with_the_budget_after_a_few_rounds(deadline, rounds, monkeypatch):
     calls = []
+    monkeypatch.setattr(timing, "_settled", lambda times: True)
     both = [lambda: calls.append("a"), lambda: calls.append("b")]
     timing.measure(both, deadline, sample_s=0.0, now=lambda: 0.0)  # one call a sample
     assert calls[4:] == ["a", "b"] * rounds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_other_programs_take_is_not_measured(seed, monkeypatch):
+    """Beside busy programs calls take up to ten times as long, for four fifths of the time."""
+    draw, now = random.Random(seed), 0.0
+    true = [20e-6, 18e-6, 300e-6]
+    slower = [1 if draw.random() < 0.2 else draw.uniform(1.5, 10) for _ in range(10_000)]  # of each 0.5 ms
+
+    def call(seconds):
+        nonlocal now
+        now += seconds * slower[int(now / 0.0005) % len(slower)]
+
+    monkeypatch.setattr(timing.clock, "of_calls", lambda: now)
+    times = timing.measure([lambda seconds=seconds: call(seconds) for seconds in true], now=lambda: 0.0)
+    assert times == pytest.approx(true)
+    assert timing.least_seconds(lambda: call(true[0])) == pytest.approx(true[0])
+
+
+def test_a_quiet_machine_is_measured_in_fewer_rounds_than_a_busy_one(monkeypatch):
+    draw, now, calls, quiet = random.Random(0), 0.0, 0, True
+
+    def call():
+        nonlocal now, calls
+        calls += 1
+        now += 0.001 * (1 if quiet else draw.uniform(1, 10))
+
+    monkeypatch.setattr(timing.clock, "of_calls", lambda: now)
+    timing.measure([call], now=lambda: 0.0)
+    assert calls == 2 + timing.ROUNDS
+    calls, quiet = 0, False
+    timing.measure([call], now=lambda: 0.0)
+    assert calls > 2 * timing.ROUNDS
 
 
 def test_an_exact_result_stands_for_the_one_that_would_be_computed():
