@@ -22,7 +22,6 @@ EMITTED = {
     for operator in (
         aten._unsafe_view.default,
         aten.add.Tensor,
-        aten.alias.default,
         aten.as_strided.default,
         aten.bmm.default,
         aten.clone.default,
