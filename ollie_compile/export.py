@@ -30,7 +30,7 @@ def inductor_configs(
     from ollie_compile.backend import patches
 
     config, inductor = OllieConfig.with_inductor(options)
-    config = replace(config, portable=True)
+    config = replace(config, portable=True, freeze=bool(config.freeze))
     return patches(
         config.for_mode(mode), mode_options(mode) | inductor, Report() if report is None else report
     )

@@ -233,13 +233,14 @@ def test_additions_by_fold_are_candidates(monkeypatch):
     monkeypatch.setattr("ollie_compile.measure.bounds.bound_seconds", bound)
     net, x = nn.ConvTranspose2d(16, 2, 4, stride=2, padding=1).eval(), torch.randn(1, 16, 5, 6)
     conv = operator(x, net.weight.detach(), stride=2, padding=1, transposed=True)
-    made = planner.plan(conv, OllieConfig(**QUICK, candidates=1), 100.0, backend.CONTEXT)
+    options = {**QUICK, "candidates": 1, "freeze": False}
+    made = planner.plan(conv, OllieConfig(**options), 100.0, backend.CONTEXT)
     fold = next(candidate for candidate in made.candidates if candidate.program.kernels == "fold")
     assert checks.check_program(conv, fold.program) is None
     assert checks.rounding_error(conv, fold.program) < 2e-5
     made.winner = fold
     with torch.no_grad():
-        got = torch.compile(net, backend="ollie", options={**QUICK, "candidates": 1}, dynamic=False)(x)
+        got = torch.compile(net, backend="ollie", options=options, dynamic=False)(x)
         torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-5)
     assert list(backend.CONTEXT.plans.values()) == [made]
 
