@@ -184,8 +184,8 @@ def backward_hooks(mode):
         everywhere = nn.modules.module.register_module_full_backward_hook(
             lambda module, *gradients: seen.append(gradients[-1][0].norm()) if module is layer.mlp else None
         )
-        gradients = loss_and_gradients(model, batch("plain"))[1]
-        everywhere.remove()
+        with everywhere:
+            gradients = loss_and_gradients(model, batch("plain"))[1]
         return {**gradients, "seen": torch.stack(seen)}
 
     return outcome(mode, step)
