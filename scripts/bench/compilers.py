@@ -24,7 +24,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "inductor max-autotune freezing": {"backend": "inductor", "options": {"freezing": True, **_AUTOTUNE}},
     "openvino": {"backend": "openvino"},
     "tvm": {"backend": "tvm"},
-    "ollie": {"backend": "ollie", "options": {}},
+    "ollie": {"backend": "ollie"},  # what a user gets without options
     "ollie freeze": {"backend": "ollie", "options": {"freeze": True}},
     "ollie max-autotune freeze": {"backend": "ollie", "options": {"freeze": True, **_AUTOTUNE}},
 }
@@ -91,12 +91,12 @@ def warm_up() -> None:
 
 
 def first_call(name: str, net: nn.Module, x: Tensor, budget_s: float | None = None) -> Compiled:
-    """The net compiled by a contender, after its first result; OLLIE has so many seconds to search."""
+    """The net compiled by a contender, after its first result; OLLIE, given options, has so many seconds to search."""
     if name in RUNTIMES:
         compiled = RUNTIMES[name](net, x)
     else:
         how = dict(CONTENDERS[name])
-        if how["backend"] == "ollie":
+        if how["backend"] == "ollie" and "options" in how:
             how["options"] = {**how["options"], "budget_s": budget_s}
         compiled = torch.compile(net, fullgraph=True, dynamic=False, **how)
     with freezing(name):

@@ -30,7 +30,7 @@ def main() -> None:
         __doc__,
         batch=[1],
         rounds=30,
-        budget_s=option(60.0, "OLLIE's search and measurement"),
+        budget_s=option(60.0, "search and measurement of OLLIE with options; `ollie` has none at all"),
         nets=option(["paper"], choices=[*TABLES, *NETS, *SMALL_NETS]),
         contenders=option(INSTALLED, choices=CONTENDERS),
         calls=option(5, "calls timed together"),
