@@ -91,7 +91,7 @@ def warm_up() -> None:
 
 
 def first_call(name: str, net: nn.Module, x: Tensor, budget_s: float | None = None) -> Compiled:
-    """The net compiled by a contender, after its first result; OLLIE, given options, has so many seconds to search."""
+    """The net compiled by a contender, after its first result; `budget_s` is for OLLIE with options."""
     if name in RUNTIMES:
         compiled = RUNTIMES[name](net, x)
     else:
