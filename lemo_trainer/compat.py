@@ -101,8 +101,11 @@ def in_backward() -> bool:
 
 
 def in_functional_transform() -> bool:
-    """Whether `torch.func.grad`, `vmap` or another transform of functions runs (torch has no public way)."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether `torch.func.grad`, `vmap` or another transform of functions runs (torch has no public way).
+
+    While Dynamo traces, the stack looks as if one did.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def version_of(tensor: Tensor) -> int:

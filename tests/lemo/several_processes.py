@@ -41,4 +41,6 @@ if __name__ == "__main__":
             assert not [attribute for attribute in vars(part) if "lemo" in attribute], name
             assert type(part).__module__.partition(".")[0] != "lemo_trainer", name
         assert not [name for name in model.state_dict() if "lemo" in name]
-        print("layer class:", type(next(part for part in model.modules() if hasattr(part, "mlp"))).__name__)
+        layer = next(part for part in model.modules() if hasattr(part, "mlp"))
+        # Processes share the pipe: a line must be written at once.
+        print(f"layer class: {type(layer).__name__}\n", end="", flush=True)

@@ -64,10 +64,10 @@ def test_a_yaml_file_says_the_same_as_flags(monkeypatch, folder, tmp_path):
         "output_dir": str(tmp_path),
     }
     (tmp_path / "options.yaml").write_text(
-        yaml.safe_dump({**SHORT, **options, "lemo": True, "lemo_layers": [0, 2]})
+        yaml.safe_dump({**SHORT, **options, "lemo": True, "lemo_mode": "detach", "lemo_layers": [0, 2]})
     )
     by_file = run(monkeypatch, tmp_path / "options.yaml")
-    by_flags = run(monkeypatch, *flags(**options), "--lemo", "--lemo_layers", "0,2")
+    by_flags = run(monkeypatch, *flags(**options), "--lemo", "--lemo_mode", "detach", "--lemo_layers", "0,2")
     assert losses(by_file) == losses(by_flags)
 
 
