@@ -11,6 +11,7 @@ from typing import Any, Self, get_origin
 
 # Seconds that Inductor takes at least for a graph and for each of its operators, on one core without caches.
 GRAPH_S, GRAPH_OPERATOR_S = 1.0, 0.02
+FROZEN_S = 5.0  # the least budget of a graph whose weights are held: derived programs pay most there
 AUTOTUNE_S = 60.0  # the budget of the modes of max-autotune
 
 
@@ -23,7 +24,7 @@ class OllieConfig:
             that are derived together may take n times as many.
         budget_s: seconds that one compiled graph may take beyond Inductor's own: of search, measurement, and
             of compiling derived programs; 0 derives nothing. None is as long as Inductor takes for the graph,
-            and a minute in the modes of max-autotune.
+            at least 5 s where weights are held as constants, and a minute in the modes of max-autotune.
         workers: processes that derive the candidates of one operator side by side; they pay where a search
             takes seconds, and more than 1 needs a system that forks processes.
         tune: "measure" compiles the best candidates and times them against the original on this device;
@@ -105,7 +106,8 @@ class OllieConfig:
         """
         if self.budget_s is not None:
             return self
-        return dataclasses.replace(self, budget_s=max(inductor_s, GRAPH_S + GRAPH_OPERATOR_S * operators))
+        least_s = FROZEN_S if self.freeze else GRAPH_S
+        return dataclasses.replace(self, budget_s=max(inductor_s, least_s + GRAPH_OPERATOR_S * operators))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:

@@ -63,6 +63,8 @@ def test_a_budget_that_is_not_given_goes_by_the_graph_and_the_mode(asked):
         torch.compile(nn.Linear(2, 2), backend="ollie", mode=mode)(torch.zeros(1, 2))
         budget = asked["joint_custom_pre_pass"].config.budget_s
         assert budget == (60 if mode == "max-autotune" else pytest.approx(1.02))
+    assert OllieConfig(freeze=True).budgeted(operators=10, inductor_s=2.0).budget_s == pytest.approx(5.2)
+    assert OllieConfig(freeze=True).budgeted(operators=10, inductor_s=9.0).budget_s == 9.0
 
 
 @pytest.mark.parametrize("how", ["freeze", "freezing", "globally"])
