@@ -69,8 +69,10 @@ def compile_with(
             "exchanges data between them"
         )
         config = replace(config, budget_s=0.0)
-    asked = bool(config.freeze or compat.inductor_config.freezing)
-    config = _freezing(replace(config, freeze=asked or config.freeze), example_inputs, effects, report)
+    if compat.inductor_config.freezing:
+        config = replace(config, freeze=True)
+    asked = bool(config.freeze)
+    config = _freezing(config, example_inputs, effects, report)
     spare = copied(gm) if config.freeze else gm
     try:
         return _fastest(gm, example_inputs, config, inductor, report, context, effects)
@@ -124,12 +126,17 @@ def _fastest(
 
 def _freezing(config: OllieConfig, inputs: Sequence[Any], effects: Effects, report: Report) -> OllieConfig:
     """`config` with `freeze` decided: as asked for where that can be done, by itself where it is None."""
-    asked = config.freeze is not None
-    never = config.portable or config.budget_s == 0 or torch.is_grad_enabled()
-    if config.freeze is False or (never and not asked):
+    if config.freeze is False:
+        return config
+    if config.freeze:
+        why = unfit_to_freeze(inputs)
+    elif config.portable or config.budget_s == 0 or torch.is_grad_enabled():
         return replace(config, freeze=False)
-    why = unfit_to_freeze(inputs) or (None if asked else unfit_by_default(inputs, effects))
-    return replace(config, freeze=True) if why is None else _unfrozen(config, report, why, aloud=asked)
+    else:
+        why = unfit_to_freeze(inputs) or unfit_by_default(inputs, effects)
+    if why is not None:
+        return _unfrozen(config, report, why, aloud=bool(config.freeze))
+    return replace(config, freeze=True)
 
 
 def _unfrozen(config: OllieConfig, report: Report, why: str, *, aloud: bool) -> OllieConfig:
