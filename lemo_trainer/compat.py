@@ -162,9 +162,9 @@ def has_forward_pre_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
-def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether a hook of its own sees gradients of `module` (private dicts of torch)."""
-    return bool(module._backward_hooks or module._backward_pre_hooks)
+def backward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks of its own that see gradients of `module` (private dicts of torch)."""
+    return [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
 
 
 _GLOBAL_FORWARD_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
@@ -191,12 +191,10 @@ def without_global_hooks() -> Iterator[None]:
             hooks.update(kept)
 
 
-def hooks_on(module: nn.Module) -> list[str]:
-    """The names of the hooks that a call of `module` runs, forward and backward, its own and global ones."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    tables = [getattr(module, kind) for kind in kinds]
-    tables += [getattr(nn.modules.module, f"_global{kind}") for kind in kinds]
-    return [getattr(hook, "__qualname__", repr(hook)) for table in tables for hook in table.values()]
+def hooks_on(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that a call of `module` runs, forward and backward, its own and those on all modules."""
+    own = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [*own, *backward_hooks(module), *global_hooks()]
 
 
 def is_whole(weight: Tensor) -> bool:

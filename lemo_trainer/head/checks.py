@@ -19,7 +19,7 @@ from lemo_trainer.head.loss import IGNORE_INDEX
 from lemo_trainer.model.architectures import CausalLM
 from lemo_trainer.model.calls import dry_options, idle_layers
 from lemo_trainer.model.capture import without_dropout
-from lemo_trainer.model.hooks import without_hooks
+from lemo_trainer.model.hooks import name_of, without_hooks
 
 
 def unusual_loss(model: Any, arguments: inspect.BoundArguments | None = None) -> str:
@@ -50,7 +50,7 @@ def unusual_head(head: Any) -> str:
 
 def hook_on_head(head: Any) -> str:
     """The first hook on an output head, which wants all logits or their gradient; empty without one."""
-    return next((f"the output head has the hook {name}" for name in hooks_on(head)), "")
+    return next((f"the output head has the hook {name_of(hook)}" for hook in hooks_on(head)), "")
 
 
 def why_all_logits(parts: CausalLM, arguments: inspect.BoundArguments | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lemo_trainer.compat import global_hooks, has_backward_hooks, hooks_on
+from lemo_trainer.compat import backward_hooks, global_hooks, hooks_on
 from lemo_trainer.model.architectures import CausalLM
 
 _HOOKS = ["_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"]
@@ -125,11 +125,9 @@ def hooks_on_gradients(layer: nn.Module, *, inside: bool = False) -> list[str]:
         inside: leave out those on the layer itself.
     """
     hooks = [(hook, "all modules") for hook in global_hooks(backward_only=True)]
-    if any(map(has_backward_hooks, layer.modules())):
-        for name, part in layer.named_modules():
-            own = [*part._backward_pre_hooks.values(), *part._backward_hooks.values()]
-            if name or not inside:
-                hooks += [(hook, f"`{name}` of a layer" if name else "a layer") for hook in own]
+    for name, part in layer.named_modules():
+        if name or not inside:
+            hooks += [(hook, f"`{name}` of a layer" if name else "a layer") for hook in backward_hooks(part)]
     return [f"the backward hook {name_of(hook)} on {where}" for hook, where in hooks]
 
 
@@ -145,5 +143,5 @@ def hooks_outside_layers(parts: CausalLM) -> list[str]:
     """
     decoder = parts.decoder
     others = [part for part in decoder.children() if part is not parts.layers and list(part.parameters())]
-    names = [name for part in [decoder, *others] for name in hooks_on(part)]
+    names = [name_of(hook) for part in [decoder, *others] for hook in hooks_on(part)]
     return [name for name in names if not any(part in name for part in _OF_GRADIENTS)]
